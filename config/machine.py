@@ -1,0 +1,158 @@
+"""The machine a program runs on: what `auto` becomes for device, dtype and compile, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from config import UserError
+
+
+@dataclass
+class Machine:
+    """Where and how a run computes: what `auto` became, and why."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compiled: bool
+    rank: int = 0
+    world: int = 1
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.on_gpu else f"{os.cpu_count()} CPU cores"
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Products in self.dtype over fp32 master weights (Micikevicius et al. 2017, arXiv:1710.03740, section 3)."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        # Weights change between steps, so a cache of their casts could only serve within one forward: no use here.
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+def open_machine(config: Any, layer: nn.Module | None = None) -> Machine:
+    """Resolve device, dtype and compile. Raises UserError for what was asked for and is not there.
+
+    layer: a module (B, T, C) -> (B, T, C) of the model; on a CPU, dtype=auto is the dtype in which it runs faster.
+    """
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    notes: list[str] = []
+    kind = choose_device(config.device, notes)
+    device = torch.device("cuda", local) if kind == "cuda" and world > 1 else torch.device(kind)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"device={device}: this machine has {torch.cuda.device_count()} GPU(s)")
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if getattr(config, "deterministic", False):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    return Machine(
+        device,
+        choose_dtype(config.dtype, device, layer, notes),
+        choose_compile(config.compile, device, notes),
+        rank,
+        world,
+        notes,
+    )
+
+
+def choose_device(asked: str, notes: list[str]) -> str:
+    available = torch.cuda.is_available()
+    if asked == "auto":
+        kind = "cuda" if available else "mps" if torch.backends.mps.is_available() else "cpu"
+        if kind == "cpu" and (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):
+            notes.append(f"device: cpu, although there is an NVIDIA card. {_why_no_cuda()}")
+        else:
+            notes.append(f"device: {kind}" + (f" ({torch.cuda.get_device_name()})" if available else ""))
+        return kind
+    if asked.startswith("cuda") and not available:
+        raise UserError(f"device={asked}, but torch sees no usable GPU. {_why_no_cuda()}. Or pass --device=cpu")
+    try:
+        torch.empty(1, device=asked if asked != "cuda" else "cuda:0")
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"device={asked} cannot be used: {str(e).splitlines()[0]}") from None
+    return asked
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return (
+            "This torch was built without CUDA: pip install --force-reinstall torch --index-url "
+            "https://download.pytorch.org/whl/cu126"
+        )
+    return (
+        f"This torch needs a driver for CUDA {torch.version.cuda} (nvidia-smi shows yours): update the driver, or "
+        "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
+    )
+
+
+def choose_dtype(asked: str, device: torch.device, layer: nn.Module | None, notes: list[str]) -> torch.dtype:
+    if asked != "auto":
+        return getattr(torch, asked)
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            notes.append("dtype: bfloat16 autocast over fp32 weights")
+            return torch.bfloat16
+        notes.append("dtype: float16 with loss scaling, because this GPU has no bfloat16")
+        return torch.float16
+    if device.type == "cpu" and layer is not None:
+        seconds = {dtype: _time_layer(layer, dtype) for dtype in (torch.float32, torch.bfloat16)}
+        # A tenth and more: nothing less is worth the lost digits, and a noisy clock shall not decide.
+        best = torch.bfloat16 if seconds[torch.bfloat16] < 0.9 * seconds[torch.float32] else torch.float32
+        figures = ", ".join(f"{str(d).removeprefix('torch.')} {1e3 * s:.1f} ms" for d, s in seconds.items())
+        notes.append(f"dtype: {str(best).removeprefix('torch.')}, which measured best here ({figures} a layer)")
+        return best
+    return torch.float32
+
+
+def _time_layer(layer: nn.Module, dtype: torch.dtype) -> float:
+    """Seconds of one forward and backward pass on the CPU, the least of three; leaves random numbers alone."""
+    width = next(layer.parameters()).shape[0]
+    times = []
+    with torch.random.fork_rng(devices=[]):
+        x = torch.randn(2, 128, width, requires_grad=True)
+        for _ in range(3):
+            start = time.perf_counter()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = layer(x).float().sum()
+            loss.backward()
+            times.append(time.perf_counter() - start)
+    for p in layer.parameters():
+        p.grad = None
+    return min(times)
+
+
+def choose_compile(asked: Any, device: torch.device, notes: list[str]) -> bool:
+    if asked == "auto" and device.type != "cuda":
+        notes.append("compile: off, because on a CPU compiling takes longer than it saves")
+        return False
+    if asked is False:
+        return False
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except Exception as e:  # whatever the compiler's stack raises: no C++ compiler, no Triton, an unknown GPU
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        if asked is True:
+            raise UserError(f"compile=True, but torch.compile fails here: {reason}. Pass --compile=False") from None
+        notes.append(f"compile: off, because torch.compile fails here: {reason}")
+        return False
+    return True

@@ -1,0 +1,278 @@
+"""Texts to shards: tokenized on all cores, in constant memory, going on where a kill stopped it."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from config import UserError
+from data.download import write_whole
+from data.run import lock
+from data.shards import CHUNK, MASK, ShardWriter, Tokens, token_dtype
+from data.texts import Documents, Piece
+from data.tokenizers import CharTokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+FEW = 20  # fewer texts than this are split by tokens: one of them may be most of the data
+BATCH = 500_000  # characters that a thread encodes at once: enough that handing them over costs nothing
+SAVE_TOKENS = 20_000_000  # tokens between two notes of the progress
+OPEN_ROWS = 64  # rows that wait for an example that still fits
+
+Encoded = Iterator[tuple[int, Piece, np.ndarray]]  # index of the document, a piece of it, its ids with end token
+
+
+@dataclass
+class Progress:
+    """How far a preparation has come: what progress.json holds, true of the shards on the disk beside it."""
+
+    made_by: list[Any]
+    documents: int = 0  # read to their end
+    pieces: int = 0  # read of the one after
+    characters: int = 0
+    train: int = 0  # tokens written
+    val: int = 0
+    source_sha256: str = ""  # of the hash so far and the next piece, in turn
+
+    @classmethod
+    def load(cls, folder: Path, made_by: list[Any]) -> Progress:
+        """Where an interrupted preparation of the same texts was, else the beginning."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found = cls(**json.loads((folder / "progress.json").read_bytes()))
+            if found.made_by == made_by:
+                return found
+        return cls(made_by)
+
+    def save(self, folder: Path, train: ShardWriter, val: ShardWriter) -> None:
+        for writer in (train, val):
+            writer.flush()
+        self.train, self.val = train.count, val.count
+        write_whole(folder / "progress.json", json.dumps(asdict(self)).encode())
+
+    def add(self, piece: Piece) -> None:
+        hashed = bytes.fromhex(self.source_sha256) + piece.text.encode("utf-8", "surrogatepass")
+        self.source_sha256 = hashlib.sha256(hashed).hexdigest()
+        self.characters += len(piece.text)
+        self.documents += piece.last
+        self.pieces = 0 if piece.last else self.pieces + 1
+
+
+def prepare_texts(
+    name: str,
+    documents: Documents,
+    tokenizer: Tokenizer,
+    folder: Path,
+    val_fraction: float = 0.1,
+    *,
+    block_size: int = 1024,
+    max_tokens: int | None = None,
+    expected_tokens: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Write the train and val shards and meta.json of `documents` into `folder`.
+
+    Killed and called again, it goes on where it was and leaves the same shards. Instruction data, which are small,
+    begin anew, and are packed into rows of block_size. max_tokens: documents after so many are left out.
+    expected_tokens: for the progress bar, where neither that nor the files' size says when it ends.
+    UserError for texts that cannot be read, or that are too short to train on and to validate.
+    """
+    from tqdm import tqdm
+
+    in_val = val_documents(documents, val_fraction)
+    stats = [file.stat() for file in documents.files]
+    size = sum(stat.st_size for stat in stats)
+    source = [documents.source, documents.text_column, size, max((stat.st_mtime_ns for stat in stats), default=0)]
+    made_by = [*source, tokenizer.sha256, val_fraction]
+    meta: dict[str, Any] = {
+        "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "chars": "".join(tokenizer.names) if isinstance(tokenizer, CharTokenizer) else None,
+    }
+    with lock(folder):
+        note = Progress.load(folder, made_by) if documents.kind == "text" else Progress(made_by)
+        total, initial = max_tokens or expected_tokens, note.train + note.val
+        shown = None if progress else True
+        with tqdm(desc=name, total=total, initial=initial, unit_scale=True, unit=" tokens", disable=shown) as bar:
+            encoded = _encoded(documents, tokenizer, note, bar, size, max_tokens)
+            if documents.kind == "text":
+                counts = [*_write_texts(encoded, in_val, note, folder, tokenizer, val_fraction)]
+            else:
+                *counts, cut = _write_rows(encoded, in_val, folder, tokenizer, block_size)
+                meta |= {"kind": documents.kind, "row": block_size, "cut": cut}
+        if min(counts) < 2:
+            raise UserError(f"{name} is too short to train on and to validate: it has {sum(counts)} tokens.")
+        meta |= {"documents": note.documents, "source_sha256": note.source_sha256}
+        write_whole(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
+        (folder / "progress.json").unlink(missing_ok=True)
+
+
+def val_documents(documents: Documents, fraction: float) -> Callable[[int], bool]:
+    """Which documents are for validation: by the hash of their index, those below `fraction` of all hashes.
+
+    Of the first FEW, where chance might pick none, exactly the rounded share (at least one) with the smallest hashes;
+    none if there are only so few texts, which are split by tokens.
+    """
+
+    def share(document: int) -> float:
+        return int.from_bytes(hashlib.sha256(str(document).encode()).digest()[:4], "little") / 2**32
+
+    count = sum(1 for _ in itertools.islice((piece for piece in documents if piece.last), FEW))
+    picked = sorted(range(count), key=share)[: max(1, round(count * fraction))]
+    first = set() if count < FEW and documents.kind == "text" else set(picked)
+    return lambda document: document in first if document < count else share(document) < fraction
+
+
+def _encoded(
+    documents: Documents, tokenizer: Tokenizer, note: Progress, bar: tqdm, size: int, max_tokens: int | None
+) -> Encoded:
+    """All that comes after `note`, which is kept up to date."""
+    tokens, estimate = note.train + note.val, size and bar.total is None
+    for piece, ids in _encode(itertools.islice(documents.skip(note.documents), note.pieces, None), tokenizer):
+        if max_tokens and tokens >= max_tokens and not note.pieces:
+            return
+        document = note.documents
+        note.add(piece)
+        tokens += len(ids)
+        if estimate and note.characters:
+            bar.total = int(tokens * size / note.characters)
+        bar.update(len(ids))
+        yield document, piece, ids
+
+
+def _encode(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Each piece with its ids and end token, encoded while those before are written and those after are read."""
+    end = np.array([] if tokenizer.eot is None else [tokenizer.eot], token_dtype(tokenizer.vocab_size))
+
+    def encode(batch: list[Piece]) -> list[tuple[Piece, np.ndarray]]:
+        ids = [tokenizer.encode(piece.text) for piece in batch]
+        return [(p, np.concatenate((i, end)) if p.end else i) for p, i in zip(batch, ids)]
+
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as threads:
+        waiting: collections.deque[Future[list[tuple[Piece, np.ndarray]]]] = collections.deque()
+        for batch in _batches(pieces):
+            waiting.append(threads.submit(encode, batch))
+            if len(waiting) > 2 * cores:
+                yield from waiting.popleft().result()
+        for future in waiting:
+            yield from future.result()
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _write_texts(
+    encoded: Encoded, in_val: Callable[[int], bool], note: Progress, folder: Path, tokenizer: Tokenizer, fraction: float
+) -> tuple[int, int]:
+    """Write all documents, noting the progress; the tokens of each split."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    train = ShardWriter(folder, "train", dtype, start=note.train)
+    val = ShardWriter(folder, "val", dtype, start=note.val)
+    saved = note.train + note.val
+    for document, _, ids in encoded:
+        (val if in_val(document) else train).add(ids)
+        if train.count + val.count - saved >= SAVE_TOKENS:
+            note.save(folder, train, val)
+            saved = train.count + val.count
+    if val.count == 0 and train.count >= 2:
+        # The last tokens move over. A kill before the second note leaves them in train, where they are found again; a
+        # later one leaves them in both, and the writer that starts at `keep` cuts them off.
+        note.save(folder, train, val)
+        train.close()
+        tokens, keep = Tokens.open(folder, "train"), min(int(train.count * (1 - fraction)), train.count - 2)
+        for start in range(keep, len(tokens), CHUNK):
+            val.add(tokens.gather(np.array([start]), min(CHUNK, len(tokens) - start))[0])
+        train.count = keep
+        note.save(folder, train, val)
+        train = ShardWriter(folder, "train", dtype, start=keep)
+    train.close()
+    val.close()
+    return train.count, val.count
+
+
+def _write_rows(
+    encoded: Encoded, in_val: Callable[[int], bool], folder: Path, tokenizer: Tokenizer, block_size: int
+) -> tuple[int, int, int]:
+    """Pack all examples; the tokens of each split, and how many examples were too long and were cut."""
+    dtype, padding = token_dtype(tokenizer.vocab_size), tokenizer.eot or 0
+    train, val = (RowWriter(folder, split, dtype, block_size, padding) for split in ("train", "val"))
+    parts: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    for document, piece, ids in encoded:
+        parts.append(ids)
+        masks.append(np.full(len(ids), piece.trained, MASK))
+        if piece.last:
+            (val if in_val(document) else train).add(np.concatenate(parts), np.concatenate(masks))
+            parts, masks = [], []
+    train.close()
+    val.close()
+    return train.tokens.count, val.tokens.count, train.cut + val.cut
+
+
+class RowWriter:
+    """Packs examples whole into rows of `size` tokens, written as a split's shards and mask shards.
+
+    An example goes into the first open row that has room. One longer than a row is cut, and left out if nothing
+    trained remains. A row's first token is no target, since what would predict it is not in the row.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, size: int, padding: int):
+        self.tokens, self.mask = ShardWriter(folder, split, dtype), ShardWriter(folder, f"{split}_mask", MASK)
+        self.size, self.padding, self.cut = size, padding, 0
+        self._rows: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        self._used: list[int] = []
+
+    def add(self, ids: np.ndarray, mask: np.ndarray) -> None:
+        """Place one example; mask is 1 where a token is a target."""
+        self.cut += len(ids) > self.size
+        ids, mask = ids[: self.size], mask[: self.size]
+        if not mask.any():
+            return
+        row = next((row for row, used in enumerate(self._used) if used + len(ids) <= self.size), len(self._used))
+        if row == OPEN_ROWS:
+            self._write(int(np.argmax(self._used)))
+            row -= 1
+        if row == len(self._used):
+            self._used.append(0)
+            self._rows.append([])
+        self._used[row] += len(ids)
+        self._rows[row].append((ids, mask))
+
+    def _write(self, row: int) -> None:
+        rest = self.size - self._used.pop(row)
+        ids, masks = zip(*self._rows.pop(row), strict=True)
+        self.tokens.add(np.concatenate([*ids, np.full(rest, self.padding)]))
+        mask = np.concatenate([*masks, np.zeros(rest, MASK)])
+        mask[0] = 0
+        self.mask.add(mask)
+
+    def close(self) -> None:
+        """Write the rows that are still open, and a last token after them: it ends the last row's targets."""
+        while self._rows:
+            self._write(0)
+        if self.tokens.count:
+            self.tokens.add(np.array([self.padding]))
+            self.mask.add(np.zeros(1, MASK))
+        self.tokens.close()
+        self.mask.close()

@@ -1,0 +1,228 @@
+"""A run's folder: run.json, metrics.jsonl, loss.png, best/ and last/, written so that a kill at any instant loses nothing.
+
+A folder cannot be renamed onto a full one, so a checkpoint X is replaced in three steps: X.tmp is written and synced,
+X becomes X.prev, X.tmp becomes X. Between the last two there is no X, and readers take X.prev.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from config import UserError
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@contextlib.contextmanager
+def lock(out_dir: Path) -> Iterator[None]:
+    """Hold out_dir for one run. The operating system drops the lock with the process, so a crash leaves none."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        file = open(out_dir / ".lock", "a+")  # noqa: SIM115 (closed below, when the run ends)
+    except OSError as e:
+        raise UserError(f"out_dir={out_dir} cannot be written: {e.strerror}. Choose another with --out_dir=") from None
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # native Windows has no flock; two runs in one folder are not noticed there
+            pass
+        except OSError:
+            raise UserError(f"another run is writing to out_dir={out_dir}. Wait for it, or choose another") from None
+        yield
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(folder: Path, write: Callable[[Path], None], state: dict[str, Any], size: int) -> None:
+    """Replace the checkpoint `folder` by what write(X.tmp) writes and trainer.json, which holds `state` and checksums.
+
+    size: bytes that will be written, about. Raises OSError, with the old checkpoint untouched, when the disk is full
+    or cannot be written.
+    """
+    temporary, previous = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".prev")
+    shutil.rmtree(temporary, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < size:
+        raise OSError(f"{size / 1e9:.2f} GB are needed for {folder}, {free / 1e9:.2f} GB are free")
+    temporary.mkdir()
+    write(temporary)
+    state = state | {"sha256": {f.name: sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}}
+    (temporary / "trainer.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
+    for file in temporary.rglob("*"):
+        _sync(file)
+    _sync(temporary)
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    temporary.rename(folder)
+    _sync(folder.parent)
+
+
+def find_checkpoint(out_dir: Path, names: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:
+    """The first of out_dir's checkpoints by these names, and its trainer.json. Every file's checksum is verified."""
+    for name in names:
+        for folder in (out_dir / name, out_dir / f"{name}.prev"):
+            if (folder / "trainer.json").exists():
+                return folder, read_checkpoint(folder)
+    where = " or ".join(str(out_dir / name) for name in names)
+    raise UserError(f"no checkpoint in {where}. Train one first: python train.py --out_dir={out_dir}")
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """trainer.json of a checkpoint whose files are all as they were written; UserError names the damaged one."""
+    previous = folder.with_name(folder.name.removesuffix(".prev") + ".prev")
+    other = previous != folder and previous.exists()
+    hint = f"Its forerunner is in {previous}: rename it to {folder} to use it" if other else "Delete it or restore it"
+    try:
+        state = json.loads((folder / "trainer.json").read_text("utf-8"))
+        sums = dict(state["sha256"])
+        if not isinstance(state["step"], int):
+            raise ValueError("step is no number")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{folder / 'trainer.json'} is damaged ({e}). {hint}") from None
+    for name, expected in sums.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file() or sha256(file) != expected:
+            raise UserError(f"{file} is damaged or missing: it is not what was saved. {hint}")
+    return state
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a run tells: run.json, metrics.jsonl, loss.png
+
+
+def describe(config: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What run.json holds: enough to explain the run later, and nothing secret (no environment, no command line)."""
+    packages = ("torch", "numpy", "tiktoken", "datasets", "safetensors")
+    versions = {"python": platform.python_version()} | {p: metadata.version(p) for p in packages}
+    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    return {"config": config, "commit": commit, "versions": versions, "platform": platform.platform(), **more}
+
+
+def set_aside(out_dir: Path) -> None:
+    """Move an earlier run's files into out_dir/previous: starting anew by mistake loses nothing."""
+    names = ("run.json", "metrics.jsonl", "loss.png", "best", "last", "best.prev", "last.prev")
+    found = [out_dir / name for name in names if (out_dir / name).exists()]
+    if any(path.is_dir() for path in found):  # without a checkpoint there is nothing to lose
+        shutil.rmtree(out_dir / "previous", ignore_errors=True)
+        (out_dir / "previous").mkdir()
+        for path in found:
+            path.rename(out_dir / "previous" / path.name)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    temporary.replace(file)
+
+
+def read_run(out_dir: Path) -> dict[str, Any]:
+    """run.json of a folder that is to be resumed."""
+    file = out_dir / "run.json"
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        dict(content["config"])
+    except FileNotFoundError:
+        raise UserError(f"nothing to resume in {out_dir}: {file} does not exist") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{file} is damaged ({e}); without it the run's configuration is not known") from None
+    return content
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line. A torn last line, as a power cut leaves it, is dropped."""
+
+    def __init__(self, file: Path, resume_step: int | None):
+        """resume_step: keep the lines up to this step; None starts anew."""
+        self.rows = [] if resume_step is None else [r for r in self.read(file) if r["step"] <= resume_step]
+        temporary = file.with_name(file.name + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), "utf-8")
+        temporary.replace(file)
+        self.file: TextIO = open(file, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+
+    @staticmethod
+    def read(file: Path) -> list[dict[str, Any]]:
+        rows = []
+        for line in file.read_text("utf-8", errors="replace").splitlines() if file.exists() else []:
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
+        return rows
+
+    def append(self, row: dict[str, Any]) -> None:
+        # JSON has no NaN: a figure that is none becomes null, so that every reader can read the file.
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.rows.append(row)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def draw_losses(rows: list[dict[str, Any]], file: Path) -> None:
+    """loss.png: the losses over the tokens seen, the learning rate beneath."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # without pyplot: half the import time
+    from matplotlib.figure import Figure
+
+    steps = [r for r in rows if r.get("loss") is not None]
+    evaluations = [r for r in rows if r.get("val_loss") is not None]
+    figure = Figure(figsize=(7, 5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=[4, 1])
+    top.plot([r["tokens"] for r in steps], [r["loss"] for r in steps], color="0.75", lw=1, label="training step")
+    # Blue and orange of Okabe and Ito's palette, told apart by the colour-blind, and by their markers.
+    for key, color, marker, label in (("train_loss", "#0072B2", "o", "train"), ("val_loss", "#D55E00", "s", "validation")):
+        points = [(r["tokens"], r[key]) for r in evaluations if r.get(key) is not None]
+        top.plot(*zip(*points, strict=True) if points else ((), ()), color=color, marker=marker, ms=4, lw=1.5, label=label)
+    if evaluations:
+        best = min(evaluations, key=lambda r: r["val_loss"])
+        label = f"best {best['val_loss']:.4f} at step {best['step']:,}"
+        top.axhline(best["val_loss"], color="#D55E00", lw=0.8, ls=":", label=label)
+    top.set_ylabel("loss (nats per token)")
+    top.legend(frameon=False)
+    bottom.plot([r["tokens"] for r in steps], [r["lr"] for r in steps], color="#009E73", lw=1.5)
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("tokens")
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    temporary = file.with_name(file.name + ".tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(file)

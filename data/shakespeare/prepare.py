@@ -1,0 +1,29 @@
+"""Tiny Shakespeare through GPT-2's tokenizer, to fine-tune on: 301,966 tokens to train on, 36,059 to validate.
+
+    python data/shakespeare/prepare.py
+
+The text is that of data/shakespeare_char/prepare.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a script's own folder is searched for `config` and `data`, not the repository
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from config import run_main
+from data.shakespeare_char import prepare as shakespeare_char
+from data.tokenizers import get_tokenizer
+
+HERE = Path(__file__).parent
+
+
+def prepare(folder: Path = HERE) -> None:
+    """Write the shards and meta.json into a folder."""
+    shakespeare_char.prepare(folder, get_tokenizer("gpt2"))
+
+
+if __name__ == "__main__":
+    run_main(prepare)

@@ -1,0 +1,182 @@
+"""Write text with a trained model: input and output around GPT.stream.
+
+    python sample.py --out_dir=out                                    # the best checkpoint of a run
+    python sample.py --init_from=gpt2 --start="Once upon a time" --temperature=0
+    python sample.py --out_dir=out --interactive                      # a prompt loop that keeps the context
+    echo "To be" | python sample.py --out_dir=out --start=- --json    # for programs
+
+Texts go to standard output as they come, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import config as configuration
+from config import SampleConfig, UserError
+from config.machine import Machine, open_machine
+from data import run as run_folder
+from data.tokenizers import load_tokenizer
+from model import GPT, Sampling, WeightsError, find_pretrained
+
+# Compiling takes seconds and a graphed step saves about a millisecond or more a token: worth it for long texts only.
+COMPILE_FROM_TOKENS = 4000
+RULE = "---------------"  # nanoGPT's line between samples
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def load(config: SampleConfig) -> tuple[GPT, Any, Machine]:
+    """The model on its device, its tokenizer, and the machine. Says which checkpoint, step and loss it loaded."""
+    source: str | Path = config.init_from
+    if config.init_from == "resume" or (Path(source) / "run.json").exists():
+        out_dir = Path(config.out_dir if config.init_from == "resume" else source)
+        names = ("best", "last") if config.checkpoint == "auto" else (config.checkpoint,)
+        source, state = run_folder.find_checkpoint(out_dir, names)
+        loss = state.get("best_val_loss")
+        say(f"loaded {source}, step {state['step']}" + (f", best val loss {loss:.4f}" if loss else ""))
+    folder = Path(source) if Path(source).suffix == ".pt" else find_pretrained(source)
+    model = GPT.from_pretrained(folder).eval()
+    tokenizer = load_tokenizer(folder) if folder.is_dir() else None
+    if tokenizer is None:
+        raise UserError(f"{folder} has no tokenizer, so its ids cannot be turned into text. Put vocab.json and merges.txt beside it")
+    machine = open_machine(config)
+    for note in machine.notes:
+        say(note)
+    if config.quantize == "int8":
+        model.quantize()
+    model.to(machine.device, machine.dtype)
+    return model, tokenizer, machine
+
+
+def read_prompt(start: str) -> str:
+    """--start as it is, FILE:path, or - for standard input."""
+    if start == "-":
+        start = sys.stdin.read()
+    elif start.startswith("FILE:"):
+        file = Path(start.removeprefix("FILE:"))
+        try:
+            start = file.read_text("utf-8")
+        except (OSError, ValueError) as e:
+            raise UserError(f"the prompt's file {file} cannot be read as UTF-8 text: {e}") from None
+    if not start:
+        raise UserError("the prompt is empty: give at least one character with --start, for example --start=$'\\n'")
+    return start
+
+
+@dataclass
+class Text:
+    """One text in the making: bytes become whole characters, and the first stop string ends it.
+
+    What might be the beginning of a stop string is held back until it is known not to be.
+    """
+
+    tokenizer: Any
+    stops: tuple[str, ...]
+    ids: list[int] = field(default_factory=list)
+    shown: str = ""
+    held: str = ""
+    reason: str | None = None  # why it ended: "stop", "end" (the end-of-text token) or "length"
+
+    def __post_init__(self) -> None:
+        # Half a character at the end of a token waits for its other half.
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """Take one more token; returns what can be shown now."""
+        if self.reason:
+            return ""
+        self.ids.append(token)
+        if token == self.tokenizer.eot:
+            self.ids.pop()
+            return self.finish("end")
+        self.held += self.decoder.decode(self.tokenizer.token_bytes(token))
+        found = [self.held.find(stop) for stop in self.stops if stop in self.held]
+        if found:
+            self.held = self.held[: min(found)]
+            return self.finish("stop")
+        keep = max((n for stop in self.stops for n in range(len(stop)) if self.held.endswith(stop[:n])), default=0)
+        return self._show(len(self.held) - keep)
+
+    def finish(self, reason: str) -> str:
+        self.reason = self.reason or reason
+        if reason != "stop":
+            self.held += self.decoder.decode(b"", final=True)
+        return self._show(len(self.held))
+
+    def _show(self, length: int) -> str:
+        new, self.held = self.held[:length], self.held[length:]
+        self.shown += new
+        return new
+
+
+@dataclass
+class Timing:
+    """Seconds to the first token and tokens a second after it, and what the memory's speed would allow."""
+
+    started: float = field(default_factory=time.perf_counter)
+    first: float = 0.0
+    tokens: int = 0
+
+    def tick(self, tokens: int) -> None:
+        self.tokens += tokens
+        if not self.first:
+            self.first = time.perf_counter() - self.started
+            self.counted_from, self.before = time.perf_counter(), self.tokens
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self.counted_from
+        rate = (self.tokens - self.before) / seconds if seconds else 0.0
+        return f"{self.tokens} tokens, first after {self.first:.2f} s, then {rate:,.0f} tokens/s"
+
+
+def write(model: GPT, tokenizer: Any, prompt: list[int], config: SampleConfig, machine: Machine, count: int) -> Iterator[tuple[int, str]]:
+    """Yield (sample, new text) as texts grow, and (sample, '') once when one ends; Ctrl-C ends them all.
+
+    The caller gets the finished texts from the generator's return value.
+    """
+    how = Sampling(config.temperature, config.top_k or 0, config.top_p, config.min_p, config.repetition_penalty)
+    texts = [Text(tokenizer, config.stop) for _ in range(count)]
+    compiled = machine.compiled and (config.compile is True or count * config.max_new_tokens >= COMPILE_FROM_TOKENS)
+    # Far apart, so that no two samples of different seeds share their random numbers.
+    seeds = [config.seed * 1_000_003 + i for i in range(count)]
+    timing = Timing()
+    try:
+        for tokens in model.stream([prompt] * count, config.max_new_tokens, how, seeds=seeds, compiled=compiled):
+            timing.tick(sum(text.reason is None for text in texts))
+            for i, (text, token) in enumerate(zip(texts, tokens, strict=True)):
+                if not text.reason and (new := text.add(token)):
+                    yield i, new
+            if all(text.reason for text in texts):
+                break
+    except KeyboardInterrupt:
+        if not config.interactive:
+            raise
+    for i, text in enumerate(texts):
+        if not text.reason and (new := text.finish("length")):
+            yield i, new
+    say(f"\n{timing}" + bandwidth_share(model, timing, count, machine))
+    return texts  # type: ignore[return-value]
+
+
+def bandwidth_share(model: GPT, timing: Timing, count: int, machine: Machine) -> str:
+    """Decoding has to read every weight once a step: the share of that bound which was reached, on a known GPU."""
+    from bench import find_card
+
+    card = find_card(machine.name) if machine.on_gpu else None
+    seconds = time.perf_counter() - timing.counted_from
+    if card is None or timing.tokens <= timing.before or seconds <= 0:
+        return ""
+    bound = card.bandwidth_gbs * 1e9 / model.decode_bytes() * count
+    return f", {(timing.tokens - timing.before) / seconds / bound:.0%} of what the memory's speed allows ({bound:,.0f})"

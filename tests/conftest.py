@@ -1,0 +1,22 @@
+"""What all tests share: the `gpu` mark skips where there is no CUDA device, and how long hypothesis searches."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# HYPOTHESIS_PROFILE=long is the slow search, for before a release.
+settings.register_profile("ci", max_examples=300, deadline=None, derandomize=True, database=None)
+settings.register_profile("long", max_examples=10_000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch  # slow to import, so only where a test asks for it
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,405 @@
+"""Data sets by name and path, and the way from texts to shards, against splits and rows put together by hand."""
+
+import collections
+import functools
+import json
+import os
+import pickle
+import signal
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import data
+from config import UserError
+from data import open_dataset, prepare, prepare_texts
+from data.prepare import val_documents
+from data.run import lock
+from data.shards import UINT16, ShardWriter, Tokens, write_shard
+from data.texts import CHAT_TEMPLATE, Documents
+from data.tokenizers import ByteTokenizer, CharTokenizer
+from data.windows import TrainWindows
+from tests.tiny_bpe import tiny
+
+EOT = 256
+
+
+@pytest.fixture(autouse=True)
+def house(tmp_path, monkeypatch):
+    """An empty data/ of its own for each test, and a working directory beside it."""
+    monkeypatch.setattr(data, "DATA", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ids(tokens):
+    return [] if tokens is None else tokens.gather(np.array([0]), len(tokens))[0].tolist()
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def open_bytes(name, **more):
+    return open_dataset(str(name), **{"tokenizer": "bytes", "block_size": 8, "progress": False} | more)
+
+
+# Splits
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3])
+def test_a_single_text_is_split_at_its_last_tokens(house, fraction):
+    (house / "a.txt").write_text(text := "Lorem ipsum dolor sit amet. " * 40)
+    dataset = open_bytes("a.txt", val_fraction=fraction)
+    whole = [*text.encode(), EOT]
+    keep = int(len(whole) * (1 - fraction))
+    assert (ids(dataset.train), ids(dataset.val)) == (whole[:keep], whole[keep:])
+    assert (dataset.documents, dataset.vocab_size, dataset.tokenizer.name) == (1, 257, "bytes")
+
+
+def test_characters_are_split_as_nanogpt_splits_them(house):
+    (house / "a.txt").write_text(text := "to be or not to be\n" * 30)
+    dataset = open_bytes("a.txt", tokenizer="char")
+    chars = sorted(set(text))
+    expected = [chars.index(char) for char in text]
+    assert ids(dataset.train) == expected[: int(len(text) * 0.9)]
+    assert ids(dataset.val) == expected[int(len(text) * 0.9) :]
+    assert dataset.meta["chars"] == "".join(chars)
+    assert dataset.tokenizer.decode(ids(dataset.val)) == text[int(len(text) * 0.9) :]
+
+
+@pytest.mark.parametrize("count, fraction", [(20, 0.1), (20, 0.001), (500, 0.1), (500, 0.5)])
+def test_many_documents_go_whole_to_one_side(house, count, fraction):
+    texts = [f"document {i} " * (i % 7) for i in range(count)]
+    dataset = open_bytes(jsonl(house / "a.jsonl", [{"text": text} for text in texts]), val_fraction=fraction)
+    sides = collections.Counter()
+    parts = {"train": [], "val": []}
+    picked = val_documents(Documents(house / "a.jsonl"), fraction)
+    for i, text in enumerate(texts):
+        side = "val" if picked(i) else "train"
+        parts[side] += [*text.encode(), EOT]
+        sides[side] += 1
+    assert (ids(dataset.train), ids(dataset.val)) == (parts["train"], parts["val"])
+    assert dataset.documents == count
+    assert abs(sides["val"] - count * fraction) <= 1 + 3 * (count * fraction) ** 0.5
+    assert sides["val"] >= 1
+
+
+def test_the_split_of_a_document_is_not_moved_by_those_after_it(house):
+    def picked(count):
+        jsonl(house / "a.jsonl", [{"text": "x"}] * count)
+        return [i for i in range(count) if val_documents(Documents(house / "a.jsonl"), 0.1)(i)]
+
+    assert picked(50) == [i for i in picked(300) if i < 50]
+
+
+@pytest.mark.parametrize("text", ["", "a", "ab"])
+def test_too_little_text_is_refused_and_leaves_no_data_set(house, text):
+    (house / "a.txt").write_text(text)
+    with pytest.raises(UserError, match="too short"):
+        open_bytes("a.txt")
+    assert not [path for path in (house / "data" / "cache").iterdir() if path.suffix != ".tmp"]
+    (house / "a.txt").write_text(text + "and more than that")
+    assert len(open_bytes("a.txt").train) > 8
+
+
+# The cache
+
+
+def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypatch):
+    made = []
+    monkeypatch.setattr(data, "prepare_texts", lambda *a, **k: made.append(a[0]) or prepare_texts(*a, **k))
+    (house / "my text.txt").write_text("some text, long enough for all of this " * 3)
+    (house / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 30)
+
+    def folder(*args, **more):
+        before = len(made)
+        dataset = open_bytes(*args, **more)
+        return dataset.folder, len(made) - before
+
+    first, fresh = folder("my text.txt")
+    assert fresh and first.name.startswith("my-text-")
+    assert folder("my text.txt", block_size=16) == folder(house / "my text.txt") == (first, 0)
+    chars = CharTokenizer("".join(sorted(set("some text, long enough for all of this "))))
+    for change in ({"val_fraction": 0.2}, {"tokenizer": "char"}, {"tokenizer": chars}, {"text_column": "line"}):
+        other, fresh = folder("my text.txt", **change)
+        assert fresh and other != first
+    os.utime(house / "my text.txt", (0, 0))
+    assert folder("my text.txt") == (first, 0)
+    (house / "my text.txt").write_text("some text, long enough for all of that " * 3)
+    assert folder("my text.txt")[1]
+    rows, fresh = folder("rows.jsonl")
+    assert fresh and folder("rows.jsonl") == (rows, 0)
+    assert folder("rows.jsonl", block_size=9)[1]
+    assert not list((house / "data" / "cache").glob("*.tmp"))
+
+
+# Killed and continued
+
+
+def killed_at(call, work):
+    """Run `work` in a process of its own that is killed just before its call number `call` that touches a file.
+
+    True if it was; False if it came to its end first.
+    """
+    calls = 0
+
+    def counted(function):
+        def counting(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return counting
+
+    child = os.fork()
+    if child == 0:
+        for owner, name in ((ShardWriter, "add"), (ShardWriter, "flush"), (prepare, "write_whole"), (os, "replace")):
+            setattr(owner, name, counted(getattr(owner, name)))
+        work()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+@pytest.mark.parametrize("kind", ["one text", "many documents", "limited"])
+def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch, kind):
+    monkeypatch.setattr(prepare, "ShardWriter", functools.partial(ShardWriter, shard_tokens=1000))
+    monkeypatch.setattr(prepare, "BATCH", 900)
+    monkeypatch.setattr(prepare, "SAVE_TOKENS", 1100)
+    monkeypatch.setattr("data.texts.PIECE", 300)
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abcd \n"), rng.integers(0, 600))) for _ in range(24)]
+    if kind == "one text":
+        (house / "a.txt").write_text("".join(texts[:12]))
+    source = "a.txt" if kind == "one text" else jsonl(house / "a.jsonl", [{"text": text} for text in texts])
+
+    def work(folder):
+        limit = 3000 if kind == "limited" else None
+        prepare_texts("a", Documents(source), ByteTokenizer(), folder, max_tokens=limit, progress=False)
+        return contents(folder)
+
+    expected = work(house / "unbroken")
+    assert len(expected) >= 5 and "progress.json" not in expected
+    again = 0
+    for call in range(1, 500):
+        folder = house / f"killed-{call}"
+        if not killed_at(call, functools.partial(work, folder)):
+            break
+        killed_at(2 + call % 5, functools.partial(work, folder))
+        progress = folder / "progress.json"
+        again += progress.exists() and json.loads(progress.read_bytes())["train"] > 0
+        assert work(folder) == expected
+    assert call > 20 and again > call / 2  # most did not begin anew
+
+
+def test_an_unfinished_data_set_is_not_opened(house):
+    write_shard(house / "train_000000.bin", np.arange(9, dtype=UINT16))
+    write_shard(house / "val_000000.bin", np.arange(9, dtype=UINT16))
+    (house / "progress.json").write_text("{}")
+    with pytest.raises(UserError, match="not finished"):
+        open_bytes(house)
+
+
+def test_progress_that_the_shards_do_not_bear_out_is_refused(house):
+    with pytest.raises(UserError, match="progress.json"):
+        ShardWriter(house, "train", UINT16, shard_tokens=10, start=25)
+
+
+def test_two_at_once_do_not_write_over_each_other(house):
+    (house / "a.txt").write_text("long enough to be split in two")
+    with lock(house / "data" / "cache" / "a-text.tmp"), pytest.raises(UserError, match="another"):
+        open_bytes("a.txt")
+
+
+def test_memory_is_constant(house):
+    text = "All work and no play makes Jack a dull boy.\n" * 100
+    peaks = []
+    for copies in (1000, 4000):  # 4.4 and 17.6 MB
+        with open(house / "a.txt", "w") as file:
+            for _ in range(copies):
+                file.write(text)
+        tracemalloc.start()
+        prepare_texts("a", Documents("a.txt"), ByteTokenizer(), house / f"{copies}", progress=False)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert Tokens.open(house / "4000", "val").max_id() == EOT
+    assert peaks[1] < peaks[0] + 30e6
+
+
+# Instruction data
+
+
+def examples(count=300, longest=30):
+    rng = np.random.default_rng(1)
+    words = lambda: "".join(rng.choice(list("abcdefgh "), rng.integers(1, longest)))  # noqa: E731
+    return [(f"<{i}:{words()}>", words()) for i in range(count)]
+
+
+def test_examples_are_packed_whole_and_only_answers_are_targets(house):
+    pairs, block = examples(), 160
+    name = jsonl(house / "a.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
+    dataset = open_bytes(name, block_size=block)
+    found = collections.Counter()
+    for split in (dataset.train, dataset.val):
+        tokens, mask = np.array(ids(split)), np.array(ids(split.mask))
+        rows = TrainWindows(split, block, seed=0).per_epoch
+        assert len(tokens) == rows * block + 1 and tokens[-1] == EOT
+        assert not mask[::block].any()
+        used = 0
+        for row, trained in zip(tokens[:-1].reshape(-1, block), mask[:-1].reshape(-1, block), strict=True):
+            # An answer follows ">" and ends with the end token; the rest of the row is prompt, or padding.
+            inside, expected = False, []
+            for token in row.tolist():
+                expected.append(int(inside))
+                inside = (inside or token == ord(">")) and token != EOT
+            assert trained.tolist() == expected
+            text = bytes(t if t != EOT else 0 for t in row.tolist()).rstrip(b"\0").decode() + "\0"
+            found.update(text.split("\0")[:-1])
+            used += len(text)
+        assert used > (rows - 1) * block * 0.93  # little padding
+        x, y = TrainWindows(split, block, seed=0).batch(0, rows)
+        assert sorted(y[y >= 0].tolist()) == sorted(tokens[mask == 1].tolist())
+    assert found == collections.Counter(p + c for p, c in pairs)  # so none is split, lost or doubled
+    assert dataset.meta["row"] == block and dataset.meta["cut"] == 0 and not dataset.warnings
+    assert dataset.documents == len(pairs)
+    assert dataset.val.mask is not None and 5 < sum(EOT == t for t in ids(dataset.val)) < 100
+
+
+def test_examples_too_long_are_cut_and_counted(house):
+    pairs = [("ab", "cd"), ("ab", "c" * 20), ("a" * 12, "b"), ("a", "b")] * 5
+    name = jsonl(house / "a.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
+    dataset = open_bytes(name, block_size=10, val_fraction=0.5)
+    assert dataset.meta["cut"] == 10
+    assert any("10 of 20 examples" in warning for warning in dataset.warnings)
+    rows = [row for split in (dataset.train, dataset.val) for row in np.reshape(ids(split)[:-1], (-1, 10)).tolist()]
+    assert [*b"abcccccccc"] in rows
+    assert not any(row[0] == row[2] == ord("a") for row in rows)  # nothing would be trained in it
+
+
+@pytest.mark.parametrize("count, held_out", [(2, 1), (10, 1), (19, 2)])
+def test_few_examples_are_split_by_example(house, count, held_out):
+    name = jsonl(house / "a.jsonl", [{"prompt": "a", "completion": "b"}] * count)
+    dataset = open_bytes(name)
+    assert [sum(ids(split.mask)) for split in (dataset.train, dataset.val)] == [2 * (count - held_out), 2 * held_out]
+
+
+def test_a_first_token_that_nothing_predicts_is_no_target(house):
+    name = jsonl(house / "a.jsonl", [{"prompt": "", "completion": "abc"}] * 4)
+    dataset = open_bytes(name)
+    assert ids(dataset.train) == [*b"abc", EOT, *b"abc", EOT, *b"abc", EOT, *[EOT] * 5]
+    assert ids(dataset.train.mask) == [0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_conversations_keep_their_template(house):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}] * 2
+    dataset = open_bytes(jsonl(house / "a.jsonl", [{"messages": chat}] * 25), block_size=128)
+    assert dataset.tokenizer.chat_template == CHAT_TEMPLATE
+    text = dataset.tokenizer.decode([t for t, m in zip(ids(dataset.train), ids(dataset.train.mask), strict=True) if m])
+    assert set(text.split("<|endoftext|>")) == {"Ho", ""}
+
+
+def test_rows_of_another_length_are_refused(house):
+    folder = house / "data" / "mine"
+    name = jsonl(house / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 30)
+    prepare_texts("mine", Documents(name), ByteTokenizer(), folder, block_size=16, progress=False)
+    assert open_bytes("mine", block_size=16).meta["row"] == 16
+    with pytest.raises(UserError, match="--block_size=16"):
+        open_bytes("mine", block_size=8)
+
+
+# What lies there already
+
+
+def shards(folder, top=9, **meta):
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        write_shard(folder / f"{split}_000000.bin", np.arange(top, dtype=UINT16))
+    if meta:
+        (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def test_a_name_in_data_comes_first_and_a_missing_one_names_the_nearest(house):
+    shards(house / "data" / "mine", tokenizer="bytes", vocab_size=257)
+    (house / "mine").write_text("a file of the same name")
+    assert open_bytes("mine").folder == house / "data" / "mine"
+    (house / "data" / "mine" / "prepare.py").write_text("")
+    with pytest.raises(UserError, match="Did you mean mine?"):
+        open_bytes("mime")
+    (house / "data" / "bare").mkdir()
+    with pytest.raises(UserError, match=r"bare holds neither"):
+        open_bytes("bare")
+
+
+@pytest.mark.parametrize("cost", ["", "COST = '17 GB, 5 hours'"])
+def test_small_data_sets_prepare_themselves_and_large_ones_say_how(house, monkeypatch, cost):
+    name = "large" if cost else "small"
+    folder = house / "data" / name
+    folder.mkdir()
+    (folder / "prepare.py").write_text(
+        f"{cost}\ndef prepare():\n"
+        "    from pathlib import Path\n    from tests.test_dataset import shards\n"
+        "    shards(Path(__file__).parent, tokenizer='bytes', vocab_size=257)\n"
+    )
+    monkeypatch.setattr(data, "__path__", [*data.__path__, str(house / "data")])
+    if not cost:
+        assert len(open_bytes(name).train) == 9
+    else:
+        with pytest.raises(UserError, match=r"17 GB, 5 hours.*python .*large/prepare\.py"):
+            open_bytes(name)
+
+
+def test_nanogpts_pickle_is_not_opened(house):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(house / "sprung"),))
+
+    np.arange(40, dtype=np.uint16).tofile(house / "train.bin")
+    np.arange(12, dtype=np.uint16).tofile(house / "val.bin")
+    (house / "meta.pkl").write_bytes(pickle.dumps(Trap()))
+    dataset = open_dataset(str(house), block_size=8)
+    assert (dataset.vocab_size, dataset.tokenizer, len(dataset.train), len(dataset.val)) == (40, None, 40, 12)
+    assert "never opened" in dataset.warnings[0]
+    assert not (house / "sprung").exists()
+
+
+def test_bare_shards_are_gpt2s(house, monkeypatch):
+    monkeypatch.setattr(data, "get_tokenizer", {"gpt2": tiny}.get)
+    dataset = open_dataset(str(shards(house / "x", tiny.vocab_size)), block_size=8)
+    assert dataset.tokenizer is tiny and dataset.vocab_size == tiny.vocab_size
+    with pytest.raises(UserError, match="the vocabulary has ids"):
+        open_dataset(str(shards(house / "x", tiny.vocab_size + 1)), block_size=8)
+
+
+def test_another_tokenizer_than_the_data_sets_is_refused(house):
+    name = str(shards(house / "x", tokenizer="bytes", vocab_size=257))
+    assert open_dataset(name, block_size=8, tokenizer=ByteTokenizer()).tokenizer.name == "bytes"
+    for other in ("gpt2", "char", CharTokenizer("abc")):
+        with pytest.raises(UserError, match="made with the tokenizer bytes"):
+            open_dataset(name, block_size=8, tokenizer=other)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"vocab_size": "65"}', '{"vocab_size": 0}', '{"vocab_size": 9, "row": -1}', "[" * 99999, "\xff"]
+)
+def test_damaged_meta_is_refused(house, text):
+    (shards(house / "x") / "meta.json").write_text(text, "latin-1")
+    with pytest.raises(UserError, match=r"meta\.json is damaged"):
+        open_bytes(house / "x")
+
+
+def test_shards_without_training_split_can_be_evaluated(house):
+    (shards(house / "x", tokenizer="bytes", vocab_size=257) / "train_000000.bin").unlink()
+    dataset = open_bytes(house / "x")
+    assert dataset.train is None and len(dataset.val) == 9

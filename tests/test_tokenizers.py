@@ -1,0 +1,197 @@
+"""Tokenizers against a byte-pair encoding written out here, published ids, and transformers reading what we saved."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from config import UserError
+from data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_meta, get_tokenizer, load_tokenizer
+from tests.tiny_bpe import END, MERGES, TINY, encode_slowly, tiny
+
+TEXT = "  The cat's   bath\n\n\tcan't 123four\r\n <|endoftext|> naïve 猫🙂\u3000½  \n"
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    try:
+        return get_tokenizer("gpt2")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+chars = CharTokenizer("".join(sorted(set(TEXT))))
+
+
+@given(
+    st.text(st.sampled_from("the catT's12\n\t \u3000éé猫🙂!<|") | st.characters(exclude_categories=["Cs"]), max_size=60)
+)
+@example(TEXT)
+@example("  \n \n  the")
+def test_bpe_is_the_described_one(text):
+    assert tiny.encode(text).tolist() == encode_slowly(text)
+    assert tiny.decode(tiny.encode(text)) == text
+
+
+def test_gpt2_known_ids(gpt2):
+    assert gpt2.encode("hello world").tolist() == [31373, 995]  # tiktoken's documentation
+    assert gpt2.encode(END).tolist() == [27, 91, 437, 1659, 5239, 91, 29]
+    assert (gpt2.vocab_size, gpt2.eot, gpt2.decode([31373, 50256])) == (50257, 50256, f"hello{END}")
+    assert gpt2.decode(gpt2.encode(TEXT)) == TEXT
+
+
+def test_bytes_are_their_own_ids():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode("aé").tolist() == [97, 0xC3, 0xA9]
+    assert tokenizer.decode([0xC3]) == "\ufffd"
+    assert (tokenizer.vocab_size, tokenizer.eot) == (257, 256)
+
+
+def test_characters():
+    assert CharTokenizer("\nab").encode("ba\n").tolist() == [2, 1, 0]
+    assert chars.decode(chars.encode(TEXT)) == TEXT
+    for missing in ("Z", "\U0010ffff"):  # within and beyond the table of code points
+        with pytest.raises(UserError, match=r"Character 3 of the text, .* is not among the"):
+            chars.encode(f"th{missing}t")
+
+
+@pytest.mark.parametrize("tokenizer", [tiny, ByteTokenizer(), chars], ids=lambda t: t.name)
+def test_common_ground(tokenizer):
+    with ThreadPoolExecutor(4) as threads:
+        many = list(threads.map(tokenizer.encode, [TEXT[:at] for at in range(len(TEXT))]))
+    for at, ids in enumerate(many):
+        assert tokenizer.decode(ids) == TEXT[:at] and ids.dtype == tokenizer.dtype == np.uint16
+    assert b"".join(tokenizer.token_bytes(i) for i in tokenizer.encode(TEXT)) == TEXT.encode()
+
+
+def test_dtype_follows_the_vocabulary():
+    many = CharTokenizer("".join(map(chr, range(0x10000, 0x20000))))
+    assert many.encode(chr(0x1FFFF)).tolist() == [65535] and many.dtype == np.uint32
+
+
+def test_broken_unicode_is_no_error():
+    for tokenizer in (tiny, ByteTokenizer()):
+        assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+    with pytest.raises(UserError, match="U\\+D800"):
+        chars.encode("\ud800")
+
+
+def test_a_million_blanks():  # where tiktoken raises
+    assert tiny.decode(tiny.encode(" " * 1_100_000 + "x")) == " " * 1_100_000 + "x"
+
+
+def test_hashes_differ():
+    made = [tiny, ByteTokenizer(), chars, CharTokenizer("ab"), CharTokenizer("ba"), CharTokenizer("a")]
+    assert len({tokenizer.sha256 for tokenizer in made}) == len(made)
+    assert CharTokenizer("ab").sha256 == CharTokenizer("ab").sha256
+
+
+def opens_in_transformers(tokenizer, folder):
+    from transformers import AutoTokenizer
+
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save(folder)
+    # A checkpoint's config.json lies beside it, and AutoTokenizer goes by that as well.
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "bos_token_id": None, "eos_token_id": None}))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert len(theirs) == tokenizer.vocab_size and theirs.eos_token_id == tokenizer.eot
+    texts = [TEXT.replace(END, ""), *("the cat\n\n  ' s", "    ", "\n\n\n")[: 0 if tokenizer.name == "char" else 3]]
+    for text in texts:
+        assert theirs.encode(text) == tokenizer.encode(text).tolist()
+        assert theirs.decode(theirs.encode(text)) == text
+    assert theirs.apply_chat_template([{"role": "user", "content": "the cat"}], tokenize=False) == "the cat"
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [ByteTokenizer(), CharTokenizer("".join(sorted(set(TEXT))))], ids=lambda t: t.name
+)
+def test_saved_files_open_everywhere(tokenizer, tmp_path):
+    theirs = opens_in_transformers(tokenizer, tmp_path)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path, tmp_path / "theirs"):
+        again = load_tokenizer(folder)
+        assert type(again) is type(tokenizer)
+        assert again.sha256 == tokenizer.sha256
+        assert (
+            again.chat_template == tokenizer.chat_template
+            and again.encode("the").tolist() == tokenizer.encode("the").tolist()
+        )
+
+
+def test_saved_bpe_opens_in_transformers(tmp_path):
+    opens_in_transformers(GPT2Tokenizer(TINY, MERGES), tmp_path)
+    (tmp_path / "tokenizer.json").unlink()  # the older pair of files says the same
+    from transformers import AutoTokenizer
+
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path).encode(TEXT.replace(END, ""))
+        == tiny.encode(TEXT.replace(END, "")).tolist()
+    )
+
+
+def test_gpt2_saved_and_loaded(gpt2, tmp_path):
+    theirs = opens_in_transformers(gpt2, tmp_path)
+    theirs.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "old").mkdir()
+    for file in ("vocab.json", "merges.txt"):
+        shutil.copy(tmp_path / file, tmp_path / "old")
+    for folder in (tmp_path, tmp_path / "theirs", tmp_path / "old"):
+        again = load_tokenizer(folder)
+        assert isinstance(again, GPT2Tokenizer) and again.sha256 == gpt2.sha256
+        again.save(tmp_path / "old")
+        assert (tmp_path / "old/merges.txt").read_bytes() == (tmp_path / "merges.txt").read_bytes()
+    theirs.add_special_tokens({"pad_token": "[PAD]"})
+    theirs.save_pretrained(tmp_path / "more")
+    with pytest.raises(UserError, match="50,258 tokens"):
+        load_tokenizer(tmp_path / "more")
+
+
+def test_foreign_tokenizers_are_refused(tmp_path):
+    assert load_tokenizer(tmp_path) is None
+    tiny.save(tmp_path)
+    with pytest.raises(UserError, match="269 tokens that is neither GPT-2's"):
+        load_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    shape = (
+        {"vocab": {"x": 5}},
+        {"vocab": [["▁the", -1.5], ["x", -2.0]]},
+        {"vocab": {"\u2581a": 0}, "merges": [["a", "b"]]},
+    )
+    for model in shape:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"model": model, "added_tokens": []}))
+        with pytest.raises(UserError, match="neither"):
+            load_tokenizer(tmp_path)
+
+
+@given(
+    st.sampled_from([b"", b"{", b"[]", b"\xff", b"null", b"[" * 9999, b'{"model": {"vocab": 3}, "added_tokens": []}'])
+    | st.binary()
+)
+def test_damaged_files_are_named(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        load_tokenizer(folder)
+
+
+def test_from_meta(tmp_path):
+    assert from_meta({}, tmp_path) is None
+    meta = {"tokenizer": "char", "chars": "".join(chars.names), "tokenizer_sha256": chars.sha256}
+    for tokenizer, written in (chars, meta), (ByteTokenizer(), {"tokenizer": "bytes"}):
+        again = from_meta(written, tmp_path)
+        assert again is not None and again.sha256 == tokenizer.sha256
+    bad = (
+        {"tokenizer": "klingon"},
+        {"tokenizer": ["char"]},
+        meta | {"chars": "aa"},
+        meta | {"chars": None},
+        meta | {"chars": "ab"},
+    )
+    for wrong in bad:
+        with pytest.raises(UserError):
+            from_meta(wrong, tmp_path)

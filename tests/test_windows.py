@@ -1,0 +1,133 @@
+"""The order of training windows and the cover of evaluation windows, against counting them one by one."""
+
+import numpy as np
+import pytest
+
+from config import UserError
+from data.shards import MASK, UINT16, Tokens, write_shard
+from data.windows import EvalWindows, TrainWindows, permute
+
+
+def split(folder, size, shard=100, mask=None):
+    """Tokens 0, 1, 2, ...: each says where it stands."""
+    ids = np.arange(size, dtype=UINT16)
+    for i, start in enumerate(range(0, size, shard)):
+        write_shard(folder / f"train_{i:06d}.bin", ids[start : start + shard])
+        if mask is not None:
+            write_shard(folder / f"train_mask_{i:06d}.bin", np.array(mask[start : start + shard], MASK))
+    return Tokens.open(folder, "train")
+
+
+@pytest.mark.parametrize("size", [*range(1, 70), 255, 256, 257, 1000, 4097, 99991])
+def test_permute_is_a_bijection(size):
+    for key in (0, 1, 2**64 - 1):
+        image = permute(np.arange(size), size, key)
+        assert np.array_equal(np.sort(image), np.arange(size))
+        np.testing.assert_array_equal(permute(np.arange(size)[::-3], size, key), image[::-3])
+
+
+def test_permute_of_more_than_fits_in_memory_stays_inside_and_apart():
+    for size in (3 * 10**12 + 1, 2**62):
+        image = permute(np.arange(10_000) + size // 2, size, key=5)
+        assert image.min() >= 0 and image.max() < size
+        assert len(np.unique(image)) == 10_000
+        assert abs(image.astype(float).mean() / size - 0.5) < 0.02
+
+
+def test_permute_looks_random():
+    """Over many keys each index goes to each place about equally often, neighbours too (chi-square, 99 degrees)."""
+    images = np.array([permute(np.arange(10), 10, key) for key in range(5000)])
+    counts = np.array([np.bincount(column, minlength=10) for column in images.T])
+    assert ((counts - 500) ** 2 / 500).sum() < 150
+    steps = np.bincount((images[:, 1] - images[:, 0]) % 10, minlength=10)[1:]
+    assert ((steps - 5000 / 9) ** 2 / (5000 / 9)).sum() < 30
+
+
+@pytest.mark.parametrize(
+    "size, block", [(9, 8), (16, 8), (17, 8), (23, 8), (24, 8), (25, 8), (1000, 8), (1003, 8), (640, 1)]
+)
+def test_an_epoch_draws_every_window_once(tmp_path, size, block):
+    windows = TrainWindows(split(tmp_path, size), block, seed=1)
+    orders, phases = [], set()
+    for epoch in range(40):
+        x, y = windows.batch(epoch * windows.per_epoch, windows.per_epoch)
+        np.testing.assert_array_equal(x, x[:, :1] + np.arange(block))
+        np.testing.assert_array_equal(y, x + 1)
+        phase = x.min()
+        assert sorted(x[:, 0]) == [phase + i * block for i in range(windows.per_epoch)]
+        assert x.dtype == y.dtype == np.int64
+        orders.append(x[:, 0].tolist())
+        phases.add(phase)
+    assert phases <= set(range(block))
+    assert len(phases) == min(block, size - windows.per_epoch * block)
+    # All windows that fit are drawn, but for less than two blocks at the ends.
+    assert size - windows.per_epoch * block <= 2 * block
+    if windows.per_epoch > 20:
+        ranks = {tuple(np.argsort(order)) for order in orders}
+        assert len(ranks) == 40
+
+
+def test_seeds_differ_and_repeat(tmp_path):
+    tokens = split(tmp_path, 1000)
+    one, again, other = (TrainWindows(tokens, 8, seed).starts(np.arange(50)).tolist() for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def test_positions_are_independent_of_batch_size_and_ranks(tmp_path):
+    windows = TrainWindows(split(tmp_path, 200), 8, seed=3)
+    one_by_one = np.concatenate([windows.batch(i, 1)[0] for i in range(120)])
+    assert windows.per_epoch == 24  # so that most batches below span two epochs, and the largest six
+    for size in (2, 5, 7, 40, 120):
+        batches = np.concatenate([windows.batch(i, size)[0] for i in range(0, 120, size)])[:120]
+        np.testing.assert_array_equal(batches, one_by_one)
+    far = 10**15
+    np.testing.assert_array_equal(windows.batch(far, 3)[0][2], windows.batch(far + 2, 1)[0][0])
+
+
+def test_rows_are_drawn_whole_and_without_phase(tmp_path):
+    mask = [int(i % 8 not in (0, 1) and i < 40) for i in range(41)]
+    windows = TrainWindows(split(tmp_path, 41, shard=13, mask=mask), 8, seed=0)
+    assert windows.per_epoch == 5
+    for epoch in range(4):
+        x, y = windows.batch(epoch * 5, 5)
+        assert sorted(x[:, 0]) == [0, 8, 16, 24, 32]
+        for row_x, row_y in zip(x.tolist(), y.tolist(), strict=True):
+            assert row_y == [t + 1 if mask[t + 1] else -1 for t in row_x]
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 9, 10, 16, 17, 100, 101])
+def test_evaluation_covers_every_target_once(tmp_path, size):
+    windows = EvalWindows(split(tmp_path, size), 8)
+    assert windows.choose(0).tolist() == windows.choose(windows.count).tolist() == list(range(windows.count))
+    for order in (np.arange(windows.count), np.arange(windows.count)[::-1]):
+        x, y = windows.batch(order)
+        assert x.shape == y.shape == (windows.count, 8)
+        assert sorted(y[y >= 0]) == list(range(1, size))
+        np.testing.assert_array_equal(x[y >= 0], y[y >= 0] - 1)
+        assert not x[y < 0].any()
+
+
+def test_evaluation_honours_the_mask(tmp_path):
+    mask = [0, 1, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1]
+    _, y = (windows := EvalWindows(split(tmp_path, 12, shard=5, mask=mask), 4)).batch(windows.choose(0))
+    assert sorted(y[y >= 0]) == [1, 2, 5, 7, 8, 11]
+
+
+def test_chosen_evaluation_windows_are_fixed_spread_and_nested(tmp_path):
+    windows = EvalWindows(split(tmp_path, 8001), 8)
+    few, more = windows.choose(20).tolist(), windows.choose(100).tolist()
+    assert few == sorted(set(few)) == windows.choose(20).tolist() and len(few) == 20
+    assert set(few) < set(more)
+    assert min(more) < 50 and max(more) > 950
+
+
+def test_too_little_text_says_what_would_fit(tmp_path):
+    tokens = split(tmp_path, 8)
+    assert TrainWindows(tokens, 7, 0).per_epoch == 1
+    with pytest.raises(UserError, match="--block_size=7"):
+        TrainWindows(tokens, 8, 0)
+    (tmp_path / "one").mkdir()
+    with pytest.raises(UserError, match="more text"):
+        TrainWindows(split(tmp_path / "one", 1), 8, 0)
+    with pytest.raises(UserError, match="holds 1 tokens"):
+        EvalWindows(split(tmp_path / "one", 1), 8)

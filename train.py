@@ -1,0 +1,906 @@
+"""Train or fine-tune a GPT: the optimizer, the schedule, one step, evaluation, and the loop around them.
+
+    python train.py                                          # tiny Shakespeare, the preset that suits this machine
+    python train.py config/train_gpt2.py --batch_size=8      # a preset, a changed key
+    python train.py --init_from=resume --out_dir=out         # go on where a run stopped
+    torchrun --nproc_per_node=2 train.py config/...          # one process a GPU
+
+Reading order: Step (one update), build_optimizers, learning_rate, evaluate, Run (the loop).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before torch: less memory lost to gaps
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import config as configuration
+from config import TrainConfig, UserError
+from config.machine import Machine, open_machine
+from data import run as run_folder
+from model import GPT, LOSS_CHUNK_ROWS, MASKED, GPTConfig, Sampling, WeightsError, find_pretrained
+
+# A micro-batch of fewer operations than this keeps the GPU busy for less time than launching its kernels takes the
+# host: such a step is recorded as a CUDA graph and replayed. See cuda_graph in the README's notes on speed.
+GRAPH_BELOW_FLOPS = 4e12
+SAMPLE_TOKENS = 160  # length of the text shown at each evaluation
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Optimizers and schedule
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for the blocks' matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    The step is scaled to AdamW's usual size, 0.2 sqrt(max(rows, columns)) (Liu et al. 2025, arXiv:2502.16982, 2.2), so
+    one learning rate serves both. Equal shapes are stacked and orthogonalized in one batch. c_attn holds three
+    matrices, q, k and v, which are orthogonalized apart.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: Tensor, momentum: float, weight_decay: float):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.grad_scale: Tensor | None = None  # as in torch's fused optimizers: gradients are divided by it,
+        self.found_inf: Tensor | None = None  # and where this is 1 the step is skipped, on the device
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for params in shapes.values():
+                self._step_stack(params, group)
+
+    def _step_stack(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        rows, columns = params[0].shape
+        parts = 3 if rows == 3 * columns else 1  # c_attn is (3C, C)
+        g = torch.stack([p.grad for p in params]).view(-1, rows // parts, columns)  # type: ignore[arg-type]
+        if self.grad_scale is not None:
+            g /= self.grad_scale
+        state = self.state[params[0]]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(g)
+        keep = 1.0 if self.found_inf is None else 1 - self.found_inf
+        g = g if self.found_inf is None else torch.where(self.found_inf > 0, 0.0, g)
+        # A skipped step leaves the momentum as it was: its weight on the new gradient is zero then.
+        momentum = state["momentum"].lerp_(g, keep * (1 - group["momentum"]))
+        update = orthogonalize(g.lerp(momentum, group["momentum"]))  # Nesterov's look ahead
+        step = keep * group["lr"] * 0.2 * max(g.shape[1:]) ** 0.5
+        decay = 1 - keep * group["lr"] * group["weight_decay"]
+        for p, u in zip(params, update.view(-1, rows, columns), strict=True):
+            p.mul_(decay).sub_(step * u)
+
+
+def orthogonalize(g: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices to g, (n, rows, columns), roughly: singular values of 0.7 to 1.2.
+
+    Five Newton-Schulz steps of a quintic whose slope at 0 is steep (Jordan et al. 2024); bf16 suffices on a GPU.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16() if g.is_cuda else g
+    tall = g.size(1) > g.size(2)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        xx = x @ x.mT
+        x = a * x + torch.baddbmm(xx, xx, xx, beta=b, alpha=c) @ x
+    return (x.mT if tall else x).to(g.dtype)
+
+
+def build_optimizers(model: GPT, config: Any, machine: Machine) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the rest.
+
+    Matrices and embeddings decay, biases and LayerNorms do not (Brown et al. 2020, appendix B). The learning rate is a
+    tensor on the device: a recorded step reads the new value without being recorded anew.
+    """
+    lr = torch.tensor(float(config.learning_rate), device=machine.device)
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    muon = [p for n, p in trainable if config.optimizer == "muon" and p.ndim == 2 and ".h." in n and "lora" not in n]
+    chosen = {id(p) for p in muon}
+    rest = [p for _, p in trainable if id(p) not in chosen]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    adamw: torch.optim.Optimizer
+    if config.optimizer == "adamw8bit":
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError:
+            raise UserError("optimizer=adamw8bit needs torchao: pip install torchao") from None
+        adamw = AdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)
+    else:
+        fused = machine.device.type in ("cuda", "cpu", "mps")
+        adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused, capturable=machine.on_gpu)
+    optimizers = [adamw]
+    if muon:
+        optimizers.append(Muon(muon, lr, config.beta1, config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    return optimizers
+
+
+def learning_rate(step: int, config: Any) -> float:
+    """The rate of the update that follows `step` finished ones.
+
+    Linear warm-up, then cosine to min_lr at lr_decay_iters (Loshchilov and Hutter 2016, arXiv:1608.03983, eq. 5), or
+    'wsd': a plateau, then linear to min_lr over the last decay_fraction (Haegele et al. 2024, arXiv:2405.18392, 3).
+    """
+    if not config.decay_lr:
+        return config.learning_rate
+    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if step >= end:
+        return config.min_lr
+    if config.schedule == "wsd":
+        share = min(1.0, (end - step) / max(1, config.decay_fraction * (end - config.warmup_iters)))
+    else:
+        share = 0.5 + 0.5 * math.cos(math.pi * (step - config.warmup_iters) / (end - config.warmup_iters))
+    return config.min_lr + share * (config.learning_rate - config.min_lr)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+class Step:
+    """One update: forward and backward over the micro-batches, clip, optimize. bench.py times this very object.
+
+    Nothing in it waits for the device. What happened stays there in `loss` (mean over the step's targets, nats),
+    `grad_norm` (before clipping) and `bad` (updates skipped in a row because loss or gradient was not finite) until
+    the host asks. After three plain steps a small step is recorded as a CUDA graph and replayed from then on.
+    """
+
+    def __init__(self, model: GPT, config: Any, machine: Machine):
+        self.model, self.config, self.machine = model, config, machine
+        self.forward: Any = model
+        if machine.world > 1:
+            ids = [machine.device.index] if machine.on_gpu else None
+            self.forward = nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        self.optimizers = build_optimizers(model, config, machine)
+        self.lr: Tensor = self.optimizers[0].param_groups[0]["lr"]
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.micro_steps = config.gradient_accumulation_steps // machine.world
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+        shape = (self.micro_steps, config.batch_size, config.block_size)
+        self.x = torch.zeros(shape, dtype=torch.int64, device=machine.device)
+        self.y = torch.zeros_like(self.x)
+        self.divisor = torch.ones((), device=machine.device)
+        self.loss, self.grad_norm, self.bad = (torch.zeros((), device=machine.device) for _ in range(3))
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphed = wants_graph(model, config, machine)
+        self.steps, self.warmup = 0, 4 if self.graphed else 1  # steps until nothing is compiled or recorded any more
+
+    def __call__(self, lr: float, rows: list[int] | None = None) -> None:
+        """Update once from self.x and self.y, (micro-steps, B, T). rows: targets in each micro-batch, if some are masked."""
+        self.lr.fill_(lr)
+        targets = self.x.numel() if rows is None else sum(rows)
+        self.divisor.fill_(max(1, targets))
+        if self.machine.world > 1:
+            # DistributedDataParallel averages over ranks, so each divides by the mean number of targets.
+            dist.all_reduce(self.divisor)
+            self.divisor /= self.machine.world
+        self.steps += 1
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.graphed and self.steps >= self.warmup and rows is None:
+            self.record()
+        else:
+            self.run(rows)
+
+    def run(self, rows: list[int] | None = None) -> None:
+        for p in self.params:
+            p.grad = None
+        self.loss.zero_()
+        for i in range(self.micro_steps):
+            if rows is not None and rows[i] == 0 and self.machine.world == 1:
+                continue  # no target in it: nothing to learn, and nothing to compute
+            last = i == self.micro_steps - 1  # gradients travel between ranks once, with the last micro-batch
+            with contextlib.nullcontext() if last or self.machine.world == 1 else self.forward.no_sync():
+                with self.machine.autocast():
+                    _, loss = self.forward(self.x[i], self.y[i], self.divisor, None if rows is None else rows[i])
+                self.scaler.scale(loss).backward()
+            self.loss += loss.detach()
+        self.update()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Clip to grad_clip by the global norm (Pascanu et al. 2013, algorithm 1) and update, unless not finite."""
+        if self.scaler.is_enabled():
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+        grads = [p.grad for p in self.params if p.grad is not None]
+        if not grads:
+            return
+        self.grad_norm.copy_(nn.utils.get_total_norm(grads, foreach=True))
+        skip = 1 - torch.isfinite(self.grad_norm + self.loss).float()
+        self.bad.add_(1).mul_(skip)
+        # The optimizers divide by this factor and look at the flag as they read the gradients: clipping and skipping
+        # cost no pass of their own over them, and no question to the device.
+        clip = self.config.grad_clip
+        divide_by = (self.grad_norm / clip).clamp(min=1) if clip else torch.ones_like(self.grad_norm)
+        for optimizer in self.optimizers:
+            if not hasattr(optimizer, "_step_supports_amp_scaling") and not isinstance(optimizer, Muon):
+                _scale_gradients(grads, divide_by, skip)  # torchao's optimizer knows neither
+            optimizer.grad_scale, optimizer.found_inf = divide_by, skip  # type: ignore[attr-defined]
+            optimizer.step()
+        if self.scaler.is_enabled():
+            self.scaler.update()
+
+    def record(self) -> None:
+        """Record a step without running it, then replay it; replays draw the random numbers the plain step would."""
+        torch.cuda.synchronize()
+        for p in self.params:
+            p.grad = None
+        torch.cuda.empty_cache()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.run()
+        self.graph.replay()
+
+
+def _scale_gradients(grads: list[Tensor], divide_by: Tensor, skip: Tensor) -> None:
+    for g in grads:
+        g.copy_(torch.where(skip > 0, 0.0, g / divide_by))
+
+
+def wants_graph(model: GPT, config: Any, machine: Machine) -> bool:
+    """cuda_graph=auto: a compiled step on one GPU whose micro-batches are too small to keep it busy."""
+    if config.cuda_graph is True and not machine.on_gpu:
+        raise UserError("cuda_graph=True needs a GPU")
+    possible = machine.on_gpu and machine.world == 1 and machine.dtype != torch.float16
+    if config.cuda_graph != "auto":
+        return bool(config.cuda_graph) and possible
+    flops = model.flops_per_token() * config.batch_size * config.block_size
+    return possible and machine.compiled and flops < GRAPH_BELOW_FLOPS and config.optimizer != "adamw8bit"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory
+
+# What a layer keeps for the backward pass, in bytes a token in units of n_embd, at 2 bytes a number. none: its input 2,
+# two norms 4, qkv 6, attention 2, its projection 2, the MLP's inside 16; pointwise: without norms and the GELU's output
+# 10 less, and 2 more for what the sum after attention needs; block: its input.
+KEPT = {"none": 32, "pointwise": 20, "block": 2}
+
+
+def step_memory(shape: GPTConfig, config: Any, recompute: str, trainable: int | None = None) -> dict[str, float]:
+    """Bytes of device memory at the peak of a step, by kind; their sum is the allocator's high-water mark.
+
+    trainable: parameters with gradients and moments, if not all (LoRA). The peak is the largest of three moments: in
+    the loss, with all activations alive and a chunk of logits beside them; in the backward pass of the last layer,
+    which with recompute=block holds a whole layer's activations; at its end, with all gradients and both parts of the
+    embedding's. The constants were fitted on 124M and hold within 2% for 350M and 774M (README, what fits).
+    """
+    with torch.device("meta"):
+        params = sum(p.numel() for p in GPT(shape).parameters())
+    C, V, L, tokens = shape.n_embd, shape.padded_vocab_size, shape.n_layer, config.batch_size * config.block_size
+    number = 4 if config.dtype == "float32" else 2
+    master = 2 if config.optimizer == "adamw8bit" else 4
+    moments = 2 if config.optimizer == "adamw8bit" else 8
+    full = trainable is None
+    trained = params if trainable is None else trainable
+    head = 4.0 * C * V if full else 0.0  # the head's part of the embedding's gradient, in fp32
+    base = {
+        "weights": master * params if full else number * params + 4.0 * trained,
+        "moments": float(moments * trained),
+        "gradients": float(master * trained) if config.gradient_accumulation_steps > 1 else 0.0,
+    }
+    unit = number / 2 * C * tokens
+    casts = number * (params - C * V) if recompute == "none" and number < master else 0.0
+    loss = base | {
+        "activations": (KEPT[recompute] * L + 8) * unit,
+        "logits": number * min(tokens, LOSS_CHUNK_ROWS) * V + head,
+        "workspace": casts + (number * C * V if number < master else 0.0) + 2.0**25,
+    }
+    backward = base | {"activations": (KEPT[recompute] * L + (43 if recompute == "block" else 20)) * unit, "logits": head}
+    end = base | {"gradients": float(master * trained), "activations": 26 * unit, "logits": head}
+    return max((loss, backward, end), key=lambda moment: sum(moment.values()))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data on its way to the device, and evaluation
+
+
+class Loader:
+    """Brings a step's windows from the shards into the step's buffers, through page-locked memory, without waiting."""
+
+    SLOTS = 2  # the host may be filling one buffer while the device copies from the other
+
+    def __init__(self, windows: Any, step: Step, machine: Machine):
+        self.windows, self.step, self.machine = windows, step, machine
+        shape = (self.SLOTS, 2, *step.x.shape)
+        self.buffers = torch.zeros(shape, dtype=torch.int64, pin_memory=machine.on_gpu)
+        self.copied: list[torch.cuda.Event | None] = [None] * self.SLOTS
+        self.turn = 0
+
+    def load(self, position: int) -> list[int] | None:
+        """Load the windows from `position` on; returns the targets of each micro-batch where some are masked.
+
+        Micro-batch m of a step belongs to rank m mod world: the step's windows are the same at any world size.
+        """
+        self.turn = (self.turn + 1) % self.SLOTS
+        if (event := self.copied[self.turn]) is not None:
+            event.synchronize()
+        x, y = self.buffers[self.turn]
+        micro_steps, batch_size, _ = x.shape
+        for i in range(micro_steps):
+            start = position + (i * self.machine.world + self.machine.rank) * batch_size
+            for target, source in zip((x[i], y[i]), self.windows.batch(start, batch_size), strict=True):
+                target.copy_(torch.from_numpy(source))
+        self.step.x.copy_(x, non_blocking=True)
+        self.step.y.copy_(y, non_blocking=True)
+        if self.machine.on_gpu:
+            self.copied[self.turn] = event = torch.cuda.Event()
+            event.record()
+        if self.windows.tokens.mask is None:
+            return None
+        return (y != MASKED).sum((1, 2)).tolist()
+
+
+@torch.no_grad()
+def evaluate(model: GPT, windows: Any, count: int, config: Any, machine: Machine) -> float:
+    """Mean loss, in nats a token, over `count` fixed windows of a split (0: all); the same windows every time.
+
+    Dropout is off meanwhile; no random number is drawn and the position in the training data does not move.
+    """
+    chosen = windows.choose(count)
+    batch = 2 * config.batch_size  # without gradients twice the micro-batch needs less memory than training does
+    totals = torch.zeros(2, dtype=torch.float64, device=machine.device)
+    was_training = model.training
+    model.eval()
+    # A model whose step is recorded is too small for a second compilation, for evaluation, to pay.
+    small = not machine.compiled or wants_graph(model, config, machine)
+    with torch.compiler.set_stance("force_eager" if small else "default"), machine.autocast():
+        for start in range(machine.rank * batch, len(chosen), machine.world * batch):
+            part = chosen[start : start + batch]
+            x, y = (torch.from_numpy(a) for a in windows.batch(np.resize(part, batch)))  # one shape: compiled once
+            y[len(part) :] = MASKED
+            _, loss = model(x.to(machine.device), y.to(machine.device), 1.0)
+            totals[0] += loss
+            totals[1] += (y != MASKED).sum()
+    model.train(was_training)
+    if machine.world > 1:
+        dist.all_reduce(totals)
+    total, targets = totals.tolist()
+    return total / max(1.0, targets)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+@dataclass
+class Progress:
+    """All of a run's place but its tensors: trainer.json holds exactly this (and the checksums)."""
+
+    step: int = 0  # finished updates
+    position: int = 0  # training windows consumed
+    tokens: int = 0
+    elapsed_s: float = 0.0  # training alone: evaluation, saving and compiling stop the clock
+    best_val_loss: float | None = None
+    best_step: int = 0
+    worse_evaluations: int = 0  # in a row, for patience
+    evaluated_step: int = -1
+    wandb_id: str | None = None
+
+
+class Clock:
+    """Seconds and steps of training alone. Stopped for evaluation and saving; a stop waits for the device."""
+
+    def __init__(self, machine: Machine):
+        self.machine, self.total, self.seconds, self.steps = machine, 0.0, 0.0, 0
+        self.started: float | None = None
+
+    def start(self) -> None:
+        self.machine.synchronize()
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self.started is not None:
+            self.machine.synchronize()
+            self._take()
+            self.started = None
+
+    def tick(self) -> None:
+        self.steps += self.started is not None
+
+    def lap(self) -> float | None:
+        """Steps a second since the last lap; the caller has just waited for the device."""
+        if self.started is not None:
+            self._take()
+        rate = self.steps / self.seconds if self.steps and self.seconds else None
+        self.seconds, self.steps = 0.0, 0
+        return rate
+
+    def _take(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self.started  # type: ignore[operator]
+        self.total += now - self.started  # type: ignore[operator]
+        self.started = now
+
+
+class Run:
+    """A training run: builds what it needs from the configuration, then trains until done, stopped or hopeless."""
+
+    def __init__(self, config: TrainConfig, given: set[str], resumed: bool = False):
+        from data import open_dataset
+        from data.windows import EvalWindows, TrainWindows
+
+        self.config, self.out_dir, self.resumed = config, Path(config.out_dir), resumed
+        torch.manual_seed(config.seed)  # the initial weights, alike on every rank
+        self.model, tokenizer, self.progress = load_start(config, given, resumed)
+        self.dataset = open_dataset(
+            config.dataset,
+            tokenizer=tokenizer or config.tokenizer,
+            val_fraction=config.val_fraction,
+            text_column=config.text_column,
+            block_size=config.block_size,
+        )
+        self.model = check_start(self.model, tokenizer, self.dataset, config)
+        self.machine = open_machine(config, self.model.blocks[0])
+        self.master = self.machine.rank == 0
+        self.val = EvalWindows(self.dataset.val, config.block_size)
+        self.eval_count = min(config.eval_iters * config.batch_size or self.val.count, self.val.count)
+        if config.eval_only:
+            prepare_model(self.model, config, self.machine)
+            return
+        self.windows = TrainWindows(self.dataset.train, config.block_size, config.seed)
+        self.train_eval = EvalWindows(self.dataset.train, config.block_size)
+        self.step_windows = config.batch_size * config.gradient_accumulation_steps
+        if config.num_epochs:
+            config.max_iters = math.ceil(config.num_epochs * self.windows.per_epoch / self.step_windows)
+        prepare_model(self.model, config, self.machine)
+        self.step = Step(self.model, config, self.machine)
+        self.loader = Loader(self.windows, self.step, self.machine)
+        # Dropout's random numbers: a rank's own, and not the first ones over again after resuming.
+        torch.manual_seed(config.seed + self.machine.rank + 1_000_003 * self.progress.step)
+        if resumed:
+            load_trainer(run_folder.find_checkpoint(self.out_dir, ("last",))[0], self.step, self.master)
+        self.clock, self.stop_signal = Clock(self.machine), 0
+        self.earlier_s = self.progress.elapsed_s
+        self.saved_step = self.progress.step if self.resumed else -1
+
+    # -- telling
+
+    def say(self, text: str) -> None:
+        if self.master:
+            from tqdm import tqdm
+
+            tqdm.write(text)
+
+    def introduce(self) -> None:
+        c, shape = self.config, self.model.config
+        for note in [*self.machine.notes, *self.dataset.warnings]:
+            self.say(note)
+        per_step = self.step_windows * c.block_size
+        self.say(
+            f"model: {self.model.num_params():,} parameters ({shape.n_layer} layers, {shape.n_head} heads, "
+            f"{shape.n_embd} wide, block {shape.block_size}, vocabulary {shape.vocab_size})"
+        )
+        self.say(f"data: {self.dataset.name}, {len(self.dataset.train):,} training and {len(self.dataset.val):,} validation tokens")
+        self.say(
+            f"step: {c.batch_size} x {c.block_size} x {c.gradient_accumulation_steps} = {per_step:,} tokens; "
+            f"an epoch is {self.windows.per_epoch / self.step_windows:,.1f} steps; {c.max_iters:,} steps are "
+            f"{c.max_iters * self.step_windows / self.windows.per_epoch:,.2f} epochs"
+        )
+        memory = step_memory(shape, c, c.recompute)
+        self.say(f"memory: about {sum(memory.values()) / 2**30:.1f} GiB at the peak of a step (recompute={c.recompute})")
+        if self.resumed:
+            self.say(f"resuming at step {self.progress.step:,}")
+
+    def show_sample(self) -> None:
+        """A text from the model as it is: the newcomer's progress bar."""
+        if not self.master or (tokenizer := self.dataset.tokenizer) is None:
+            return
+        start = [tokenizer.eot] if tokenizer.eot is not None else list(tokenizer.encode("\n"))
+        count = min(SAMPLE_TOKENS, max(1, self.config.block_size * 2))
+        was_training = self.model.training
+        self.model.eval()
+        with self.machine.autocast():
+            ids = self.model.generate([start], count, sampling=Sampling(0.8, top_k=200), seeds=[self.config.seed])[0]
+        self.model.train(was_training)
+        text = tokenizer.decode(ids).strip()
+        self.say("".join(f"    | {line}\n" for line in text.splitlines()))
+
+    # -- the loop
+
+    def train(self) -> int:
+        """Train to the end; returns the exit status."""
+        c, p = self.config, self.progress
+        self.introduce()
+        self.open_folder()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        bar = self.open_bar()
+        self.model.train()
+        self.last_save, status, warm = time.monotonic(), 0, p.step + self.step.warmup
+        rows = self.loader.load(p.position) if p.step < c.max_iters else None
+        while True:
+            due = p.step % c.eval_interval == 0 or p.step >= c.max_iters
+            if due and p.evaluated_step != p.step and self.log_evaluation():
+                self.say(f"stopping: no better validation loss in {c.patience} evaluations")
+                break
+            if p.step >= c.max_iters:
+                break
+            lr = learning_rate(p.step, c)
+            self.step(lr, rows)
+            self.clock.tick()
+            p.step += 1
+            p.position += self.step_windows
+            p.tokens += self.step_windows * c.block_size
+            if p.step < c.max_iters:
+                rows = self.loader.load(p.position)  # the host gathers while the device computes
+            bar.update()
+            if (p.step % c.log_interval == 0 or p.step == c.max_iters) and self.log_step(bar, lr):
+                status = 1
+                break
+            if p.step == warm:  # compiling and recording are over
+                self.clock.start()
+            if self.agree_to_stop():
+                status = 128 + self.stop_signal
+                break
+            if time.monotonic() - self.last_save >= c.save_interval_s:
+                self.save("last")
+        bar.close()
+        return self.finish(status)
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        if self.stop_signal:  # a second Ctrl-C means now
+            raise KeyboardInterrupt
+        self.stop_signal = number
+        self.say(f"\n{signal.Signals(number).name}: finishing this step, then saving (again to quit at once)")
+
+    def agree_to_stop(self) -> bool:
+        """A signal that reached any rank stops all of them after the same step."""
+        if self.machine.world > 1:
+            flag = torch.tensor(self.stop_signal, device=self.machine.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.stop_signal = int(flag)
+        return self.stop_signal > 0
+
+    def open_bar(self) -> Any:
+        from tqdm import tqdm
+
+        total, done = self.config.max_iters, self.progress.step
+        # Not on a terminal: no bar, whose redrawing would fill a log file, but a line a logged step.
+        return tqdm(total=total, initial=done, unit="step", disable=None if self.master else True, smoothing=0.05)
+
+    def log_step(self, bar: Any, lr: float) -> bool:
+        """One line of metrics, reading the device for the first time since the last; true if the run is hopeless."""
+        p, step = self.progress, self.step
+        loss = step.loss.clone()
+        if self.machine.world > 1:
+            dist.all_reduce(loss, dist.ReduceOp.AVG if self.machine.on_gpu else dist.ReduceOp.SUM)
+            loss /= 1 if self.machine.on_gpu else self.machine.world
+        loss, grad_norm, bad = torch.stack([loss, step.grad_norm, step.bad]).tolist()  # waits for the device
+        steps_per_s = self.clock.lap()
+        rate = steps_per_s and round(steps_per_s * self.step_windows * self.config.block_size)
+        if self.master:
+            row = {"step": p.step, "tokens": p.tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+            self.metrics.append(row | {"tokens_per_s": rate, "elapsed_s": self.elapsed()})
+            if self.wandb:
+                self.wandb.log({"train/loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": rate}, step=p.step)
+            bar.set_postfix_str(f"loss {loss:.4f}" + (f", {rate:,.0f} tokens/s" if rate else ""), refresh=False)
+            if bar.disable:
+                self.say(f"step {p.step}: loss {loss:.4f}, lr {lr:.2e}" + (f", {rate:,.0f} tokens/s" if rate else ""))
+        if bad:
+            self.say(f"step {p.step}: loss or gradient not finite; skipped {bad:.0f} update(s) in a row")
+        if bad < self.config.max_bad_steps:
+            return False
+        self.say(
+            f"stopping at step {p.step}: {bad:.0f} updates in a row had a loss or gradient that is not finite. The weights are "
+            f"as before the first of them. Training window {p.position}; try a lower learning_rate or dtype=float32"
+        )
+        return True
+
+    def log_evaluation(self) -> bool:
+        """Evaluate, tell, keep the best; true if patience is over."""
+        c, p = self.config, self.progress
+        running = self.clock.started is not None
+        self.clock.stop()
+        train_loss, val_loss = (
+            evaluate(self.model, w, self.eval_count, c, self.machine) for w in (self.train_eval, self.val)
+        )
+        p.evaluated_step = p.step
+        better = p.step > 0 and (p.best_val_loss is None or val_loss < p.best_val_loss)
+        if better:
+            p.best_val_loss, p.best_step, p.worse_evaluations = val_loss, p.step, 0
+        elif p.step > 0:
+            p.worse_evaluations += 1
+        self.say(
+            f"step {p.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f} (perplexity {math.exp(min(val_loss, 700)):.2f})"
+            + (", the best so far" if better else "")
+        )
+        if self.master:
+            row = {"step": p.step, "tokens": p.tokens, "train_loss": train_loss, "val_loss": val_loss}
+            self.metrics.append(row | {"elapsed_s": self.elapsed()})
+            if self.wandb:
+                self.wandb.log({"train_loss": train_loss, "val_loss": val_loss}, step=p.step)
+        self.show_sample()
+        if better:
+            self.save("best")
+        if p.step > 0 and c.always_save_checkpoint:
+            self.save("last")
+        if self.master:
+            run_folder.draw_losses(self.metrics.rows, self.out_dir / "loss.png")
+        if running:
+            self.clock.start()
+        return 0 < c.patience <= p.worse_evaluations
+
+    def elapsed(self) -> float:
+        return round(self.earlier_s + self.clock.total, 3)
+
+    # -- the run's folder
+
+    def open_folder(self) -> None:
+        c, self.wandb = self.config, None
+        if not self.master:
+            return
+        if not self.resumed:
+            run_folder.set_aside(self.out_dir)
+        shape = self.model.config
+        c.n_layer, c.n_head, c.n_embd, c.bias = shape.n_layer, shape.n_head, shape.n_embd, shape.bias
+        facts = run_folder.describe(
+            configuration.as_dict(c),
+            device=self.machine.name,
+            dtype=str(self.machine.dtype).removeprefix("torch."),
+            compile=self.machine.compiled,
+            world_size=self.machine.world,
+            data={"name": self.dataset.name, "sha256": self.dataset.source_sha256, "tokens": len(self.dataset.train)},
+        )
+        run_folder.write_json(self.out_dir / "run.json", facts)
+        self.metrics = run_folder.Metrics(self.out_dir / "metrics.jsonl", self.progress.step if self.resumed else None)
+        if c.wandb_log:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=c.wandb_project,
+                name=c.wandb_run_name,
+                config=facts,
+                dir=str(self.out_dir),
+                id=self.progress.wandb_id,
+                resume="allow",
+            )
+            self.progress.wandb_id = self.wandb.id
+
+    def save(self, name: str) -> bool:
+        """Write best/ or last/; a disk that does not take it is told, and training goes on with the older one."""
+        running = self.clock.started is not None
+        self.clock.stop()
+        self.progress.elapsed_s, saved = self.elapsed(), True
+        if self.master:
+            try:
+                size = 4 * self.model.num_params() * (1 if name == "best" else 3)
+                run_folder.save_checkpoint(self.out_dir / name, lambda folder: self.write(folder, name), vars(self.progress), size)
+            except OSError as e:
+                self.say(f"could not save {self.out_dir / name}: {e}. The one before it is untouched; make room")
+                saved = False
+        if name == "last":
+            self.last_save = time.monotonic()
+            self.saved_step = self.progress.step if saved else self.saved_step
+        if running:
+            self.clock.start()
+        return saved
+
+    def write(self, folder: Path, name: str) -> None:
+        tokenizer = self.dataset.tokenizer
+        self.model.save_pretrained(folder, eot=None if tokenizer is None else tokenizer.eot)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        if name == "last":
+            save_trainer(folder, self.step)
+
+    def finish(self, status: int) -> int:
+        """Save what is not saved yet, and say how to go on."""
+        p = self.progress
+        if self.saved_step != p.step and not self.save("last"):
+            status = status or 1
+        if self.master:
+            self.metrics.close()
+            if self.wandb:
+                self.wandb.finish(exit_code=status)
+            if status > 128:
+                self.say(f"stopped at step {p.step:,}; go on with: python train.py --init_from=resume --out_dir={self.out_dir}")
+            else:
+                best = f", best val loss {p.best_val_loss:.4f} at step {p.best_step:,}" if p.best_val_loss else ""
+                self.say(f"{p.step:,} steps in {self.elapsed():.1f} s of training{best}")
+                self.say(f"read what it writes: python sample.py --out_dir={self.out_dir}")
+        return status
+
+
+def load_start(config: TrainConfig, given: set[str], resumed: bool) -> tuple[GPT | None, Any, Progress]:
+    """The model to start from on the CPU (None: from scratch), its tokenizer if it has one, and how far it has come."""
+    from data.tokenizers import load_tokenizer
+
+    progress, source = Progress(), Path(config.init_from)
+    if resumed:
+        folder, state = run_folder.find_checkpoint(Path(config.out_dir), ("last",))
+        progress = Progress(**{key: state[key] for key in Progress.__dataclass_fields__ if key in state})
+        if not config.lora_rank:  # an adapter's base is the model that it began with
+            source = folder
+    elif config.init_from == "scratch":
+        return None, None, progress
+    if (source / "run.json").exists():
+        source = run_folder.find_checkpoint(source, ("best", "last"))[0]
+    if source.suffix != ".pt":
+        source = find_pretrained(config.init_from if source == Path(config.init_from) else source)
+    model = GPT.from_pretrained(source, config.block_size if "block_size" in given else None, config.dropout)
+    config.block_size = model.config.block_size
+    tokenizer = load_tokenizer(source) if source.is_dir() and config.tokenizer == "auto" else None
+    return model, tokenizer, progress
+
+
+def check_start(model: GPT | None, tokenizer: Any, dataset: Any, config: TrainConfig) -> GPT:
+    """Refuse data of another tokenizer than the model's; without a model, make one of the data's vocabulary."""
+    if model is None:
+        keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+        return GPT(GPTConfig(vocab_size=dataset.vocab_size, **{key: getattr(config, key) for key in keys}))
+    other = tokenizer and dataset.tokenizer and tokenizer.sha256 != dataset.tokenizer.sha256
+    if other or dataset.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"dataset {dataset.name} was made with another tokenizer ({dataset.meta.get('tokenizer')}, {dataset.vocab_size} "
+            f"tokens) than the model to start from ({model.config.vocab_size} tokens). Pass the text itself as --dataset=FILE"
+        )
+    return model
+
+
+def prepare_model(model: GPT, config: Any, machine: Machine) -> None:
+    """Put the model on the device in the form that the configuration asks for: adapters, precision, recomputation."""
+    if config.optimizer == "adamw8bit":
+        model.bfloat16()  # no fp32 master: rounding at random keeps what a small update changes
+    if config.lora_rank:
+        targets = [] if config.lora_targets == "all" else config.lora_targets.split(",")
+        model.to(machine.dtype)  # frozen weights need no fp32 master either
+        model.add_lora(config.lora_rank, config.lora_alpha or 2 * config.lora_rank, config.lora_dropout, targets)
+    if config.quantize == "int8":
+        model.quantize()
+    model.to(machine.device)
+    if config.recompute == "auto":
+        config.recompute = choose_recompute(model.config, config, machine)
+    model.set_recompute(config.recompute)
+    if machine.compiled:
+        model.compile_parts()
+
+
+def choose_recompute(shape: GPTConfig, config: Any, machine: Machine) -> str:
+    """The cheapest recomputation whose predicted memory leaves a tenth of the device free."""
+    if not machine.on_gpu:
+        return "none"
+    room = 0.9 * torch.cuda.mem_get_info()[0]
+    for recompute in ("none", "pointwise"):
+        if sum(step_memory(shape, config, recompute).values()) < room:
+            return recompute
+    return "block"
+
+
+def trainer_tensors(step: Step) -> dict[str, Tensor]:
+    """Every tensor that resuming needs beside the weights: moments, adapters, loss scale, random numbers."""
+    names = {id(p): name for name, p in step.model.named_parameters()}
+    tensors = {f"adapter.{n}": p for n, p in step.model.named_parameters() if "lora_" in n}
+    for optimizer in step.optimizers:
+        for p, state in optimizer.state.items():
+            tensors |= {f"optimizer.{names[id(p)]}.{key}": value for key, value in state.items()}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if step.machine.on_gpu:
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    if step.scaler.is_enabled():
+        state = step.scaler.state_dict()
+        tensors["scaler"] = torch.tensor([state["scale"], state["_growth_tracker"]], dtype=torch.float64)
+    return tensors
+
+
+def save_trainer(folder: Path, step: Step) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: t.detach().contiguous() for name, t in trainer_tensors(step).items()}, folder / "trainer.safetensors")
+
+
+@torch.no_grad()
+def load_trainer(folder: Path, step: Step, master: bool = True) -> None:
+    """Put a checkpoint's tensors where they were. Memory-mapped, and copied one by one: resuming needs no more memory."""
+    import safetensors
+
+    params = dict(step.model.named_parameters())
+    owner = {id(p): optimizer for optimizer in step.optimizers for g in optimizer.param_groups for p in g["params"]}
+    with safetensors.safe_open(folder / "trainer.safetensors", framework="pt") as content:
+        for name in content.keys():  # noqa: SIM118 (not a dict)
+            kind, _, rest = name.partition(".")
+            tensor = content.get_tensor(name)
+            if kind == "adapter":
+                params[rest].copy_(tensor)
+            elif kind == "optimizer":
+                param, _, key = rest.rpartition(".")
+                owner[id(params[param])].state[params[param]][key] = tensor.to(step.machine.device)
+            elif kind == "scaler" and step.scaler.is_enabled():
+                state = step.scaler.state_dict() | {"scale": tensor[0].item(), "_growth_tracker": int(tensor[1])}
+                step.scaler.load_state_dict(state)
+            elif name == "rng.cpu" and master:
+                torch.set_rng_state(tensor)
+            elif name == "rng.cuda" and master and step.machine.on_gpu:
+                torch.cuda.set_rng_state(tensor)
+
+
+def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
+    """Configuration, the keys that were set by hand, and whether to resume. Without any argument: Shakespeare."""
+    if not argv:
+        preset = "train_shakespeare_char" if torch.cuda.is_available() else "train_shakespeare_cpu"
+        print(f"no preset given: training config/{preset}.py, which suits this machine (--help shows what else there is)")
+        argv = [str(run_folder.REPOSITORY / "config" / f"{preset}.py")]
+    config, given = configuration.load(TrainConfig, argv)
+    if config.init_from != "resume":
+        return config, given, False
+    saved = run_folder.read_run(Path(config.out_dir))
+    for key in ("n_layer", "n_head", "n_embd", "bias", "lora_rank"):
+        if key in given and getattr(config, key) != saved["config"].get(key):
+            raise UserError(f"{key}={getattr(config, key)}, but the run in {config.out_dir} has {saved['config'].get(key)}")
+    config, given = configuration.load(TrainConfig, argv, saved["config"])
+    config.init_from = saved["config"]["init_from"]
+    if config.dtype == "auto":  # what was measured then holds: another precision would be another run
+        config.dtype = saved.get("dtype", "auto")
+    return config, given, True
+
+
+def evaluate_only(run: Run) -> None:
+    for note in run.machine.notes:
+        run.say(note)
+    loss = evaluate(run.model, run.val, run.eval_count, run.config, run.machine)
+    targets = min(run.eval_count * run.config.block_size, len(run.dataset.val) - 1)
+    run.say(f"{run.dataset.name}: val loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f} over {targets:,} tokens")
+
+
+def out_of_memory(config: TrainConfig) -> UserError:
+    free, total = torch.cuda.mem_get_info()
+    knobs = ["--recompute=pointwise", "--recompute=block"][["none", "pointwise", "block"].index(config.recompute) :]
+    if config.batch_size > 1:
+        half = f"--batch_size={config.batch_size // 2} --gradient_accumulation_steps={2 * config.gradient_accumulation_steps}"
+        knobs.append(f"{half} (the same step in smaller pieces)")
+    knobs += ["--optimizer=adamw8bit", "--lora_rank=16 (fine-tuning)", f"--block_size={config.block_size // 2}"]
+    peak = torch.cuda.max_memory_allocated()
+    return UserError(
+        f"out of GPU memory: {peak / 2**30:.1f} GiB were in use, the card has {total / 2**30:.1f} GiB, other programs leave "
+        f"{(free + torch.cuda.memory_reserved()) / 2**30:.1f}.\nTry, in this order:\n  " + "\n  ".join(knobs)
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, given, resumed = load_config(sys.argv[1:] if argv is None else argv)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if config.gradient_accumulation_steps % world:
+        raise UserError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not a multiple of {world} ranks")
+    if world > 1:
+        gpu = torch.cuda.is_available() and config.device != "cpu"
+        dist.init_process_group(config.backend if gpu else "gloo")
+    try:
+        if config.eval_only:
+            evaluate_only(Run(config, given, resumed))
+            return 0
+        master = int(os.environ.get("RANK", 0)) == 0
+        with run_folder.lock(Path(config.out_dir)) if master else contextlib.nullcontext():
+            return Run(config, given, resumed).train()
+    except torch.OutOfMemoryError:
+        raise out_of_memory(config) from None
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    configuration.run_main(main, WeightsError)
