@@ -204,6 +204,12 @@ class GPT(nn.Module):
         c = self.config
         return 6 * (self.num_params() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
 
+    def decode_bytes(self) -> int:
+        """Bytes of weights that one decoding step reads: all but the embedding tables, which are looked up."""
+        blocks = [*self.transformer["h"].parameters(), *self.transformer["h"].buffers()]
+        head = self.lm_head.weight
+        return sum(t.numel() * t.element_size() for t in [*blocks, head])
+
     def set_recompute(self, recompute: str) -> None:
         for block in self.blocks:
             block.recompute = recompute

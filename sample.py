@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import config as configuration
 from config import SampleConfig, UserError
-from config.machine import Machine, open_machine
+from config.machine import CARDS, Machine, open_machine
 from data import run as run_folder
+from data.texts import chat_pieces
 from data.tokenizers import load_tokenizer
 from model import GPT, Sampling, WeightsError, find_pretrained
 
@@ -136,18 +135,19 @@ class Timing:
             self.counted_from, self.before = time.perf_counter(), self.tokens
 
     def __str__(self) -> str:
+        if not self.first:
+            return "no token"
         seconds = time.perf_counter() - self.counted_from
         rate = (self.tokens - self.before) / seconds if seconds else 0.0
         return f"{self.tokens} tokens, first after {self.first:.2f} s, then {rate:,.0f} tokens/s"
 
 
-def write(model: GPT, tokenizer: Any, prompt: list[int], config: SampleConfig, machine: Machine, count: int) -> Iterator[tuple[int, str]]:
-    """Yield (sample, new text) as texts grow, and (sample, '') once when one ends; Ctrl-C ends them all.
-
-    The caller gets the finished texts from the generator's return value.
-    """
+def write(
+    model: GPT, tokenizer: Any, prompt: list[int], config: SampleConfig, machine: Machine, texts: list[Text]
+) -> Iterator[tuple[int, str]]:
+    """Fill `texts`, yielding (index, new characters) as they come. In a prompt loop Ctrl-C ends the texts, not the loop."""
+    count = len(texts)
     how = Sampling(config.temperature, config.top_k or 0, config.top_p, config.min_p, config.repetition_penalty)
-    texts = [Text(tokenizer, config.stop) for _ in range(count)]
     compiled = machine.compiled and (config.compile is True or count * config.max_new_tokens >= COMPILE_FROM_TOKENS)
     # Far apart, so that no two samples of different seeds share their random numbers.
     seeds = [config.seed * 1_000_003 + i for i in range(count)]
@@ -167,16 +167,92 @@ def write(model: GPT, tokenizer: Any, prompt: list[int], config: SampleConfig, m
         if not text.reason and (new := text.finish("length")):
             yield i, new
     say(f"\n{timing}" + bandwidth_share(model, timing, count, machine))
-    return texts  # type: ignore[return-value]
 
 
 def bandwidth_share(model: GPT, timing: Timing, count: int, machine: Machine) -> str:
     """Decoding has to read every weight once a step: the share of that bound which was reached, on a known GPU."""
-    from bench import find_card
-
-    card = find_card(machine.name) if machine.on_gpu else None
+    card = CARDS.get(machine.name)
     seconds = time.perf_counter() - timing.counted_from
     if card is None or timing.tokens <= timing.before or seconds <= 0:
         return ""
     bound = card.bandwidth_gbs * 1e9 / model.decode_bytes() * count
     return f", {(timing.tokens - timing.before) / seconds / bound:.0%} of what the memory's speed allows ({bound:,.0f})"
+
+
+def print_samples(model: GPT, tokenizer: Any, prompt: str, config: SampleConfig, machine: Machine) -> None:
+    """All samples as one batch: the first as it grows, the others after it; or a line of JSON for each."""
+    ids = encode(tokenizer, prompt, model)
+    texts = [Text(tokenizer, config.stop) for _ in range(config.num_samples)]
+    if not config.json:
+        show(prompt)
+    for i, new in write(model, tokenizer, ids, config, machine, texts):
+        if i == 0 and not config.json:
+            show(new)
+    for i, text in enumerate(texts):
+        if config.json:
+            row = {"sample": i, "prompt": prompt, "text": text.shown, "tokens": len(text.ids), "finish": text.reason}
+            show(json.dumps(row) + "\n")
+        else:
+            show((prompt + text.shown if i else "") + f"\n{RULE}\n")
+
+
+def show(text: str) -> None:
+    # A terminal in another encoding (cp1252 on Windows) gets a question mark, not a traceback.
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def encode(tokenizer: Any, prompt: str, model: GPT) -> list[int]:
+    ids = [int(token) for token in tokenizer.encode(prompt)]
+    if len(ids) > model.config.block_size:
+        raise UserError(f"the prompt has {len(ids)} tokens, the model's context only {model.config.block_size}: shorten it")
+    return ids
+
+
+def as_message(tokenizer: Any, text: str) -> str:
+    """A user's message by the model's chat template, where it was trained with one."""
+    if not tokenizer.chat_template:
+        return text
+    return "".join(piece.text for piece in chat_pieces([{"role": "user", "content": text}]))
+
+
+def converse(model: GPT, tokenizer: Any, config: SampleConfig, machine: Machine) -> None:
+    """A prompt loop. The context is kept; when it is full, its older half is forgotten."""
+    import readline  # noqa: F401 (gives input() its line editing)
+
+    say("a prompt, then Enter; Ctrl-C ends a text, Ctrl-D the loop")
+    context: list[int] = []
+    while True:
+        try:
+            prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not prompt:
+            continue
+        try:
+            context += encode(tokenizer, as_message(tokenizer, prompt), model)
+        except UserError as error:
+            say(f"error: {error}")
+            continue
+        if len(context) > model.config.block_size:
+            context = context[-max(1, model.config.block_size // 2) :]
+        text = Text(tokenizer, config.stop)
+        for _, new in write(model, tokenizer, context, config, machine, [text]):
+            show(new)
+        show("\n")
+        context += text.ids + ([tokenizer.eot] if text.reason == "end" else [])
+
+
+def main() -> None:
+    config, _ = configuration.load(SampleConfig, sys.argv[1:])
+    prompt = "" if config.interactive else read_prompt(config.start)
+    model, tokenizer, machine = load(config)
+    if config.interactive:
+        converse(model, tokenizer, config, machine)
+    else:
+        print_samples(model, tokenizer, as_message(tokenizer, prompt), config, machine)
+
+
+if __name__ == "__main__":
+    configuration.run_main(main, WeightsError)  # type: ignore[arg-type]

@@ -53,8 +53,8 @@ class UserError(Exception):
 class TrainConfig:
     """Train a GPT: from scratch, from GPT-2's weights (fine-tuning), or on from where a run stopped.
 
-    python train.py                                         # tiny Shakespeare, the preset that suits this machine
-    python train.py config/train_gpt2.py --batch_size=8     # a preset, a changed key
+    python train.py                                       tiny Shakespeare, on whatever this machine is
+    python train.py config/train_gpt2.py --batch_size=8   a preset, and a changed key
     python train.py config/finetune_gpt2.py --dataset=my.txt
     python train.py --init_from=resume --out_dir=out
     """
@@ -121,7 +121,8 @@ class TrainConfig:
 
     def conflicts(self, given: Mapping[str, str]) -> Iterator[tuple[str, object, str]]:
         """Fields that contradict each other: names, whether they do, what to do. given: key -> where it was set."""
-        scratch, lora = self.init_from == "scratch", {"lora_alpha", "lora_dropout", "lora_targets"} & given.keys()
+        scratch = self.init_from == "scratch"
+        lora = [key for key in ("lora_alpha", "lora_dropout", "lora_targets") if key in given]
         twice = self.num_epochs and given.get("max_iters", 0) == given.get("num_epochs", 1)
         rising = "min_lr" in given and self.decay_lr and self.min_lr > self.learning_rate
         trains = self.quantize != "none" and not self.eval_only
@@ -318,11 +319,11 @@ def _execute(name: str, present: Mapping[str, Any]) -> tuple[ast.Module, dict[st
         hint = f"a key is set with two dashes: --{_show(name, str)}" if "=" in name else hint
         raise UserError(f"{_show(name, str)}: no config file that can be read; {hint}") from error
     # Values lie where Python looks last, among the builtins: what is in `space` afterwards was set by the file.
-    space: dict[str, Any] = {"__builtins__": vars(builtins) | present, "__file__": name}
+    space: dict[str, Any] = {"__builtins__": {**vars(builtins), **present}, "__file__": name}
     try:
         tree = ast.parse(source, name)
         exec(compile(tree, name, "exec"), space)  # noqa: S102  (a config file is code, as --help says)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever the user's code raises)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
         line = lines[-1] if lines else getattr(error, "lineno", None) or 1
         raise UserError(f"{name}:{line}: {type(error).__name__}: {_show(error, str)}") from error
@@ -345,8 +346,9 @@ def _convert(value: Any, kind: Any) -> Any:
     elif origin is Literal:
         if isinstance(value, str) and value in args:
             return value
-    elif kind is int or kind is float:
-        if type(value) is not bool and isinstance(value, Real) and (kind is float or value % 1 == 0):
+    elif kind in (int, float):
+        real = type(value) is not bool and isinstance(value, Real)
+        if real and (kind is float or value % 1 == 0):
             return kind(value)
     elif isinstance(value, kind):
         return value
@@ -375,7 +377,7 @@ def _show(value: Any, form: Callable[[Any], str] = repr) -> str:
     """Any value in one line of at most 120 characters."""
     try:
         text = form(value)
-    except Exception:  # noqa: BLE001  (the repr of an object out of a config file)
+    except Exception:  # the repr of an object out of a config file
         text = f"a {type(value).__name__}"
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= 120 else text[:117] + "..."

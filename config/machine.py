@@ -8,12 +8,40 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from config import UserError
+
+
+class Card(NamedTuple):
+    """A GPU's dense bf16 rate with fp32 accumulation and its memory, as the vendor's datasheet has them."""
+
+    tflops: float
+    bandwidth_gbs: float
+    vram_gb: float
+
+
+# By the exact name that the driver gives: a card that is not here has no MFU rather than a wrong one.
+# Sources: NVIDIA Ada GPU architecture whitepaper v2.1 (appendix A, B), Ampere GA102 whitepaper v2.1 (table 9),
+# A100, H100, H200, L4 and L40S datasheets. GeForce figures are the whitepapers' "FP16 Tensor with FP32 accumulate".
+CARDS = {
+    "NVIDIA GeForce RTX 3060": Card(51.2 / 2, 360, 12),
+    "NVIDIA GeForce RTX 3080": Card(59.5, 760, 10),
+    "NVIDIA GeForce RTX 3090": Card(71.0, 936, 24),
+    "NVIDIA GeForce RTX 4070": Card(58.3, 504, 12),
+    "NVIDIA GeForce RTX 4070 Ti": Card(80.2, 504, 12),
+    "NVIDIA GeForce RTX 4080": Card(97.5, 717, 16),
+    "NVIDIA GeForce RTX 4090": Card(165.2, 1008, 24),
+    "NVIDIA L4": Card(121.0, 300, 24),
+    "NVIDIA L40S": Card(362.0, 864, 48),
+    "NVIDIA A100-SXM4-40GB": Card(312.0, 1555, 40),
+    "NVIDIA A100-SXM4-80GB": Card(312.0, 2039, 80),
+    "NVIDIA H100 80GB HBM3": Card(989.4, 3352, 80),
+    "NVIDIA H200": Card(989.4, 4800, 141),
+}
 
 
 @dataclass

@@ -31,7 +31,7 @@ BATCH = 500_000  # characters that a thread encodes at once: enough that handing
 SAVE_TOKENS = 20_000_000  # tokens between two notes of the progress
 OPEN_ROWS = 64  # rows that wait for an example that still fits
 
-Encoded = Iterator[tuple[int, Piece, np.ndarray]]  # index of the document, a piece of it, its ids with end token
+Encoded = Iterator[tuple[int, Piece, np.ndarray]]  # index of the document, a piece of it, its ids with the end token
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Progress:
         return cls(made_by)
 
     def save(self, folder: Path, train: ShardWriter, val: ShardWriter) -> None:
-        for writer in (train, val):
-            writer.flush()
+        train.flush()
+        val.flush()
         self.train, self.val = train.count, val.count
         write_whole(folder / "progress.json", json.dumps(asdict(self)).encode())
 
@@ -92,9 +92,8 @@ def prepare_texts(
 
     in_val = val_documents(documents, val_fraction)
     stats = [file.stat() for file in documents.files]
-    size = sum(stat.st_size for stat in stats)
-    source = [documents.source, documents.text_column, size, max((stat.st_mtime_ns for stat in stats), default=0)]
-    made_by = [*source, tokenizer.sha256, val_fraction]
+    size, changed = sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+    made_by = [documents.source, documents.text_column, size, changed, tokenizer.sha256, val_fraction]
     meta: dict[str, Any] = {
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": tokenizer.sha256,
@@ -103,17 +102,16 @@ def prepare_texts(
     }
     with lock(folder):
         note = Progress.load(folder, made_by) if documents.kind == "text" else Progress(made_by)
-        total, initial = max_tokens or expected_tokens, note.train + note.val
-        shown = None if progress else True
-        with tqdm(desc=name, total=total, initial=initial, unit_scale=True, unit=" tokens", disable=shown) as bar:
+        total, initial, disable = max_tokens or expected_tokens, note.train + note.val, None if progress else True
+        with tqdm(desc=name, total=total, initial=initial, unit_scale=True, unit=" tokens", disable=disable) as bar:
             encoded = _encoded(documents, tokenizer, note, bar, size, max_tokens)
             if documents.kind == "text":
-                counts = [*_write_texts(encoded, in_val, note, folder, tokenizer, val_fraction)]
+                tokens = _write_texts(encoded, in_val, note, folder, token_dtype(tokenizer.vocab_size), val_fraction)
             else:
-                *counts, cut = _write_rows(encoded, in_val, folder, tokenizer, block_size)
+                tokens, cut = _write_rows(encoded, in_val, folder, tokenizer, block_size)
                 meta |= {"kind": documents.kind, "row": block_size, "cut": cut}
-        if min(counts) < 2:
-            raise UserError(f"{name} is too short to train on and to validate: it has {sum(counts)} tokens.")
+        if min(tokens) < 2:
+            raise UserError(f"{name} is too short to train on and to validate: it has {sum(tokens)} tokens.")
         meta |= {"documents": note.documents, "source_sha256": note.source_sha256}
         write_whole(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
         (folder / "progress.json").unlink(missing_ok=True)
@@ -122,16 +120,17 @@ def prepare_texts(
 def val_documents(documents: Documents, fraction: float) -> Callable[[int], bool]:
     """Which documents are for validation: by the hash of their index, those below `fraction` of all hashes.
 
-    Of the first FEW, where chance might pick none, exactly the rounded share (at least one) with the smallest hashes;
-    none if there are only so few texts, which are split by tokens.
+    Of the first FEW, where chance might pick none, the rounded share (at least one) with the smallest hashes; none if
+    there are only so few texts, which are split by tokens.
     """
 
     def share(document: int) -> float:
         return int.from_bytes(hashlib.sha256(str(document).encode()).digest()[:4], "little") / 2**32
 
     count = sum(1 for _ in itertools.islice((piece for piece in documents if piece.last), FEW))
-    picked = sorted(range(count), key=share)[: max(1, round(count * fraction))]
-    first = set() if count < FEW and documents.kind == "text" else set(picked)
+    first = sorted(range(count), key=share)[: max(1, round(count * fraction))]
+    if count < FEW and documents.kind == "text":
+        first = []
     return lambda document: document in first if document < count else share(document) < fraction
 
 
@@ -139,15 +138,15 @@ def _encoded(
     documents: Documents, tokenizer: Tokenizer, note: Progress, bar: tqdm, size: int, max_tokens: int | None
 ) -> Encoded:
     """All that comes after `note`, which is kept up to date."""
-    tokens, estimate = note.train + note.val, size and bar.total is None
+    tokens, estimate = note.train + note.val, bar.total is None
     for piece, ids in _encode(itertools.islice(documents.skip(note.documents), note.pieces, None), tokenizer):
         if max_tokens and tokens >= max_tokens and not note.pieces:
             return
         document = note.documents
         note.add(piece)
         tokens += len(ids)
-        if estimate and note.characters:
-            bar.total = int(tokens * size / note.characters)
+        if estimate and size and note.characters:
+            bar.total = tokens * size // note.characters
         bar.update(len(ids))
         yield document, piece, ids
 
@@ -183,10 +182,9 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _write_texts(
-    encoded: Encoded, in_val: Callable[[int], bool], note: Progress, folder: Path, tokenizer: Tokenizer, fraction: float
+    encoded: Encoded, in_val: Callable[[int], bool], note: Progress, folder: Path, dtype: np.dtype, fraction: float
 ) -> tuple[int, int]:
     """Write all documents, noting the progress; the tokens of each split."""
-    dtype = token_dtype(tokenizer.vocab_size)
     train = ShardWriter(folder, "train", dtype, start=note.train)
     val = ShardWriter(folder, "val", dtype, start=note.val)
     saved = note.train + note.val
@@ -213,7 +211,7 @@ def _write_texts(
 
 def _write_rows(
     encoded: Encoded, in_val: Callable[[int], bool], folder: Path, tokenizer: Tokenizer, block_size: int
-) -> tuple[int, int, int]:
+) -> tuple[tuple[int, int], int]:
     """Pack all examples; the tokens of each split, and how many examples were too long and were cut."""
     dtype, padding = token_dtype(tokenizer.vocab_size), tokenizer.eot or 0
     train, val = (RowWriter(folder, split, dtype, block_size, padding) for split in ("train", "val"))
@@ -227,7 +225,7 @@ def _write_rows(
             parts, masks = [], []
     train.close()
     val.close()
-    return train.tokens.count, val.tokens.count, train.cut + val.cut
+    return (train.tokens.count, val.tokens.count), train.cut + val.cut
 
 
 class RowWriter:
@@ -240,8 +238,8 @@ class RowWriter:
     def __init__(self, folder: Path, split: str, dtype: np.dtype, size: int, padding: int):
         self.tokens, self.mask = ShardWriter(folder, split, dtype), ShardWriter(folder, f"{split}_mask", MASK)
         self.size, self.padding, self.cut = size, padding, 0
-        self._rows: list[list[tuple[np.ndarray, np.ndarray]]] = []
-        self._used: list[int] = []
+        self._rows: list[tuple[list[np.ndarray], list[np.ndarray]]] = []  # the ids and masks of their examples
+        self._room: list[int] = []
 
     def add(self, ids: np.ndarray, mask: np.ndarray) -> None:
         """Place one example; mask is 1 where a token is a target."""
@@ -249,22 +247,22 @@ class RowWriter:
         ids, mask = ids[: self.size], mask[: self.size]
         if not mask.any():
             return
-        row = next((row for row, used in enumerate(self._used) if used + len(ids) <= self.size), len(self._used))
-        if row == OPEN_ROWS:
-            self._write(int(np.argmax(self._used)))
-            row -= 1
-        if row == len(self._used):
-            self._used.append(0)
-            self._rows.append([])
-        self._used[row] += len(ids)
-        self._rows[row].append((ids, mask))
+        row = next((row for row, room in enumerate(self._room) if room >= len(ids)), None)
+        if row is None:
+            if len(self._rows) == OPEN_ROWS:
+                self._write(self._room.index(min(self._room)))
+            row = len(self._rows)
+            self._rows.append(([], []))
+            self._room.append(self.size)
+        self._rows[row][0].append(ids)
+        self._rows[row][1].append(mask)
+        self._room[row] -= len(ids)
 
     def _write(self, row: int) -> None:
-        rest = self.size - self._used.pop(row)
-        ids, masks = zip(*self._rows.pop(row), strict=True)
-        self.tokens.add(np.concatenate([*ids, np.full(rest, self.padding)]))
-        mask = np.concatenate([*masks, np.zeros(rest, MASK)])
+        room, (ids, masks) = self._room.pop(row), self._rows.pop(row)
+        mask = np.concatenate([*masks, np.zeros(room, MASK)])
         mask[0] = 0
+        self.tokens.add(np.concatenate([*ids, np.full(room, self.padding)]))
         self.mask.add(mask)
 
     def close(self) -> None:

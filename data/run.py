@@ -208,9 +208,14 @@ def draw_losses(rows: list[dict[str, Any]], file: Path) -> None:
     top, bottom = figure.subplots(2, sharex=True, height_ratios=[4, 1])
     top.plot([r["tokens"] for r in steps], [r["loss"] for r in steps], color="0.75", lw=1, label="training step")
     # Blue and orange of Okabe and Ito's palette, told apart by the colour-blind, and by their markers.
-    for key, color, marker, label in (("train_loss", "#0072B2", "o", "train"), ("val_loss", "#D55E00", "s", "validation")):
+    for key, color, marker, label in (
+        ("train_loss", "#0072B2", "o", "train"),
+        ("val_loss", "#D55E00", "s", "validation"),
+    ):
         points = [(r["tokens"], r[key]) for r in evaluations if r.get(key) is not None]
-        top.plot(*zip(*points, strict=True) if points else ((), ()), color=color, marker=marker, ms=4, lw=1.5, label=label)
+        top.plot(
+            *zip(*points, strict=True) if points else ((), ()), color=color, marker=marker, ms=4, lw=1.5, label=label
+        )
     if evaluations:
         best = min(evaluations, key=lambda r: r["val_loss"])
         label = f"best {best['val_loss']:.4f} at step {best['step']:,}"

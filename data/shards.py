@@ -5,7 +5,7 @@ A shard is a header of 256 little-endian int32 (magic, version, token count, zer
 train.bin and val.bin are bare uint16.
 
 Windows are read from the file, not through a memory map. It costs the same (16 windows of 1,025 tokens: 39 us against
-37 us, page cache warm), and a map's resident memory grows with every page touched until it holds the corpus, while a
+37 us, page cache warm), while a map's resident memory grows with every page touched until it holds the corpus, and a
 file that shrinks or a disk that fails under a map kills the process with SIGBUS instead of raising an error.
 """
 
@@ -27,8 +27,8 @@ from config import UserError
 HEADER_BYTES = 1024
 UINT16, UINT32, MASK = np.dtype("<u2"), np.dtype("<u4"), np.dtype("u1")
 MAGIC = {UINT16: (20240520, 1), UINT32: (20240801, 7), MASK: (20240520, 1)}
-MAX_OPEN = 64  # files a split keeps open: 100 GB are 500 shards, and many systems allow 256 files in all
-CHUNK = 1 << 20  # tokens read at once when a split is scanned
+MAX_OPEN = 64  # files a split keeps open: 100 GB are 500 shards, and some systems allow 256 files in all
+CHUNK = 1 << 20  # tokens read at once where a split is scanned
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -38,47 +38,48 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Write one shard from a 1-D array of uint16, uint32 or (a mask) uint8; a kill leaves the old file or the new."""
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(bytes(HEADER_BYTES))
-        file.write(tokens.data)
+    with Path(f"{path}.tmp").open("wb") as file:
+        file.write(bytes(HEADER_BYTES) + tokens.tobytes())
         _publish(file, tokens.dtype, path)
 
 
 def _publish(file: BinaryIO, dtype: np.dtype, path: Path) -> None:
-    """Give the shard in `file` its header and its name; the header goes last, so that half a shard has no magic."""
+    """Give a shard its header, which comes last so that half a shard has no magic, and its name; closes the file."""
     count = (file.tell() - HEADER_BYTES) // dtype.itemsize
     file.seek(0)
     file.write(struct.pack("<3i", *MAGIC[dtype], count))
     file.flush()
     os.fsync(file.fileno())
     file.close()
-    os.replace(file.name, path)
+    os.replace(file.name, path)  # noqa: PTH105 (the file knows its name, not its Path)
 
 
 class ShardWriter:
-    """Writes a stream of tokens as {stem}_000000.bin, ...; memory stays flat, and only whole shards bear that name.
+    """Writes a stream of tokens as {stem}_000000.bin, ...; memory stays flat, and only whole shards bear such a name.
 
-    `start` goes on after that many tokens of an interrupted writer: what it wrote past them is cut off.
+    `start` goes on after that many tokens of an interrupted writer; whatever else it left is removed.
     """
 
     def __init__(self, folder: Path, stem: str, dtype: np.dtype, shard_tokens: int = 100_000_000, start: int = 0):
         self.folder, self.stem, self.dtype, self.shard_tokens, self.count = folder, stem, dtype, shard_tokens, start
         self._file: BinaryIO | None = None
-        whole, rest = divmod(start, shard_tokens)
+        held = 0
         for path in sorted(folder.glob(f"{stem}_{'[0-9]' * 6}.bin*")):
-            index = int(path.name[len(stem) + 1 :][:6])
-            if index > whole or (index == whole and not rest):
+            wanted = min(start - int(path.name[len(stem) + 1 :][:6]) * shard_tokens, shard_tokens)
+            held += max(0, min(wanted, (path.stat().st_size - HEADER_BYTES) // dtype.itemsize))
+            if wanted <= 0:
                 path.unlink()
-        if rest:
-            path = self._path(whole)
-            if path.exists():
-                os.replace(path, f"{path}.tmp")
-            self._file = open(f"{path}.tmp", "r+b")
-            self._file.truncate(HEADER_BYTES + rest * dtype.itemsize)
-            self._file.seek(0, os.SEEK_END)
+            elif wanted < shard_tokens:
+                self._file = path.replace(f"{self._path()}.tmp").open("r+b")
+                self._file.truncate(HEADER_BYTES + wanted * dtype.itemsize)
+                self._file.seek(0, os.SEEK_END)
+        if held != start:
+            raise UserError(
+                f"{folder} has lost {stem} shards that its progress.json counts: delete that file, begin anew."
+            )
 
-    def _path(self, index: int) -> Path:
-        return self.folder / f"{self.stem}_{index:06d}.bin"
+    def _path(self) -> Path:
+        return self.folder / f"{self.stem}_{self.count // self.shard_tokens:06d}.bin"
 
     def add(self, tokens: np.ndarray) -> None:
         """Append a 1-D array of ids; ValueError if one does not fit the dtype, where a cast would wrap it."""
@@ -87,14 +88,15 @@ class ShardWriter:
         tokens = np.ascontiguousarray(tokens, self.dtype)
         while len(tokens):
             if self._file is None:
-                self._file = open(f"{self._path(self.count // self.shard_tokens)}.tmp", "wb")
+                self._file = Path(f"{self._path()}.tmp").open("wb")  # noqa: SIM115 (closed when it is full)
                 self._file.write(bytes(HEADER_BYTES))
-            part = tokens[: self.shard_tokens - self.count % self.shard_tokens]
+            path, part = self._path(), tokens[: self.shard_tokens - self.count % self.shard_tokens]
             self._file.write(part.data)
             self.count += len(part)
             tokens = tokens[len(part) :]
             if self.count % self.shard_tokens == 0:
-                self.close()
+                _publish(self._file, self.dtype, path)
+                self._file = None
 
     def flush(self) -> None:
         """Put all tokens so far on the disk, so that a later writer can start there."""
@@ -103,9 +105,9 @@ class ShardWriter:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Publish the shard begun last. Further tokens may be added only if it is full."""
+        """Publish the last shard, though it is not full."""
         if self._file is not None:
-            _publish(self._file, self.dtype, self._path((self.count - 1) // self.shard_tokens))
+            _publish(self._file, self.dtype, self._path())
             self._file = None
 
 
@@ -113,12 +115,11 @@ def find(folder: Path, split: str) -> list[Path]:
     """The shards of a split in order: train_*.bin and *_train_*.bin, else exactly train.bin; may be none."""
     name = re.compile(rf"(.+_)?{split}_(?!mask_).*\.bin")
     shards = sorted(path for path in folder.glob("*.bin") if name.fullmatch(path.name))
-    bare = folder / f"{split}.bin"
-    return shards or ([bare] if bare.exists() else [])
+    return shards or [path for path in [folder / f"{split}.bin"] if path.exists()]
 
 
 class Tokens:
-    """The shards at `paths` as one sequence: len(), .dtype, gather(). `mask` is the same for its mask shards, if any.
+    """A split's shards as one sequence: len(), .dtype, gather(). `mask` is the same of its mask shards, or None.
 
     Opening reads the headers only. UserError for a shard that is cut short, that is no shard, or whose header lies.
     """
@@ -127,30 +128,26 @@ class Tokens:
         self.paths, self.mask = paths, mask
         heads = [_inspect(path, is_mask) for path in paths]
         self.dtype = heads[0][0]
-        for path, (dtype, _, _) in zip(paths, heads, strict=True):
-            if dtype != self.dtype:
-                raise UserError(
-                    f"{path} holds {dtype} tokens, {paths[0]} holds {self.dtype}: two data sets in one folder?"
-                )
-        self._counts = [count for _, count, _ in heads]
-        self._offsets = [offset for _, _, offset in heads]
+        self._counts, self._offsets = [count for _, count, _ in heads], [offset for _, _, offset in heads]
         self._ends = list(itertools.accumulate(self._counts))
         self._vocab_size: int | None = None
-        self._files: dict[int, BinaryIO] = {}  # least recently used first
-        self._lock = threading.Lock()  # seek and read are two calls; training may read ahead in a thread
+        self._files: dict[int, BinaryIO] = {}  # the least recently used first
+        self._lock = threading.Lock()  # seek and read are two calls, and training may read ahead in a thread
+        for path, (dtype, _, _) in zip(paths, heads):
+            if dtype != self.dtype:
+                raise UserError(f"{path} holds {dtype} and {paths[0]} {self.dtype}: are these two data sets?")
         if mask is not None and mask._counts != self._counts:
             raise UserError(
-                f"The mask shards in {paths[0].parent} do not match the token shards: prepare the data again."
+                f"The mask shards in {paths[0].parent} do not fit the token shards. Prepare the data again."
             )
 
     @classmethod
     def open(cls, folder: Path, split: str) -> Tokens:
-        """The split "train" or "val" in a folder, with its mask if it has one."""
+        """The split "train" or "val" of a folder, with its mask if it has one."""
         folder = Path(folder)
-        paths = find(folder, split)
+        paths, masks = find(folder, split), sorted(folder.glob(f"{split}_mask_*.bin"))
         if not paths:
             raise UserError(f"{folder} has no {split} shards ({split}_*.bin, *_{split}_*.bin or {split}.bin).")
-        masks = sorted(folder.glob(f"{split}_mask_*.bin"))
         return cls(paths, mask=cls(masks, is_mask=True) if masks else None)
 
     def __len__(self) -> int:
@@ -161,25 +158,33 @@ class Tokens:
             file.close()
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Windows of `length` tokens from each start, as (len(starts), length); they may cross shard borders."""
+        """Windows of `length` tokens from each start, (len(starts), length); they may cross shard borders."""
         out = np.empty((len(starts), length), self.dtype)
-        for row, start in zip(out, starts.tolist(), strict=True):
+        for row, start in zip(out, starts.tolist()):
             if not 0 <= start <= len(self) - length:
                 raise ValueError(f"window [{start}, {start + length}) is outside the {len(self)} tokens")
-            shard = bisect.bisect_right(self._ends, start)
             while len(row):
-                first = start - self._ends[shard] + self._counts[shard]
+                shard, first = self._locate(start)
                 part = row[: self._counts[shard] - first]
                 self._read(shard, first, part)
-                row, start, shard = row[len(part) :], start + len(part), shard + 1
+                row, start = row[len(part) :], start + len(part)
         if self._vocab_size is not None and out.size and int(out.max()) >= self._vocab_size:
-            self._refuse(starts, out)
+            row, column = np.argwhere(out >= self._vocab_size)[0].tolist()
+            shard, position = self._locate(int(starts[row]) + column)
+            raise UserError(
+                f"{self.paths[shard]}: token {position} is {out[row, column]}, but the vocabulary has ids 0 to "
+                f"{self._vocab_size - 1}: another tokenizer made it, or it is damaged. Prepare the data again."
+            )
         return out
 
+    def _locate(self, position: int) -> tuple[int, int]:
+        """(shard, position in it) of a token."""
+        shard = bisect.bisect_right(self._ends, position)
+        return shard, position - self._ends[shard] + self._counts[shard]
+
     def _read(self, shard: int, first: int, out: np.ndarray) -> None:
-        """Fill `out` with the tokens of a shard from its `first` on."""
         with self._lock:
-            file = self._files.pop(shard, None) or open(self.paths[shard], "rb", buffering=0)
+            file = self._files.pop(shard, None) or self.paths[shard].open("rb", buffering=0)
             self._files[shard] = file
             if len(self._files) > MAX_OPEN:
                 self._files.pop(next(iter(self._files))).close()
@@ -190,12 +195,12 @@ class Tokens:
     def check_vocab(self, vocab_size: int) -> None:
         """UserError, naming file, position and id, if an id is not below vocab_size.
 
-        Looks at all of a split up to 50M tokens and at 50 places of a larger one; from then on gather() looks at what
-        it reads, because on a GPU such an id ends in a device-side assert that names nothing.
+        Looks at all of a split of up to 50M tokens and at 50M of a larger one. gather() looks at what it reads from
+        then on, since on a GPU such an id ends in a device-side assert that names nothing.
         """
         self._vocab_size = vocab_size
-        everywhere = range(0, len(self), CHUNK)
-        self._scan(everywhere if len(everywhere) <= 50 else everywhere[:: -(-len(everywhere) // 50)])
+        chunks = range(0, len(self), CHUNK)
+        self._scan(chunks[:: -(-len(chunks) // 50) or 1])
 
     def max_id(self) -> int:
         """The largest id of the whole split."""
@@ -204,45 +209,28 @@ class Tokens:
     def _scan(self, starts: range) -> int:
         return max((int(self.gather(np.array([at]), min(CHUNK, len(self) - at)).max()) for at in starts), default=0)
 
-    def _refuse(self, starts: np.ndarray, windows: np.ndarray) -> None:
-        row, column = np.argwhere(windows >= self._vocab_size)[0].tolist()
-        position = int(starts[row]) + column
-        shard = bisect.bisect_right(self._ends, position)
-        raise UserError(
-            f"{self.paths[shard]}: token {position - self._ends[shard] + self._counts[shard]} is {windows[row, column]}, "
-            f"but the vocabulary has ids 0 to {self._vocab_size - 1}: "  # type: ignore[operator]
-            "the data were made with another tokenizer, or the file is damaged. Prepare the data again."
-        )
-
 
 def _inspect(path: Path, is_mask: bool) -> tuple[np.dtype, int, int]:
     """(dtype, number of tokens, bytes before the first) of a shard whose header and length agree, else UserError."""
     try:
-        with open(path, "rb") as file:
-            head, size = file.read(12), os.fstat(file.fileno()).st_size
+        with path.open("rb") as file:
+            head, size = file.read(12).ljust(12, b"\0"), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    magic, version, count = struct.unpack("<3i", head.ljust(12, b"\0"))
-    known = [dtype for dtype in ((MASK,) if is_mask else (UINT16, UINT32)) if MAGIC[dtype][0] == magic]
-    if not known and path.name in ("train.bin", "val.bin"):
+    magic, version, count = struct.unpack("<3i", head)
+    dtype = next((dtype for dtype in ((MASK,) if is_mask else (UINT16, UINT32)) if MAGIC[dtype][0] == magic), None)
+    if dtype is None:
+        if path.name not in ("train.bin", "val.bin"):
+            raise UserError(
+                f"{path} is no token shard: it begins with {magic}, not {MAGIC[UINT16][0]} (llm.c's layout)."
+            )
         if size % UINT16.itemsize:
-            raise UserError(f"{path} has {size:,} bytes, an odd number for uint16 tokens: it was cut short.")
+            raise UserError(f"{path} was cut short: {size:,} bytes are no whole number of uint16 tokens.")
         return UINT16, size // UINT16.itemsize, 0
-    if not known:
-        raise UserError(
-            f"{path} is no token shard: it begins with {magic}, not {MAGIC[UINT16][0]} (uint16 tokens) or "
-            f"{MAGIC[UINT32][0]} (uint32). Only train.bin and val.bin may lack a header."
-        )
-    dtype = known[0]
     expected = HEADER_BYTES + count * dtype.itemsize
-    if version != MAGIC[dtype][1] or count < 0 or size > expected:
+    if version != MAGIC[dtype][1] or count < 0 or size != expected:
         raise UserError(
-            f"{path} has a damaged header: version {version}, {count:,} tokens, but the file has {size:,} bytes and "
-            f"version {MAGIC[dtype][1]} is known. Prepare or download it again."
-        )
-    if size < expected:
-        raise UserError(
-            f"{path} was cut short: its header says {count:,} tokens, which are {expected:,} bytes, and it has "
-            f"{size:,}. Prepare or download it again."
+            f"{path} {'was cut short' if size < expected else 'has a damaged header'}: version {version} and {count:,} "
+            f"tokens, which would be {expected:,} bytes, and it has {size:,}. Prepare or download it again."
         )
     return dtype, count, HEADER_BYTES

@@ -47,7 +47,6 @@ class Tokenizer:
 
     name: str
     of_bytes = True  # a name has one character for each byte, as in GPT-2's files; else it is the token itself
-    of_words = False  # the text is cut by GPT2_PATTERN first
     eot: int | None = None
 
     def __init__(self, names: Sequence[str], merges: Sequence[str] = ()) -> None:
@@ -59,8 +58,8 @@ class Tokenizer:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The hash of all tokens in the order of their ids, each with its length."""
-        return hashlib.sha256(b"".join(len(token).to_bytes(4, "little") + token for token in self.table)).hexdigest()
+        """The hash of the vocabulary, written as encoder.json is: GPT-2's is that file's."""
+        return hashlib.sha256(_vocab_json(self.names).encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, 1-D, of self.dtype; several threads may ask. `<|endoftext|>` in it is ordinary text."""
@@ -77,7 +76,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write the files from which transformers.AutoTokenizer makes the same tokenizer."""
         vocab = {name: i for i, name in enumerate(self.names)}
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": self.of_words}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         whole = {
             "version": "1.0",
@@ -101,7 +100,7 @@ class Tokenizer:
 class GPT2Tokenizer(Tokenizer):
     """OpenAI's byte-pair encoding of 50,257 tokens, by tiktoken. merges: vocab.bpe's lines, which only save() needs."""
 
-    name, of_words = "gpt2", True
+    name = "gpt2"
 
     def __init__(self, names: Sequence[str], merges: Sequence[str]) -> None:
         super().__init__(names, merges)

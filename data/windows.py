@@ -73,12 +73,8 @@ class TrainWindows:
     def __init__(self, tokens: Tokens, block_size: int, seed: int):
         if len(tokens) < block_size + 1:
             raise UserError(
-                f"The training split has {len(tokens):,} tokens, and a block_size of {block_size} needs {block_size + 1:,}: "
-                + (
-                    f"use --block_size={len(tokens) - 1} or less, or more text."
-                    if len(tokens) > 1
-                    else "give it more text."
-                )
+                f"The training split has {len(tokens):,} tokens, and block_size={block_size} needs {block_size + 1:,}: "
+                "give it more text" + (f", or use --block_size={len(tokens) - 1} at most." if len(tokens) > 1 else ".")
             )
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
         if tokens.mask is not None:
@@ -102,7 +98,7 @@ class TrainWindows:
 
 
 class EvalWindows:
-    """Fixed windows of stride T that have every target of a split exactly once; the last may be short, and is padded."""
+    """Fixed windows of stride T that have every target of a split once; the last may be short, and is padded."""
 
     def __init__(self, tokens: Tokens, block_size: int):
         if len(tokens) < 2:

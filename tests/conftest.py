@@ -2,6 +2,9 @@
 
 import os
 
+# Models this small are slower on two threads than on one, and another process on the machine makes it worse.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 

@@ -188,7 +188,7 @@ def test_a_writer_goes_on_where_another_was_killed(tmp_path, stopped, more):
 
 
 def test_a_hundred_gigabytes_open_at_once_and_in_little_memory(tmp_path):
-    """Sparse files: 500 shards of 100M tokens. Memory, reads and open files are bounded, which a slow clock cannot hide."""
+    """Sparse files, 500 shards of 100M tokens: memory and open files are bounded, and not much is read."""
     header = llm_c_shard([], count=100_000_000)
     for i in range(500):
         with open(tmp_path / f"train_{i:06d}.bin", "wb") as file:

@@ -156,7 +156,7 @@ def test_pieces_have_the_ids_of_the_whole(monkeypatch, parts):
     assert max(len(piece.text) for piece in pieces) <= 12
     assert [piece.last for piece in pieces] == [piece.end for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     between = [piece.text[-1] + after.text[0] for piece, after in itertools.pairwise(pieces)]
-    forced = any(before.isspace() or after not in " \n" for before, after in between)
+    forced = any(pair[0].isspace() or pair[1] not in " \n" for pair in between)
     if not forced:
         assert [i for piece in pieces for i in tiny.encode(piece.text)] == tiny.encode(text).tolist()
 

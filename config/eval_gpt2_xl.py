@@ -1,0 +1,13 @@
+# Loss and perplexity of OpenAI's gpt2-xl (1.5B)
+#
+#   python train.py config/eval_gpt2_xl.py
+#   python train.py config/eval_gpt2_xl.py --dataset=my.txt
+#
+# Result  validation loss about 2.54 on OpenWebText (nanoGPT's figure)
+# Time    TODO(measure), once the data set is there
+# VRAM    TODO(measure)
+
+batch_size = 8
+eval_iters = 500  # many, for a good estimate
+eval_only = True
+init_from = "gpt2-xl"

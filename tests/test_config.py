@@ -1,0 +1,541 @@
+"""The configuration: nanoGPT's files and command lines do what they do there; no mistake ends in a traceback."""
+
+import ast
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import config
+from config import BenchConfig, SampleConfig, TrainConfig, UserError, load
+
+REPOSITORY = Path(__file__).parents[1]
+PRESETS = sorted(path for path in (REPOSITORY / "config").glob("*.py") if path.read_text().startswith("#"))
+SCHEMAS = [TrainConfig, SampleConfig, BenchConfig]
+
+# Written down from nanoGPT's scripts, not taken from the schema.
+NANOGPT_TRAIN = {
+    "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False,
+    "always_save_checkpoint": True, "init_from": "scratch", "wandb_log": False, "wandb_project": "owt",
+    "wandb_run_name": "gpt2", "dataset": "openwebtext", "gradient_accumulation_steps": 40, "batch_size": 12,
+    "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.0, "bias": False,
+    "learning_rate": 6e-4, "max_iters": 600000, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
+    "decay_lr": True, "warmup_iters": 2000, "min_lr": 6e-5, "backend": "nccl",
+}  # fmt: skip
+NANOGPT_SAMPLE = {
+    "init_from": "resume", "out_dir": "out", "start": "\n", "num_samples": 10, "max_new_tokens": 500,
+    "temperature": 0.8, "top_k": 200, "seed": 1337,
+}  # fmt: skip
+NANOGPT_CPU_LINE = (
+    "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
+    "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="my.py"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def refusal(argv, schema=TrainConfig, base=None):
+    """The lines of the message with which argv is refused."""
+    with pytest.raises(UserError) as caught:
+        load(schema, argv, base)
+    return str(caught.value).split("\n")
+
+
+# ---------------------------------------------------------------------------------------------------- as in nanoGPT
+
+
+def test_defaults_are_nanogpts():
+    train, sample = config.as_dict(TrainConfig()), config.as_dict(SampleConfig())
+    assert {key: train[key] for key in NANOGPT_TRAIN} == NANOGPT_TRAIN
+    assert {key: sample[key] for key in NANOGPT_SAMPLE} == NANOGPT_SAMPLE
+    bench = {"batch_size": 12, "block_size": 1024, "bias": False, "profile": False, "seed": 1337}
+    assert config.as_dict(BenchConfig()).items() >= bench.items()
+
+
+def test_nanogpts_cpu_line():
+    made, given = load(TrainConfig, [str(REPOSITORY / "config/train_shakespeare_char.py"), *NANOGPT_CPU_LINE.split()])
+    said = dict(pair.lstrip("-").split("=") for pair in NANOGPT_CPU_LINE.split())
+    assert {key: str(getattr(made, key)) for key in said} == said
+    assert given >= said.keys() | {"dataset", "out_dir"}
+    assert (made.dataset, made.out_dir) == ("shakespeare_char", "out-shakespeare-char")
+    assert (made.learning_rate, made.gradient_accumulation_steps) == (1e-3, 1)
+
+
+def test_a_file_written_for_nanogpt(write):
+    path = write("""from __future__ import annotations
+import time
+from math import pi, floor
+# a comment
+out_dir = 'out-ft'
+wandb_run_name = 'ft-' + str(time.time())
+rows = 480  # a helper that the file reads
+batch_size = 8
+gradient_accumulation_steps = rows // batch_size * 2 # an expression
+warmup_iters = max_iters // 100 # a default that the script had
+weight_decay *= 2
+_note = 'ignored'
+def helper(x): return x
+for i in range(3): seed = 5 + i
+min_lr = helper(learning_rate) / 10
+device = 'cuda'; compile = False
+top_k = 5 # sample.py's: one file may serve several scripts
+""")
+    made, given = load(TrainConfig, [path])
+    assert re.fullmatch(r"ft-\d+\.\d+", made.wandb_run_name)
+    assert (made.batch_size, made.gradient_accumulation_steps, made.warmup_iters) == (8, 120, 6000)
+    assert (made.weight_decay, made.seed, made.device, made.compile) == (0.2, 7, "cuda", False)
+    assert given == {
+        "out_dir", "wandb_run_name", "batch_size", "gradient_accumulation_steps", "warmup_iters", "weight_decay",
+        "seed", "min_lr", "device", "compile",
+    }  # fmt: skip
+
+
+def test_the_later_source_wins(write):
+    first, second = write("batch_size = 2\nn_layer = 2", "a.py"), write("batch_size = 3", "b.py")
+    assert load(TrainConfig, [first, second])[0].batch_size == 3
+    assert load(TrainConfig, [first, "--batch_size=4"])[0].batch_size == 4
+    assert load(TrainConfig, ["--batch_size=4", first])[0].batch_size == 2  # in order, as in nanoGPT
+    made, given = load(TrainConfig, [first, "--batch_size=4"], {"batch_size": 9, "n_head": 6, "gone": 1})
+    assert (made.batch_size, made.n_layer, made.n_head, given) == (4, 2, 6, {"batch_size", "n_layer"})
+
+
+# ------------------------------------------------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("--learning_rate=1e-3", 1e-3),
+        ("--learning_rate=1", 1.0),
+        ("--max_iters=5e3", 5000),
+        ("--max_iters=1_000", 1000),
+        ("--max-iters=7", 7),
+        ("--eval-only", True),
+        ("--eval_only=true", True),
+        ("--eval_only=False", False),
+        ("--compile", True),
+        ("--compile=auto", "auto"),
+        ("--compile=False", False),
+        ("--lr_decay_iters=None", None),
+        ("--lr_decay_iters=none", None),
+        ("--lora_alpha=8", 8.0),
+        ("--batch_size=auto", "auto"),
+        ("--dataset=my.txt", "my.txt"),
+        ("--dataset='my.txt'", "my.txt"),
+        ('--dataset="my.txt"', "my.txt"),
+        ("--dataset=hf:me/it=b", "hf:me/it=b"),
+        ("--out_dir=17", "17"),
+        ("--out_dir=None", "None"),
+        ("--device=cuda:1", "cuda:1"),
+        ("--lora_targets=c_fc,c_proj", "c_fc,c_proj"),
+        ("--quantize=none", "none"),
+    ],
+)
+def test_a_value_on_the_command_line(word, value):
+    key = re.split("[=]", word)[0].lstrip("-").replace("-", "_")
+    found = getattr(load(TrainConfig, ["--lora_rank=4", word])[0], key)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_values_of_sampling():
+    made, _ = load(
+        SampleConfig, ["--start=What is \\n?", "--top_k=0", "--temperature=0", r"--stop=\n\n", "--stop=End\\\\"]
+    )
+    assert (made.start, made.top_k, made.temperature, made.stop) == ("What is \\n?", 0, 0.0, ("\n\n", "End\\"))
+    assert load(SampleConfig, ["--top_k=None", "--start="])[0].top_k is None
+    assert load(SampleConfig, ["--start='a\\nb'"])[0].start == "a\nb"  # quoted, it is read as Python, as in nanoGPT
+
+
+def test_the_command_lines_stop_strings_replace_the_files(write):
+    path = write("stop = ['a', 'b']")
+    assert load(SampleConfig, [path])[0].stop == ("a", "b")
+    assert load(SampleConfig, [path, "--stop=c", "--stop=d"])[0].stop == ("c", "d")
+
+
+@pytest.mark.parametrize(
+    ("word", "must_be"),
+    [
+        ("--dropout=1", "a number in [0, 1)"),
+        ("--dropout=-0.1", "a number in [0, 1)"),
+        ("--dropout=nan", "a number in [0, 1)"),
+        ("--learning_rate=1e999", "a number >= 0"),
+        ("--learning_rate=fast", "a number >= 0"),
+        ("--learning_rate=", "a number >= 0"),
+        ("--n_layer=0", "a whole number >= 1"),
+        ("--n_layer=2.5", "a whole number >= 1"),
+        ("--n_layer=True", "a whole number >= 1"),
+        ("--n_layer=1e40", "a whole number >= 1"),
+        ("--batch_size=-1", "a whole number >= 1 or auto"),
+        ("--batch_size=AUTO", "a whole number >= 1 or auto"),
+        ("--eval_only=1", "True or False"),
+        ("--compile=yes", "auto or True or False"),
+        ("--optimizer=sgd", "adamw or muon or adamw8bit"),
+        ("--lr_decay_iters=never", "a whole number >= 0 or None"),
+        ("--lora_alpha=0", "a number > 0 or None"),
+        ("--lora_rank=-1", "a whole number >= 0"),
+        ("--lora_targets=c_attn,wte", "all or a list like c_attn,c_proj,c_fc"),
+        ("--val_fraction=1", "a number in (0, 1)"),
+        ("--decay_fraction=0", "a number in (0, 1]"),
+        ("--device=gpu", "auto or cpu or mps or cuda or cuda:N"),
+        ("--out_dir=", "text, not empty"),
+        ("--out_dir=\udcff", "text, not empty"),
+        ("--seed=-1", "a whole number in [0, 2**62)"),
+    ],
+)
+def test_a_value_that_is_refused(word, must_be):
+    shown = word if word.isprintable() else repr(word)
+    assert refusal([word]) == [f"{shown} must be {must_be}"]
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["--temperature=-1", "--top_k=-1", "--top_p=0", "--top_p=1.01", "--min_p=1", "--repetition_penalty=0", "--stop=",
+     "--num_samples=0", "--max_new_tokens=0", "--checkpoint=first", "--stop"],
+)  # fmt: skip
+def test_a_sampling_value_that_is_refused(word):
+    assert len(refusal([word], SampleConfig)) == 1
+
+
+def test_a_value_in_a_file_is_refused_with_its_line(write):
+    path = write("\nn_layer = 4\n\ndropout = 1.5\nout_dir = 3\nlearning_rate = '1e-3'\n")
+    assert refusal([path]) == [
+        f"{path}:4: dropout=1.5 must be a number in [0, 1)",
+        f"{path}:5: out_dir=3 must be text, not empty",
+        f"{path}:6: learning_rate='1e-3' must be a number >= 0",
+    ]
+
+
+def test_values_that_misbehave(write):
+    path = write("""
+class Nasty:
+    def __repr__(self): raise RuntimeError
+    __eq__ = __lt__ = __le__ = __hash__ = __mod__ = __float__ = __repr__
+n_layer = Nasty()
+dropout = [1] * 10**6
+optimizer = {}
+compile = Nasty()
+""")
+    lines = refusal([path])
+    assert [line.removeprefix(path).split("=")[0] for line in lines] == [
+        ":5: n_layer",
+        ":6: dropout",
+        ":7: optimizer",
+        ":8: compile",
+    ]
+    assert max(map(len, lines)) < 300
+
+
+# ------------------------------------------------------------------------------------------------- mistakes, all told
+
+
+def test_all_mistakes_at_once(write):
+    path = write("batch_size = 0\nlernrate = 3\n")
+    lines = refusal([path, "--n_embd=100", "--n_head=7", "--dropuot=0.1", "--dtype=int8", "config/train_shakespeer.py"])
+    assert len(lines) == 5  # n_embd and n_head may be what the missing file would have set
+    assert lines[0].startswith(f"{path}:1: batch_size=0 must be")
+    assert lines[1] == f"{path}:2: lernrate=3: unknown key; did you mean learning_rate?"
+    assert lines[2] == "--dropuot=0.1: unknown key; did you mean dropout?"
+    assert lines[3].startswith("--dtype=int8 must be auto or float32")
+    assert "train_shakespeare_c" in lines[4] and lines[4].startswith("config/train_shakespeer.py: no config file")
+    both = refusal(["--n_embd=100", "--n_head=7", "--dropuot=0.1"])
+    assert both[1] == "--n_embd=100 --n_head=7: n_embd must be a multiple of n_head"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch_size", "8"], "--batch_size needs its value after an equals sign: --batch_size=8"),
+        (["--batch_size", "--eval_only"], "--batch_size needs its value after an equals sign: --batch_size=VALUE"),
+        (
+            ["batch_size=8"],
+            "batch_size=8: no config file that can be read; a key is set with two dashes: --batch_size=8",
+        ),
+        (["--=3"], "--=3: unknown key; --help lists them"),
+        (["-"], "-: unknown key; --help lists them"),
+        (["--qqqq=3"], "--qqqq=3: unknown key; --help lists them"),
+        ([""], ": no config file that can be read; --help lists the presets"),
+        (["config"], "config: no config file that can be read; --help lists the presets"),
+        (["a\0b"], r"'a\x00b': no config file that can be read; --help lists the presets"),
+    ],
+)
+def test_a_mistake_on_the_command_line(argv, message, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    assert refusal(argv) == [message]
+
+
+def test_the_nearest_preset_is_a_path_that_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    nearest = refusal(["config/train_gtp2.py"])[0].split("the nearest is ")[1]
+    assert Path(nearest) == REPOSITORY / "config/train_gpt2.py"
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "what"),
+    [
+        ("n_layer = 2\nn_head = 1 / 0\n", 2, "ZeroDivisionError"),
+        ("def f():\n    return undefined\nn_layer = f()\n", 2, "NameError"),
+        ("n_layer = = 2\n", 1, "SyntaxError"),
+        ("import no_such_module_at_all\n", 1, "ModuleNotFoundError"),
+        ("open('/no/such/file')\n", 1, "FileNotFoundError"),
+        ("n_layer = int('x')\n", 1, "ValueError"),
+        ("raise SystemExit('enough')\n", 1, "SystemExit: enough"),
+        ("raise RuntimeError('two\\nlines')\n", 1, r"RuntimeError: 'two\nlines'"),
+        (b"n_layer = 2\0\n", 1, ""),
+        (b"out_dir = '\xff'\n", 1, "SyntaxError"),
+        ("(" * 1000, 1, ""),
+        ("x = " + "-" * 100_000 + "1", 1, ""),
+    ],
+)
+def test_a_file_that_raises(text, where, what, write):
+    path = write(text)
+    (line,) = refusal([path, "--n_embd=100"])  # n_head may be what the file would have set
+    assert line.startswith(f"{path}:{where}: ") and what in line
+
+
+# -------------------------------------------------------------------------------------------------- contradictions
+
+
+@pytest.mark.parametrize(
+    ("line", "keys"),
+    [
+        ("--n_embd=100 --n_head=7", "n_embd n_head"),
+        ("--num_epochs=2 --max_iters=10", "max_iters num_epochs"),
+        ("--min_lr=1e-2", "min_lr learning_rate"),
+        ("--min_lr=1e-3 --learning_rate=1e-4", "min_lr learning_rate"),
+        ("--quantize=int8", "quantize eval_only"),
+        ("--lora_alpha=8", "lora_rank lora_alpha"),
+        ("--lora_rank=0 --lora_dropout=0.1", "lora_rank lora_dropout"),
+        ("--lora_rank=1000", "lora_rank n_embd"),
+    ],
+)
+def test_a_contradiction(line, keys):
+    (message,) = refusal(line.split())
+    assert re.findall(r"--(\w+)=", message.split(": ")[0]) == keys.split()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--lr_decay_iters=10 --max_iters=5",
+        "--warmup_iters=100 --max_iters=5",
+        "--eval_interval=100 --max_iters=5",
+        "--max_iters=0",
+        "--min_lr=1e-3 --learning_rate=1e-4 --decay_lr=False",
+        "--num_epochs=0 --max_iters=10",
+        "--quantize=int8 --eval_only",
+        "--init_from=gpt2-xl --n_head=25",
+        "--lora_rank=0",
+        "--lora_rank=8 --lora_alpha=1",
+    ],
+)
+def test_no_contradiction(line):
+    load(TrainConfig, line.split())
+
+
+def test_a_low_learning_rate_does_not_rise():
+    assert load(TrainConfig, ["--learning_rate=1e-5"])[0].min_lr == pytest.approx(1e-6)
+    assert load(TrainConfig, ["--learning_rate=1e-4"])[0].min_lr == 6e-5
+
+
+def test_epochs_or_steps_whichever_was_said_last(write):
+    epochs, steps = write("num_epochs = 3", "epochs.py"), write("max_iters = 20", "steps.py")
+    cases = [
+        ([epochs], None, 3),
+        ([epochs, "--max_iters=5"], None, 0),
+        ([steps, "--num_epochs=2"], None, 2),
+        ([steps, epochs], None, 3),
+        ([epochs, steps], None, 0),
+        (["--max_iters=5"], {"num_epochs": 3.0, "max_iters": 60}, 0),
+        (["--batch_size=5"], {"num_epochs": 3.0, "max_iters": 60}, 3),
+    ]
+    for argv, base, num_epochs in cases:
+        assert load(TrainConfig, argv, base)[0].num_epochs == num_epochs, argv
+    assert len(refusal([write("num_epochs = 3\nmax_iters = 20", "both.py")])) == 1
+
+
+# --------------------------------------------------------------------------------------------------- the saved run
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_a_saved_configuration_comes_back(schema, write):
+    first, _ = load(schema, [write("seed = 3\nout_dir = 'b'\nstop = ('a', 'b')\nlr_decay_iters = 7")])
+    saved = json.loads(json.dumps(config.as_dict(first)))
+    again, given = load(schema, [], saved)
+    assert again == first and given == set()
+
+
+def test_a_saved_run_with_an_impossible_value():
+    assert refusal([], base={"n_layer": "many"}) == ["the saved run: n_layer='many' must be a whole number >= 1"]
+
+
+# ------------------------------------------------------------------------------------------------- help, and presets
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_help(schema, capsys):
+    with pytest.raises(SystemExit) as done:
+        load(schema, ["--nonsense", "--help"])
+    page = capsys.readouterr().out
+    assert done.value.code == 0
+    assert max(map(len, page.splitlines())) <= 100
+    own = schema.__annotations__
+    for key in own:
+        (comment,) = re.findall(rf"^  --{key}=\S+ +(\S.*)$", page, re.MULTILINE)
+        assert len(comment) > 3
+    assert len(re.findall(r"^  --", page, re.MULTILINE)) == len(own)
+    for preset in PRESETS:
+        assert preset.read_text().splitlines()[0].removeprefix("# ") in page
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset(path):
+    """It loads, does nothing but assign, and its head says command, result, time and memory."""
+    text = path.read_text()
+    head = text.split("\n\n")[0]
+    assert f"config/{path.name}" in head
+    assert re.search("^# Result +.*\n# Time +.*\n# VRAM +.*", head, re.MULTILINE)
+    assert all(isinstance(node, (ast.Assign, ast.Import)) for node in ast.parse(text).body)
+    _, given = load(TrainConfig, [str(path)])
+    assert given
+    load(BenchConfig, [str(path)])
+
+
+def test_every_preset_of_the_plan_is_there():
+    names = """train_shakespeare_char train_shakespeare_cpu train_gpt2 train_gpt2_12gb train_gpt2_fast eval_gpt2
+        eval_gpt2_medium eval_gpt2_large eval_gpt2_xl finetune_shakespeare finetune_gpt2 finetune_gpt2_medium
+        finetune_gpt2_large finetune_gpt2_xl_lora finetune_instruct"""
+    assert sorted(path.stem for path in PRESETS) == sorted(names.split())
+
+
+def test_presets_that_nanogpt_has_do_what_they_did():
+    def made(name):
+        return config.as_dict(load(TrainConfig, [str(REPOSITORY / f"config/{name}.py")])[0])
+
+    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        theirs = {"batch_size": 8, "eval_iters": 500, "eval_only": True, "wandb_log": False, "init_from": name}
+        assert made("eval_" + name.replace("-", "_")).items() >= theirs.items()
+    theirs = {"batch_size": 12, "block_size": 1024, "gradient_accumulation_steps": 40, "max_iters": 600000}
+    theirs |= {"lr_decay_iters": 600000, "eval_interval": 1000, "eval_iters": 200, "weight_decay": 0.1}
+    assert made("train_gpt2").items() >= theirs.items()
+    theirs = {"dataset": "shakespeare", "init_from": "gpt2-xl", "batch_size": 1, "gradient_accumulation_steps": 32}
+    theirs |= {"max_iters": 20, "learning_rate": 3e-5, "decay_lr": False, "eval_interval": 5, "eval_iters": 40}
+    assert made("finetune_shakespeare").items() >= theirs.items()
+
+
+# ---------------------------------------------------------------------------------------------------------- run_main
+
+
+class KnownError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (UserError("two\nlines"), 2, "error: two\nlines\n"),
+        (KnownError("weights"), 2, "error: weights\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_run_main_on_a_mistake(raised, status, said, capsys):
+    def main():
+        raise raised
+
+    with pytest.raises(SystemExit) as done:
+        config.run_main(main, KnownError)
+    assert (done.value.code, capsys.readouterr().err) == (status, said)
+
+
+def test_run_main_otherwise():
+    for returned, status in ((None, None), (0, 0), (143, 143)):
+        with pytest.raises(SystemExit) as done:
+            config.run_main(lambda value=returned: value)
+        assert done.value.code == status
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        config.run_main(lambda: 1 // 0)
+
+
+def test_importing_it_is_light():
+    code = "import sys, config; assert not {'torch', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- fuzz
+
+KEYS = sorted({key for schema in SCHEMAS for key in config.as_dict(schema())})
+WORDS = [
+    "",
+    "0",
+    "1",
+    "-1",
+    "0.5",
+    "1e999",
+    "nan",
+    "None",
+    "True",
+    "auto",
+    "none",
+    "'",
+    "'a'",
+    "[]",
+    "()",
+    "9" * 5000,
+    "\\n",
+]
+values = st.sampled_from(WORDS) | st.integers().map(str) | st.floats().map(str) | st.text(max_size=20)
+keys = st.sampled_from(KEYS) | st.sampled_from(KEYS).map(lambda key: key.replace("_", "-")) | st.text(max_size=8)
+flags = st.builds("--{}={}".format, keys, values) | keys.map("--{}".format) | st.text(max_size=12)
+objects = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.tuples(inner) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=5,
+)
+names = st.sampled_from(KEYS) | st.sampled_from(["_x", "helper", "n_layr", "class", "é"])
+# Python that cannot loop or compute for long: without letters that spell names, without * and <.
+scraps = st.text(alphabet="=+-/()[]{}:,.'\"#\\\n\t 0123456789_\0é", max_size=20)
+lines = st.builds("{} = {!r}".format, names, objects) | st.builds("{} = {}".format, names, names) | scraps
+
+
+def accepts_or_refuses(schema, argv):
+    """Load; what was accepted comes back equal from its own JSON, so every value is one that its field admits."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            made, _ = load(schema, argv)
+    except UserError as problem:
+        assert str(problem)
+    except SystemExit as done:
+        assert {"-h", "--help"} & set(argv) and done.code == 0
+    else:
+        saved = json.loads(json.dumps(config.as_dict(made), allow_nan=False))
+        assert load(schema, [], saved)[0] == made
+
+
+@given(schema=st.sampled_from(SCHEMAS), argv=st.lists(flags, max_size=5))
+def test_fuzz_the_command_line(schema, argv):
+    accepts_or_refuses(schema, argv)
+
+
+@given(schema=st.sampled_from(SCHEMAS), text=st.lists(lines, max_size=6).map("\n".join) | scraps)
+def test_fuzz_a_file(schema, text):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "fuzz.py")
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        accepts_or_refuses(schema, [str(path)])

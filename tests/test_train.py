@@ -1,0 +1,426 @@
+"""train.py: a run is exact, resumes exactly, and ends clearly when it cannot go on."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import reference
+import torch
+from safetensors.torch import load_file
+
+import config as configuration
+import train
+from config import UserError
+from config.machine import Machine
+from data.shards import write_shard
+from model import GPT, MASKED, GPTConfig, WeightsError
+
+CPU = Machine(torch.device("cpu"), torch.float32, compiled=False)
+TINY = "--block_size=16 --n_layer=2 --n_head=2 --n_embd=16 --batch_size=4 --gradient_accumulation_steps=2"
+QUICK = f"--device=cpu --dtype=float32 {TINY} --eval_interval=10 --eval_iters=2 --learning_rate=1e-2 --warmup_iters=2".split()
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Running train.main in-process installs its handlers; give pytest its own back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """Two shards of text-like tokens with structure to learn, over 13 characters."""
+    folder = tmp_path_factory.mktemp("letters")
+    generator = np.random.default_rng(0)
+    tokens = (np.cumsum(generator.integers(1, 4, 3000)) % 13).astype(np.uint16)
+    for name, part in (("train_000000", tokens[:1500]), ("train_000001", tokens[1500:2600]), ("val_000000", tokens[2600:])):
+        write_shard(folder / f"{name}.bin", part)
+    meta = {"tokenizer": "char", "vocab_size": 13, "chars": "\nabcdefghijkl", "documents": 1, "source_sha256": "0" * 64}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def run(dataset, out_dir, *options) -> int:
+    return train.main([*QUICK, f"--dataset={dataset}", f"--out_dir={out_dir}", *options])
+
+
+def losses(out_dir) -> dict[int, float]:
+    rows = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def weights(out_dir, name="last"):
+    return load_file(Path(out_dir) / name / "model.safetensors")
+
+
+def kill_after(monkeypatch, steps):
+    """The process dies in the middle of update steps + 1, as by SIGKILL: nothing of ours runs afterwards."""
+    original, count = train.Step.__call__, iter(range(10**6))
+
+    def call(self, *args):
+        if next(count) == steps:
+            raise SystemExit("killed")
+        original(self, *args)
+
+    monkeypatch.setattr(train.Step, "__call__", call)
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(dataset, tmp_path, monkeypatch):
+    options = ["--max_iters=20", "--dropout=0.2"]
+    assert run(dataset, tmp_path / "whole", *options) == 0
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        kill_after(m, 7)
+        run(dataset, tmp_path / "broken", *options, "--save_interval_s=0")
+    state = json.loads((tmp_path / "broken/last/trainer.json").read_text())
+    assert (state["step"], state["position"]) == (7, 7 * 8)
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'broken'}"]) == 0
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    trainers = [load_file(tmp_path / out / "last/trainer.safetensors") for out in ("whole", "broken")]
+    assert all(torch.equal(trainers[0][name], trainers[1][name]) for name in trainers[0])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_a_finished_run_with_more_steps_goes_on(dataset, tmp_path, optimizer):
+    fixed = ["--decay_lr=False", f"--optimizer={optimizer}"]
+    assert run(dataset, tmp_path / "a", *fixed, "--max_iters=12") == 0
+    assert run(dataset, tmp_path / "b", *fixed, "--max_iters=8") == 0
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'b'}", "--max_iters=12"]) == 0
+    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "a").values(), weights(tmp_path / "b").values(), strict=True))
+
+
+def test_evaluating_more_often_does_not_move_training(dataset, tmp_path):
+    for name, options in (("rare", ["--eval_interval=50"]), ("often", ["--eval_interval=3", "--eval_iters=0"])):
+        assert run(dataset, tmp_path / name, "--max_iters=10", "--dropout=0.1", *options) == 0
+    assert losses(tmp_path / "rare") == losses(tmp_path / "often")
+    rows = [json.loads(line) for line in (tmp_path / "often/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 3, 6, 9, 10]
+    assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "elapsed_s"} == set(rows[1])
+    assert {"step", "tokens", "train_loss", "val_loss", "elapsed_s"} == set(rows[0])
+
+
+def test_a_run_learns_and_leaves_what_it_promises(dataset, tmp_path):
+    assert run(dataset, tmp_path, "--max_iters=60", "--eval_interval=20") == 0
+    curve = losses(tmp_path)
+    assert curve[60] < math.log(3) + 0.4 < curve[1]  # each letter is followed by one of three
+    for name in ("run.json", "metrics.jsonl", "loss.png", "best/model.safetensors", "best/config.json", "last/trainer.json"):
+        assert (tmp_path / name).stat().st_size > 0, name
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["config"]["learning_rate"] == 1e-2
+    assert facts["versions"]["torch"]
+
+
+def test_starting_anew_sets_the_old_run_aside(dataset, tmp_path):
+    assert run(dataset, tmp_path, "--max_iters=3") == 0
+    before = weights(tmp_path)
+    assert run(dataset, tmp_path, "--max_iters=2", "--seed=7") == 0
+    after = load_file(tmp_path / "previous/last/model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def step_config(**changes) -> SimpleNamespace:
+    values = {"optimizer": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0}
+    values |= {"gradient_accumulation_steps": 1, "batch_size": 2, "block_size": 8, "cuda_graph": "auto"}
+    return SimpleNamespace(**values | changes)
+
+
+def set_weights(model: GPT) -> GPT:
+    """Weights out of a formula: golden values must not depend on a version's random numbers."""
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(0.3 * torch.sin(torch.arange(p.numel()) * (i + 1.7)).view_as(p) + (p.ndim == 1 and i % 2))
+    return model
+
+
+def make_step(vocab=13, **changes) -> train.Step:
+    model = set_weights(GPT(GPTConfig(8, vocab, 2, 2, 8, bias=True)))
+    return train.Step(model, step_config(**changes), CPU)
+
+
+def fill(step: train.Step, x: torch.Tensor, y: torch.Tensor) -> list[int]:
+    step.x.copy_(x.view_as(step.x))
+    step.y.copy_(y.view_as(step.y))
+    return (step.y != MASKED).sum((1, 2)).tolist()
+
+
+def test_accumulation_is_a_mean_over_targets_not_a_mean_of_means():
+    """One micro-batch of 8 rows equals four of 2, although one of the four has a single target and one none."""
+    x, y = torch.randint(0, 13, (2, 8, 8), generator=torch.Generator().manual_seed(3))
+    y[0:2], y[2, :], y[3, 1:] = MASKED, MASKED, MASKED
+    whole, parts = make_step(batch_size=8), make_step(gradient_accumulation_steps=4)
+    for step in (whole, parts):
+        step(1e-2, fill(step, x, y))
+    assert parts.loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
+    for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        assert (a.grad - b.grad).abs().max() <= 1e-5 * a.grad.abs().max(), name
+
+
+# Renew only when the model or the optimizer is meant to change: print(curve) below. The reference must agree before.
+GOLDEN = Path(__file__).parent / "golden_losses.json"
+
+
+def test_ten_golden_steps_that_the_reference_reproduces():
+    ids = (np.cumsum(np.arange(200) % 7) % 13).astype(np.int64)
+    batches = [torch.from_numpy(np.stack([ids[i : i + 9], ids[i + 50 : i + 59]])) for i in range(0, 50, 5)]
+    step, curve = make_step(), []
+    w = {name: p.detach().double() for name, p in step.model.transformer.named_parameters()}
+    for name in w:
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            w[name] = w[name].t()
+    w["wte.weight"] = w["wte.weight"][:13]
+    w = {name: p.clone().requires_grad_() for name, p in w.items()}
+    oracle, expected = reference.AdamW(w, (0.9, 0.95), 0.1, 1.0), []
+    for batch in batches:
+        x, y = batch[:, :-1], batch[:, 1:]
+        step(1e-2, fill(step, x, y))
+        curve.append(step.loss.item())
+        loss = reference.loss(x, y, w, 2, 2)
+        loss.backward()
+        oracle.step(1e-2)
+        expected.append(loss.item())
+    assert curve == pytest.approx(expected, abs=1e-4)
+    assert curve == pytest.approx(json.loads(GOLDEN.read_text()), abs=1e-4), f"renew {GOLDEN.name} with {curve}?"
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_update_that_is_not_finite_is_skipped(value, optimizer, accumulation):
+    step = make_step(optimizer=optimizer, gradient_accumulation_steps=accumulation)
+    x, y = torch.randint(0, 13, (2, accumulation * 2, 8), generator=torch.Generator().manual_seed(3))
+    step(1e-2, fill(step, x, y))
+    before = [p.clone() for p in step.model.parameters()]
+    moments = {name: t.clone() for name, t in train.trainer_tensors(step).items()}
+    hook = step.model.transformer["ln_f"].weight.register_hook(lambda g: torch.full_like(g, value))
+    for bad in (1, 2):
+        step(1e-2)
+        assert step.bad.item() == bad
+    assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+    assert all(torch.equal(t, moments[name]) for name, t in train.trainer_tensors(step).items())
+    hook.remove()
+    step(1e-2)
+    assert step.bad.item() == 0
+    assert all(torch.isfinite(p).all() for p in step.model.parameters())
+
+
+def test_too_many_bad_updates_stop_the_run_and_last_stays_finite(dataset, tmp_path, monkeypatch, capsys):
+    original, count = train.Step.run, iter(range(10**6))
+
+    def poisoned(self, rows=None):
+        if next(count) == 5:
+            self.model.transformer["ln_f"].weight.register_hook(lambda g: g * math.nan)
+        original(self, rows)
+
+    monkeypatch.setattr(train.Step, "run", poisoned)
+    assert run(dataset, tmp_path, "--max_iters=30", "--max_bad_steps=3", "--eval_interval=100") == 1
+    out = capsys.readouterr().out
+    assert "stopping at step 8" in out
+    assert "window 64" in out
+    assert all(torch.isfinite(t).all() for t in weights(tmp_path).values())
+    assert json.loads((tmp_path / "last/trainer.json").read_text())["step"] == 8
+
+
+def test_clipping_scales_the_gradient_to_the_bound():
+    x, y = torch.randint(0, 13, (2, 2, 8), generator=torch.Generator().manual_seed(3))
+    free, clipped = make_step(grad_clip=0.0), make_step(grad_clip=0.01)
+    for step in (free, clipped):
+        step(1e-2, fill(step, x, y))
+    assert free.grad_norm.item() == pytest.approx(clipped.grad_norm.item())
+    mean = {n: t for n, t in train.trainer_tensors(free).items() if n.endswith("exp_avg")}
+    scale = 0.01 / free.grad_norm.item()
+    for name, t in train.trainer_tensors(clipped).items():
+        if name.endswith("exp_avg"):
+            assert torch.allclose(t, mean[name] * scale, rtol=1e-4, atol=1e-12), name
+
+
+def schedule(**changes) -> SimpleNamespace:
+    values = {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 10, "max_iters": 110, "lr_decay_iters": None}
+    return SimpleNamespace(**values | {"decay_lr": True, "schedule": "cosine", "decay_fraction": 0.4} | changes)
+
+
+def test_learning_rate_follows_its_closed_form():
+    cosine = schedule()
+    assert train.learning_rate(0, cosine) == pytest.approx(1 / 11)
+    assert train.learning_rate(10, cosine) == 1.0
+    assert train.learning_rate(60, cosine) == pytest.approx(0.55)
+    assert train.learning_rate(110, cosine) == 0.1
+    wsd = schedule(schedule="wsd", min_lr=0.0)
+    assert [train.learning_rate(s, wsd) for s in (10, 40, 69)] == [1.0, 1.0, 1.0]
+    assert train.learning_rate(90, wsd) == pytest.approx(0.5)
+    assert train.learning_rate(110, wsd) == 0.0
+    assert train.learning_rate(5, schedule(decay_lr=False)) == 1.0
+    assert train.learning_rate(30, schedule(lr_decay_iters=30)) == 0.1
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    g = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    for x in (g, g.mT.contiguous()):
+        u, _, vh = torch.linalg.svd(x, full_matrices=False)
+        out = train.orthogonalize(x)
+        values = torch.linalg.svdvals(out)
+        assert values.min() > 0.5
+        assert values.max() < 1.3
+        # The singular vectors stay: what is left in the input's own basis is diagonal.
+        inner = u.mT @ out @ vh.mT
+        assert torch.allclose(inner, torch.diag_embed(inner.diagonal(dim1=1, dim2=2)), atol=1e-4)
+
+
+def test_muon_is_torchs_muon_on_every_matrix():
+    """Our stacked step equals torch.optim.Muon on q, k, v and every other matrix one at a time."""
+    step = make_step(optimizer="muon", weight_decay=0.1, grad_clip=0.0)
+    muon = step.optimizers[1]
+    ours = [p for group in muon.param_groups for p in group["params"]]
+    assert sorted({tuple(p.shape) for p in ours}) == [(8, 8), (8, 32), (24, 8), (32, 8)]
+    parts = [part.detach().clone() for p in ours for part in (p.chunk(3) if p.size(0) == 24 else [p])]
+    theirs = torch.optim.Muon(
+        [torch.nn.Parameter(p) for p in parts],
+        lr=1e-2,
+        weight_decay=0.1,
+        momentum=0.9,
+        adjust_lr_fn="match_rms_adamw",
+        eps=1e-7,
+    )
+    muon.param_groups[0]["lr"].fill_(1e-2)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        for p in ours:  # far from singular, where torch's bf16 would amplify its rounding
+            p.grad = torch.cat([torch.nn.init.orthogonal_(torch.empty_like(part)) for part in (p.chunk(3) if len(p) == 24 else [p])])
+        grads = [g for p in ours for g in (p.grad.chunk(3) if len(p) == 24 else [p.grad])]
+        for p, g in zip(theirs.param_groups[0]["params"], grads, strict=True):
+            p.grad = g.clone()
+        muon.step()
+        theirs.step()
+    mine = [part for p in ours for part in (p.chunk(3) if p.size(0) == 24 else [p])]
+    for a, b in zip(mine, theirs.param_groups[0]["params"], strict=True):
+        assert (a - b).abs().max() < 4e-4  # torch's works in bf16; the two steps moved each by up to 2e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--learning_rat=1"], "learning_rate"),
+        (["--max_iters=many"], "max_iters"),
+        (["--n_embd=100", "--n_head=7"], "n_head"),
+        (["config/none.py"], "config/none.py"),
+        (["--dataset=/nowhere/at_all.txt"], "at_all.txt"),
+        (["--device=cuda"], "GPU"),
+        (["--out_dir=/proc/nothing"], "cannot be written"),
+        (["--init_from=resume", "--out_dir=/nowhere"], "nothing to resume"),
+        (["--init_from=/nowhere"], "could not be fetched"),
+        (["--block_size=5000"], "block_size"),
+        (["--lora_rank=99", "--init_from=CHECKPOINT"], "lora_rank=99"),
+    ],
+)
+def test_a_users_mistake_ends_with_a_message_and_status_2(dataset, tmp_path, capsys, monkeypatch, options, message):
+    if options[0] == "--device=cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if "--init_from=CHECKPOINT" in options:
+        GPT(GPTConfig(16, 13, 2, 2, 16)).save_pretrained(tmp_path / "model")
+        options = [options[0], f"--init_from={tmp_path / 'model'}"]
+    out_dir = tmp_path / "out"
+    argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={out_dir}", *options]
+    with pytest.raises(SystemExit) as end:
+        configuration.run_main(lambda: train.main(argv), WeightsError)
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert not any(p for p in out_dir.rglob("*") if p.name != ".lock")
+
+
+def test_data_of_another_tokenizer_are_refused(dataset, tmp_path):
+    GPT(GPTConfig(16, 9, 2, 2, 16)).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="another tokenizer"):
+        run(dataset, tmp_path / "out", f"--init_from={tmp_path / 'model'}")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(dataset, tmp_path):
+    from data.run import lock
+
+    with lock(tmp_path), pytest.raises(UserError, match="another run"):
+        run(dataset, tmp_path, "--max_iters=1")
+    assert run(dataset, tmp_path, "--max_iters=1") == 0
+
+
+def test_patience_ends_the_run_and_best_is_kept(dataset, tmp_path, capsys):
+    assert run(dataset, tmp_path, "--max_iters=500", "--eval_interval=5", "--patience=2", "--learning_rate=0", "--min_lr=0") == 0
+    assert "no better validation loss in 2 evaluations" in capsys.readouterr().out
+    assert json.loads((tmp_path / "best/trainer.json").read_text())["step"] == 5
+
+
+def test_epochs_in_place_of_max_iters(dataset, tmp_path):
+    assert run(dataset, tmp_path, "--num_epochs=1.5", "--eval_interval=500") == 0
+    windows = (2600 - 16) // 16
+    assert json.loads((tmp_path / "last/trainer.json").read_text())["step"] == math.ceil(1.5 * windows / 8)
+
+
+def test_eval_only_evaluates_and_writes_nothing(dataset, tmp_path, capsys):
+    assert run(dataset, tmp_path / "none", "--eval_only") == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+
+
+def test_sigterm_saves_and_ends_with_143(dataset, tmp_path):
+    argv = [sys.executable, "train.py", *QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=100000"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(argv, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True, env=env)
+    for line in process.stdout:
+        if line.startswith("step 12:"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 143
+    assert "--init_from=resume" in rest
+    step = json.loads((tmp_path / "last/trainer.json").read_text())["step"]
+    assert step >= 12
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", f"--max_iters={step + 2}"]) == 0
+
+
+def test_wandb_goes_on_with_the_same_run(dataset, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert run(dataset, tmp_path, "--max_iters=2", "--wandb_log", "--wandb_project=test") == 0
+    first = json.loads((tmp_path / "last/trainer.json").read_text())["wandb_id"]
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=4"]) == 0
+    assert first
+    assert json.loads((tmp_path / "last/trainer.json").read_text())["wandb_id"] == first
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first}"))) >= 1
+
+
+def test_out_of_memory_names_the_knobs(dataset, tmp_path, monkeypatch):
+    def exhausted(self, rows=None):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.Step, "run", exhausted)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (2**30, 12 * 2**30))
+    with pytest.raises(UserError, match="12.0 GiB") as error:
+        run(dataset, tmp_path, "--max_iters=1")
+    assert str(error.value).index("--recompute=pointwise") < str(error.value).index("--batch_size=2")
+
+
+def test_two_ranks_are_one_step_in_two_halves(dataset, tmp_path):
+    """torchrun with two processes over gloo: the same windows, the same step, and the checkpoint resumes alone."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path / 'two'}", "--max_iters=6", "--eval_interval=3"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *argv], cwd=Path(__file__).parent.parent, check=True, env=env, capture_output=True)
+    assert run(dataset, tmp_path / "one", "--max_iters=6", "--eval_interval=3") == 0
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-5)
+    for name, t in weights(tmp_path / "one").items():
+        assert torch.allclose(t, weights(tmp_path / "two")[name], atol=1e-5), name
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'two'}", "--max_iters=8"]) == 0
+    assert list(losses(tmp_path / "two")) == list(range(1, 9))
