@@ -133,7 +133,8 @@ class Block(nn.Module):
             return self.residual(x, cache)
         # The checkpoint lies inside what is compiled: around a compiled block it could only recompute all of it.
         context = {"context_fn": _keep_products} if self.recompute == "pointwise" else {}
-        return checkpoint(self.residual, x, use_reentrant=False, **context)
+        random = self.training and self.attn.dropout > 0  # then recomputing has to draw the same numbers again
+        return checkpoint(self.residual, x, use_reentrant=False, preserve_rng_state=random, **context)
 
     def residual(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
         x = x + self.attn(self.ln_1(x), cache)
@@ -276,7 +277,8 @@ class GPT(nn.Module):
         """Yield one new token id per prompt, max_new_tokens times. Prompts may differ in length.
 
         seeds: one per prompt; a text depends on its prompt and its seed alone, not on its neighbours in the batch.
-        compiled: compile the decoding step and, on a GPU, replay it as a CUDA graph; pays off for long texts.
+        compiled: compile the blocks for decoding, which pays off for long texts. On a GPU the decoding step is replayed
+            as a CUDA graph in any case.
         A context that reaches block_size goes on from its last half, which is computed anew (positions are absolute
         in GPT-2, so cached keys cannot be moved). Raises WeightsError for an empty or too long prompt.
         """
@@ -708,13 +710,12 @@ class Decoder:
 
     def advance(self) -> None:
         """Feed the newest tokens and choose the next ones."""
-        if not self.compiled:
-            with torch.compiler.set_stance("force_eager"):  # training may have compiled the blocks: not for this
+        # Training may have compiled the blocks for its own shapes; compiling them for this one is the caller's choice.
+        with torch.compiler.set_stance("default" if self.compiled else "force_eager"):
+            if self.graph is None and self.token.is_cuda:
+                self.capture()
+            if self.graph is None:
                 return self.forward()
-        if self.graph is None and self.token.is_cuda:
-            self.capture()
-        if self.graph is None:
-            return self.forward()
         self.graph.replay()
 
     def read(self) -> Callable[[], list[int]]:
@@ -729,9 +730,10 @@ class Decoder:
         return lambda: (arrived.synchronize(), host.tolist())[1]
 
     def capture(self) -> None:
-        """Compile the blocks, run once so that nothing is compiled or allocated later, and record the step."""
-        for block in self.model.blocks:
-            block.compile(dynamic=False)
+        """Run the step so that nothing is compiled or allocated later, undo it, and record it."""
+        if self.compiled:
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
         state = [self.token, self.step, self.cache.length] + ([] if self.seen is None else [self.seen])
         saved = [t.clone() for t in state]
         side = torch.cuda.Stream()  # warming up on another stream is what capturing asks for

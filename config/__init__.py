@@ -181,14 +181,42 @@ class BenchConfig(TrainConfig):
 
     python bench.py
     python bench.py config/train_gpt2_12gb.py --recompute=block
+    python bench.py --sweep=batch_size:4,8,16,32
+    python bench.py --vram_gb=12 --find_batch
+    python bench.py --plan --init_from=gpt2-xl --lora_rank=16
 
-    Every key of train.py counts here too (see python train.py --help), and these:
+    Every key of train.py counts here too (see python train.py --help), and these. What is asked for
+    is done in turn; without any of it the step is measured. Models have random weights: init_from
+    gives their shape only.
     """
 
-    # bench
+    # what to measure
+    sweep: Text | None = None  # KEY:VALUE,VALUE,... the step at each value of a key; a table and bench.png
+    ladder: bool = False  # what each technique brings, from plain fp32 to the step as it is; a table and bench.png
+    find_batch: bool = False  # the micro-batch that is fastest in the memory there is
+    compare: Literal["none", "transformers"] = "none"  # the same work by GPT2LMHeadModel, in turns
+    profile: bool = False  # the costliest kernels, and trace.json for chrome://tracing
+    sample: bool = False  # prefill and decoding at batch 1, 4, 16 and 64
+    report: bool = False  # step, ladder and decoding in bench.json and bench.png, to publish
+    plan: bool = False  # predicted memory and speed on a card, without a GPU
+    # how
+    steps: Count = 20  # timed steps, after the warm-up
     gradient_accumulation_steps: Count = 1  # micro-batches a step
     real_data: Switch = "auto"  # True: the data set's tokens, False: random ones; auto: whichever is there
-    profile: bool = False  # write a trace for chrome://tracing
+    vocab_size: Count = 50257  # of random tokens
+    attention: Literal["auto", "flash", "math"] = "auto"  # attention's kernel; auto: torch chooses, as in training
+    max_new_tokens: Count = 256  # tokens that each text is continued by, with sample
+    # card
+    card: Text = "NVIDIA GeForce RTX 4070 Ti"  # the one to plan for, by the exact name that its driver gives
+    vram_gb: Positive | None = None  # of that card, or to be emulated: the allocator gets 1 GiB less
+    peak_tflops: Positive | None = None  # dense bf16 with fp32 accumulation, of a card that is not in the table
+    bandwidth_gbs: Positive | None = None  # of that card's memory, GB/s
+
+    def conflicts(self, given: Mapping[str, str]) -> Iterator[tuple[str, object, str]]:
+        """train.py's, but quantized weights can be sampled from; and half a card's figures are none."""
+        yield from (clash for clash in super().conflicts(given) if not (self.sample and "quantize" in clash[0]))
+        half = (self.peak_tflops is None) != (self.bandwidth_gbs is None)
+        yield "peak_tflops bandwidth_gbs", half, "a card is described by both: see its datasheet"
 
 
 Schema = TypeVar("Schema", bound=TrainConfig | SampleConfig)
@@ -270,7 +298,7 @@ class _Loader:
             before = getattr(self.config, key) if self.given.get(key) == "command line" else ()
             self.set(key, [(*before, text)], said, "command line")
         elif equals or bool in (kind, *get_args(kind)):
-            self.set(key, [*_literals(text), text] if equals else [True], said, "command line")
+            self.set(key, _readings(text) if equals else [True], said, "command line")
         else:
             text = following.pop(0) if following and not following[0].startswith("-") else "VALUE"
             self.problems.append(f"{said} needs its value after an equals sign: {said}={_show(text, str)}")
@@ -285,7 +313,7 @@ class _Loader:
             self.doubtful.update(self.kinds)
             return
         names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-        read = {node.id for node in names if isinstance(node.ctx, ast.Load)}  # so more than a misspelt key
+        read = {node.id for node in names if isinstance(node.ctx, ast.Load)}  # helpers, not misspelt keys
         line_of = {node.id: node.lineno for node in names if isinstance(node.ctx, ast.Store)}
         for key, value in space.items():
             said = f"{name}:{line_of.get(key, 1)}: {key}={_show(value)}"
@@ -366,11 +394,13 @@ def _words(kind: Any) -> str:
     return " | ".join(choices) or ("True | False" if kind is bool else "None")
 
 
-def _literals(text: str) -> Iterator[Any]:
-    """The Python value that a command line's text may mean; true, false and none are understood as well."""
+def _readings(text: str) -> list[Any]:
+    """What a command line's text may mean: a Python value (true, false and none are understood too), then itself."""
     with warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")
-        yield ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
+        value = ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
+        return [value] if isinstance(value, str) else [value, text]
+    return [text]
 
 
 def _show(value: Any, form: Callable[[Any], str] = repr) -> str:

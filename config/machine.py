@@ -17,30 +17,46 @@ from config import UserError
 
 
 class Card(NamedTuple):
-    """A GPU's dense bf16 rate with fp32 accumulation and its memory, as the vendor's datasheet has them."""
+    """A GPU by its datasheet."""
 
-    tflops: float
-    bandwidth_gbs: float
+    tflops: float  # dense bf16 on the tensor cores with fp32 accumulation: without sparsity, without fp16 accumulation
+    bandwidth_gbs: float  # of its memory, GB/s
     vram_gb: float
+    fp32_tflops: float  # beside the tensor cores
 
 
 # By the exact name that the driver gives: a card that is not here has no MFU rather than a wrong one.
-# Sources: NVIDIA Ada GPU architecture whitepaper v2.1 (appendix A, B), Ampere GA102 whitepaper v2.1 (table 9),
-# A100, H100, H200, L4 and L40S datasheets. GeForce figures are the whitepapers' "FP16 Tensor with FP32 accumulate".
 CARDS = {
-    "NVIDIA GeForce RTX 3060": Card(51.2 / 2, 360, 12),
-    "NVIDIA GeForce RTX 3080": Card(59.5, 760, 10),
-    "NVIDIA GeForce RTX 3090": Card(71.0, 936, 24),
-    "NVIDIA GeForce RTX 4070": Card(58.3, 504, 12),
-    "NVIDIA GeForce RTX 4070 Ti": Card(80.2, 504, 12),
-    "NVIDIA GeForce RTX 4080": Card(97.5, 717, 16),
-    "NVIDIA GeForce RTX 4090": Card(165.2, 1008, 24),
-    "NVIDIA L4": Card(121.0, 300, 24),
-    "NVIDIA L40S": Card(362.0, 864, 48),
-    "NVIDIA A100-SXM4-40GB": Card(312.0, 1555, 40),
-    "NVIDIA A100-SXM4-80GB": Card(312.0, 2039, 80),
-    "NVIDIA H100 80GB HBM3": Card(989.4, 3352, 80),
-    "NVIDIA H200": Card(989.4, 4800, 141),
+    # NVIDIA Ampere GA102 architecture whitepaper v2.1, tables 2, 9 and appendix A (3090 Ti, 3060: their product pages)
+    "NVIDIA GeForce RTX 3060": Card(25.5, 360, 12, 12.7),
+    "NVIDIA GeForce RTX 3070": Card(40.6, 448, 8, 20.3),
+    "NVIDIA GeForce RTX 3080": Card(59.5, 760, 10, 29.8),
+    "NVIDIA GeForce RTX 3090": Card(71.0, 936, 24, 35.6),
+    "NVIDIA GeForce RTX 3090 Ti": Card(80.0, 1008, 24, 40.0),
+    # NVIDIA Ada GPU architecture whitepaper v2.1, appendix A and B (4060, 4060 Ti, SUPER: their product pages)
+    "NVIDIA GeForce RTX 4060": Card(30.2, 272, 8, 15.1),
+    "NVIDIA GeForce RTX 4060 Ti": Card(44.1, 288, 16, 22.1),
+    "NVIDIA GeForce RTX 4070": Card(58.3, 504, 12, 29.1),
+    "NVIDIA GeForce RTX 4070 SUPER": Card(71.0, 504, 12, 35.5),
+    "NVIDIA GeForce RTX 4070 Ti": Card(80.2, 504, 12, 40.1),
+    "NVIDIA GeForce RTX 4070 Ti SUPER": Card(88.2, 672, 16, 44.1),
+    "NVIDIA GeForce RTX 4080": Card(97.5, 717, 16, 48.7),
+    "NVIDIA GeForce RTX 4080 SUPER": Card(104.4, 736, 16, 52.2),
+    "NVIDIA GeForce RTX 4090": Card(165.2, 1008, 24, 82.6),
+    # NVIDIA RTX Blackwell GPU architecture whitepaper v1.1, appendix A to C
+    "NVIDIA GeForce RTX 5070": Card(61.7, 672, 12, 30.9),
+    "NVIDIA GeForce RTX 5070 Ti": Card(87.9, 896, 16, 43.9),
+    "NVIDIA GeForce RTX 5080": Card(112.6, 960, 16, 56.3),
+    "NVIDIA GeForce RTX 5090": Card(209.5, 1792, 32, 104.8),
+    # Datasheets of the L4, L40S, A100, H100 and H200 (half of what they print with sparsity)
+    "NVIDIA L4": Card(121.0, 300, 24, 30.3),
+    "NVIDIA L40S": Card(362.0, 864, 48, 91.6),
+    "NVIDIA A100-SXM4-40GB": Card(312.0, 1555, 40, 19.5),
+    "NVIDIA A100-SXM4-80GB": Card(312.0, 2039, 80, 19.5),
+    "NVIDIA A100 80GB PCIe": Card(312.0, 1935, 80, 19.5),
+    "NVIDIA H100 PCIe": Card(756.0, 2039, 80, 51.0),
+    "NVIDIA H100 80GB HBM3": Card(989.4, 3352, 80, 66.9),
+    "NVIDIA H200": Card(989.4, 4800, 141, 66.9),
 }
 
 
@@ -75,15 +91,16 @@ class Machine:
             torch.cuda.synchronize()
 
 
-def open_machine(config: Any, layer: nn.Module | None = None) -> Machine:
+def open_machine(config: Any, layer: nn.Module | None = None, long: bool = True) -> Machine:
     """Resolve device, dtype and compile. Raises UserError for what was asked for and is not there.
 
     layer: a module (B, T, C) -> (B, T, C) of the model; on a CPU, dtype=auto is the dtype in which it runs faster.
+    long: whether there is enough to do for compiling to pay; if not, compile=auto is off.
     """
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     notes: list[str] = []
     kind = choose_device(config.device, notes)
-    device = torch.device("cuda", local) if kind == "cuda" and world > 1 else torch.device(kind)
+    device = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)  # cuda:0 unless torchrun says else
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"device={device}: this machine has {torch.cuda.device_count()} GPU(s)")
@@ -96,7 +113,7 @@ def open_machine(config: Any, layer: nn.Module | None = None) -> Machine:
     return Machine(
         device,
         choose_dtype(config.dtype, device, layer, notes),
-        choose_compile(config.compile, device, notes),
+        choose_compile(config.compile, device, long, notes),
         rank,
         world,
         notes,
@@ -169,9 +186,10 @@ def _time_layer(layer: nn.Module, dtype: torch.dtype) -> float:
     return min(times)
 
 
-def choose_compile(asked: Any, device: torch.device, notes: list[str]) -> bool:
-    if asked == "auto" and device.type != "cuda":
-        notes.append("compile: off, because on a CPU compiling takes longer than it saves")
+def choose_compile(asked: Any, device: torch.device, long: bool, notes: list[str]) -> bool:
+    if asked == "auto" and (device.type != "cuda" or not long):
+        where = "on a CPU" if device.type != "cuda" else "for this little work"
+        notes.append(f"compile: off, because {where} compiling takes longer than it saves")
         return False
     if asked is False:
         return False

@@ -88,7 +88,7 @@ def open_dataset(
 
 def _prepare_named(folder: Path) -> None:
     """Run data/<name>/prepare.py if its shards are missing; UserError if that takes more than a moment."""
-    if find(folder, "val") and not (folder / "progress.json").exists():
+    if find(folder, "val"):
         return
     if not (folder / "prepare.py").exists():
         raise UserError(f"{folder} holds neither val shards (val_*.bin, *_val_*.bin, val.bin) nor a prepare.py.")

@@ -41,7 +41,7 @@ class Progress:
     made_by: list[Any]
     documents: int = 0  # read to their end
     pieces: int = 0  # read of the one after
-    characters: int = 0
+    size: int = 0  # bytes read, as UTF-8
     train: int = 0  # tokens written
     val: int = 0
     source_sha256: str = ""  # of the hash so far and the next piece, in turn
@@ -62,9 +62,9 @@ class Progress:
         write_whole(folder / "progress.json", json.dumps(asdict(self)).encode())
 
     def add(self, piece: Piece) -> None:
-        hashed = bytes.fromhex(self.source_sha256) + piece.text.encode("utf-8", "surrogatepass")
-        self.source_sha256 = hashlib.sha256(hashed).hexdigest()
-        self.characters += len(piece.text)
+        text = piece.text.encode("utf-8", "surrogatepass")
+        self.source_sha256 = hashlib.sha256(bytes.fromhex(self.source_sha256) + text).hexdigest()
+        self.size += len(text)
         self.documents += piece.last
         self.pieces = 0 if piece.last else self.pieces + 1
 
@@ -145,8 +145,8 @@ def _encoded(
         document = note.documents
         note.add(piece)
         tokens += len(ids)
-        if estimate and size and note.characters:
-            bar.total = tokens * size // note.characters
+        if estimate and size and note.size:
+            bar.total = tokens * size // note.size
         bar.update(len(ids))
         yield document, piece, ids
 
@@ -194,9 +194,8 @@ def _write_texts(
             note.save(folder, train, val)
             saved = train.count + val.count
     if val.count == 0 and train.count >= 2:
-        # The last tokens move over. A kill before the second note leaves them in train, where they are found again; a
-        # later one leaves them in both, and the writer that starts at `keep` cuts them off.
-        note.save(folder, train, val)
+        # The last tokens move over. A kill before the note leaves them in train, where they are found again; a later
+        # one leaves them in both, and the writer that starts at `keep` cuts them off.
         train.close()
         tokens, keep = Tokens.open(folder, "train"), min(int(train.count * (1 - fraction)), train.count - 2)
         for start in range(keep, len(tokens), CHUNK):

@@ -125,7 +125,10 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 def describe(config: dict[str, Any], **more: Any) -> dict[str, Any]:
     """What run.json holds: enough to explain the run later, and nothing secret (no environment, no command line)."""
     packages = ("torch", "numpy", "tiktoken", "datasets", "safetensors")
-    versions = {"python": platform.python_version()} | {p: metadata.version(p) for p in packages}
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # not every run needs all of them
+            versions[package] = metadata.version(package)
     git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None

@@ -59,7 +59,7 @@ class Tokenizer:
     @functools.cached_property
     def sha256(self) -> str:
         """The hash of the vocabulary, written as encoder.json is: GPT-2's is that file's."""
-        return hashlib.sha256(_vocab_json(self.names).encode()).hexdigest()
+        return _sha256(_vocab_json(self.names))
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, 1-D, of self.dtype; several threads may ask. `<|endoftext|>` in it is ordinary text."""
@@ -85,7 +85,10 @@ class Tokenizer:
             "decoder": level if self.of_bytes else {"type": "Fuse"},
             "model": {"type": "BPE", "unk_token": None, "vocab": vocab, "merges": list(self.merges)},
         }
-        settings: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer" if self.merges else "PreTrainedTokenizerFast"}
+        settings: dict[str, Any] = {
+            "tokenizer_class": "GPT2Tokenizer" if self.merges else "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
         if self.eot is not None:
             settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         if self.chat_template is not None:
@@ -188,13 +191,11 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
 
     GPT-2's vocabulary is known by its content. UserError for any other, and for damaged files.
     """
-    folder = Path(folder)
     try:
         if (folder / "tokenizer.json").exists():
             whole = _read_json(folder / "tokenizer.json")
-            vocab, merges = whole["model"]["vocab"], whole["model"].get("merges", [])
-            merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-            vocab = {**dict(vocab), **{token["content"]: token["id"] for token in whole["added_tokens"]}}
+            vocab = dict(whole["model"]["vocab"]) | {token["content"]: token["id"] for token in whole["added_tokens"]}
+            merges = [m if isinstance(m, str) else " ".join(m) for m in whole["model"].get("merges", [])]
         elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             vocab, merges = dict(_read_json(folder / "vocab.json")), _read_merges(folder / "merges.txt")
         else:
@@ -218,10 +219,7 @@ def _recognise(names: list[str], merges: list[str]) -> Tokenizer | None:
         return ByteTokenizer()
     if not merges and names and all(len(name) == 1 for name in names):
         return CharTokenizer("".join(names))
-    files = {"encoder.json": _vocab_json(names), "vocab.bpe": _merges_txt(merges)}
-    hashes = {
-        file: hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest() for file, content in files.items()
-    }
+    hashes = {"encoder.json": _sha256(_vocab_json(names)), "vocab.bpe": _sha256(_merges_txt(merges))}
     return GPT2Tokenizer(names, merges) if hashes == GPT2_FILES else None
 
 
@@ -232,6 +230,10 @@ def _bytes_of(name: str) -> bytes:
 def _without_surrogates(text: str) -> str:
     """Half a UTF-16 pair, which a JSON escape or a command line may bring, is no text: U+FFFD, as in tiktoken."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _read_json(file: Path) -> Any:

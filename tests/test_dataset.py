@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -55,6 +56,12 @@ def open_bytes(name, **more):
 # Splits
 
 
+def test_a_short_text_leaves_two_tokens_to_validate(house):
+    (house / "a.txt").write_text("abcde")
+    dataset = open_bytes("a.txt")
+    assert (ids(dataset.train), ids(dataset.val)) == ([*b"abcd"], [*b"e", EOT])
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.3])
 def test_a_single_text_is_split_at_its_last_tokens(house, fraction):
     (house / "a.txt").write_text(text := "Lorem ipsum dolor sit amet. " * 40)
@@ -89,6 +96,10 @@ def test_many_documents_go_whole_to_one_side(house, count, fraction):
         sides[side] += 1
     assert (ids(dataset.train), ids(dataset.val)) == (parts["train"], parts["val"])
     assert dataset.documents == count
+    digest = b""
+    for text in texts:
+        digest = hashlib.sha256(digest + text.encode()).digest()
+    assert dataset.source_sha256 == digest.hex()
     assert abs(sides["val"] - count * fraction) <= 1 + 3 * (count * fraction) ** 0.5
     assert sides["val"] >= 1
 
@@ -111,7 +122,8 @@ def test_too_little_text_is_refused_and_leaves_no_data_set(house, text):
     assert len(open_bytes("a.txt").train) > 8
 
 
-def test_max_tokens_ends_with_the_document_that_reaches_it(house):
+def test_max_tokens_ends_with_the_document_that_reaches_it(house, monkeypatch):
+    monkeypatch.setattr("data.texts.PIECE", 7)
     name = jsonl(house / "a.jsonl", [{"text": "x" * i} for i in range(40)])
     for limit in (60, 61, 65, 66, 67, 10**9):
         prepare_texts("a", Documents(name), ByteTokenizer(), house / f"{limit}", 0.5, max_tokens=limit, progress=False)
@@ -130,12 +142,12 @@ def test_the_bar_ends_at_its_total(house):
             totals.append(self.total)
 
     totals: list = []
-    (house / "a.txt").write_text("eight by" * 100_000)
+    (house / "a.txt").write_text("éight by" * 100_000)
     documents, bar = Documents("a.txt"), Bar()
-    for _ in prepare._encoded(documents, ByteTokenizer(), prepare.Progress([]), bar, 800_000, None):
+    for _ in prepare._encoded(documents, CharTokenizer(" béghity"), prepare.Progress([]), bar, 900_000, None):
         pass
-    assert bar.n == 800_001 and len(totals) > 1
-    assert all(abs(total - 800_001) < 3 for total in totals)
+    assert bar.n == 800_000 and len(totals) > 1
+    assert all(abs(total - 800_000) < 3 for total in totals)
 
 
 # The cache
@@ -212,21 +224,31 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
         (house / "a.txt").write_text("".join(texts[:12]))
     source = "a.txt" if kind == "one text" else jsonl(house / "a.jsonl", [{"text": text} for text in texts])
 
+    class Counting(ByteTokenizer):
+        encoded = 0
+
+        def encode(self, text):
+            Counting.encoded += len(text.encode())
+            return super().encode(text)
+
     def work(folder):
-        prepare_texts("a", Documents(source), ByteTokenizer(), folder, max_tokens=4000, progress=False)
+        Counting.encoded = 0
+        prepare_texts("a", Documents(source), Counting(), folder, max_tokens=4000, progress=False)
         return contents(folder)
 
     expected = work(house / "unbroken")
     assert len(expected) >= 5 and "progress.json" not in expected
-    again = 0
+    again, size = 0, Counting.encoded
     for call in range(1, 500):
         folder = house / f"killed-{call}"
         if not killed_at(call, functools.partial(work, folder)):
             break
         killed_at(2 + call % 5, functools.partial(work, folder))
         progress = folder / "progress.json"
-        again += progress.exists() and json.loads(progress.read_bytes())["train"] > 0
+        done = json.loads(progress.read_bytes())["size"] if progress.exists() else 0
         assert work(folder) == expected
+        assert Counting.encoded <= size - done
+        again += done > 0
     assert call > 20 and again > call / 2  # most did not begin anew
 
 

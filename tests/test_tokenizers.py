@@ -42,7 +42,9 @@ def test_gpt2_known_ids(gpt2):
     assert gpt2.encode(END).tolist() == [27, 91, 437, 1659, 5239, 91, 29]
     assert (gpt2.vocab_size, gpt2.eot, gpt2.decode([31373, 50256])) == (50257, 50256, f"hello{END}")
     assert gpt2.decode(gpt2.encode(TEXT)) == TEXT
-    assert gpt2.sha256 == "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # encoder.json's in tiktoken
+    assert (
+        gpt2.sha256 == "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    )  # encoder.json's in tiktoken
 
 
 def test_bytes_are_their_own_ids():

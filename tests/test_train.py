@@ -131,7 +131,7 @@ def test_starting_anew_sets_the_old_run_aside(dataset, tmp_path):
 
 def step_config(**changes) -> SimpleNamespace:
     values = {"optimizer": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0}
-    values |= {"gradient_accumulation_steps": 1, "batch_size": 2, "block_size": 8, "cuda_graph": "auto"}
+    values |= {"gradient_accumulation_steps": 1, "batch_size": 2, "block_size": 8, "cuda_graph": "auto", "recompute": "none"}
     return SimpleNamespace(**values | changes)
 
 
