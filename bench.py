@@ -1,13 +1,7 @@
 """Measure what this machine does with GPT-2: train.py's own step and sample.py's own decoding, never a copy of them.
 
-    python bench.py                                              # the step of GPT-2 124M, micro-batch 12, 1,024 tokens
-    python bench.py --sweep=batch_size:4,8,16,32                 # the step at several values of a key
-    python bench.py --ladder                                     # what each technique brings, rung after rung
-    python bench.py --vram_gb=12 --find_batch                    # the fastest micro-batch of a 12 GB card, emulated
-    python bench.py --plan --init_from=gpt2-large --lora_rank=16 # predicted memory and speed, without a GPU
-    python bench.py --report                                     # what is worth publishing, in one file and one picture
-
-The last line of the output is JSON. Reading order: main, measure, time_steps, WITHOUT (the ladder), count_work (the plan).
+`python bench.py --help` lists what can be measured; the last line of the output is JSON.
+Reading order: main, measure, time_steps; WITHOUT (the ladder); count_work (the plan).
 """
 
 from __future__ import annotations
@@ -21,12 +15,14 @@ import subprocess
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
+from timeit import repeat
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as train.py does, before torch
 
@@ -34,13 +30,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import config as configuration
 import model as gpt
 import train
 from config import BenchConfig, UserError
-from config.machine import CARDS, Card, Machine, open_machine
+from config.machine import CARDS, Card, Machine, choose_device, open_machine
 from data import DATA, open_dataset
 from data import run as run_folder
 from data.shards import find
@@ -49,53 +46,45 @@ from model import GPT, LOSS_CHUNK_ROWS, MASKED, Block, GPTConfig, Sampling
 
 GiB = 2**30
 MARGIN_GIB = 1.0  # of an emulated or planned card: the driver's context takes 0.4 GiB, a desktop 0.3 and more
-MODES = ("none", "pointwise", "block")  # of recomputation
+RECOMPUTE = ("none", "pointwise", "block")
 SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 # On a CPU 124M takes half a minute a step: unless a shape is given, it is that of nanoGPT's CPU command.
-CPU_SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "vocab_size": 65}
+CPU_SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64}
+COLUMNS = {"": "{label}", "ms/step": "{ms:,.1f}", "10th to 90th percentile": "{ms_p10:,.1f} to {ms_p90:,.1f}"}
+COLUMNS |= {"tokens/s": "{tokens_per_s:,.0f}", "x": "{times:.2f}", "MFU": "{mfu:.1%}", "peak GiB": "{peak_gib:.2f}"}
+KEYS = "--batch_size={batch_size} --recompute={recompute}"
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun sets them
 Row = dict[str, Any]  # of a table and of the JSON
-
 
 # --------------------------------------------------------------------------------------------------------------------
 # The step
 
 
-class RandomWindows:
-    """Random token ids in the place of data.windows.TrainWindows; they take the same way to the device."""
-
-    tokens = SimpleNamespace(mask=None)
-
-    def __init__(self, vocab_size: int, block_size: int, seed: int):
-        self.vocab_size, self.block_size, self.random = vocab_size, block_size, np.random.default_rng(seed)
-
-    def batch(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        ids = self.random.integers(0, self.vocab_size, (count, self.block_size + 1))
-        return ids[:, :-1], ids[:, 1:]
-
-
-def shape_of(config: BenchConfig, vocab_size: int | None = None) -> GPTConfig:
-    keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    return GPTConfig(vocab_size=vocab_size or config.vocab_size, **{key: getattr(config, key) for key in keys})
+def shape_of(config: Any) -> GPTConfig:
+    return GPTConfig(**{key: getattr(config, key) for key in GPTConfig.__dataclass_fields__})
 
 
 class Training:
-    """train.py's model, step and loader; a call makes one step and loads the next one's windows, as there."""
+    """train.py's model, step and loader; a call makes one step and loads the next one's windows, as there.
 
-    def __init__(self, config: BenchConfig, machine: Machine):
-        self.config, self.machine, self.position = config, machine, 0
-        windows: Any = RandomWindows(config.vocab_size, config.block_size, config.seed)
-        named = DATA / config.dataset
+    Its data are the data set's where that is prepared, else random ids, which take the same way.
+    """
+
+    def __init__(self, config: Any, machine: Machine):
+        self.config, self.machine, self.position, self.data = config, machine, 0, "random ids"
+        size, named, draw = config.block_size, DATA / config.dataset, np.random.default_rng(config.seed).integers
+        batch = lambda position, count: draw(0, config.vocab_size, (2, count, size))  # noqa: E731 (x and y)
+        windows: Any = SimpleNamespace(tokens=SimpleNamespace(mask=None), batch=batch)
         ready = find(named if named.is_dir() else Path(config.dataset), "train")
-        self.data, vocab_size = "random ids", config.vocab_size
         if config.real_data is True or (config.real_data == "auto" and ready):
-            dataset = open_dataset(config.dataset, block_size=config.block_size, tokenizer=config.tokenizer)
-            windows = TrainWindows(dataset.train, config.block_size, config.seed)  # type: ignore[arg-type]
-            self.data, vocab_size = dataset.name, dataset.vocab_size
+            dataset: Any = open_dataset(config.dataset, block_size=size, tokenizer=config.tokenizer)
+            windows = TrainWindows(dataset.train, size, config.seed)
+            self.data, config.vocab_size = dataset.name, dataset.vocab_size
         torch.manual_seed(config.seed)
-        self.model = GPT(shape_of(config, vocab_size))
-        if config.recompute == "auto" and config.vram_gb:  # train.py looks at the whole card's memory
-            room = config.vram_gb - MARGIN_GIB
-            config.recompute = next((m for m in MODES if predict(config, self.model.config, m)["gib"] < room), "block")
+        self.model = GPT(shape_of(config))
+        if config.recompute == "auto" and config.vram_gb:  # train.py would look at the whole card's memory
+            fits = (r for r in RECOMPUTE if predict(config, r)["gib"] < config.vram_gb - MARGIN_GIB)
+            config.recompute = next(fits, "block")
         train.prepare_model(self.model, config, machine)
         self.step = train.Step(self.model.train(), config, machine)
         self.loader = train.Loader(windows, self.step, machine)
@@ -117,26 +106,28 @@ def clean() -> None:
 
 
 @contextlib.contextmanager
-def prepared(config: BenchConfig, without: Sequence[str] = ()) -> Iterator[Training]:
+def prepared(config: Any, without: Sequence[str] = ()) -> Iterator[Training]:
     """A Training that is ready, minus the techniques of the ladder that are named in `without`."""
     clean()
-    config = replace(config, **{k: v for name in without if isinstance(w := WITHOUT[name], dict) for k, v in w.items()})
-    machine = open_machine(config, Block(shape_of(config)))
+    missing = [WITHOUT[name] for name in without]
+    config = replace(config, **{k: v for keys in missing if isinstance(keys, dict) for k, v in keys.items()})
+    machine = open_machine(config)
     with contextlib.ExitStack() as stack:
-        for context in (WITHOUT[name] for name in without if callable(WITHOUT[name])):
-            stack.enter_context(context())
+        for patch in missing:
+            if callable(patch):
+                stack.enter_context(patch(config))
         if config.attention != "auto":
-            kernel = {"flash": "FLASH_ATTENTION", "math": "MATH"}[config.attention]
-            stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend[kernel]))
+            kernels = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+            stack.enter_context(sdpa_kernel(kernels[config.attention]))
             # torch's cache of compiled graphs does not know which of attention's kernels they were bound to.
             stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         yield Training(config, machine)
 
 
-def measure(config: BenchConfig, without: Sequence[str] = ()) -> Row:
+def measure(config: Any, without: Sequence[str] = ()) -> Row:
     """Time train.py's step in this configuration, on all ranks together."""
     with prepared(config, without) as training:
-        config, machine, step = training.config, training.machine, training.step
+        config, machine, step, model = training.config, training.machine, training.step, training.model
         row = time_steps(training, machine, step.warmup + 3, config.steps) | {"tokens": step.x.numel()}
         ranks = [{"tokens": row["tokens"], "ms": row["ms"], "peak_gib": row.get("peak_gib")}] * machine.world
         if machine.world > 1:
@@ -145,59 +136,56 @@ def measure(config: BenchConfig, without: Sequence[str] = ()) -> Row:
         row["tokens_per_s"] = sum(rank["tokens"] / rank["ms"] for rank in ranks) * 1e3
         row["ms"] = row["tokens"] / row["tokens_per_s"] * 1e3  # of one rank its median still
         row |= {key: getattr(config, key) for key in ("batch_size", "block_size", "recompute", "attention")}
-        row |= {"micro_steps": step.micro_steps, "data": training.data, "parameters": training.model.num_params()}
-        row |= {"dtype": str(machine.dtype).removeprefix("torch."), "compile": machine.compiled}
-        row |= {"cuda_graph": step.graph is not None, "flops_per_token": training.model.flops_per_token(), "mfu": None}
-        card, mine = find_card(config, machine), replace(config, gradient_accumulation_steps=step.micro_steps)
-        if card and machine.dtype != torch.float32:
+        row |= {"micro_steps": step.micro_steps, "data": training.data, "parameters": model.num_params()}
+        row |= {"dtype": str(machine.dtype).removeprefix("torch."), "compile": machine.compiled, "mfu": None}
+        row |= {"cuda_graph": step.graph is not None, "flops_per_token": model.flops_per_token()}
+        if (card := find_card(config, machine)) and machine.dtype != torch.float32:
             if not config.lora_rank:  # 6N + 12LCT counts a gradient for every weight
                 row["mfu"] = row["flops_per_token"] * row["tokens_per_s"] / machine.world / (card.tflops * 1e12)
-            plan = predict(mine, training.model.config, config.recompute, card)
+            plan = predict(replace(config, gradient_accumulation_steps=step.micro_steps), config.recompute, card)
             row |= {"roofline": plan["floor_ms"] / row["ms"], "predicted_gib": plan["gib"], "predicted_ms": plan["ms"]}
-        return row
+    for text in row["warnings"]:
+        say(f"warning: {text}")
+    return row
 
 
 def time_steps(run: Callable[[], None], machine: Machine, warmup: int, steps: int) -> Row:
     """Milliseconds of `steps` calls, none of which waits for the device; compiling is part of the warm-up.
 
-    Returns the median and the deciles around it, seconds of warm-up, peak memory, the clock at work, and warnings.
+    Returns their median and outer deciles, the warm-up's seconds and, of a GPU, its memory, its clock and warnings.
     """
-    machine.synchronize()
+
+    def mark() -> Any:
+        if not machine.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # a point in time in the GPU's own queue
+        event.record()
+        return event
+
     started, driver = time.perf_counter(), None
     for _ in range(warmup):
         run()
     machine.synchronize()
-    warmup_s, marks = time.perf_counter() - started, [mark(machine)]
+    warmup_s, marks = time.perf_counter() - started, [mark()]
     for i in range(steps):
         run()
-        marks.append(mark(machine))
+        marks.append(mark())
         if i == steps // 2 and machine.on_gpu:
             driver = ask_driver(machine)  # while it works: at rest its clock says nothing
     machine.synchronize()
-    times = [a.elapsed_time(b) if machine.on_gpu else 1e3 * (b - a) for a, b in zip(marks, marks[1:])]
+    times = [a.elapsed_time(b) if machine.on_gpu else 1e3 * (b - a) for a, b in pairwise(marks)]
     deciles = quantiles(times, n=10, method="inclusive") if steps > 1 else times * 9
     row = {"ms": median(times), "ms_p10": deciles[0], "ms_p90": deciles[8], "steps": steps, "warmup_s": warmup_s}
     return row | (gpu_state(machine, times, driver) if machine.on_gpu else {"warnings": []})
 
 
-def mark(machine: Machine) -> Any:
-    """A point in time: an event in the GPU's queue, elsewhere the clock."""
-    if machine.on_gpu:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-    if machine.device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
-
-
-def attempt(label: str, config: BenchConfig, without: Sequence[str] = ()) -> Row:
-    """measure(), or a row that says that memory did not suffice."""
+def attempt(label: str, config: Any, without: Sequence[str] = (), how: Callable[..., Row] = measure) -> Row:
+    """A measurement, or a row that says that memory did not suffice."""
     say(f"measuring {label} ...")
     try:
-        return {"label": label} | measure(config, without)
+        return {"label": label} | how(config, without)
     except torch.OutOfMemoryError:
-        return {"label": f"{label}: out of memory", "error": "out of memory"}
+        return {"label": f"{label}: out of memory", "error": "out of memory", "batch_size": config.batch_size}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -220,29 +208,27 @@ def gpu_state(machine: Machine, times: list[float], driver: subprocess.Popen[str
     """Peak memory and clock of the measurement that was just made, and what spoils its figures."""
     state = dict(zip(DRIVER, driver.communicate()[0].strip().split(", "))) if driver else {}
     (free, total), peak = torch.cuda.mem_get_info(), torch.cuda.max_memory_reserved()
-    others = (total - free - torch.cuda.memory_reserved()) / GiB - 0.6  # our own context takes 0.4 to 0.6
+    others = max(0.0, (total - free - torch.cuda.memory_reserved()) / GiB - 0.6)  # our own context takes 0.4 to 0.6
     slower = median(times[-len(times) // 4 :]) / median(times[: -(-len(times) // 4)]) - 1
-    hot = state.get("clocks_throttle_reasons.active", "0x0")
-    trouble = {
+    reasons, clock = state.get(DRIVER[-1], ""), state.get("clocks.sm")
+    held = int(reasons, 16) & 0xE8 if reasons.startswith("0x") else 0  # heat (by hardware, by software), power brake
+    signs = {
         f"the steps became {slower:.0%} slower while measured: the clock drops, or others use the card": slower > 0.05,
-        f"the driver holds the clock at {state.get('clocks.sm')} MHz, for heat or power": hot.startswith("0x")
-        and int(hot, 16) & 0xE8,
-        f"{others:.1f} GiB of the card's memory are others': nvidia-smi names them": others > 0.5
-        and machine.world == 1,
-        "the driver spills into the computer's own memory, which is slow: take a smaller batch_size": peak
-        > total - max(0.0, others) * GiB,
+        f"the driver holds the clock at {clock} MHz, for heat or power": held,
+        f"{others:.1f} GiB of the card's memory are others': nvidia-smi names them": others > 0.5 and machine.world < 2,
+        "the driver spills into the computer's memory, which is slow: lower batch_size": peak > total - others * GiB,
     }
     memory = {"peak_gib": torch.cuda.max_memory_allocated() / GiB, "reserved_gib": peak / GiB, "total_gib": total / GiB}
-    return memory | {"driver": state, "warnings": [text for text, holds in trouble.items() if holds]}
+    return memory | {"driver": state, "warnings": [text for text, holds in signs.items() if holds]}
 
 
-def find_card(config: BenchConfig, machine: Machine | None = None) -> Card | None:
-    """A datasheet: what was given by hand, else the table's entry of this exact name and, of a real card, this memory."""
+def find_card(config: Any, machine: Machine | None = None) -> Card | None:
+    """A datasheet: given by hand, else the table's of this exact name and, of a card that is here, this memory."""
     if config.peak_tflops and config.bandwidth_gbs:  # GeForce cards do half of it beside their tensor cores
         return Card(config.peak_tflops, config.bandwidth_gbs, config.vram_gb or 0.0, config.peak_tflops / 2)
     card = CARDS.get(machine.name if machine else config.card)
     if card and machine and abs(torch.cuda.mem_get_info()[1] / GiB / card.vram_gb - 1) > 0.12:
-        return None  # an RTX 3080 of 12 GB is another card than the one of 10
+        return None  # the RTX 3080 of 12 GB is another card than the one of 10
     return card
 
 
@@ -261,7 +247,7 @@ def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 class SeparateAdamW(torch.optim.AdamW):
-    """AdamW as torch runs it unasked: in several passes, and clipping in one of its own."""
+    """AdamW as torch runs it unasked: in several passes, with clipping in one of its own."""
 
     def __init__(self, *args: Any, fused: bool, **options: Any):
         super().__init__(*args, foreach=True, **options)
@@ -271,41 +257,40 @@ class SeparateAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-class WholeLogits:
-    """Output head and loss as everybody writes them, in the place of model.LinearCrossEntropy."""
+def whole_logits(config: Any) -> contextlib.AbstractContextManager[None]:
+    """Head and loss as everybody writes them, in the place of model.LinearCrossEntropy."""
 
-    @staticmethod
-    def apply(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: Any) -> Tensor:
-        loss = whole_loss if chunk is gpt.cross_entropy_chunk else torch.compile(whole_loss, dynamic=False)
-        return loss(x, weight, targets, vocab_size)
+    def loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
+        logits = F.linear(x, weight)[:, :vocab_size].float()  # (N, vocab_size)
+        return F.cross_entropy(logits, targets, ignore_index=MASKED, reduction="sum")
 
-
-def whole_loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    logits = F.linear(x, weight)[:, :vocab_size].float()  # (N, vocab_size)
-    return F.cross_entropy(logits, targets, ignore_index=MASKED, reduction="sum")
+    loss = torch.compile(loss, dynamic=False, disable=not config.compile)
+    return swapped(gpt, "LinearCrossEntropy", SimpleNamespace(apply=lambda *args: loss(*args[:4])))
 
 
-def residual_in_fp32(x: Tensor, rule: Callable[[Tensor], torch.dtype] = gpt.compute_dtype) -> torch.dtype:
-    return x.dtype if x.ndim == 3 else rule(x)  # leaves the embeddings' sum, (B, T, C), as it is
+def residual_in_fp32(config: Any) -> contextlib.AbstractContextManager[None]:
+    """Leave the embeddings' sum, (B, T, C), as it is; what goes into the head, (N, C), is cast as ever."""
+    rule = gpt.compute_dtype
+    return swapped(gpt, "compute_dtype", lambda x: x.dtype if x.ndim == 3 else rule(x))
 
 
 # Technique -> the step without it: values of keys, or a context around the measurement.
-WITHOUT: dict[str, dict[str, Any] | Callable[[], Any]] = {
-    "TF32": lambda: swapped(torch.backends.cuda.matmul, "allow_tf32", False),
+WITHOUT: dict[str, Any] = {
+    "TF32": lambda _: swapped(torch.backends.cuda.matmul, "allow_tf32", False),
     "16-bit autocast": {"dtype": "float32"},
     "torch.compile": {"compile": False},
     "flash attention": {"attention": "math"},
-    "padded vocabulary": lambda: swapped(GPTConfig, "padded_vocab_size", property(lambda self: self.vocab_size)),
-    "fused AdamW": lambda: swapped(torch.optim, "AdamW", SeparateAdamW),
-    "16-bit residual": lambda: swapped(gpt, "compute_dtype", residual_in_fp32),
-    "loss in chunks": lambda: swapped(gpt, "LinearCrossEntropy", WholeLogits),
+    "padded vocabulary": lambda _: swapped(GPTConfig, "padded_vocab_size", property(lambda self: self.vocab_size)),
+    "fused AdamW": lambda _: swapped(torch.optim, "AdamW", SeparateAdamW),
+    "16-bit residual": residual_in_fp32,
+    "loss in chunks": whole_logits,
     "CUDA graph": {"cuda_graph": False},
     "recomputation": {"recompute": "none"},
 }
 
 
-def climb(config: BenchConfig, machine: Machine) -> list[Row]:
-    """The ladder: plain fp32, then one technique more at each rung, in WITHOUT's order."""
+def ladder(config: Any, machine: Machine) -> list[Row]:
+    """Plain fp32, then one technique more at each rung, in WITHOUT's order."""
     if config.recompute in ("auto", "none"):
         config = replace(config, recompute="pointwise")
     useless = {"TF32": not machine.on_gpu, "CUDA graph": not machine.on_gpu, "torch.compile": not machine.compiled}
@@ -313,9 +298,7 @@ def climb(config: BenchConfig, machine: Machine) -> list[Row]:
     while "error" in (lowest := attempt("fp32, eager", config, names)) and config.batch_size > 1:
         config = replace(config, batch_size=config.batch_size // 2)
         say(f"the lowest rung does not fit: a ladder at micro-batch {config.batch_size} instead")
-    rows = [lowest] + [attempt(f"+ {name}", config, names[i:]) for i, name in enumerate(names, 1)]
-    table(rows, STEP_COLUMNS)
-    return rows
+    return show([lowest] + [attempt(f"+ {name}", config, names[i:]) for i, name in enumerate(names, 1)])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -329,36 +312,15 @@ SOFTMAX_FLOPS = 60  # fp32 operations an element of the attention matrix and pas
 LAYER_S = 0.14e-3  # a layer's kernels ramping up and running out, a micro-batch
 
 
-class Work(NamedTuple):
-    """What one step has to do: counts, no times."""
+def count_work(config: Any, recompute: str, trainable: int | None = None) -> Row:
+    """What a step has to do: operations of products, elements of softmax, bytes moved by all other kernels.
 
-    products: float  # floating-point operations of matrix products, attention's included
-    softmax: float  # elements of the attention matrix, once a pass
-    moved: float  # bytes that kernels other than products read and write
-    layers: int  # times that a layer is run
-
-    def seconds(self, card: Card, dtype: str) -> float:
-        share = GEFORCE_PRODUCTS if card.tflops < 3 * card.fp32_tflops else PRODUCTS
-        times = self.floor(Card(card.tflops * share, card.bandwidth_gbs * BANDWIDTH, 0, 0), dtype)
-        return times + self.softmax * SOFTMAX_FLOPS / (card.fp32_tflops * 1e12) + self.layers * LAYER_S
-
-    def floor(self, card: Card, dtype: str) -> float:
-        """The roofline: the datasheet's rate for the products, and for the rest its bandwidth."""
-        peak = card.tflops * (0.5 if dtype == "float32" else 1.0)  # TF32 has half of bf16's rate on every card here
-        return self.products / (peak * 1e12) + self.moved / (card.bandwidth_gbs * 1e9)
-
-
-def count_work(shape: GPTConfig, config: BenchConfig, recompute: str, trainable: int | None = None) -> Work:
-    """Count a step's work. trainable: parameters that learn, if not all (LoRA)."""
-    C, L, H, T = shape.n_embd, shape.n_layer, shape.n_head, config.block_size
-    micro, number, full, again = (
-        config.gradient_accumulation_steps,
-        4 if config.dtype == "float32" else 2,
-        trainable is None,
-        recompute == "block",
-    )
-    tokens, blocks, head = micro * config.batch_size * T, 12 * C * C * L, C * shape.padded_vocab_size
-    params = blocks + head + T * C
+    trainable: parameters that learn, if not all (LoRA).
+    """
+    C, L, H, T, V = config.n_embd, config.n_layer, config.n_head, config.block_size, shape_of(config).padded_vocab_size
+    number, full, again = (4 if config.dtype == "float32" else 2), trainable is None, recompute == "block"
+    micro, blocks, head = config.gradient_accumulation_steps, 12 * C * C * L, C * V
+    tokens, params = micro * config.batch_size * T, blocks + head + T * C
     # A weight: forward 2, backward 2 for its input's gradient and 2 for its own; a block that is computed again stops
     # before its last product, which nothing needs. Causal attention: two products forward, five backward (Dao 2023).
     products = (6 if full else 4) * (blocks + head) + 6 * (trainable or 0) + again * 2 * blocks * 8 / 12
@@ -366,49 +328,369 @@ def count_work(shape: GPTConfig, config: BenchConfig, recompute: str, trainable:
     muon = 300 * C**3 * L * (config.optimizer == "muon")  # five Newton-Schulz steps on q, k, v and three matrices more
     # Numbers a token, layer and channel: forward 16 (LayerNorm with the sum before it 4, twice; GELU 8), backward 30
     # (GELU 12; LayerNorm 6, twice; q, k, v joined 6); again 12 or 16; gradients of biases 9; adapters' sums 54.
-    numbers = 46 + {"none": 0, "pointwise": 12, "block": 16}[recompute] + 9 * shape.bias + (0 if full else 54)
-    token = number * (C * (L * numbers + 20) + 2 * head / C) + (8 * head / LOSS_CHUNK_ROWS if full else 0)
+    numbers = 46 + {"none": 0, "pointwise": 12, "block": 16}[recompute] + 9 * config.bias + (0 if full else 54)
+    token = number * (C * (L * numbers + 20) + 2 * V) + (8 * head / LOSS_CHUNK_ROWS if full else 0)
     # A micro-batch: weights cast down 6, gradients up 6; the head's zeroed, scaled and joined 28; all added up 12.
     per_micro = (12 * blocks * (number == 2) + 28 * head + 12 * params * (micro > 1)) if full else 0
     # The update: the norm reads 4 bytes; AdamW reads the gradient, reads and writes the weight and its moments: 28.
     update = (12 if config.optimizer == "adamw8bit" else 32) * (params if trainable is None else trainable)
-    moved = tokens * token + micro * per_micro + update
-    return Work(tokens * (products + attention) + muon, (2 + again) * tokens * T / 2 * H * L, moved, micro * L)
+    moved, softmax = tokens * token + micro * per_micro + update, (2 + again) * tokens * T / 2 * H * L
+    flops = tokens * (products + attention) + muon
+    return {"tokens": tokens, "flops": flops, "softmax": softmax, "bytes": moved, "layers": micro * L}
 
 
-def predict(config: BenchConfig, shape: GPTConfig, recompute: str, card: Card | None = None) -> Row:
-    """A step's peak memory by kind, GiB, and its milliseconds on `card`."""
-    trainable = None
+def predict(config: Any, recompute: str, card: Card | None = None) -> Row:
+    """A step's peak memory by kind, GiB, and its time on `card`."""
+    shape, trainable = shape_of(config), None
     if config.lora_rank:
         with torch.device("meta"):
             model = GPT(shape)
-            model.add_lora(
-                config.lora_rank, 1, 0, () if config.lora_targets == "all" else config.lora_targets.split(",")
-            )
+            targets = () if config.lora_targets == "all" else config.lora_targets.split(",")
+            model.add_lora(config.lora_rank, 1, 0, targets)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     memory = {kind: n / GiB for kind, n in train.step_memory(shape, config, recompute, trainable).items()}
-    row: Row = {
-        "batch_size": config.batch_size,
-        "recompute": recompute,
-        "gib": sum(memory.values()),
-        "memory_gib": memory,
-    }
-    if card:
-        work = count_work(shape, config, recompute, trainable)
-        tokens, seconds = (
-            config.batch_size * config.block_size * config.gradient_accumulation_steps,
-            work.seconds(card, config.dtype),
-        )
-        row |= {
-            "ms": 1e3 * seconds,
-            "floor_ms": 1e3 * work.floor(card, config.dtype),
-            "tokens": tokens,
-            "tokens_per_s": tokens / seconds,
-        }
+    row = {"batch_size": config.batch_size, "recompute": recompute, "gib": sum(memory.values()), "memory_gib": memory}
+    if card is None:
+        return row
+    work = count_work(config, recompute, trainable)
+    peak = card.tflops * 1e12 * (0.5 if config.dtype == "float32" else 1.0)  # TF32's rate is half of bf16's
+    products, moves = work["flops"] / peak, work["bytes"] / (card.bandwidth_gbs * 1e9)
+    share = GEFORCE_PRODUCTS if card.tflops < 3 * card.fp32_tflops else PRODUCTS
+    softmax = work["softmax"] * SOFTMAX_FLOPS / (card.fp32_tflops * 1e12)
+    seconds = products / share + moves / BANDWIDTH + softmax + work["layers"] * LAYER_S
+    rate = {"ms": 1e3 * seconds, "tokens_per_s": work["tokens"] / seconds, "floor_ms": 1e3 * (products + moves)}
+    return row | work | rate
+
+
+def largest(config: Any, recompute: str, room: float) -> int:
+    """The largest micro-batch whose predicted memory is within `room` GiB; 0 if none is."""
+    return bisect_right(range(1, 4097), room, key=lambda n: predict(replace(config, batch_size=n), recompute)["gib"])
+
+
+def plan(config: Any) -> Row:
+    """What a card could do with this model and method, by the formulas alone."""
+    card = find_card(config)
+    if card is None or not (config.vram_gb or card.vram_gb):
+        hint = "Give --peak_tflops, --bandwidth_gbs and --vram_gb from its datasheet, or --card= one of"
+        raise UserError(f"card={config.card} is unknown, or its memory is. {hint}\n  " + "\n  ".join(CARDS))
+    room, rows = (config.vram_gb or card.vram_gb) - MARGIN_GIB, []
+    for recompute in RECOMPUTE if config.recompute == "auto" else (config.recompute,):
+        top = largest(config, recompute, room)
+        sizes = sorted({n for n in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, top) if 0 < n <= top})
+        rows += [predict(replace(config, batch_size=n), recompute, card) for n in sizes]
+    name = "this card" if config.peak_tflops else config.card
+    method = f"LoRA of rank {config.lora_rank}" if config.lora_rank else f"all weights, {config.optimizer}"
+    say(f"predicted, not measured: {config.n_layer} layers, {config.n_embd} wide, {method}, in {room:g} GiB of {name}")
+    best = max(rows, key=lambda row: row["tokens_per_s"], default={})
+    columns = {"recompute": "{recompute}", "micro-batch": "{batch_size}"}
+    columns |= {kind: f"{{memory_gib[{kind}]:.2f}}" for row in rows for kind in row["memory_gib"]}
+    table(rows, columns | {"GiB": "{gib:.2f}", "ms/step": "{ms:,.1f}", "tokens/s": "{tokens_per_s:,.0f}"})
+    say(fill(f"fastest: {KEYS}. On that card this replaces the prediction: python bench.py {KEYS}", best))
+    if not rows:
+        say("nothing fits, not even one row: try --lora_rank=16, --optimizer=adamw8bit or a smaller model")
+    return {"card": name, **card._asdict(), "room_gib": room, "rows": rows, "best": best}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What can be measured
+
+FACTS = {
+    "model": "{parameters:,} parameters, {dtype}, recompute={recompute}, compile={compile}, cuda_graph={cuda_graph}",
+    "step": "{tokens:,} tokens in micro-batches of {batch_size} x {block_size}, {data}",
+    "time": "{ms:,.1f} ms, from {ms_p10:,.1f} to {ms_p90:,.1f} (10th to 90th percentile of {steps} steps)",
+    "speed": "{tokens_per_s:,.0f} tokens/s",
+    "MFU": "{mfu:.1%} of the datasheet's bf16 rate, by 6N + 12LCT a token",
+    "roofline": "{roofline:.0%} of what rate and bandwidth allow; the plan says {predicted_ms:,.1f} ms",
+    "memory": "{peak_gib:.2f} GiB allocated at the peak, {reserved_gib:.2f} reserved of {total_gib:.1f}",
+    "planned": "{predicted_gib:.2f} GiB",
+    "driver": "{driver[driver_version]}, at {driver[clocks.sm]} of {driver[clocks.max.sm]} MHz, {driver[power.draw]} W",
+    "warm-up": "{warmup_s:.1f} s, compilation included",
+}
+
+
+def step(config: Any, machine: Machine) -> Row:
+    """One configuration in full."""
+    row = measure(config)
+    for name, text in FACTS.items():
+        if value := fill(text, row):
+            say(f"{name:<9} {value}")
+    table(row.get("ranks", []), {"each rank: tokens": "{tokens:,}", "ms": "{ms:,.1f}", "peak GiB": "{peak_gib:.2f}"})
     return row
 
 
-def largest(config: BenchConfig, recompute: str, room: float) -> int:
-    """The largest micro-batch whose predicted memory is within `room` GiB; 0 if none is."""
-    gib = lambda size: predict(replace(config, batch_size=size), shape_of(config), recompute)["gib"]  # noqa: E731
-    return bisect_right(range(1, 4097), room, key=gib)
+def sweep(config: Any, machine: Machine) -> list[Row]:
+    """The step at each value of one key: KEY:VALUE,VALUE."""
+    key, _, values = config.sweep.partition(":")
+    if not values:
+        raise UserError(f"sweep={config.sweep} is no KEY:VALUE,VALUE such as --sweep=batch_size:4,8,16")
+    settings = [f"{key}={value}" for value in values.split(",")]
+    base = configuration.as_dict(config)  # all are read before the first is measured: a misspelt one costs no time
+    configs = [configuration.load(BenchConfig, [f"--{setting}"], base)[0] for setting in settings]
+    return show([attempt(setting, c) for setting, c in zip(settings, configs)])
+
+
+def find_batch(config: Any, machine: Machine) -> Row:
+    """The fastest micro-batch that fits: half, three quarters and all of what the plan allows, measured."""
+    room = torch.cuda.mem_get_info()[0] / GiB if machine.on_gpu else None  # of a CPU's memory nothing is known
+    room = config.vram_gb - MARGIN_GIB if config.vram_gb else room
+    trials = []
+    for recompute in RECOMPUTE if config.recompute == "auto" and room else (config.recompute.replace("auto", "none"),):
+        top = largest(config, recompute, room) if room else 0
+        sizes = {n for n in (top // 2, top * 3 // 4, top * 19 // 20, top) if n} if room else {1, 2, 4, 8, 16, 32}
+        trials += [replace(config, batch_size=n, recompute=recompute) for n in sorted(sizes)]
+    rows = show([attempt(fill(KEYS, vars(trial)), trial) for trial in trials])
+    best = max((row for row in rows if "error" not in row), key=lambda row: row["tokens_per_s"], default=None)
+    if best is None:
+        raise UserError("not even one row fits: try --lora_rank=16, --optimizer=adamw8bit or a smaller model")
+    config.batch_size, config.recompute = best["batch_size"], best["recompute"]  # for what is measured after this
+    say(fill(f"fastest: {KEYS}, {{tokens_per_s:,.0f}} tokens/s", best))
+    return {"room_gib": room, "rows": rows, "best": best}
+
+
+def compare(config: Any, machine: Machine) -> Row:
+    """Ours, theirs, ours, theirs: what changes on the machine meanwhile changes both."""
+
+    def theirs(config: Any, compiled: Any) -> Row:
+        clean()
+        timing = time_steps(their_step(config, machine, bool(compiled)), machine, 5, config.steps)
+        tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
+        return timing | {"tokens": tokens, "tokens_per_s": tokens / timing["ms"] * 1e3}
+
+    ways: Row = {"transformers, eager": ()} | ({"transformers, compiled": ("compiled",)} if machine.compiled else {})
+    rows = []
+    for _ in range(2):
+        rows += [attempt("gpt12", config), *(attempt(name, config, way, theirs) for name, way in ways.items())]
+    rates = {name: [row["tokens_per_s"] for row in rows if row["label"] == name] for name in ("gpt12", *ways)}
+    ratios = {name: median(rates["gpt12"]) / median(rates[name]) for name in ways if rates[name] and rates["gpt12"]}
+    show(rows)
+    for name, ratio in ratios.items():
+        say(f"gpt12 is {ratio:.2f} times as fast as {name}")
+    return {"rows": rows, "ratios": ratios}
+
+
+def their_model(config: Any, cache: bool) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    options: Row = {key: getattr(config, key) for key in ("n_embd", "n_layer", "n_head", "vocab_size")}
+    options |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    options |= {"bos_token_id": None, "eos_token_id": None}  # so that no text ends early
+    return GPT2LMHeadModel(GPT2Config(n_positions=config.block_size, use_cache=cache, **options))
+
+
+def their_step(config: Any, machine: Machine, compiled: bool) -> Callable[[], None]:
+    """The same work by transformers, as its users write it."""
+    model = their_model(config, cache=False).to(machine.device).train()
+    forward = torch.compile(model) if compiled else model
+    sides = [p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": side, "weight_decay": decay} for side, decay in zip(sides, (config.weight_decay, 0.0))]
+    optimizer = torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=True)
+    x = torch.randint(config.vocab_size, (config.batch_size, config.block_size), device=machine.device)
+
+    def run() -> None:
+        for _ in range(config.gradient_accumulation_steps):
+            with torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
+                loss = forward(x, labels=x).loss / config.gradient_accumulation_steps
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def profile(config: Any, machine: Machine) -> Row:
+    """The ten costliest kernels of a step and the rate of its matrix products; trace.json for a closer look."""
+    with prepared(replace(config, cuda_graph=False)) as training:  # of a replayed graph no operation is seen
+        for _ in range(training.step.warmup + 2):
+            training()
+        machine.synchronize()
+        with torch.profiler.profile(record_shapes=True, with_flops=True) as profiler:
+            for _ in range(3):
+                training()
+            machine.synchronize()
+    profiler.export_chrome_trace("trace.json")
+    kind, device = ("device", DeviceType.CUDA) if machine.on_gpu else ("cpu", DeviceType.CPU)
+    events = [e for e in profiler.key_averages() if not e.is_user_annotation]
+    times = {e.key: getattr(e, f"self_{kind}_time_total") / 3e3 for e in events if e.device_type == device}
+    rows = [{"kernel": key, "ms": ms, "share": ms / sum(times.values())} for key, ms in times.items()]
+    rows = sorted(rows, key=lambda row: -row["ms"])[:10]
+    table(rows, {"kernel": "{kernel:.80}", "ms/step": "{ms:,.2f}", "share": "{share:.1%}"})
+    products = [e for e in events if e.key in ("aten::mm", "aten::addmm", "aten::bmm")]
+    ms, flops = sum(getattr(e, f"{kind}_time_total") for e in products) / 3e3, sum(e.flops for e in products) / 3
+    result = {"kernels": rows, "total_ms": sum(times.values()), "products_ms": ms, "products_tflops": flops / ms / 1e9}
+    say(fill("matrix products: {products_ms:,.1f} of {total_ms:,.1f} ms, at {products_tflops:,.2f} TFLOP/s", result))
+    return result
+
+
+def sample(config: Any, machine: Machine) -> list[Row]:
+    """Prefill of a quarter of the context and decoding after it, as sample.py does them, over batches."""
+    model, length, theirs = GPT(shape_of(config)).eval(), max(1, config.block_size // 4), None
+    if config.quantize == "int8":
+        model.quantize()
+    model.to(machine.device, machine.dtype)
+    if config.compare != "none":
+        theirs = their_model(config, cache=True).to(machine.device, machine.dtype).eval()
+    card, rows, new = find_card(config, machine), [], min(config.max_new_tokens, config.block_size - length)
+    options: Row = {"sampling": Sampling(0.8, top_k=200), "compiled": machine.compiled}
+
+    def pace(label: str, batch: int, prefill: float, times: list[float]) -> Row:
+        gap = median(b - a for a, b in pairwise(times[min(2, len(times) - 2) :]))  # the first compile and record
+        row: Row = {"label": label, "batch": batch, "ms": 1e3 * gap, "tokens_per_s": batch / gap}
+        row["prefill_ms"] = 1e3 * prefill
+        row["prefill_tokens_per_s"] = batch * length / prefill
+        if card:
+            row["bound_tokens_per_s"] = batch * card.bandwidth_gbs * 1e9 / model.decode_bytes()
+            row["bound_share"] = row["tokens_per_s"] / row["bound_tokens_per_s"]
+        return row
+
+    for batch in (1, 4, 16, 64):
+        clean()
+        prompt = torch.randint(config.vocab_size, (batch, length))
+        prefill = median(repeat(lambda: model.generate(prompt.tolist(), 1, **options), number=1, repeat=4))  # noqa: B023
+        times = [time.perf_counter() for _ in model.stream(prompt.tolist(), new, **options)]
+        rows.append(pace(f"batch {batch}", batch, prefill, times))
+        for cache in (None, "static")[: 1 + machine.on_gpu] if theirs else ():
+            for _ in range(2):  # the second time nothing is compiled any more
+                times = their_times(theirs, prompt.to(machine.device), new, cache)
+            rows.append(pace(f"transformers, {cache or 'dynamic'} cache", batch, times[1] - times[0], times[1:]))
+    columns = {"": "{label}", "prefill ms": "{prefill_ms:,.1f}", "ms/token": "{ms:,.2f}"}
+    columns |= {"tokens/s": "{tokens_per_s:,.0f}", "bound": "{bound_tokens_per_s:,.0f}", "share": "{bound_share:.0%}"}
+    table(rows, columns)
+    say("bound: every weight is read once a token, at the datasheet's bandwidth" if card else "")
+    return rows
+
+
+def their_times(model: Any, prompt: torch.Tensor, new: int, cache: str | None) -> list[float]:
+    """When transformers began and when each of its tokens arrived."""
+    times: list[float] = []
+    streamer = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
+    options: Row = {"max_new_tokens": new, "do_sample": True, "temperature": 0.8, "top_k": 200, "streamer": streamer}
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), cache_implementation=cache, **options)
+    return times
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Telling
+
+
+def say(text: str) -> None:
+    if RANK == 0:
+        print(text, flush=True)
+
+
+def fill(text: str, row: Row) -> str:
+    """text with the row's figures in it; nothing if one of them is not known."""
+    try:
+        return text.format(**row)
+    except (KeyError, TypeError):
+        return ""
+
+
+def table(rows: list[Row], columns: dict[str, str]) -> None:
+    lines = [list(columns), *([fill(text, row) for text in columns.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) * any(line[i] for line in lines[1:]) for i in range(len(columns))]
+    for line in lines if rows else ():
+        cells = [f"{cell:{'>' if i else '<'}{width}}" for i, (cell, width) in enumerate(zip(line, widths)) if width]
+        say("  ".join(cells).rstrip())
+
+
+def show(rows: list[Row]) -> list[Row]:
+    """Print steps side by side, with their speed as a multiple of the first one's."""
+    rates = [row["tokens_per_s"] for row in rows if "error" not in row]
+    table([row if "error" in row else row | {"times": row["tokens_per_s"] / rates[0]} for row in rows], COLUMNS)
+    return rows
+
+
+def draw(result: Row, title: str) -> None:
+    """bench.png: a panel of bars for each figure, told apart by place and number, never by colour alone."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps, texts = result.get("ladder") or result.get("sweep", []), result.get("sample", [])
+    panels = [("training, tokens/s", steps, "tokens_per_s", ",.0f"), ("training, peak GiB", steps, "peak_gib", ".2f")]
+    panels.append(("decoding, tokens/s", texts, "tokens_per_s", ",.0f"))
+    panels = [panel for panel in panels if any(panel[2] in row for row in panel[1])]
+    height = 1.2 + 0.33 * max((len(rows) for _, rows, _, _ in panels), default=0)
+    figure = Figure((1.5 + 4.2 * len(panels), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    for i, (what, rows, key, form) in enumerate(panels):
+        axis = figure.add_subplot(1, len(panels), i + 1)
+        color = ("#0072B2", "#E69F00", "#009E73")[i]  # blue, orange, green of Okabe and Ito
+        bars = axis.barh(range(len(rows)), [row.get(key, 0) for row in rows], color=color)
+        axis.bar_label(bars, [fill(f"{{{key}:{form}}}", row) for row in rows], padding=3, fontsize=8)
+        axis.set_yticks(range(len(rows)), [row["label"] for row in rows])
+        axis.set(xlabel=what)
+        axis.margins(x=0.2)
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig("bench.png", dpi=110)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which of all this
+
+MODES = (find_batch, step, sweep, ladder, compare, profile, sample)  # in the order in which they are run
+
+
+def settle(config: Any, given: set[str]) -> list[str]:
+    """Put in the shape that is meant, and name the modes to run. Raises UserError for what cannot be."""
+    if config.init_from in SHAPES:
+        config.n_layer, config.n_head, config.n_embd, config.bias = *SHAPES[config.init_from], True
+    elif config.init_from != "scratch":
+        known = ", ".join(SHAPES)
+        raise UserError(f"init_from={config.init_from}: of a model only the shape is measured, so it may be {known}")
+    elif not config.plan and not given & CPU_SHAPE.keys() and choose_device(config.device, []) == "cpu":
+        say("on a CPU the model is the small one of nanoGPT's CPU command, unless you give a shape")
+        vars(config).update(CPU_SHAPE)
+    if "gradient_accumulation_steps" not in given:
+        config.gradient_accumulation_steps = WORLD
+    if config.gradient_accumulation_steps % WORLD:
+        micro = config.gradient_accumulation_steps
+        raise UserError(f"gradient_accumulation_steps={micro} is not a multiple of {WORLD} ranks")
+    if config.compare != "none" and importlib.util.find_spec("transformers") is None:
+        raise UserError("transformers is not installed, so there is nothing to compare with: pip install transformers")
+    names = [mode.__name__ for mode in MODES]
+    asked = {name for name in names if getattr(config, name, None) not in (None, False, "none")}
+    asked |= {"step", "ladder", "sample"} if config.report else set()
+    asked |= {"find_batch"} if config.batch_size == "auto" else set()
+    asked -= {"compare"} if config.sample else set()  # then it is decoding that is compared
+    if asked and WORLD > 1:
+        raise UserError(f"under torchrun only the step is measured: leave out {', '.join(sorted(asked))}")
+    return [name for name in names if name in asked] or ["step"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    config: Any
+    config, given = configuration.load(BenchConfig, sys.argv[1:] if argv is None else argv)
+    modes, name = settle(config, given), config.card
+    result: Row = {}
+    if config.plan:
+        result["plan"] = plan(config)
+    else:
+        machine = open_machine(config, Block(shape_of(config)))
+        name, config.compile, config.dtype = machine.name, machine.compiled, str(machine.dtype).removeprefix("torch.")
+        if WORLD > 1:
+            dist.init_process_group(config.backend if machine.on_gpu else "gloo")
+        say("\n".join([f"{name}, torch {torch.__version__}", *machine.notes]))
+        if config.vram_gb and machine.on_gpu:
+            total, room = torch.cuda.mem_get_info()[1] / GiB, config.vram_gb - MARGIN_GIB
+            if not 0 < room <= total:
+                raise UserError(f"vram_gb={config.vram_gb:g} cannot be emulated on a card of {total:.1f} GiB")
+            torch.cuda.set_per_process_memory_fraction(room / total)
+            say(f"emulating {config.vram_gb:g} GB: the allocator gets {room:g} GiB, driver and desktop the rest")
+        result = {mode.__name__: mode(config, machine) for mode in MODES if mode.__name__ in modes}
+        if WORLD > 1:
+            dist.destroy_process_group()
+    changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    result = run_folder.describe(changed, device=name, **result)
+    if {"sweep", "ladder", "sample"} & result.keys():
+        draw(result, f"{name}, {config.n_layer} layers, {config.n_embd} wide, {config.block_size} tokens a row")
+    if config.report:
+        run_folder.write_json(Path("bench.json"), result)
+        say("written: bench.json and bench.png. The README says where to publish them")
+    say(json.dumps(result))
+
+
+if __name__ == "__main__":
+    configuration.run_main(main)

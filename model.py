@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 try:  # comes with torch's CUDA builds; without it the loss is the same formula in several kernels
     import triton
@@ -132,9 +132,9 @@ class Block(nn.Module):
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.residual(x, cache)
         # The checkpoint lies inside what is compiled: around a compiled block it could only recompute all of it.
-        context = {"context_fn": _keep_products} if self.recompute == "pointwise" else {}
         random = self.training and self.attn.dropout > 0  # then recomputing has to draw the same numbers again
-        return checkpoint(self.residual, x, use_reentrant=False, preserve_rng_state=random, **context)
+        context = _keep_products if self.recompute == "pointwise" else noop_context_fn
+        return checkpoint(self.residual, x, use_reentrant=False, preserve_rng_state=random, context_fn=context)
 
     def residual(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
         x = x + self.attn(self.ln_1(x), cache)
@@ -172,13 +172,13 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight  # tied: Press and Wolf 2017, arXiv:1608.05859
+        self.lm_head.weight = self.transformer.wte.weight  # type: ignore[union-attr, assignment]  # tied: Press and Wolf 2017, arXiv:1608.05859
         self.loss_chunk = cross_entropy_chunk  # compile_parts() puts its compiled form here
         self.init_weights()
 
     @property
     def blocks(self) -> list[Block]:
-        return list(self.transformer["h"])  # type: ignore[arg-type]
+        return list(self.transformer.h)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -190,7 +190,7 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         # Padding rows are never trained and never drawn: zero, so that dropping them on disk loses nothing.
-        self.transformer["wte"].weight[self.config.vocab_size :].zero_()  # type: ignore[union-attr, index]
+        self.lm_head.weight[self.config.vocab_size :].zero_()
 
     def num_params(self) -> int:
         """Parameters of the model as it lies on disk: padding rows are left out, the tied head counts once."""
@@ -224,8 +224,8 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) -> the last layer's normalized output (B, T, C). A cache is read and extended."""
-        B, T = idx.shape
-        if cache is None and T > self.config.block_size:
+        T = idx.size(1)
+        if cache is None and self.config.block_size < T:
             raise WeightsError(f"{T} tokens do not fit into block_size={self.config.block_size}")
         position = torch.arange(T, device=idx.device) if cache is None else cache.begin(T)
         x = self.transformer["wte"](idx) + self.transformer["wpe"](position)  # (B, T, C)
@@ -363,7 +363,7 @@ class GPT(nn.Module):
         with torch.device("meta"):  # shapes without memory: the weights come from disk, not from init_weights
             model = cls(replace(config, dropout=dropout))
         model.to_empty(device="cpu")
-        model.lm_head.weight = model.transformer["wte"].weight
+        model.lm_head.weight = model.transformer.wte.weight  # type: ignore[union-attr, assignment]
         model.load_published(tensors, str(path_or_name))
         return model if block_size is None else model.crop(block_size)
 
@@ -392,7 +392,7 @@ class GPT(nn.Module):
         """Shorten the context: positions past block_size are dropped. Returns the model."""
         self.config = replace(self.config, block_size=block_size)
         wpe = self.transformer["wpe"]
-        wpe.weight = nn.Parameter(wpe.weight[:block_size].clone())
+        wpe.weight = nn.Parameter(wpe.weight[:block_size].clone())  # type: ignore[index]
         wpe.num_embeddings = block_size  # type: ignore[assignment]
         return self
 
@@ -412,6 +412,34 @@ class GPT(nn.Module):
         known = ("c_attn", "c_proj", "c_fc")
         self.requires_grad_(False)
         self.replace_linears(lambda linear: LoRALinear(linear, rank, alpha, dropout), targets or known)
+
+    def save_adapter(self, path: Path, base: str) -> None:
+        """Write the adapters alone as PEFT does: adapter_config.json and adapter_model.safetensors."""
+        from safetensors.torch import save_file
+
+        path.mkdir(parents=True, exist_ok=True)
+        layers = {name: m for name, m in self.transformer.named_modules() if isinstance(m, LoRALinear)}
+        first = next(iter(layers.values()))
+        content = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": len(first.lora_A),
+            "lora_alpha": first.scale * len(first.lora_A),
+            "lora_dropout": first.lora_dropout.p,
+            "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+            "fan_in_fan_out": True,  # GPT-2's layers are Conv1D: (in, out)
+            "bias": "none",
+            "inference_mode": True,
+        }
+        (path / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        tensors = {}
+        for name, layer in layers.items():
+            for part in ("lora_A", "lora_B"):
+                tensors[f"base_model.model.transformer.{name}.{part}.weight"] = (
+                    getattr(layer, part).detach().contiguous()
+                )
+        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def quantize(self) -> None:
         """Weight-only int8 in the blocks and the head, for sampling and evaluation; the embedding stays as it is."""
@@ -446,6 +474,9 @@ class LoRALinear(nn.Linear):
 
 class Int8Linear(nn.Module):
     """y = (x Wq^T) s + b with int8 Wq and one scale a row: half of bf16's bytes, which is what decoding waits for."""
+
+    weight: Tensor
+    scale: Tensor
 
     def __init__(self, base: nn.Linear):
         super().__init__()
@@ -488,7 +519,9 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Ten
 if triton is not None:
 
     @triton.jit
-    def _cross_entropy_row(logits, targets, losses, vocab_size, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _cross_entropy_row(
+        logits: Any, targets: Any, losses: Any, vocab_size: Any, V: Any, BLOCK: tl.constexpr
+    ) -> None:
         """One program a row: an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3), then the
         gradient in place. The second reading finds the row in the L2 cache, so memory is read once and written once."""
         row = tl.program_id(0).to(tl.int64)
@@ -681,7 +714,8 @@ class Decoder:
         penalized = sampling.repetition_penalty != 1
         shape = (len(draws), model.config.vocab_size)
         self.seen = torch.zeros(shape, dtype=torch.bool, device=draws.device) if penalized else None
-        self.compiled, self.graph = compiled, None
+        self.compiled = compiled
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def start(self, texts: list[list[int]]) -> None:
         """Read the prompts in one pass (right-padded, each row's logits taken at its own end) and choose."""
@@ -715,8 +749,9 @@ class Decoder:
             if self.graph is None and self.token.is_cuda:
                 self.capture()
             if self.graph is None:
-                return self.forward()
-        self.graph.replay()
+                self.forward()
+            else:
+                self.graph.replay()
 
     def read(self) -> Callable[[], list[int]]:
         """Start copying the newest tokens to the host; call the result to wait for them."""
@@ -727,7 +762,12 @@ class Decoder:
         host.copy_(self.token, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return lambda: (arrived.synchronize(), host.tolist())[1]
+
+        def wait() -> list[int]:
+            arrived.synchronize()
+            return host.tolist()
+
+        return wait
 
     def capture(self) -> None:
         """Run the step so that nothing is compiled or allocated later, undo it, and record it."""
@@ -744,9 +784,10 @@ class Decoder:
         torch.cuda.current_stream().wait_stream(side)
         for t, before in zip(state, saved, strict=True):
             t.copy_(before)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.forward()
+        self.graph = graph
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -851,7 +892,14 @@ def find_pretrained(path_or_name: str | Path) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", "vocab.json", "merges.txt", "tokenizer*.json"]
+    patterns = [
+        "config.json",
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer*.json",
+    ]
     hint = (
         f"Download config.json, model.safetensors, vocab.json and merges.txt from https://huggingface.co/{name} "
         f"into a folder and pass its path as --init_from=FOLDER"
@@ -859,7 +907,9 @@ def find_pretrained(path_or_name: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"], etag_timeout=5))
     except Exception as e:  # the hub's client raises many kinds: no network, no such name, a private repository
-        raise WeightsError(f"{name!r} is no local folder and could not be fetched ({type(e).__name__}).\n{hint}") from None
+        raise WeightsError(
+            f"{name!r} is no local folder and could not be fetched ({type(e).__name__}).\n{hint}"
+        ) from None
 
 
 def _read_nanogpt(file: Path) -> tuple[GPTConfig, dict[str, Tensor]]:

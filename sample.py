@@ -49,7 +49,9 @@ def load(config: SampleConfig) -> tuple[GPT, Any, Machine]:
     model = GPT.from_pretrained(folder).eval()
     tokenizer = load_tokenizer(folder) if folder.is_dir() else None
     if tokenizer is None:
-        raise UserError(f"{folder} has no tokenizer, so its ids cannot be turned into text. Put vocab.json and merges.txt beside it")
+        raise UserError(
+            f"{folder} has no tokenizer, so its ids cannot be turned into text. Put vocab.json and merges.txt beside it"
+        )
     machine = open_machine(config)
     for note in machine.notes:
         say(note)
@@ -206,7 +208,9 @@ def show(text: str) -> None:
 def encode(tokenizer: Any, prompt: str, model: GPT) -> list[int]:
     ids = [int(token) for token in tokenizer.encode(prompt)]
     if len(ids) > model.config.block_size:
-        raise UserError(f"the prompt has {len(ids)} tokens, the model's context only {model.config.block_size}: shorten it")
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, the model's context only {model.config.block_size}: shorten it"
+        )
     return ids
 
 
@@ -255,4 +259,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configuration.run_main(main, WeightsError)  # type: ignore[arg-type]
+    configuration.run_main(main, WeightsError)

@@ -11,10 +11,12 @@ Reading order: Step (one update), build_optimizers, learning_rate, evaluate, Run
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +72,7 @@ class Muon(torch.optim.Optimizer):
     def _step_stack(self, params: list[Tensor], group: dict[str, Any]) -> None:
         rows, columns = params[0].shape
         parts = 3 if rows == 3 * columns else 1  # c_attn is (3C, C)
-        g = torch.stack([p.grad for p in params]).view(-1, rows // parts, columns)  # type: ignore[arg-type]
+        g = torch.stack([p.grad for p in params if p.grad is not None]).view(-1, rows // parts, columns)
         if self.grad_scale is not None:
             g /= self.grad_scale
         state = self.state[params[0]]
@@ -280,8 +282,11 @@ def wants_graph(model: GPT, config: Any, machine: Machine) -> bool:
 
 
 def worth_compiling(model: GPT, config: TrainConfig) -> bool:
-    tokens = config.max_iters * config.gradient_accumulation_steps * config.batch_size * config.block_size
-    return config.eval_only or config.num_epochs > 0 or model.flops_per_token() * tokens >= COMPILE_FROM_FLOPS
+    """Whether a run is long enough for compiling to pay; one whose length is not known yet counts as long."""
+    if config.eval_only or config.num_epochs > 0 or config.batch_size == "auto":
+        return True
+    tokens = config.max_iters * config.gradient_accumulation_steps * int(config.batch_size) * config.block_size
+    return model.flops_per_token() * tokens >= COMPILE_FROM_FLOPS
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -322,7 +327,10 @@ def step_memory(shape: GPTConfig, config: Any, recompute: str, trainable: int | 
         "logits": number * min(tokens, LOSS_CHUNK_ROWS) * V + head,
         "workspace": casts + (number * C * V if number < master else 0.0) + 2.0**25,
     }
-    backward = base | {"activations": (KEPT[recompute] * L + (43 if recompute == "block" else 20)) * unit, "logits": head}
+    backward = base | {
+        "activations": (KEPT[recompute] * L + (43 if recompute == "block" else 20)) * unit,
+        "logits": head,
+    }
     end = base | {"gradients": float(master * trained), "activations": 26 * unit, "logits": head}
     return max((loss, backward, end), key=lambda moment: sum(moment.values()))
 
@@ -368,13 +376,13 @@ class Loader:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, windows: Any, count: int, config: Any, machine: Machine) -> float:
+def evaluate(model: GPT, windows: Any, count: int, batch_size: int, machine: Machine) -> float:
     """Mean loss, in nats a token, over `count` fixed windows of a split (0: all); the same windows every time.
 
     Dropout is off meanwhile; no random number is drawn and the position in the training data does not move.
     """
     chosen = windows.choose(count)
-    batch = 2 * config.batch_size  # without gradients twice the micro-batch needs less memory than training does
+    batch = 2 * batch_size  # without gradients twice the micro-batch needs less memory than training does
     totals = torch.zeros(2, dtype=torch.float64, device=machine.device)
     was_training = model.training
     model.eval()
@@ -456,7 +464,7 @@ class Run:
 
         self.config, self.out_dir, self.resumed = config, Path(config.out_dir), resumed
         torch.manual_seed(config.seed)  # the initial weights, alike on every rank
-        self.model, tokenizer, self.progress = load_start(config, given, resumed)
+        start, tokenizer, self.progress = load_start(config, given, resumed)
         self.dataset = open_dataset(
             config.dataset,
             tokenizer=tokenizer or config.tokenizer,
@@ -464,20 +472,25 @@ class Run:
             text_column=config.text_column,
             block_size=config.block_size,
         )
-        self.model = check_start(self.model, tokenizer, self.dataset, config)
+        self.model = check_start(start, tokenizer, self.dataset, config)
         self.machine = open_machine(config, self.model.blocks[0], worth_compiling(self.model, config))
         self.master = self.machine.rank == 0
+        prepare_model(self.model, config, self.machine)
+        self.batch_size = settle_batch_size(self.model, config, self.machine)
         self.val = EvalWindows(self.dataset.val, config.block_size)
-        self.eval_count = min(config.eval_iters * config.batch_size or self.val.count, self.val.count)
+        self.eval_count = min(config.eval_iters * self.batch_size or self.val.count, self.val.count)
         if config.eval_only:
-            prepare_model(self.model, config, self.machine)
             return
+        if self.dataset.train is None:
+            raise UserError(
+                f"{self.dataset.folder} holds no training shards (train_*.bin): only --eval_only works with it"
+            )
+        self.train_tokens = len(self.dataset.train)
         self.windows = TrainWindows(self.dataset.train, config.block_size, config.seed)
         self.train_eval = EvalWindows(self.dataset.train, config.block_size)
-        self.step_windows = config.batch_size * config.gradient_accumulation_steps
+        self.step_windows = self.batch_size * config.gradient_accumulation_steps
         if config.num_epochs:
             config.max_iters = math.ceil(config.num_epochs * self.windows.per_epoch / self.step_windows)
-        prepare_model(self.model, config, self.machine)
         self.step = Step(self.model, config, self.machine)
         self.loader = Loader(self.windows, self.step, self.machine)
         # Dropout's random numbers: a rank's own, and not the first ones over again after resuming.
@@ -486,7 +499,8 @@ class Run:
             load_trainer(run_folder.find_checkpoint(self.out_dir, ("last",))[0], self.step, self.master)
         self.clock, self.stop_signal = Clock(self.machine), 0
         self.earlier_s = self.progress.elapsed_s
-        self.saved_step = self.progress.step if self.resumed else -1
+        self.saved_step = self.progress.step if resumed else -1
+        self.drawing: threading.Thread | None = None
 
     # -- telling
 
@@ -505,14 +519,18 @@ class Run:
             f"model: {self.model.num_params():,} parameters ({shape.n_layer} layers, {shape.n_head} heads, "
             f"{shape.n_embd} wide, block {shape.block_size}, vocabulary {shape.vocab_size})"
         )
-        self.say(f"data: {self.dataset.name}, {len(self.dataset.train):,} training and {len(self.dataset.val):,} validation tokens")
         self.say(
-            f"step: {c.batch_size} x {c.block_size} x {c.gradient_accumulation_steps} = {per_step:,} tokens; "
+            f"data: {self.dataset.name}, {self.train_tokens:,} training and {len(self.dataset.val):,} validation tokens"
+        )
+        self.say(
+            f"step: {self.batch_size} x {c.block_size} x {c.gradient_accumulation_steps} = {per_step:,} tokens; "
             f"an epoch is {self.windows.per_epoch / self.step_windows:,.1f} steps; {c.max_iters:,} steps are "
             f"{c.max_iters * self.step_windows / self.windows.per_epoch:,.2f} epochs"
         )
-        memory = step_memory(shape, c, c.recompute)
-        self.say(f"memory: about {sum(memory.values()) / 2**30:.1f} GiB at the peak of a step (recompute={c.recompute})")
+        memory = step_memory(shape, c, c.recompute, trainable(self.model))
+        self.say(
+            f"memory: about {sum(memory.values()) / 2**30:.1f} GiB at the peak of a step (recompute={c.recompute})"
+        )
         if self.resumed:
             self.say(f"resuming at step {self.progress.step:,}")
 
@@ -607,7 +625,9 @@ class Run:
             row = {"step": p.step, "tokens": p.tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm}
             self.metrics.append(row | {"tokens_per_s": rate, "elapsed_s": self.elapsed()})
             if self.wandb:
-                self.wandb.log({"train/loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": rate}, step=p.step)
+                self.wandb.log(
+                    {"train/loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": rate}, step=p.step
+                )
             bar.set_postfix_str(f"loss {loss:.4f}" + (f", {rate:,.0f} tokens/s" if rate else ""), refresh=False)
             if bar.disable:
                 self.say(f"step {p.step}: loss {loss:.4f}, lr {lr:.2e}" + (f", {rate:,.0f} tokens/s" if rate else ""))
@@ -627,7 +647,7 @@ class Run:
         running = self.clock.started is not None
         self.clock.stop()
         train_loss, val_loss = (
-            evaluate(self.model, w, self.eval_count, c, self.machine) for w in (self.train_eval, self.val)
+            evaluate(self.model, w, self.eval_count, self.batch_size, self.machine) for w in (self.train_eval, self.val)
         )
         p.evaluated_step = p.step
         better = p.step > 0 and (p.best_val_loss is None or val_loss < p.best_val_loss)
@@ -650,7 +670,7 @@ class Run:
         if p.step > 0 and c.always_save_checkpoint:
             self.save("last")
         if self.master:
-            run_folder.draw_losses(self.metrics.rows, self.out_dir / "loss.png")
+            self.draw()
         if running:
             self.clock.start()
         return 0 < c.patience <= p.worse_evaluations
@@ -659,6 +679,14 @@ class Run:
         return round(self.earlier_s + self.clock.total, 3)
 
     # -- the run's folder
+
+    def draw(self) -> None:
+        """loss.png, drawn beside the training: importing and running a plotting library takes longer than a small step."""
+        if self.drawing is not None:
+            self.drawing.join()
+        rows, file = list(self.metrics.rows), self.out_dir / "loss.png"
+        self.drawing = threading.Thread(target=run_folder.draw_losses, args=(rows, file))
+        self.drawing.start()
 
     def open_folder(self) -> None:
         c, self.wandb = self.config, None
@@ -674,7 +702,7 @@ class Run:
             dtype=str(self.machine.dtype).removeprefix("torch."),
             compile=self.machine.compiled,
             world_size=self.machine.world,
-            data={"name": self.dataset.name, "sha256": self.dataset.source_sha256, "tokens": len(self.dataset.train)},
+            data={"name": self.dataset.name, "sha256": self.dataset.source_sha256, "tokens": self.train_tokens},
         )
         run_folder.write_json(self.out_dir / "run.json", facts)
         self.metrics = run_folder.Metrics(self.out_dir / "metrics.jsonl", self.progress.step if self.resumed else None)
@@ -699,7 +727,9 @@ class Run:
         if self.master:
             try:
                 size = 4 * self.model.num_params() * (1 if name == "best" else 3)
-                run_folder.save_checkpoint(self.out_dir / name, lambda folder: self.write(folder, name), vars(self.progress), size)
+                run_folder.save_checkpoint(
+                    self.out_dir / name, lambda folder: self.write(folder, name), vars(self.progress), size
+                )
             except OSError as e:
                 self.say(f"could not save {self.out_dir / name}: {e}. The one before it is untouched; make room")
                 saved = False
@@ -717,6 +747,8 @@ class Run:
             tokenizer.save(folder)
         if name == "last":
             save_trainer(folder, self.step)
+        elif self.config.lora_rank:
+            self.model.save_adapter(folder / "adapter", self.config.init_from)
 
     def finish(self, status: int) -> int:
         """Save what is not saved yet, and say how to go on."""
@@ -724,11 +756,15 @@ class Run:
         if self.saved_step != p.step and not self.save("last"):
             status = status or 1
         if self.master:
+            if self.drawing is not None:
+                self.drawing.join()
             self.metrics.close()
             if self.wandb:
                 self.wandb.finish(exit_code=status)
             if status > 128:
-                self.say(f"stopped at step {p.step:,}; go on with: python train.py --init_from=resume --out_dir={self.out_dir}")
+                self.say(
+                    f"stopped at step {p.step:,}; go on with: python train.py --init_from=resume --out_dir={self.out_dir}"
+                )
             else:
                 best = f", best val loss {p.best_val_loss:.4f} at step {p.best_step:,}" if p.best_val_loss else ""
                 self.say(f"{p.step:,} steps in {self.elapsed():.1f} s of training{best}")
@@ -783,28 +819,99 @@ def prepare_model(model: GPT, config: Any, machine: Machine) -> None:
     if config.quantize == "int8":
         model.quantize()
     model.to(machine.device)
-    if config.recompute == "auto":
-        config.recompute = choose_recompute(model.config, config, machine)
-    model.set_recompute(config.recompute)
+    if config.batch_size != "auto":  # else settled with it
+        if config.recompute == "auto":
+            config.recompute = choose_recompute(model, config, machine)
+        model.set_recompute(config.recompute)
     if machine.compiled:
         model.compile_parts()
 
 
-def choose_recompute(shape: GPTConfig, config: Any, machine: Machine) -> str:
-    """The cheapest recomputation whose predicted memory leaves a tenth of the device free."""
+def choose_recompute(model: GPT, config: Any, machine: Machine) -> str:
+    """The cheapest recomputation whose predicted memory leaves a tenth of what is free (the model lies there already)."""
     if not machine.on_gpu:
         return "none"
-    room = 0.9 * torch.cuda.mem_get_info()[0]
+    room = 0.9 * device_memory(machine)
     for recompute in ("none", "pointwise"):
-        if sum(step_memory(shape, config, recompute).values()) < room:
+        if sum(step_memory(model.config, config, recompute, trainable(model)).values()) < room:
             return recompute
     return "block"
+
+
+def device_memory(machine: Machine) -> float:
+    """Bytes this process may use: what is free and what it holds, or the share that it was capped to."""
+    free, total = torch.cuda.mem_get_info(machine.device)
+    share = torch.cuda.get_per_process_memory_fraction(machine.device)
+    return min(free + torch.cuda.memory_reserved(machine.device), share * total)
+
+
+def trainable(model: GPT) -> int | None:
+    """Trained parameters, or None where that is all of them."""
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    return None if len(trained) == len(list(model.parameters())) else sum(trained)
+
+
+def settle_batch_size(model: GPT, config: Any, machine: Machine) -> int:
+    """batch_size=auto: the smallest micro-batch within 2% of the fastest that fits, by measuring real steps.
+
+    gradient_accumulation_steps is then the rows of a step. What is chosen divides them, so that the step stays the
+    same, and is written into the configuration, so that resuming keeps it.
+    """
+    if config.batch_size != "auto":
+        return int(config.batch_size)
+    rows, recompute, seconds = config.gradient_accumulation_steps // machine.world, config.recompute, {}
+    state = torch.random.get_rng_state()
+    for batch_size in (b for b in range(1, min(rows, 128) + 1) if rows % b == 0):
+        trial = copy.copy(config)
+        trial.batch_size, trial.gradient_accumulation_steps, trial.cuda_graph = batch_size, 2 * machine.world, False
+        if recompute == "auto":
+            trial.recompute = choose_recompute(model, trial, machine)
+        model.set_recompute(trial.recompute)
+        try:
+            seconds[batch_size, trial.recompute] = _time_step(Step(model, trial, machine)) / batch_size
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            model.zero_grad(set_to_none=True)
+            if machine.on_gpu:
+                torch.cuda.empty_cache()
+    if not seconds:
+        raise torch.OutOfMemoryError
+    torch.random.set_rng_state(state)
+    fastest = min(seconds.values())
+    choice = min(key for key, value in seconds.items() if value <= 1.02 * fastest)
+    if machine.world > 1:
+        chosen = [choice]
+        dist.broadcast_object_list(chosen)
+        choice = chosen[0]
+    config.batch_size, config.recompute = choice
+    config.gradient_accumulation_steps = rows // config.batch_size * machine.world
+    model.set_recompute(config.recompute)
+    machine.notes.append(
+        f"batch_size: {config.batch_size} x {config.gradient_accumulation_steps} micro-batches, recompute={config.recompute} "
+        f"(rows a second by size: {', '.join(f'{b}: {2 / s:,.0f}' for (b, _), s in seconds.items())})"
+    )
+    return int(config.batch_size)
+
+
+def _time_step(step: Step) -> float:
+    """Seconds of a step with a learning rate of 0, which leaves the weights as they are; the least of three."""
+    step.x.random_(0, step.model.config.vocab_size)
+    step.y.copy_(step.x)
+    seconds = []
+    for _ in range(5):
+        step.machine.synchronize()
+        start = time.perf_counter()
+        step(0.0)
+        step.machine.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[2:])
 
 
 def trainer_tensors(step: Step) -> dict[str, Tensor]:
     """Every tensor that resuming needs beside the weights: moments, adapters, loss scale, random numbers."""
     names = {id(p): name for name, p in step.model.named_parameters()}
-    tensors = {f"adapter.{n}": p for n, p in step.model.named_parameters() if "lora_" in n}
+    tensors: dict[str, Tensor] = {f"adapter.{n}": p for n, p in step.model.named_parameters() if "lora_" in n}
     for optimizer in step.optimizers:
         for p, state in optimizer.state.items():
             tensors |= {f"optimizer.{names[id(p)]}.{key}": value for key, value in state.items()}
@@ -812,15 +919,17 @@ def trainer_tensors(step: Step) -> dict[str, Tensor]:
     if step.machine.on_gpu:
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     if step.scaler.is_enabled():
-        state = step.scaler.state_dict()
-        tensors["scaler"] = torch.tensor([state["scale"], state["_growth_tracker"]], dtype=torch.float64)
+        scaler = step.scaler.state_dict()
+        tensors["scaler"] = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
     return tensors
 
 
 def save_trainer(folder: Path, step: Step) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: t.detach().contiguous() for name, t in trainer_tensors(step).items()}, folder / "trainer.safetensors")
+    save_file(
+        {name: t.detach().contiguous() for name, t in trainer_tensors(step).items()}, folder / "trainer.safetensors"
+    )
 
 
 @torch.no_grad()
@@ -852,7 +961,9 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
     """Configuration, the keys that were set by hand, and whether to resume. Without any argument: Shakespeare."""
     if not argv:
         preset = "train_shakespeare_char" if torch.cuda.is_available() else "train_shakespeare_cpu"
-        print(f"no preset given: training config/{preset}.py, which suits this machine (--help shows what else there is)")
+        print(
+            f"no preset given: training config/{preset}.py, which suits this machine (--help shows what else there is)"
+        )
         argv = [str(run_folder.REPOSITORY / "config" / f"{preset}.py")]
     config, given = configuration.load(TrainConfig, argv)
     if config.init_from != "resume":
@@ -860,7 +971,9 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
     saved = run_folder.read_run(Path(config.out_dir))
     for key in ("n_layer", "n_head", "n_embd", "bias", "lora_rank"):
         if key in given and getattr(config, key) != saved["config"].get(key):
-            raise UserError(f"{key}={getattr(config, key)}, but the run in {config.out_dir} has {saved['config'].get(key)}")
+            raise UserError(
+                f"{key}={getattr(config, key)}, but the run in {config.out_dir} has {saved['config'].get(key)}"
+            )
     config, given = configuration.load(TrainConfig, argv, saved["config"])
     config.init_from = saved["config"]["init_from"]
     if config.dtype == "auto":  # what was measured then holds: another precision would be another run
@@ -871,16 +984,18 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
 def evaluate_only(run: Run) -> None:
     for note in run.machine.notes:
         run.say(note)
-    loss = evaluate(run.model, run.val, run.eval_count, run.config, run.machine)
+    loss = evaluate(run.model, run.val, run.eval_count, run.batch_size, run.machine)
     targets = min(run.eval_count * run.config.block_size, len(run.dataset.val) - 1)
-    run.say(f"{run.dataset.name}: val loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f} over {targets:,} tokens")
+    run.say(
+        f"{run.dataset.name}: val loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f} over {targets:,} tokens"
+    )
 
 
 def out_of_memory(config: TrainConfig) -> UserError:
     free, total = torch.cuda.mem_get_info()
     knobs = ["--recompute=pointwise", "--recompute=block"][["none", "pointwise", "block"].index(config.recompute) :]
-    if config.batch_size > 1:
-        half = f"--batch_size={config.batch_size // 2} --gradient_accumulation_steps={2 * config.gradient_accumulation_steps}"
+    if config.batch_size != "auto" and int(config.batch_size) > 1:
+        half = f"--batch_size={int(config.batch_size) // 2} --gradient_accumulation_steps={2 * config.gradient_accumulation_steps}"
         knobs.append(f"{half} (the same step in smaller pieces)")
     knobs += ["--optimizer=adamw8bit", "--lora_rank=16 (fine-tuning)", f"--block_size={config.block_size // 2}"]
     peak = torch.cuda.max_memory_allocated()
@@ -892,9 +1007,11 @@ def out_of_memory(config: TrainConfig) -> UserError:
 
 def main(argv: list[str] | None = None) -> int:
     config, given, resumed = load_config(sys.argv[1:] if argv is None else argv)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     if config.gradient_accumulation_steps % world:
-        raise UserError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not a multiple of {world} ranks")
+        raise UserError(
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not a multiple of {world} ranks"
+        )
     if world > 1:
         gpu = torch.cuda.is_available() and config.device != "cpu"
         dist.init_process_group(config.backend if gpu else "gloo")
@@ -902,7 +1019,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.eval_only:
             evaluate_only(Run(config, given, resumed))
             return 0
-        master = int(os.environ.get("RANK", 0)) == 0
+        master = int(os.environ.get("RANK", "0")) == 0
         with run_folder.lock(Path(config.out_dir)) if master else contextlib.nullcontext():
             return Run(config, given, resumed).train()
     except torch.OutOfMemoryError:

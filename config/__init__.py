@@ -77,8 +77,8 @@ class TrainConfig:
     tokenizer: Literal["auto", "gpt2", "char", "bytes"] = "auto"  # auto: the model's or data set's own, else gpt2
     val_fraction: OpenShare = 0.1  # share of your own text kept for validation
     text_column: Text = "text"  # column of a .csv, or key of a .jsonl, that holds the text
-    batch_size: Count | Literal["auto"] = 12  # micro-batch: sequences at once on a device; auto: measured
-    gradient_accumulation_steps: Count = 5 * 8  # micro-batches a step, the total over all devices
+    batch_size: Count | Literal["auto"] = 12  # micro-batch: rows at once on a device; auto: measured
+    gradient_accumulation_steps: Count = 5 * 8  # micro-batches a step over all devices; rows a step for batch_size=auto
     block_size: Count = 1024  # tokens a sequence: the longest context
     # model (a loaded one brings its own shape)
     n_layer: Count = 12  # blocks

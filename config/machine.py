@@ -109,7 +109,6 @@ def open_machine(config: Any, layer: nn.Module | None = None, long: bool = True)
     if getattr(config, "deterministic", False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
     return Machine(
         device,
         choose_dtype(config.dtype, device, layer, notes),

