@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 try:  # comes with torch's CUDA builds; without it the loss is the same formula in several kernels
     import triton
@@ -133,8 +133,8 @@ class Block(nn.Module):
             return self.residual(x, cache)
         # The checkpoint lies inside what is compiled: around a compiled block it could only recompute all of it.
         random = self.training and self.attn.dropout > 0  # then recomputing has to draw the same numbers again
-        context = _keep_products if self.recompute == "pointwise" else noop_context_fn
-        return checkpoint(self.residual, x, use_reentrant=False, preserve_rng_state=random, context_fn=context)
+        context: dict[str, Any] = {"context_fn": _keep_products} if self.recompute == "pointwise" else {}
+        return checkpoint(self.residual, x, use_reentrant=False, preserve_rng_state=random, **context)
 
     def residual(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
         x = x + self.attn(self.ln_1(x), cache)
@@ -208,8 +208,8 @@ class GPT(nn.Module):
     def decode_bytes(self) -> int:
         """Bytes of weights that one decoding step reads: all but the embedding tables, which are looked up."""
         blocks = [*self.transformer["h"].parameters(), *self.transformer["h"].buffers()]
-        head = self.lm_head.weight
-        return sum(t.numel() * t.element_size() for t in [*blocks, head])
+        head = [*self.lm_head.parameters(), *self.lm_head.buffers()]
+        return sum(t.numel() * t.element_size() for t in [*blocks, *head])
 
     def set_recompute(self, recompute: str) -> None:
         for block in self.blocks:
@@ -288,7 +288,9 @@ class GPT(nn.Module):
             if not 0 < len(prompt) <= limit:
                 raise WeightsError(f"a prompt has {len(prompt)} tokens; it needs 1 to block_size={limit}")
         texts = [[int(token) for token in prompt] for prompt in prompts]
-        cache = KVCache(self.config, len(texts), min(limit, max(map(len, texts)) + max_new_tokens), self.lm_head.weight)
+        cache = KVCache(
+            self.config, len(texts), min(limit, max(map(len, texts)) + max_new_tokens), self.transformer["wpe"].weight
+        )
         draws = torch.stack([uniform(seed, max_new_tokens) for seed in seeds or range(len(texts))])  # (B, new)
         decoder = Decoder(self, cache, sampling, draws.to(device), compiled)
         decoder.start(texts)
@@ -519,9 +521,8 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Ten
 if triton is not None:
 
     @triton.jit
-    def _cross_entropy_row(
-        logits: Any, targets: Any, losses: Any, vocab_size: Any, V: Any, BLOCK: tl.constexpr
-    ) -> None:
+    # Triton reads annotations as its own types, so there are none but its own.
+    def _cross_entropy_row(logits, targets, losses, vocab_size, V, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
         """One program a row: an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3), then the
         gradient in place. The second reading finds the row in the L2 cache, so memory is read once and written once."""
         row = tl.program_id(0).to(tl.int64)
@@ -772,8 +773,9 @@ class Decoder:
     def capture(self) -> None:
         """Run the step so that nothing is compiled or allocated later, undo it, and record it."""
         if self.compiled:
-            for block in self.model.blocks:
-                block.compile(dynamic=False)
+            for module in (*self.model.blocks, self.model.transformer["ln_f"], self.model.lm_head):
+                # With this option Inductor makes a product with one row a fused reduction instead of a call to cuBLAS.
+                module.compile(dynamic=False, options={"coordinate_descent_tuning": True})
         state = [self.token, self.step, self.cache.length] + ([] if self.seen is None else [self.seen])
         saved = [t.clone() for t in state]
         side = torch.cuda.Stream()  # warming up on another stream is what capturing asks for

@@ -11,6 +11,7 @@ Texts go to standard output as they come, everything else to standard error.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import sys
 import time
@@ -64,7 +65,10 @@ def load(config: SampleConfig) -> tuple[GPT, Any, Machine]:
 def read_prompt(start: str) -> str:
     """--start as it is, FILE:path, or - for standard input."""
     if start == "-":
-        start = sys.stdin.read()
+        try:
+            start = sys.stdin.read()
+        except ValueError as e:
+            raise UserError(f"standard input is not UTF-8 text: {e}") from None
     elif start.startswith("FILE:"):
         file = Path(start.removeprefix("FILE:"))
         try:
@@ -128,13 +132,15 @@ class Timing:
 
     started: float = field(default_factory=time.perf_counter)
     first: float = 0.0
+    counted_from: float = 0.0
     tokens: int = 0
+    before: int = 0
 
     def tick(self, tokens: int) -> None:
         self.tokens += tokens
         if not self.first:
-            self.first = time.perf_counter() - self.started
             self.counted_from, self.before = time.perf_counter(), self.tokens
+            self.first = self.counted_from - self.started
 
     def __str__(self) -> str:
         if not self.first:
@@ -223,27 +229,32 @@ def as_message(tokenizer: Any, text: str) -> str:
 
 def converse(model: GPT, tokenizer: Any, config: SampleConfig, machine: Machine) -> None:
     """A prompt loop. The context is kept; when it is full, its older half is forgotten."""
-    import readline  # noqa: F401 (gives input() its line editing)
-
+    with contextlib.suppress(ImportError):  # native Windows has none
+        import readline  # noqa: F401 (gives input() its line editing)
     say("a prompt, then Enter; Ctrl-C ends a text, Ctrl-D the loop")
     context: list[int] = []
     while True:
         try:
-            prompt = input("> ")
+            prompt = input("> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
             return
+        except ValueError as error:
+            say(f"error: that was not UTF-8 text: {error}")
+            continue
         if not prompt:
             continue
         try:
-            context += encode(tokenizer, as_message(tokenizer, prompt), model)
+            new = encode(tokenizer, as_message(tokenizer, prompt), model)
         except UserError as error:
             say(f"error: {error}")
             continue
+        context += new
         if len(context) > model.config.block_size:
-            context = context[-max(1, model.config.block_size // 2) :]
+            context = context[-max(len(new), model.config.block_size // 2) :]
         text = Text(tokenizer, config.stop)
-        for _, new in write(model, tokenizer, context, config, machine, [text]):
-            show(new)
+        with contextlib.suppress(KeyboardInterrupt):  # it may come while the text is being shown, too
+            for _, piece in write(model, tokenizer, context, config, machine, [text]):
+                show(piece)
         show("\n")
         context += text.ids + ([tokenizer.eot] if text.reason == "end" else [])
 

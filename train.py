@@ -914,7 +914,12 @@ def trainer_tensors(step: Step) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {f"adapter.{n}": p for n, p in step.model.named_parameters() if "lora_" in n}
     for optimizer in step.optimizers:
         for p, state in optimizer.state.items():
-            tensors |= {f"optimizer.{names[id(p)]}.{key}": value for key, value in state.items()}
+            for key, value in state.items():
+                name = f"optimizer.{names[id(p)]}.{key}"
+                if hasattr(value, "__tensor_flatten__"):  # torchao's 8-bit moments: codes, scales and their table
+                    tensors |= {f"{name}:{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+                else:
+                    tensors[name] = value
     tensors["rng.cpu"] = torch.get_rng_state()
     if step.machine.on_gpu:
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -947,7 +952,12 @@ def load_trainer(folder: Path, step: Step, master: bool = True) -> None:
                 params[rest].copy_(tensor)
             elif kind == "optimizer":
                 param, _, key = rest.rpartition(".")
-                owner[id(params[param])].state[params[param]][key] = tensor.to(step.machine.device)
+                key, _, part = key.partition(":")
+                state = owner[id(params[param])].state[params[param]]
+                if part:
+                    state.setdefault(key, {})[part] = tensor.to(step.machine.device)
+                else:
+                    state[key] = tensor.to(step.machine.device)
             elif kind == "scaler" and step.scaler.is_enabled():
                 state = step.scaler.state_dict() | {"scale": tensor[0].item(), "_growth_tracker": int(tensor[1])}
                 step.scaler.load_state_dict(state)
@@ -955,6 +965,17 @@ def load_trainer(folder: Path, step: Step, master: bool = True) -> None:
                 torch.set_rng_state(tensor)
             elif name == "rng.cuda" and master and step.machine.on_gpu:
                 torch.cuda.set_rng_state(tensor)
+    for optimizer in step.optimizers:
+        for p, state in optimizer.state.items():
+            for key, parts in state.items():
+                if isinstance(parts, dict):
+                    state[key] = _assemble_8bit(parts, signed=key == "exp_avg", like=p)
+
+
+def _assemble_8bit(parts: dict[str, Tensor], signed: bool, like: Tensor) -> Tensor:
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    return OptimState8bit.__tensor_unflatten__(parts, [signed, like.dtype], like.shape, like.stride())
 
 
 def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:

@@ -8,7 +8,7 @@
 # VRAM    TODO(measure)
 
 out_dir = "out-shakespeare-char"
-eval_interval = 250
+eval_interval = 350
 eval_iters = 0  # the whole split
 log_interval = 50
 always_save_checkpoint = False
@@ -37,4 +37,4 @@ schedule = "wsd"
 decay_fraction = 0.6
 min_lr = 0.0
 warmup_iters = 100
-max_iters = 750
+max_iters = 700

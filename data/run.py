@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -39,9 +40,20 @@ def lock(out_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:  # native Windows has no flock; two runs in one folder are not noticed there
             pass
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"another run is writing to out_dir={out_dir}. Wait for it, or choose another") from None
+        except OSError:  # a network disk may have no locks either
+            pass
         yield
+
+
+@contextlib.contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """A file without which a run cannot begin: UserError where the disk does not take it."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{file} cannot be written: {e.strerror or e}. Make room, or choose another --out_dir=") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -54,6 +66,10 @@ def sha256(file: Path) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -70,20 +86,26 @@ def save_checkpoint(folder: Path, write: Callable[[Path], None], state: dict[str
     size: bytes that will be written, about. Raises OSError, with the old checkpoint untouched, when the disk is full
     or cannot be written.
     """
+    from safetensors import SafetensorError
+
     temporary, previous = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".prev")
     shutil.rmtree(temporary, ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free
     if free < size:
         raise OSError(f"{size / 1e9:.2f} GB are needed for {folder}, {free / 1e9:.2f} GB are free")
-    temporary.mkdir()
-    write(temporary)
-    state = state | {
-        "sha256": {f.relative_to(temporary).as_posix(): sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
-    }
-    (temporary / "trainer.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
-    for file in temporary.rglob("*"):
-        _sync(file)
-    _sync(temporary)
+    try:
+        temporary.mkdir()
+        write(temporary)
+        files = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
+        state = state | {"sha256": {file.relative_to(temporary).as_posix(): sha256(file) for file in files}}
+        state["checksum"] = _checksum(state)  # of trainer.json itself
+        (temporary / "trainer.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
+        for file in temporary.rglob("*"):
+            _sync(file)
+        _sync(temporary)
+    except (OSError, SafetensorError) as e:  # safetensors wraps what the disk said
+        shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint would take the room that is wanting
+        raise e if isinstance(e, OSError) else OSError(str(e)) from None
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
@@ -95,7 +117,7 @@ def find_checkpoint(out_dir: Path, names: tuple[str, ...]) -> tuple[Path, dict[s
     """The first of out_dir's checkpoints by these names, and its trainer.json. Every file's checksum is verified."""
     for name in names:
         for folder in (out_dir / name, out_dir / f"{name}.prev"):
-            if (folder / "trainer.json").exists():
+            if folder.exists():  # without a trainer.json it is damaged: it never was renamed before it was whole
                 return folder, read_checkpoint(folder)
     where = " or ".join(str(out_dir / name) for name in names)
     raise UserError(f"no checkpoint in {where}. Train one first: python train.py --out_dir={out_dir}")
@@ -109,13 +131,19 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / "trainer.json").read_text("utf-8"))
         sums = dict(state["sha256"])
+        if state.pop("checksum") != _checksum(state):
+            raise ValueError("its checksum is another")
         if not isinstance(state["step"], int):
             raise ValueError("step is no number")
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{folder / 'trainer.json'} is damaged ({e}). {hint}") from None
     for name, expected in sums.items():
         file = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file() or sha256(file) != expected:
+        try:
+            same = file.resolve().is_relative_to(folder.resolve()) and sha256(file) == expected
+        except (OSError, ValueError):  # missing, or a disk that cannot read it any more
+            same = False
+        if not same:
             raise UserError(f"{file} is damaged or missing: it is not what was saved. {hint}")
     return state
 
@@ -143,17 +171,27 @@ def set_aside(out_dir: Path) -> None:
     """Move an earlier run's files into out_dir/previous: starting anew by mistake loses nothing."""
     names = ("run.json", "metrics.jsonl", "loss.png", "best", "last", "best.prev", "last.prev")
     found = [out_dir / name for name in names if (out_dir / name).exists()]
-    if any(path.is_dir() for path in found):  # without a checkpoint there is nothing to lose
-        shutil.rmtree(out_dir / "previous", ignore_errors=True)
-        (out_dir / "previous").mkdir()
-        for path in found:
-            path.rename(out_dir / "previous" / path.name)
+    previous, temporary = out_dir / "previous", out_dir / "previous.tmp"
+    # Without a checkpoint there is nothing to lose.
+    if any(path.is_dir() for path in found) or temporary.exists():
+        with _writing(previous):
+            temporary.mkdir(exist_ok=True)  # it exists where a kill came between two of these renames
+            for path in found:
+                path.rename(temporary / path.name)
+            shutil.rmtree(previous, ignore_errors=True)
+            temporary.rename(previous)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
+    _replace(file, json.dumps(content, indent=2) + "\n")
+
+
+def _replace(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    temporary.replace(file)
+    with _writing(file):
+        temporary.write_text(text, "utf-8")
+        _sync(temporary)  # else a power cut may leave the new name on an empty file
+        temporary.replace(file)
 
 
 def read_run(out_dir: Path) -> dict[str, Any]:
@@ -175,30 +213,38 @@ class Metrics:
     def __init__(self, file: Path, resume_step: int | None):
         """resume_step: keep the lines up to this step; None starts anew."""
         self.rows = [] if resume_step is None else [r for r in self.read(file) if r["step"] <= resume_step]
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows), "utf-8")
-        temporary.replace(file)
+        _replace(file, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.file: TextIO = open(file, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        self.told = False
 
     @staticmethod
     def read(file: Path) -> list[dict[str, Any]]:
         rows = []
         for line in file.read_text("utf-8", errors="replace").splitlines() if file.exists() else []:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict) and isinstance(row.get("step"), int):
                     rows.append(row)
         return rows
 
     def append(self, row: dict[str, Any]) -> None:
+        """Write one line. A full disk costs no run: what it does not take is written with a later line."""
+        if "val_loss" in row and any(r["step"] == row["step"] and "val_loss" in r for r in self.rows[-2:]):
+            return  # a run that was killed between an evaluation and its checkpoint evaluates once more
         # JSON has no NaN: a figure that is none becomes null, so that every reader can read the file.
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as e:
+            if not self.told:
+                print(f"could not write {self.file.name}: {e.strerror or e}. Make room", file=sys.stderr)
+            self.told = True
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # told above
+            self.file.close()
 
 
 def draw_losses(rows: list[dict[str, Any]], file: Path) -> None:
@@ -234,5 +280,6 @@ def draw_losses(rows: list[dict[str, Any]], file: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     temporary = file.with_name(file.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(file)
+    with contextlib.suppress(OSError):  # a full disk costs the picture, not the run
+        figure.savefig(temporary, format="png")
+        temporary.replace(file)
