@@ -17,6 +17,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
@@ -129,9 +130,10 @@ def measure(config: Any, without: Sequence[str] = ()) -> Row:
     with prepared(config, without) as training:
         config, machine, step, model = training.config, training.machine, training.step, training.model
         row = time_steps(training, machine, step.warmup + 3, config.steps) | {"tokens": step.x.numel()}
-        ranks = [{key: row.get(key) for key in ("tokens", "ms", "ms_p10", "ms_p90", "peak_gib")}] * machine.world
+        mine: Row = {key: row.get(key) for key in ("tokens", "ms", "ms_p10", "ms_p90", "peak_gib")}
+        ranks = [mine] * machine.world
         if machine.world > 1:
-            dist.all_gather_object(ranks, ranks[0])
+            dist.all_gather_object(ranks, mine)
             row |= {"ranks": ranks, "tokens": sum(rank["tokens"] for rank in ranks)}
             row |= {"ms_p10": min(r["ms_p10"] for r in ranks), "ms_p90": max(r["ms_p90"] for r in ranks)}
         row["tokens_per_s"] = sum(rank["tokens"] / rank["ms"] for rank in ranks) * 1e3
@@ -139,11 +141,8 @@ def measure(config: Any, without: Sequence[str] = ()) -> Row:
         row |= {key: getattr(config, key) for key in ("batch_size", "block_size", "recompute", "attention")}
         row |= {"micro_steps": step.micro_steps, "data": training.data, "parameters": model.num_params()}
         row |= {"dtype": str(machine.dtype).removeprefix("torch."), "compile": machine.compiled, "mfu": None}
-        row |= {
-            "cuda_graph": step.graph is not None,
-            "flops_per_token": model.flops_per_token(),
-            "loss": step.loss.item(),
-        }
+        row |= {"cuda_graph": step.graph is not None, "loss": step.loss.item()}
+        row["flops_per_token"] = model.flops_per_token()
         if (card := find_card(config, machine)) and machine.dtype != torch.float32:
             if not config.lora_rank:  # 6N + 12LCT counts a gradient for every weight
                 row["mfu"] = row["flops_per_token"] * row["tokens_per_s"] / machine.world / (card.tflops * 1e12)
@@ -161,6 +160,8 @@ def time_steps(run: Callable[[], None], machine: Machine, warmup: int, steps: in
     """
 
     def mark() -> Any:
+        if machine.device.type == "mps":
+            torch.mps.synchronize()
         if not machine.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # a point in time in the GPU's own queue
@@ -189,7 +190,10 @@ def attempt(label: str, config: Any, without: Sequence[str] = (), how: Callable[
     say(f"measuring {label} ...")
     try:
         return {"label": label} | (how or measure)(config, without)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        # Where memory runs out while a CUDA graph is recorded, breaking that off is an error of its own.
+        if not any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
+            raise
         return {"label": f"{label}: out of memory", "error": "out of memory", "batch_size": config.batch_size}
 
 
@@ -366,8 +370,8 @@ def predict(config: Any, recompute: str, card: Card | None = None) -> Row:
 
 
 def largest(config: Any, recompute: str, room: float) -> int:
-    """The largest micro-batch whose predicted memory is within `room` GiB; 0 if none is."""
-    return bisect_right(range(1, 4097), room, key=lambda n: predict(replace(config, batch_size=n), recompute)["gib"])
+    """The largest micro-batch whose predicted memory is within `room` GiB, at most 1,024; 0 if none is."""
+    return bisect_right(range(1, 1025), room, key=lambda n: predict(replace(config, batch_size=n), recompute)["gib"])
 
 
 def plan(config: Any) -> Row:
@@ -453,7 +457,8 @@ def find_batch(config: Any, machine: Machine) -> Row:
 
 
 def compare(config: Any, machine: Machine) -> Row:
-    """Ours, theirs, ours, theirs: what changes on the machine meanwhile changes both."""
+    """Ours, theirs, ours, theirs: what changes on the machine meanwhile changes both. All on random ids."""
+    config = replace(config, real_data=False)
 
     def theirs(config: Any, compiled: Any) -> Row:
         clean()
@@ -529,10 +534,7 @@ def profile(config: Any, machine: Machine) -> Row:
 
 def sample(config: Any, machine: Machine) -> list[Row]:
     """Prefill of a quarter of the context and decoding after it, as sample.py does them, over batches."""
-    model, length, theirs = GPT(shape_of(config)).eval(), max(1, config.block_size // 4), None
-    if config.quantize == "int8":
-        model.quantize()
-    model.to(machine.device, machine.dtype)
+    length, theirs = max(1, config.block_size // 4), None
     if config.compare != "none":
         theirs = their_model(config, cache=True).to(machine.device, machine.dtype).eval()
     card, rows, new = find_card(config, machine), [], min(config.max_new_tokens, config.block_size - length)
@@ -550,8 +552,14 @@ def sample(config: Any, machine: Machine) -> list[Row]:
 
     for batch in (1, 4, 16, 64):
         clean()
+        with machine.device:  # a new model each time: the one before is compiled for its batch
+            model = GPT(shape_of(config)).eval()
+        if config.quantize == "int8":
+            model.quantize()
+        model.to(machine.dtype)
         prompt = torch.randint(config.vocab_size, (batch, length))
-        prefill = median(repeat(lambda: model.generate(prompt.tolist(), 1, **options), number=1, repeat=4))  # noqa: B023
+        start = partial(model.generate, prompt.tolist(), 1, **options)
+        prefill = median(repeat(start, number=1, repeat=4))
         times = [time.perf_counter() for _ in model.stream(prompt.tolist(), new, **options)]
         rows.append(pace(f"batch {batch}", batch, prefill, times))
         for cache in (None, "static")[: 1 + machine.on_gpu] if theirs else ():

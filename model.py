@@ -69,6 +69,16 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """nn.Linear; for a single row, as in decoding, the bias is added apart: only a bare product can be fused by the
+    compiler into one pass over the weight, which is all that such a product costs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.size(-2) == 1 and self.bias is not None:
+            return F.linear(x, self.weight) + self.bias
+        return super().forward(x)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a position sees itself and the past (Vaswani et al. 2017, 3.2.2 and 3.2.3)."""
 
@@ -76,8 +86,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
@@ -104,8 +114,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -289,7 +299,7 @@ class GPT(nn.Module):
                 raise WeightsError(f"a prompt has {len(prompt)} tokens; it needs 1 to block_size={limit}")
         texts = [[int(token) for token in prompt] for prompt in prompts]
         cache = KVCache(
-            self.config, len(texts), min(limit, max(map(len, texts)) + max_new_tokens), self.transformer["wpe"].weight
+            self.config, len(texts), min(limit, max(map(len, texts)) + max_new_tokens), next(self.parameters())
         )
         draws = torch.stack([uniform(seed, max_new_tokens) for seed in seeds or range(len(texts))])  # (B, new)
         decoder = Decoder(self, cache, sampling, draws.to(device), compiled)
@@ -450,10 +460,10 @@ class GPT(nn.Module):
         self.lm_head = Int8Linear(self.lm_head)  # type: ignore[assignment]
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """W x + (alpha / rank) B A x with W frozen (Hu et al. 2021, arXiv:2106.09685, section 4.1). B starts at zero."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float):
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
         if not 0 < rank <= min(base.in_features, base.out_features):
@@ -522,7 +532,7 @@ if triton is not None:
 
     @triton.jit
     # Triton reads annotations as its own types, so there are none but its own.
-    def _cross_entropy_row(logits, targets, losses, vocab_size, V, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    def _cross_entropy_row(logits, targets, losses, vocab_size, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         """One program a row: an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3), then the
         gradient in place. The second reading finds the row in the L2 cache, so memory is read once and written once."""
         row = tl.program_id(0).to(tl.int64)
@@ -656,7 +666,7 @@ class LayerCache(NamedTuple):
     keys: Tensor  # (B, S, H, D)
     values: Tensor  # (B, S, H, D)
     position: Tensor  # (B, T), where the new tokens go
-    mask: Tensor  # (B, 1, T, S), true where a key may be seen
+    mask: Tensor  # (B, 1, T, S), added to the scores: 0 where a key may be seen, else -inf
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Write the new k and v, (B, T, H, D), and return all keys, all values, and who may see what."""
@@ -684,7 +694,9 @@ class KVCache:
         """Prepare for T more tokens a row; returns their positions, (B, T)."""
         self.position = self.length[:, None] + torch.arange(T, device=self.length.device)
         slot = torch.arange(self.keys.size(2), device=self.length.device)
-        self.mask = (slot <= self.position[..., None])[:, None]  # (B, 1, T, S)
+        hidden = (slot > self.position[..., None])[:, None]  # (B, 1, T, S)
+        # Added to the scores, which is what every layer's attention would make out of a mask of booleans.
+        self.mask = torch.zeros_like(hidden, dtype=self.keys.dtype).masked_fill_(hidden, -math.inf)
         return self.position
 
     def layer(self, i: int) -> LayerCache:

@@ -53,7 +53,9 @@ def _writing(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise UserError(f"{file} cannot be written: {e.strerror or e}. Make room, or choose another --out_dir=") from None
+        raise UserError(
+            f"{file} cannot be written: {e.strerror or e}. Make room, or choose another --out_dir="
+        ) from None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -26,23 +26,25 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: processes are forked, which threads would not survive
 
 import matplotlib.backends.backend_agg
-import matplotlib.figure
+import matplotlib.figure  # noqa: F401
 import numpy as np
 import safetensors.torch
-import torch._dynamo  # which the first optimizer imports, for a second and more
+import torch._dynamo  # noqa: F401 (the first optimizer imports it, which takes a second and more)
 
 import data.tokenizers
-import data.windows
+import data.windows  # noqa: F401
 import train
 from config import UserError
 from data import run as run_folder
 from data.shards import write_shard
 
-SHAPE = "--block_size=16 --n_layer=1 --n_head=2 --n_embd=16 --batch_size=4 --gradient_accumulation_steps=1 --dropout=0.1"
+SHAPE = (
+    "--block_size=16 --n_layer=1 --n_head=2 --n_embd=16 --batch_size=4 --gradient_accumulation_steps=1 --dropout=0.1"
+)
 PLAN = "--max_iters=16 --eval_interval=5 --eval_iters=1 --save_interval_s=0 --learning_rate=1e-2 --warmup_iters=2"
 OPTIONS = f"--device=cpu --dtype=float32 --compile=False {SHAPE} {PLAN}".split()
 SAVES = 16 + 8  # about as many checkpoints as a run writes
-STEPS = 22  # and about as many steps as each has
+STEPS = 33  # and about as many pauses as each has
 
 
 def make_dataset(folder: Path) -> Path:
@@ -56,7 +58,7 @@ def make_dataset(folder: Path) -> Path:
     return folder
 
 
-def pause_in_saves(pause: Callable[[], None]) -> None:
+def pause_in_saves(pause: Callable[[], object]) -> None:
     """Call pause() before and after everything a checkpoint's writer does to the disk, and in the middle of its files."""
     saving = False
 
@@ -89,7 +91,7 @@ def pause_in_saves(pause: Callable[[], None]) -> None:
     run_folder._sync = around(run_folder._sync)
     for name in ("mkdir", "rename", "write_text"):
         setattr(Path, name, around(getattr(Path, name)))
-    shutil.rmtree = around(shutil.rmtree)
+    shutil.rmtree = around(shutil.rmtree)  # type: ignore[assignment]
 
 
 class Life:
@@ -110,7 +112,7 @@ class Life:
             os.close(go)
             sys.stdout = sys.stderr = open(log, "w")  # noqa: SIM115 (until the process ends)
             if paused:
-                pause_in_saves(lambda: (os.write(tell, b"."), os.read(wait, 1)) and None)
+                pause_in_saves(lambda: [os.write(tell, b"."), os.read(wait, 1)])
             status = train.main(argv)
         except BaseException:
             traceback.print_exc()
@@ -165,9 +167,11 @@ def live(argv: list[str], out_dir: Path, chance: random.Random, inside: bool, se
     before = newest(out_dir)
     argv = argv if before is None else ["--init_from=resume", f"--out_dir={out_dir}"]
     life = Life(argv, out_dir.with_suffix(".log"), inside)
-    left = SAVES - (before or 0)
+    left = (16 - (before or 0)) / 16
     status = (
-        life.until_step(chance.randint(1, left * STEPS)) if inside else life.until_time(chance.uniform(0, 1.2 * seconds))
+        life.until_step(chance.randint(1, 1 + round(left * SAVES * STEPS)))
+        if inside
+        else life.until_time(chance.uniform(0, left * seconds))
     )
     assert status in (0, -signal.SIGKILL), f"exit status {status}: {out_dir.with_suffix('.log').read_text()}"
     try:
@@ -191,11 +195,10 @@ def kill_loop(kills: int, seed: int, folder: Path) -> tuple[int, int, int]:
         if ended:
             out_dir, ended = folder / f"run{runs}", False
         in_save = inside * 2 < done or done == 0
+        options = [*OPTIONS, f"--dataset={dataset}", f"--out_dir={out_dir}"]
+        peace = done >= kills  # the last run may come to its end
         try:
-            if done < kills:
-                status, _ = live([*OPTIONS, f"--dataset={dataset}", f"--out_dir={out_dir}"], out_dir, chance, in_save, seconds)
-            else:  # the last run may end in peace
-                status, _ = live([*OPTIONS, f"--dataset={dataset}", f"--out_dir={out_dir}"], out_dir, chance, False, 1e6)
+            status, _ = live(options, out_dir, chance, in_save and not peace, 1e6 if peace else seconds)
             ended = status == 0
             done += not ended
             inside += in_save and not ended

@@ -181,7 +181,9 @@ def test_the_one_before_that_is_offered_can_be_used_as_the_message_says(tmp_path
     assert loaded(tmp_path) == 1
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "3", '{"step": 1}', '{"sha256": 3, "step": 1}', "[" * 100_000, "{", ""])
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "3", '{"step": 1}', '{"sha256": 3, "step": 1}', "[" * 100_000, "{", ""]
+)
 def test_a_trainer_json_that_is_something_else(tmp_path, content):
     save(tmp_path, 1)
     (tmp_path / "last" / "trainer.json").write_text(content)
@@ -199,7 +201,7 @@ def test_a_checkpoint_does_not_make_us_read_outside_of_it(tmp_path, name, monkey
     state["checksum"] = run_folder._checksum(state)
     file.write_text(json.dumps(state))
     read = []
-    monkeypatch.setattr(run_folder, "sha256", lambda f: read.append(f))
+    monkeypatch.setattr(run_folder, "sha256", read.append)
     with pytest.raises(UserError, match="damaged or missing"):
         find_checkpoint(tmp_path, ("last",))
     assert not read
@@ -251,7 +253,9 @@ class Disk:
 
         monkeypatch.setattr(run_folder, "save_checkpoint", save_checkpoint)
         monkeypatch.setattr(
-            shutil, "disk_usage", lambda path: usage(path)._replace(free=9) if self.full and how == "reported" else usage(path)
+            shutil,
+            "disk_usage",
+            lambda path: usage(path)._replace(free=9) if self.full and how == "reported" else usage(path),
         )
 
     @property
@@ -301,7 +305,7 @@ def test_metrics_that_a_full_disk_did_not_take_come_with_a_later_line(tmp_path, 
 def test_a_disk_that_stays_full_ends_without_a_traceback(tmp_path, capsys):
     metrics = Metrics(tmp_path / "metrics.jsonl", None)
     metrics.file.close()
-    metrics.file = open("/dev/full", "a")
+    metrics.file = open("/dev/full", "a")  # noqa: SIM115
     metrics.append({"step": 1, "loss": 2.0})
     metrics.close()
     assert "No space left" in capsys.readouterr().err
@@ -349,7 +353,8 @@ def test_a_disk_that_becomes_read_only_under_the_run(dataset, tmp_path, monkeypa
 
 
 def test_a_lock_refuses_the_second_and_goes_with_its_process(tmp_path):
-    hold = "import sys; from pathlib import Path; from data.run import lock\nwith lock(Path(sys.argv[1])): print(1, flush=True); input()"
+    hold = "import sys; from pathlib import Path; from data.run import lock\n"
+    hold += "with lock(Path(sys.argv[1])): print(1, flush=True); input()"
     process = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

@@ -31,8 +31,9 @@ PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [96, 0, 50], list(range(20, 60))]
 
 def random_theirs(positions: int) -> GPT2LMHeadModel:
     torch.manual_seed(4)
-    shape = {"vocab_size": VOCAB, "n_positions": positions, "n_embd": 48, "n_layer": 2, "n_head": 4}
-    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=None)).eval()
+    shape = GPT2Config(vocab_size=VOCAB, n_positions=positions, n_embd=48, n_layer=2, n_head=4, bos_token_id=0)
+    shape.eos_token_id = None
+    model = GPT2LMHeadModel(shape).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model
@@ -124,7 +125,8 @@ def allowed_probabilities(logits: list[float], how: Sampling, seen: set[int]) ->
     logits = [(x / r if x > 0 else x * r) if i in seen else x for i, x in enumerate(logits)]
     order = sorted(range(len(logits)), key=lambda i: -logits[i])[: how.top_k or None]
     weight = {i: math.exp((logits[i] - logits[order[0]]) / t) for i in order}
-    total, reached, kept = sum(weight.values()), 0.0, []
+    total, reached = sum(weight.values()), 0.0
+    kept: list[int] = []
     for i in order:
         if reached / total >= how.top_p and kept:
             break
@@ -284,8 +286,8 @@ def test_int8_halves_what_decoding_reads():
 
 def pieces(*table: str | bytes) -> SimpleNamespace:
     """A tokenizer whose id i is the i-th piece; the one after the last ends a text."""
-    table = [piece if isinstance(piece, bytes) else piece.encode() for piece in table]
-    return SimpleNamespace(eot=len(table), token_bytes=lambda i: table[i])
+    parts = [piece if isinstance(piece, bytes) else piece.encode() for piece in table]
+    return SimpleNamespace(eot=len(parts), token_bytes=lambda i: parts[i])
 
 
 def shown(tokens: list[str | bytes], *stops: str) -> tuple[list[str], str | None]:
