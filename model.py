@@ -13,6 +13,7 @@ Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1 (attention); Hen
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -316,7 +317,8 @@ class GPT(nn.Module):
             if full and not last:
                 for b in full:
                     texts[b] = texts[b][-max(1, limit // 2) :]
-                    cache.refill(self, b, texts[b][:-1])
+                    with decoder.stance():
+                        cache.refill(self, b, texts[b][:-1])
                 decoder.advance()
             yield new
 
@@ -730,6 +732,12 @@ class Decoder:
         self.compiled = compiled
         self.graph: torch.cuda.CUDAGraph | None = None
 
+    def stance(self, prompt: bool = True) -> contextlib.AbstractContextManager[Any]:
+        """Blocks that training has compiled run plainly: they would be compiled again for every length of a prompt."""
+        if self.compiled and not prompt:
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")
+
     def start(self, texts: list[list[int]]) -> None:
         """Read the prompts in one pass (right-padded, each row's logits taken at its own end) and choose."""
         device, lengths = self.token.device, torch.tensor([len(t) for t in texts])
@@ -737,7 +745,8 @@ class Decoder:
         if self.seen is not None:
             for row, text in zip(self.seen, texts, strict=True):
                 row[torch.tensor(text, device=device)] = True
-        x = self.model.hidden(idx, self.cache)  # (B, T, C)
+        with self.stance():
+            x = self.model.hidden(idx, self.cache)  # (B, T, C)
         self.cache.length.copy_(lengths)
         self.choose(x[torch.arange(len(texts)), lengths - 1])
 
@@ -757,8 +766,7 @@ class Decoder:
 
     def advance(self) -> None:
         """Feed the newest tokens and choose the next ones."""
-        # Training may have compiled the blocks for its own shapes; compiling them for this one is the caller's choice.
-        with torch.compiler.set_stance("default" if self.compiled else "force_eager"):
+        with self.stance(prompt=False):
             if self.graph is None and self.token.is_cuda:
                 self.capture()
             if self.graph is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import os
 import signal
@@ -298,6 +299,12 @@ def worth_compiling(model: GPT, config: TrainConfig) -> bool:
 KEPT = {"none": 32, "pointwise": 20, "block": 2}
 
 
+@functools.cache
+def parameter_count(shape: GPTConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(shape).parameters())
+
+
 def step_memory(shape: GPTConfig, config: Any, recompute: str, trainable: int | None = None) -> dict[str, float]:
     """Bytes of device memory at the peak of a step, by kind; their sum is the allocator's high-water mark.
 
@@ -306,8 +313,7 @@ def step_memory(shape: GPTConfig, config: Any, recompute: str, trainable: int | 
     which with recompute=block holds a whole layer's activations; at its end, with all gradients and both parts of the
     embedding's. The constants were fitted on 124M and hold within 2% for 350M and 774M (README, what fits).
     """
-    with torch.device("meta"):
-        params = sum(p.numel() for p in GPT(shape).parameters())
+    params = parameter_count(shape)
     C, V, L, tokens = shape.n_embd, shape.padded_vocab_size, shape.n_layer, config.batch_size * config.block_size
     number = 4 if config.dtype == "float32" else 2
     master = 2 if config.optimizer == "adamw8bit" else 4
@@ -321,11 +327,12 @@ def step_memory(shape: GPTConfig, config: Any, recompute: str, trainable: int | 
         "gradients": float(master * trained) if config.gradient_accumulation_steps > 1 else 0.0,
     }
     unit = number / 2 * C * tokens
-    casts = number * (params - C * V) if recompute == "none" and number < master else 0.0
+    narrowed = full and number < master  # fp32 weights are cast for each product, and with "none" the casts are kept
+    casts = number * (params - C * V) if recompute == "none" and narrowed else 0.0
     loss = base | {
         "activations": (KEPT[recompute] * L + 8) * unit,
         "logits": number * min(tokens, LOSS_CHUNK_ROWS) * V + head,
-        "workspace": casts + (number * C * V if number < master else 0.0) + 2.0**25,
+        "workspace": casts + (number * C * V if narrowed else 0.0) + 2.0**25,
     }
     backward = base | {
         "activations": (KEPT[recompute] * L + (43 if recompute == "block" else 20)) * unit,
@@ -650,6 +657,7 @@ class Run:
             evaluate(self.model, w, self.eval_count, self.batch_size, self.machine) for w in (self.train_eval, self.val)
         )
         p.evaluated_step = p.step
+        before = (p.best_val_loss, p.best_step)
         better = p.step > 0 and (p.best_val_loss is None or val_loss < p.best_val_loss)
         if better:
             p.best_val_loss, p.best_step, p.worse_evaluations = val_loss, p.step, 0
@@ -665,8 +673,8 @@ class Run:
             if self.wandb:
                 self.wandb.log({"train_loss": train_loss, "val_loss": val_loss}, step=p.step)
         self.show_sample()
-        if better:
-            self.save("best")
+        if better and not self.save("best"):
+            p.best_val_loss, p.best_step = before  # what best/ still holds
         if p.step > 0 and c.always_save_checkpoint:
             self.save("last")
         if self.master:

@@ -1,4 +1,4 @@
-"""What can be set, and how it is read: defaults, then files and --key=value in the order given; the later one wins.
+"""What can be set, and how it is read: defaults, then config files, then --key=value; the later one wins.
 
 A field of a schema is all there is to an option: its type says what is allowed, its comment is what --help prints.
 A config file is Python and is executed: read it before you use a stranger's.
@@ -155,7 +155,7 @@ class SampleConfig:
     out_dir: Text = "out"  # folder of the run
     checkpoint: Literal["auto", "best", "last"] = "auto"  # auto: best, where there is one
     # text
-    start: Prompt = "\n"  # what to continue; FILE:prompt.txt reads it from a file
+    start: Prompt = "\n"  # what to continue; FILE:prompt.txt reads it from a file, - from standard input
     num_samples: Count = 10  # texts to write
     max_new_tokens: Count = 500  # length of each, in tokens
     stop: tuple[Text, ...] = ()  # end a text before this string; may be repeated; \n is a new line
@@ -237,7 +237,9 @@ def load(schema: type[Schema], argv: Sequence[str], base: Mapping[str, Any] | No
         if key in loader.kinds:
             loader.set(key, [value], f"the saved run: {key}={_show(value)}", "")
     loader.given.clear()
-    words = list(argv)
+    # Files first: what is typed counts, wherever it stands. Values typed without an equals sign stay with their key.
+    files = [word for word in argv if word.endswith(".py") and not word.startswith("-")]
+    words = [*files, *(word for word in argv if word not in files)]
     while words:
         word = words.pop(0)
         if word.startswith("-"):
@@ -422,7 +424,7 @@ def _presets() -> dict[str, str]:
 def help_page(schema: type) -> str:
     """What --help prints: the schema's docstring, its fields with their comments, and the presets."""
     page = [inspect.cleandoc(schema.__doc__ or "")]
-    page += ["", "Config files and --key=value are applied in order, the later one wins; --key alone means True."]
+    page += ["", "Config files are applied in order, then --key=value; the later one wins; --key alone means True."]
     page += ["A config file is Python and is executed: read a stranger's before you use it."]
     kinds, defaults = get_type_hints(schema, include_extras=True), vars(schema())
     for line in inspect.getsource(schema).splitlines():

@@ -170,7 +170,7 @@ def describe(config: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def set_aside(out_dir: Path) -> None:
-    """Move an earlier run's files into out_dir/previous: starting anew by mistake loses nothing."""
+    """Move an earlier run's files into out_dir/previous, the one before that goes: starting anew once by mistake is mended."""
     names = ("run.json", "metrics.jsonl", "loss.png", "best", "last", "best.prev", "last.prev")
     found = [out_dir / name for name in names if (out_dir / name).exists()]
     previous, temporary = out_dir / "previous", out_dir / "previous.tmp"

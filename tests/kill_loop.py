@@ -171,7 +171,7 @@ def live(argv: list[str], out_dir: Path, chance: random.Random, inside: bool, se
     status = (
         life.until_step(chance.randint(1, 1 + round(left * SAVES * STEPS)))
         if inside
-        else life.until_time(chance.uniform(0, left * seconds))
+        else life.until_time(chance.uniform(0, (0.4 + left) * seconds))  # 0.4: what starting takes
     )
     assert status in (0, -signal.SIGKILL), f"exit status {status}: {out_dir.with_suffix('.log').read_text()}"
     try:

@@ -36,6 +36,15 @@ def make(**keys):
     return configuration.load(BenchConfig, arguments(**keys))[0]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For so small a model threads only wait for each other, the more the busier the machine is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """Run bench.py in an empty folder: its JSON, after checking that it is the last line, and what stood before it."""

@@ -114,7 +114,7 @@ def test_the_later_source_wins(write):
     first, second = write("batch_size = 2\nn_layer = 2", "a.py"), write("batch_size = 3", "b.py")
     assert load(TrainConfig, [first, second])[0].batch_size == 3
     assert load(TrainConfig, [first, "--batch_size=4"])[0].batch_size == 4
-    assert load(TrainConfig, ["--batch_size=4", first])[0].batch_size == 2  # in order, as in nanoGPT
+    assert load(TrainConfig, ["--batch_size=4", first])[0].batch_size == 4  # what is typed counts, wherever it stands
     made, given = load(TrainConfig, [first, "--batch_size=4"], {"batch_size": 9, "n_head": 6, "gone": 1})
     assert (made.batch_size, made.n_layer, made.n_head, given) == (4, 2, 6, {"batch_size", "n_layer"})
 
@@ -259,9 +259,9 @@ def test_all_mistakes_at_once(write):
     assert len(lines) == 5  # n_embd and n_head may be what the missing file would have set
     assert lines[0].startswith(f"{path}:1: batch_size=0 must be")
     assert lines[1] == f"{path}:2: lernrate=3: unknown key; did you mean learning_rate?"
-    assert lines[2] == "--dropuot=0.1: unknown key; did you mean dropout?"
-    assert lines[3].startswith("--dtype=int8 must be auto or float32")
-    assert "train_shakespeare_c" in lines[4] and lines[4].startswith("config/train_shakespeer.py: no config file")
+    assert "train_shakespeare_c" in lines[2] and lines[2].startswith("config/train_shakespeer.py: no config file")
+    assert lines[3] == "--dropuot=0.1: unknown key; did you mean dropout?"
+    assert lines[4].startswith("--dtype=int8 must be auto or float32")
     both = refusal(["--n_embd=100", "--n_head=7", "--dropuot=0.1"])
     assert both[1] == "--n_embd=100 --n_head=7: n_embd must be a multiple of n_head"
 
