@@ -3,9 +3,9 @@
 #   python train.py config/finetune_gpt2.py --dataset=my.txt
 #   python sample.py --out_dir=out-finetune-gpt2
 #
-# Result  on Shakespeare, which it takes without --dataset: TODO(measure)
-# Time    TODO(measure), 55 steps on Shakespeare
-# VRAM    TODO(measure) of 12 GB
+# Result  on Shakespeare, which it takes without --dataset: not measured yet
+# Time    55 steps on Shakespeare, 15 s on a 4070 Ti (predicted)
+# VRAM    6.8 GiB of 12 GB (predicted)
 
 out_dir = "out-finetune-gpt2"
 init_from = "gpt2"

@@ -4,9 +4,9 @@
 #   python train.py config/finetune_gpt2_large.py --dataset=my.txt
 #   python sample.py --out_dir=out-finetune-gpt2-large
 #
-# Result  on Shakespeare, which it takes without --dataset: TODO(measure)
-# Time    TODO(measure), 55 steps on Shakespeare
-# VRAM    TODO(measure) of 12 GB
+# Result  on Shakespeare, which it takes without --dataset: not measured yet
+# Time    not measured yet; 63,600 tokens/s on an H200 at micro-batch 32
+# VRAM    under 9 GiB of 12 GB; 9.0 measured at micro-batch 32 with block recomputation
 
 out_dir = "out-finetune-gpt2-large"
 init_from = "gpt2-large"

@@ -3,9 +3,9 @@
 #   python train.py config/finetune_gpt2_medium.py --dataset=my.txt
 #   python sample.py --out_dir=out-finetune-gpt2-medium
 #
-# Result  on Shakespeare, which it takes without --dataset: TODO(measure)
-# Time    TODO(measure), 55 steps on Shakespeare
-# VRAM    TODO(measure) of 12 GB
+# Result  on Shakespeare, which it takes without --dataset: not measured yet
+# Time    55 steps on Shakespeare, 45 s on a 4070 Ti (predicted)
+# VRAM    8 to 10 GiB of 12 GB; 9.9 measured at micro-batch 8 with pointwise recomputation
 
 out_dir = "out-finetune-gpt2-medium"
 init_from = "gpt2-medium"

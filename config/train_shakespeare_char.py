@@ -3,9 +3,9 @@
 #   python train.py config/train_shakespeare_char.py
 #   python sample.py --out_dir=out-shakespeare-char
 #
-# Result  validation loss 1.45 over the whole split, tiny Shakespeare (nanoGPT: 1.4697 at step 2,000 of 5,000)
-# Time    TODO(measure)
-# VRAM    TODO(measure)
+# Result  validation loss 1.45 over the whole split, tiny Shakespeare (nanoGPT: 1.4697)
+# Time    15 to 19 s on an H200, imports included (measured with 750 steps)
+# VRAM    1.4 GiB
 
 out_dir = "out-shakespeare-char"
 eval_interval = 350
