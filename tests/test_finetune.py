@@ -17,14 +17,8 @@ from data.windows import TrainWindows
 from model import GPT, MASKED
 
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
-QUICK = [
-    "--device=cpu",
-    "--dtype=float32",
-    "--batch_size=4",
-    "--gradient_accumulation_steps=1",
-    "--eval_iters=4",
-    "--warmup_iters=2",
-]
+QUICK = ["--device=cpu", "--dtype=float32", "--batch_size=4", "--gradient_accumulation_steps=1"]
+QUICK += ["--eval_iters=4", "--warmup_iters=2"]
 
 
 @pytest.fixture(scope="module")
