@@ -269,7 +269,8 @@ class GPT(nn.Module):
             kept = (targets == MASKED).argsort(stable=True)[: min(len(targets), -(-rows // 1024) * 1024)]
             x, targets = x[kept], targets[kept]
         x = x.to(compute_dtype(x))
-        total = LinearCrossEntropy.apply(x, self.lm_head.weight, targets, self.config.vocab_size, self.loss_chunk)
+        head = self.lm_head.dequantized() if isinstance(self.lm_head, Int8Linear) else self.lm_head.weight
+        total = LinearCrossEntropy.apply(x, head, targets, self.config.vocab_size, self.loss_chunk)
         return None, total / divisor
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -373,7 +374,9 @@ class GPT(nn.Module):
             folder = find_pretrained(path_or_name)
             config, tensors = _read_config(folder / "config.json"), _read_safetensors(folder)
         if block_size is not None and block_size > config.block_size:
-            raise WeightsError(f"{path_or_name} has {config.block_size} positions; block_size={block_size} is too long")
+            raise WeightsError(
+                f"{path_or_name} has {config.block_size} positions: pass --block_size={config.block_size} or less"
+            )
         with torch.device("meta"):  # shapes without memory: the weights come from disk, not from init_weights
             model = cls(replace(config, dropout=dropout))
         model.to_empty(device="cpu")
@@ -503,6 +506,9 @@ class Int8Linear(nn.Module):
         dtype = compute_dtype(x)
         y = F.linear(x.to(dtype), self.weight.to(dtype)) * self.scale.to(dtype)
         return y if self.bias is None else y + self.bias.to(dtype)
+
+    def dequantized(self) -> Tensor:
+        return self.weight * self.scale[:, None]  # (out, in)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -174,7 +174,8 @@ def write(
     for i, text in enumerate(texts):
         if not text.reason and (new := text.finish("length")):
             yield i, new
-    say(f"\n{timing}" + bandwidth_share(model, timing, count, machine))
+    summary = f"{timing}{bandwidth_share(model, timing, count, machine)}"
+    say(f"\n{summary}" if count == 1 else f"\n{count} texts in one batch: {summary}")
 
 
 def bandwidth_share(model: GPT, timing: Timing, count: int, machine: Machine) -> str:
@@ -260,7 +261,9 @@ def converse(model: GPT, tokenizer: Any, config: SampleConfig, machine: Machine)
 
 
 def main() -> None:
-    config, _ = configuration.load(SampleConfig, sys.argv[1:])
+    config, given = configuration.load(SampleConfig, sys.argv[1:])
+    if config.temperature == 0 and "num_samples" not in given:
+        config.num_samples = 1  # greedy texts are all the same
     prompt = "" if config.interactive else read_prompt(config.start)
     model, tokenizer, machine = load(config)
     if config.interactive:

@@ -474,12 +474,14 @@ class Run:
         start, tokenizer, self.progress = load_start(config, given, resumed)
         self.dataset = open_dataset(
             config.dataset,
-            tokenizer=tokenizer or config.tokenizer,
+            tokenizer=tokenizer if tokenizer and config.tokenizer == "auto" else config.tokenizer,
             val_fraction=config.val_fraction,
             text_column=config.text_column,
             block_size=config.block_size,
         )
         self.model = check_start(start, tokenizer, self.dataset, config)
+        if resumed and run_folder.read_run(self.out_dir).get("data", {}).get("sha256") != self.dataset.source_sha256:
+            self.dataset.warnings.append("the data are not those that this run began with: its windows are others now")
         self.machine = open_machine(config, self.model.blocks[0], worth_compiling(self.model, config))
         self.master = self.machine.rank == 0
         prepare_model(self.model, config, self.machine)
@@ -545,7 +547,12 @@ class Run:
         """A text from the model as it is: the newcomer's progress bar."""
         if not self.master or (tokenizer := self.dataset.tokenizer) is None:
             return
-        start = [tokenizer.eot] if tokenizer.eot is not None else list(tokenizer.encode("\n"))
+        start: list[int] = [] if tokenizer.eot is None else [tokenizer.eot]
+        if not start:
+            try:
+                start = list(tokenizer.encode("\n"))
+            except UserError:  # a vocabulary of characters that has no line end
+                start = self.val.batch(np.array([0]))[0][0, :1].tolist()
         count = min(SAMPLE_TOKENS, max(1, self.config.block_size * 2))
         was_training = self.model.training
         self.model.eval()
@@ -658,7 +665,7 @@ class Run:
         )
         p.evaluated_step = p.step
         before = (p.best_val_loss, p.best_step)
-        better = p.step > 0 and (p.best_val_loss is None or val_loss < p.best_val_loss)
+        better = p.step > 0 and math.isfinite(val_loss) and (p.best_val_loss is None or val_loss < p.best_val_loss)
         if better:
             p.best_val_loss, p.best_step, p.worse_evaluations = val_loss, p.step, 0
         elif p.step > 0:
@@ -700,8 +707,6 @@ class Run:
         c, self.wandb = self.config, None
         if not self.master:
             return
-        if not self.resumed:
-            run_folder.set_aside(self.out_dir)
         shape = self.model.config
         c.n_layer, c.n_head, c.n_embd, c.bias = shape.n_layer, shape.n_head, shape.n_embd, shape.bias
         facts = run_folder.describe(
@@ -712,27 +717,22 @@ class Run:
             world_size=self.machine.world,
             data={"name": self.dataset.name, "sha256": self.dataset.source_sha256, "tokens": self.train_tokens},
         )
+        if c.wandb_log:
+            self.wandb = start_wandb(c, facts, self.progress)
+        if not self.resumed:
+            run_folder.set_aside(self.out_dir)
         run_folder.write_json(self.out_dir / "run.json", facts)
         self.metrics = run_folder.Metrics(self.out_dir / "metrics.jsonl", self.progress.step if self.resumed else None)
-        if c.wandb_log:
-            import wandb
-
-            self.wandb = wandb.init(
-                project=c.wandb_project,
-                name=c.wandb_run_name,
-                config=facts,
-                dir=str(self.out_dir),
-                id=self.progress.wandb_id,
-                resume="allow",
-            )
-            self.progress.wandb_id = self.wandb.id
 
     def save(self, name: str) -> bool:
         """Write best/ or last/; a disk that does not take it is told, and training goes on with the older one."""
         running = self.clock.started is not None
         self.clock.stop()
         self.progress.elapsed_s, saved = self.elapsed(), True
-        if self.master:
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():
+            self.say(f"not saving {self.out_dir / name}: weights are not finite. Try a lower learning_rate")
+            saved = False
+        elif self.master:
             try:
                 size = 4 * self.model.num_params() * (1 if name == "best" else 3)
                 run_folder.save_checkpoint(
@@ -776,8 +776,29 @@ class Run:
             else:
                 best = f", best val loss {p.best_val_loss:.4f} at step {p.best_step:,}" if p.best_val_loss else ""
                 self.say(f"{p.step:,} steps in {self.elapsed():.1f} s of training{best}")
-                self.say(f"read what it writes: python sample.py --out_dir={self.out_dir}")
+                if self.dataset.tokenizer is not None:
+                    self.say(f"read what it writes: python sample.py --out_dir={self.out_dir}")
         return status
+
+
+def start_wandb(config: TrainConfig, facts: dict[str, Any], progress: Progress) -> Any:
+    """Start the run's record at Weights & Biases, or go on with it."""
+    try:
+        import wandb
+
+        run = wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_run_name,
+            config=facts,
+            dir=config.out_dir,
+            id=progress.wandb_id,
+            resume="allow",
+        )
+    except Exception as e:  # not installed, not logged in, no network
+        hint = "Log in with `wandb login`, set WANDB_MODE=offline, or leave wandb_log out"
+        raise UserError(f"wandb_log=True, but wandb does not start: {e}. {hint}") from None
+    progress.wandb_id = run.id
+    return run
 
 
 def load_start(config: TrainConfig, given: set[str], resumed: bool) -> tuple[GPT | None, Any, Progress]:
@@ -788,17 +809,22 @@ def load_start(config: TrainConfig, given: set[str], resumed: bool) -> tuple[GPT
     if resumed:
         folder, state = run_folder.find_checkpoint(Path(config.out_dir), ("last",))
         progress = Progress(**{key: state[key] for key in Progress.__dataclass_fields__ if key in state})
-        if not config.lora_rank:  # an adapter's base is the model that it began with
+        if not config.lora_rank or config.eval_only:  # else adapters go on, and from the model that they began with
             source = folder
     elif config.init_from == "scratch":
+        if config.lora_rank:
+            raise UserError(
+                "lora_rank with init_from=scratch: LoRA adapts a trained model, say which with --init_from="
+            )
         return None, None, progress
     if (source / "run.json").exists():
         source = run_folder.find_checkpoint(source, ("best", "last"))[0]
     if source.suffix != ".pt":
         source = find_pretrained(config.init_from if source == Path(config.init_from) else source)
-    model = GPT.from_pretrained(source, config.block_size if "block_size" in given else None, config.dropout)
+    asked = resumed or "block_size" in given
+    model = GPT.from_pretrained(source, config.block_size if asked else None, config.dropout)
     config.block_size = model.config.block_size
-    tokenizer = load_tokenizer(source) if source.is_dir() and config.tokenizer == "auto" else None
+    tokenizer = load_tokenizer(source) if source.is_dir() else None
     return model, tokenizer, progress
 
 
@@ -820,7 +846,7 @@ def prepare_model(model: GPT, config: Any, machine: Machine) -> None:
     """Put the model on the device in the form that the configuration asks for: adapters, precision, recomputation."""
     if config.optimizer == "adamw8bit":
         model.bfloat16()  # no fp32 master: rounding at random keeps what a small update changes
-    if config.lora_rank:
+    if config.lora_rank and not getattr(config, "eval_only", False):
         targets = [] if config.lora_targets == "all" else config.lora_targets.split(",")
         model.to(machine.dtype)  # frozen weights need no fp32 master either
         model.add_lora(config.lora_rank, config.lora_alpha or 2 * config.lora_rank, config.lora_dropout, targets)
@@ -867,6 +893,9 @@ def settle_batch_size(model: GPT, config: Any, machine: Machine) -> int:
     """
     if config.batch_size != "auto":
         return int(config.batch_size)
+    if config.eval_only:  # nothing is trained: any size that fits will do
+        config.batch_size = 8
+        return 8
     rows, recompute, seconds = config.gradient_accumulation_steps // machine.world, config.recompute, {}
     state = torch.random.get_rng_state()
     for batch_size in (b for b in range(1, min(rows, 128) + 1) if rows % b == 0):
@@ -994,17 +1023,25 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
             f"no preset given: training config/{preset}.py, which suits this machine (--help shows what else there is)"
         )
         argv = [str(run_folder.REPOSITORY / "config" / f"{preset}.py")]
-    config, given = configuration.load(TrainConfig, argv)
+    # What is given on resuming is checked together with what was saved, not with the defaults.
+    resuming = "--init_from=resume" in [word.replace("-from", "_from") for word in argv]
+    config, given = configuration.load(TrainConfig, argv, check=not resuming)
     if config.init_from != "resume":
         return config, given, False
     saved = run_folder.read_run(Path(config.out_dir))
-    for key in ("n_layer", "n_head", "n_embd", "bias", "lora_rank"):
+    for key in ("n_layer", "n_head", "n_embd", "bias", "lora_rank", "lora_targets", "optimizer"):
         if key in given and getattr(config, key) != saved["config"].get(key):
             raise UserError(
                 f"{key}={getattr(config, key)}, but the run in {config.out_dir} has {saved['config'].get(key)}"
             )
     config, given = configuration.load(TrainConfig, argv, saved["config"])
     config.init_from = saved["config"]["init_from"]
+    if (
+        config.batch_size == "auto"
+        and saved["config"]["batch_size"] != "auto"
+        and "gradient_accumulation_steps" not in given
+    ):
+        config.gradient_accumulation_steps *= saved["config"]["batch_size"]  # auto counts rows
     if config.dtype == "auto":  # what was measured then holds: another precision would be another run
         config.dtype = saved.get("dtype", "auto")
     return config, given, True

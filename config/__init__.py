@@ -223,10 +223,13 @@ Schema = TypeVar("Schema", bound=TrainConfig | SampleConfig)
 ANY_KEY = BenchConfig.__dataclass_fields__.keys() | SampleConfig.__dataclass_fields__.keys()
 
 
-def load(schema: type[Schema], argv: Sequence[str], base: Mapping[str, Any] | None = None) -> tuple[Schema, set[str]]:
+def load(
+    schema: type[Schema], argv: Sequence[str], base: Mapping[str, Any] | None = None, check: bool = True
+) -> tuple[Schema, set[str]]:
     """The configuration that argv (without the program's name) asks for, and the keys that it sets.
 
     base: values between the defaults and argv, a saved run's; keys that the schema lacks are ignored.
+    check: whether fields that contradict each other are refused.
     Raises UserError with every problem found, one a line. --help prints the page and exits with 0.
     """
     if {"-h", "--help"} & set(argv):
@@ -246,7 +249,7 @@ def load(schema: type[Schema], argv: Sequence[str], base: Mapping[str, Any] | No
             loader.flag(word, words)
         else:
             loader.file(word)
-    return loader.finish(), set(loader.given)
+    return loader.finish(check), set(loader.given)
 
 
 as_dict = asdict  # every key and its value, ready for JSON
@@ -326,10 +329,10 @@ class _Loader:
             elif key in line_of and not key.startswith("_") and key not in read | ANY_KEY:
                 self.unknown(key, said)
 
-    def finish(self) -> Any:
+    def finish(self, check: bool) -> Any:
         """The configuration, if nothing speaks against it."""
         for names, clash, advice in getattr(self.config, "conflicts", lambda given: [])(self.given):
-            if clash and self.doubtful.isdisjoint(names.split()):
+            if check and clash and self.doubtful.isdisjoint(names.split()):
                 values = " ".join(f"--{key}={getattr(self.config, key)}" for key in names.split())
                 self.problems.append(f"{values}: {advice}")
         if self.problems:

@@ -44,7 +44,15 @@ def lock(out_dir: Path) -> Iterator[None]:
             raise UserError(f"another run is writing to out_dir={out_dir}. Wait for it, or choose another") from None
         except OSError:  # a network disk may have no locks either
             pass
-        yield
+        try:
+            yield
+        finally:
+            if [file.name for file in out_dir.iterdir()] == [
+                ".lock"
+            ]:  # the run was refused before it began: nothing is left of it
+                with contextlib.suppress(OSError):
+                    (out_dir / ".lock").unlink()
+                    out_dir.rmdir()
 
 
 @contextlib.contextmanager
@@ -122,7 +130,13 @@ def find_checkpoint(out_dir: Path, names: tuple[str, ...]) -> tuple[Path, dict[s
             if folder.exists():  # without a trainer.json it is damaged: it never was renamed before it was whole
                 return folder, read_checkpoint(folder)
     where = " or ".join(str(out_dir / name) for name in names)
-    raise UserError(f"no checkpoint in {where}. Train one first: python train.py --out_dir={out_dir}")
+    others = sorted({str(file.parent.parent) for file in Path().glob("*/*/trainer.json")})
+    hint = (
+        f"There are some in {', '.join(others)}: --out_dir={others[0]}"
+        if others
+        else "Train one first: python train.py"
+    )
+    raise UserError(f"no checkpoint in {where}. {hint}")
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:

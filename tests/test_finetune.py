@@ -26,8 +26,10 @@ def start(tmp_path_factory) -> Path:
     """A random GPT-2 as `transformers` saves it, with a tokenizer beside it."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("start")
-    shape = {"n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": len(CHARS)}
-    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    config = GPT2Config(
+        vocab_size=len(CHARS), n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
     CharTokenizer(CHARS).save(folder)
     return folder
 
@@ -80,13 +82,18 @@ def test_lora_learns_is_merged_in_best_and_opens_in_peft(start, text, tmp_path):
     assert (plain - merged).abs().max() > 0.01 * merged.abs().max()
 
 
-def test_a_lora_run_resumes_bit_for_bit(start, text, tmp_path):
+def test_a_lora_run_resumes_bit_for_bit(start, text, tmp_path, capsys):
     fixed = ["--lora_rank=4", "--lora_dropout=0.1", "--decay_lr=False"]
     finetune(start, text, tmp_path / "whole", *fixed)
     finetune(start, text, tmp_path / "parts", *fixed, "--max_iters=23")
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'parts'}", "--max_iters=60"]) == 0
     a, b = (GPT.from_pretrained(tmp_path / name / "last").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+    capsys.readouterr()
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'whole'}", "--eval_only"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    final = [row["val_loss"] for row in rows if "val_loss" in row][-1]
+    assert f"val loss {final:.4f}" in capsys.readouterr().out  # the adapted model, not its base
 
 
 def test_only_adapters_are_trained(start):

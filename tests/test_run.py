@@ -127,7 +127,7 @@ def test_the_one_before_is_taken_while_there_is_no_other(tmp_path):
 
 
 def test_no_checkpoint_at_all(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint in .*best or .*last.*train.py --out_dir="):
+    with pytest.raises(UserError, match="no checkpoint in .*best or .*last.*train.py"):
         find_checkpoint(tmp_path, ("best", "last"))
 
 

@@ -366,7 +366,7 @@ def test_a_users_mistake_ends_with_a_message_and_status_2(dataset, tmp_path, cap
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
-    assert not any(p for p in out_dir.rglob("*") if p.name != ".lock")
+    assert not out_dir.exists()
 
 
 def test_data_of_another_tokenizer_are_refused(dataset, tmp_path):
@@ -381,6 +381,47 @@ def test_a_second_run_in_the_same_folder_is_refused(dataset, tmp_path):
     with lock(tmp_path), pytest.raises(UserError, match="another run"):
         run(dataset, tmp_path, "--max_iters=1")
     assert run(dataset, tmp_path, "--max_iters=1") == 0
+
+
+def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path, capsys):
+    """A rate so high that finite gradients make infinite weights: no best, no last, and the exit status says so."""
+    assert (
+        run(dataset, tmp_path, "--max_iters=10", "--learning_rate=1e38", "--warmup_iters=0", "--eval_interval=5") == 1
+    )
+    assert "weights are not finite" in capsys.readouterr().out
+    assert not (tmp_path / "best").exists()
+    assert not (tmp_path / "last").exists()
+
+
+def test_what_is_given_on_resuming_is_checked_with_what_was_saved(dataset, tmp_path):
+    assert run(dataset, tmp_path, "--max_iters=2") == 0
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=4", "--min_lr=5e-3"]) == 0
+    for option in ("--optimizer=muon", "--n_layer=3", "--min_lr=5e-2"):
+        with pytest.raises(UserError, match=option.split("=")[0].strip("-")):
+            train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=5", option])
+
+
+def test_data_without_a_line_end_can_be_trained(tmp_path):
+    (tmp_path / "one.txt").write_text("abcabc abdbca " * 200)
+    argv = [
+        *QUICK,
+        f"--dataset={tmp_path / 'one.txt'}",
+        "--tokenizer=char",
+        f"--out_dir={tmp_path / 'out'}",
+        "--max_iters=2",
+    ]
+    assert train.main(argv) == 0
+
+
+def test_quantized_evaluation_is_near_the_exact_one(dataset, tmp_path, capsys):
+    assert run(dataset, tmp_path, "--max_iters=30") == 0
+    values = []
+    for quantize in ("none", "int8"):
+        argv = ["--eval_only", f"--init_from={tmp_path}", f"--dataset={dataset}", f"--quantize={quantize}", *QUICK[:2]]
+        capsys.readouterr()
+        assert train.main(argv) == 0
+        values.append(float(capsys.readouterr().out.split("val loss ")[1].split(",")[0]))
+    assert values[0] == pytest.approx(values[1], abs=0.02)
 
 
 def test_patience_ends_the_run_and_best_is_kept(dataset, tmp_path, capsys):
