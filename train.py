@@ -569,8 +569,7 @@ class Run:
         c, p = self.config, self.progress
         self.introduce()
         self.open_folder()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         bar = self.open_bar()
         self.model.train()
         self.last_save, status, warm = time.monotonic(), 0, p.step + self.step.warmup
@@ -602,7 +601,10 @@ class Run:
             if time.monotonic() - self.last_save >= c.save_interval_s:
                 self.save("last")
         bar.close()
-        return self.finish(status)
+        status = self.finish(status)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        return status
 
     def on_signal(self, number: int, frame: Any) -> None:
         if self.stop_signal:  # a second Ctrl-C means now

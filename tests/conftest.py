@@ -1,6 +1,8 @@
 """What all tests share: the `gpu` mark skips where there is no CUDA device, and how long hypothesis searches."""
 
 import os
+import signal
+from collections.abc import Iterator
 
 # Models this small are slower on two threads than on one, and another process on the machine makes it worse.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,3 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """train.main, run in-process and killed in a test, leaves its handlers behind: give pytest its own back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

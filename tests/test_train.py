@@ -27,15 +27,6 @@ TINY = "--block_size=16 --n_layer=2 --n_head=2 --n_embd=16 --batch_size=4 --grad
 QUICK = f"--device=cpu --dtype=float32 {TINY} --eval_interval=10 --eval_iters=2 --learning_rate=1e-2 --warmup_iters=2".split()
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    """Running train.main in-process installs its handlers; give pytest its own back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
     """Two shards of text-like tokens with structure to learn, over 13 characters."""
