@@ -177,8 +177,11 @@ def test_accumulation_is_a_mean_over_targets_not_a_mean_of_means():
     x, y = torch.randint(0, 13, (2, 8, 8), generator=torch.Generator().manual_seed(3))
     y[0:2], y[2, :], y[3, 1:] = MASKED, MASKED, MASKED
     whole, parts = make_step(batch_size=8), make_step(gradient_accumulation_steps=4)
+    scores = whole.model(x)[0].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(scores, y.flatten(), ignore_index=MASKED).item()
     for step in (whole, parts):
         step(1e-2, fill(step, x, y))
+    assert whole.loss.item() == pytest.approx(expected, rel=1e-5)
     assert parts.loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
     for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
         assert (a.grad - b.grad).abs().max() <= 1e-5 * a.grad.abs().max(), name
