@@ -5,7 +5,7 @@
 #
 # Result  on Shakespeare, which it takes without --dataset: not measured yet
 # Time    55 steps on Shakespeare, 15 s on a 4070 Ti (predicted)
-# VRAM    6.8 GiB of 12 GB (predicted)
+# VRAM    6.8 GiB of 12 GB and what dropout adds (predicted)
 
 out_dir = "out-finetune-gpt2"
 init_from = "gpt2"

@@ -6,7 +6,7 @@
 #
 # Result  on Shakespeare, which it takes without --dataset: not measured yet
 # Time    not measured yet; 63,600 tokens/s on an H200 at micro-batch 32
-# VRAM    under 9 GiB of 12 GB; 9.0 measured at micro-batch 32 with block recomputation
+# VRAM    5.4 to 8.5 GiB of 12 GB, as recompute=auto chooses, and what dropout adds (predicted)
 
 out_dir = "out-finetune-gpt2-large"
 init_from = "gpt2-large"

@@ -5,7 +5,7 @@
 #
 # Result  on Shakespeare, which it takes without --dataset: not measured yet
 # Time    55 steps on Shakespeare, 45 s on a 4070 Ti (predicted)
-# VRAM    8 to 10 GiB of 12 GB; 9.9 measured at micro-batch 8 with pointwise recomputation
+# VRAM    8 to 10 GiB of 12 GB, as recompute=auto chooses, and what dropout adds (predicted)
 
 out_dir = "out-finetune-gpt2-medium"
 init_from = "gpt2-medium"

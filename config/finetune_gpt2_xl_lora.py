@@ -5,7 +5,7 @@
 #
 # Result  on Shakespeare, which it takes without --dataset: not measured yet
 # Time    not measured yet
-# VRAM    5 to 8 GiB of 12 GB (predicted)
+# VRAM    6 to 8 GiB of 12 GB, as recompute=auto chooses (predicted)
 
 out_dir = "out-finetune-gpt2-xl-lora"
 init_from = "gpt2-xl"

@@ -5,7 +5,7 @@
 #
 # Result  depends on your examples
 # Time    as finetune_gpt2.py
-# VRAM    6.8 GiB of 12 GB (predicted)
+# VRAM    6.8 GiB of 12 GB and what dropout adds (predicted)
 #
 # One example a line: {"prompt": "...", "completion": "..."}, taken word for word, or
 # {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.

@@ -5,7 +5,7 @@
 #
 # Result  not measured yet
 # Time    not measured yet; 17,700 tokens/s on an H200 at micro-batch 4
-# VRAM    9 GiB of 12 GB (predicted); 10.2 measured at micro-batch 4
+# VRAM    9.3 GiB of 12 GB with --recompute=block (predicted)
 #
 # nanoGPT's AdamW in float32 wants 25 GB for 1.5 billion weights: 8 bits a moment and bfloat16 weights fit into 12.
 # Without torchao: --optimizer=adamw --init_from=gpt2-medium.

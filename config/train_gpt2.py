@@ -4,7 +4,7 @@
 #
 # Result  validation loss about 2.85 (nanoGPT's figure), after 295 billion tokens
 # Time    about 4 days on 8 A100 (nanoGPT's figure), 51 days on a 4070 Ti at 67,000 tokens/s (predicted)
-# VRAM    5.7 GiB (measured); under 12 GB there is room for --batch_size=30
+# VRAM    6.1 GiB (predicted)
 
 out_dir = "out-gpt2"
 eval_interval = 1000

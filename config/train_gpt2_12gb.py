@@ -4,8 +4,8 @@
 #   python train.py config/train_gpt2_12gb.py
 #
 # Result  validation loss about 3.1 (predicted), after 9.8 billion tokens
-# Time    1.8 days on a 4070 Ti at 63,000 tokens/s (predicted); 517,000 tokens/s on an H200 (measured)
-# VRAM    6.8 GiB of 12 GB (predicted); out of memory: halve batch_size and double gradient_accumulation_steps
+# Time    1.8 days on a 4070 Ti at 63,000 tokens/s (predicted)
+# VRAM    7.2 GiB of 12 GB (predicted); out of memory: halve batch_size and double gradient_accumulation_steps
 
 out_dir = "out-gpt2-12gb"
 eval_interval = 500

@@ -5,7 +5,7 @@
 #
 # Result  the loss of train_gpt2_12gb.py with 1.5 times fewer tokens (predicted, not measured yet)
 # Time    1.3 days on a 4070 Ti at 60,000 tokens/s (predicted)
-# VRAM    6.8 GiB of 12 GB (predicted); out of memory: halve batch_size and double gradient_accumulation_steps
+# VRAM    7.2 GiB of 12 GB (predicted); out of memory: halve batch_size and double gradient_accumulation_steps
 
 out_dir = "out-gpt2-fast"
 eval_interval = 500
