@@ -126,9 +126,14 @@ def test_the_one_before_is_taken_while_there_is_no_other(tmp_path):
     assert find_checkpoint(tmp_path, ("best", "last"))[0] == tmp_path / "best"
 
 
-def test_no_checkpoint_at_all(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint in .*best or .*last.*train.py"):
+def test_no_checkpoint_at_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the message names the runs that lie here
+    with pytest.raises(UserError, match=r"no checkpoint in .*best or .*last.*python train\.py"):
         find_checkpoint(tmp_path, ("best", "last"))
+    (tmp_path / "out-other/best").mkdir(parents=True)
+    (tmp_path / "out-other/best/trainer.json").write_text("{}")
+    with pytest.raises(UserError, match="--out_dir=out-other"):
+        find_checkpoint(tmp_path / "none", ("best", "last"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
