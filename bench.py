@@ -557,6 +557,8 @@ def sample(config: Any, machine: Machine) -> list[Row]:
         if config.quantize == "int8":
             model.quantize()
         model.to(machine.dtype)
+        if not machine.on_gpu:
+            model.store_by_columns()
         prompt = torch.randint(config.vocab_size, (batch, length))
         start = partial(model.generate, prompt.tolist(), 1, **options)
         prefill = median(repeat(start, number=1, repeat=4))

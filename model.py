@@ -75,7 +75,7 @@ class Linear(nn.Linear):
     compiler into one pass over the weight, which is all that such a product costs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.size(-2) == 1 and self.bias is not None:
+        if x.numel() == x.size(-1) and self.bias is not None:
             return F.linear(x, self.weight) + self.bias
         return super().forward(x)
 
@@ -94,10 +94,11 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         B, T, C = x.shape
         # Strided views of one product: attention kernels take them as they are, so nothing is copied.
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # each (B, T, H, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.unbind(2)  # each (B, T, H, D)
         mask = None
         if cache is not None:
-            k, v, mask = cache.update(k, v)  # (B, S, H, D) twice, (B, 1, T, S)
+            k, v, mask = cache.update(qkv[:, :, 1:])  # (B, S, H, D) twice, (B, 1, T, S)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),  # (B, H, T, D)
             k.transpose(1, 2),
@@ -235,16 +236,20 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) -> the last layer's normalized output (B, T, C). A cache is read and extended."""
+        x = self.embed(idx, cache)
+        for i, block in enumerate(self.blocks):
+            x = block(x) if cache is None else block(x, cache.layer(i))
+        return self.transformer["ln_f"](x)
+
+    def embed(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> the beginning of the residual stream (B, T, C)."""
         T = idx.size(1)
         if cache is None and self.config.block_size < T:
             raise WeightsError(f"{T} tokens do not fit into block_size={self.config.block_size}")
         position = torch.arange(T, device=idx.device) if cache is None else cache.begin(T)
         x = self.transformer["wte"](idx) + self.transformer["wpe"](position)  # (B, T, C)
         # One cast here keeps the residual stream, and all that is saved for backward, in autocast's precision.
-        x = self.transformer["drop"](x).to(compute_dtype(x))
-        for i, block in enumerate(self.blocks):
-            x = block(x) if cache is None else block(x, cache.layer(i))
-        return self.transformer["ln_f"](x)
+        return self.transformer["drop"](x).to(compute_dtype(x))
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, divisor: Tensor | float | None = None, rows: int | None = None
@@ -300,9 +305,7 @@ class GPT(nn.Module):
             if not 0 < len(prompt) <= limit:
                 raise WeightsError(f"a prompt has {len(prompt)} tokens; it needs 1 to block_size={limit}")
         texts = [[int(token) for token in prompt] for prompt in prompts]
-        cache = KVCache(
-            self.config, len(texts), min(limit, max(map(len, texts)) + max_new_tokens), next(self.parameters())
-        )
+        cache = KVCache(self.config, len(texts), max(map(len, texts)) + max_new_tokens, next(self.parameters()))
         draws = torch.stack([uniform(seed, max_new_tokens) for seed in seeds or range(len(texts))])  # (B, new)
         decoder = Decoder(self, cache, sampling, draws.to(device), compiled)
         decoder.start(texts)
@@ -327,6 +330,15 @@ class GPT(nn.Module):
         """The new token ids of each prompt, all at once. Options as in `stream`."""
         steps = list(self.stream(prompts, max_new_tokens, **options))
         return [list(text) for text in zip(*steps, strict=True)]
+
+    def store_by_columns(self) -> None:
+        """Lay out the linear layers' weights as GPT-2's files do, (in, out) in memory; values and shapes stay.
+
+        A CPU reads a weight a sixth faster so in a product with a single row, which is what decoding is made of.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = module.weight.data.t().contiguous().t()
 
     # ----------------------------------------------------------------------------------------------------------------
     # Weights on disk: a Hugging Face GPT-2 directory
@@ -642,24 +654,29 @@ class Sampling:
 def sample_token(logits: Tensor, draw: Tensor, how: Sampling, seen: Tensor | None = None) -> Tensor:
     """Choose one id a row. logits: (B, vocab_size); draw: (B,) uniform in [0, 1); seen: (B, vocab_size) bool.
 
-    The draw picks from the cumulative distribution over tokens in falling order, so equal draws give equal tokens
+    The draw picks from the cumulative distribution over the tokens of its row, so equal draws give equal tokens
     whatever else is in the batch. Returns (B,) int64.
     """
-    logits = logits.float()
     if seen is not None:
+        logits = logits.float()
         penalized = torch.where(logits > 0, logits / how.repetition_penalty, logits * how.repetition_penalty)
         logits = torch.where(seen, penalized, logits)
     if how.temperature == 0:
         return logits.argmax(1)
     k = min(how.top_k or logits.size(1), logits.size(1))
-    scores, ids = logits.topk(k) if k < logits.size(1) else logits.sort(descending=True, stable=True)  # (B, k)
-    probs = (scores / how.temperature).softmax(1)
-    before = probs.cumsum(1) - probs  # the probability of everything likelier
-    keep = (before < how.top_p) & (probs >= how.min_p * probs[:, :1])
-    keep[:, 0] = True  # the likeliest always stays, also when rounding says otherwise
-    cumulative = (probs * keep).cumsum(1)
+    # Selecting is cheapest in the logits' own precision and without sorting, which only the nucleus asks for.
+    scores, ids = logits.topk(k, sorted=how.top_p < 1)  # (B, k)
+    scores = scores.float()
+    scores = (scores - scores.amax(1, keepdim=True)) / how.temperature  # at most 0: nothing overflows when it is small
+    probs = scores.softmax(1)
+    keep = scores >= math.log(how.min_p) if how.min_p else torch.ones_like(probs, dtype=torch.bool)
+    if how.top_p < 1:
+        keep &= probs.cumsum(1) - probs < how.top_p  # the probability of everything likelier
+        keep[:, 0] = True  # the likeliest always stays, also when rounding says otherwise
+    probs = probs * keep
+    cumulative = probs.cumsum(1)
     chosen = (cumulative <= draw[:, None] * cumulative[:, -1:]).sum(1, keepdim=True)
-    last = keep.sum(1, keepdim=True) - 1  # a draw that rounds up to 1 must not fall off the end
+    last = (probs > 0).cumsum(1).argmax(1, keepdim=True)  # a draw that rounds up to 1 must not fall off the end
     return ids.gather(1, torch.minimum(chosen, last))[:, 0]
 
 
@@ -671,17 +688,16 @@ def uniform(seed: int, count: int) -> Tensor:
 class LayerCache(NamedTuple):
     """One layer's part of the cache during one forward pass over T tokens."""
 
-    keys: Tensor  # (B, S, H, D)
-    values: Tensor  # (B, S, H, D)
+    kv: Tensor  # (B, S, 2, H, D), keys and values
     position: Tensor  # (B, T), where the new tokens go
     mask: Tensor  # (B, 1, T, S), added to the scores: 0 where a key may be seen, else -inf
 
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Write the new k and v, (B, T, H, D), and return all keys, all values, and who may see what."""
-        row = torch.arange(len(k), device=k.device)[:, None]
-        self.keys[row, self.position] = k
-        self.values[row, self.position] = v
-        return self.keys, self.values, self.mask
+    def update(self, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the new keys and values, (B, T, 2, H, D); return all keys, all values, and who may see what."""
+        row = torch.arange(len(kv), device=kv.device)[:, None]
+        self.kv[row, self.position] = kv
+        keys, values = self.kv.unbind(2)
+        return keys, values, self.mask
 
 
 class KVCache:
@@ -692,28 +708,27 @@ class KVCache:
     """
 
     def __init__(self, config: GPTConfig, batch: int, slots: int, like: Tensor):
-        shape = (config.n_layer, batch, slots, config.n_head, config.n_embd // config.n_head)  # (L, B, S, H, D)
-        dtype = compute_dtype(like)
-        self.keys = torch.zeros(shape, dtype=dtype, device=like.device)
-        self.values = torch.zeros_like(self.keys)
+        slots = min(-(-slots // 128) * 128, config.block_size)  # few different sizes, each of which is compiled anew
+        shape = (config.n_layer, batch, slots, 2, config.n_head, config.n_embd // config.n_head)
+        self.kv = torch.zeros(shape, dtype=compute_dtype(like), device=like.device)  # (L, B, S, 2, H, D)
         self.length = torch.zeros(batch, dtype=torch.int64, device=like.device)  # (B,) tokens in the cache
 
     def begin(self, T: int) -> Tensor:
         """Prepare for T more tokens a row; returns their positions, (B, T)."""
         self.position = self.length[:, None] + torch.arange(T, device=self.length.device)
-        slot = torch.arange(self.keys.size(2), device=self.length.device)
+        slot = torch.arange(self.kv.size(2), device=self.length.device)
         hidden = (slot > self.position[..., None])[:, None]  # (B, 1, T, S)
         # Added to the scores, which is what every layer's attention would make out of a mask of booleans.
-        self.mask = torch.zeros_like(hidden, dtype=self.keys.dtype).masked_fill_(hidden, -math.inf)
+        self.mask = torch.zeros_like(hidden, dtype=self.kv.dtype).masked_fill_(hidden, -math.inf)
         return self.position
 
     def layer(self, i: int) -> LayerCache:
-        return LayerCache(self.keys[i], self.values[i], self.position, self.mask)
+        return LayerCache(self.kv[i], self.position, self.mask)
 
     def refill(self, model: GPT, b: int, tokens: Sequence[int]) -> None:
         """Make row b hold exactly these tokens."""
         row = object.__new__(KVCache)  # a view of one row: same memory, batch of one
-        row.keys, row.values, row.length = self.keys[:, b : b + 1], self.values[:, b : b + 1], self.length[b : b + 1]
+        row.kv, row.length = self.kv[:, b : b + 1], self.length[b : b + 1]
         row.length.zero_()
         if tokens:
             model.hidden(torch.tensor([tokens], device=self.length.device), row)
@@ -736,6 +751,7 @@ class Decoder:
         shape = (len(draws), model.config.vocab_size)
         self.seen = torch.zeros(shape, dtype=torch.bool, device=draws.device) if penalized else None
         self.compiled = compiled
+        self.embed = model.embed
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def stance(self, prompt: bool = True) -> contextlib.AbstractContextManager[Any]:
@@ -763,12 +779,18 @@ class Decoder:
         self.token.copy_(sample_token(logits, draw, self.sampling, self.seen))
         if self.seen is not None:
             self.seen.scatter_(1, self.token[:, None], True)
-        self.step += 1
+        self.step.add_(1)
 
     def forward(self) -> None:
-        x = self.model.hidden(self.token[:, None], self.cache)  # (B, 1, C)
-        self.cache.length += 1
-        self.choose(x[:, 0])
+        x = self.embed(self.token[:, None], self.cache)  # (B, 1, C)
+        for i, block in enumerate(self.model.blocks):
+            x = block(x, self.cache.layer(i))
+        self.finish(x)
+
+    def finish(self, x: Tensor) -> None:
+        """x: (B, 1, C), what comes out of the last block."""
+        self.cache.length.add_(1)
+        self.choose(self.model.transformer["ln_f"](x)[:, 0])
 
     def advance(self) -> None:
         """Feed the newest tokens and choose the next ones."""
@@ -799,9 +821,14 @@ class Decoder:
     def capture(self) -> None:
         """Run the step so that nothing is compiled or allocated later, undo it, and record it."""
         if self.compiled:
-            for module in (*self.model.blocks, self.model.transformer["ln_f"], self.model.lm_head):
-                # With this option Inductor makes a product with one row a fused reduction instead of a call to cuBLAS.
-                module.compile(dynamic=False, options={"coordinate_descent_tuning": True})
+            # The first option makes a product with one row a fused reduction instead of a call to cuBLAS; the second
+            # has GELU computed once, where Inductor would compute it again for every output of the next product.
+            options = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 8}
+            how: dict[str, Any] = {"dynamic": False, "options": options}
+            for block in self.model.blocks:
+                block.compile(**how)
+            self.embed = torch.compile(self.embed, **how)
+            self.finish = torch.compile(self.finish, **how)  # type: ignore[method-assign]
         state = [self.token, self.step, self.cache.length] + ([] if self.seen is None else [self.seen])
         saved = [t.clone() for t in state]
         side = torch.cuda.Stream()  # warming up on another stream is what capturing asks for

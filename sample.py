@@ -28,8 +28,8 @@ from data.texts import chat_pieces
 from data.tokenizers import load_tokenizer
 from model import GPT, Sampling, WeightsError, find_pretrained
 
-# Compiling takes seconds and a graphed step saves about a millisecond or more a token: worth it for long texts only.
-COMPILE_FROM_TOKENS = 4000
+# Compiling takes 10 to 20 seconds the first time and saves less than a millisecond a step: for very long texts only.
+COMPILE_FROM_STEPS = 20_000
 RULE = "---------------"  # nanoGPT's line between samples
 
 
@@ -59,6 +59,8 @@ def load(config: SampleConfig) -> tuple[GPT, Any, Machine]:
     if config.quantize == "int8":
         model.quantize()
     model.to(machine.device, machine.dtype)
+    if not machine.on_gpu:
+        model.store_by_columns()
     return model, tokenizer, machine
 
 
@@ -156,7 +158,7 @@ def write(
     """Fill `texts`, yielding (index, new characters) as they come. In a prompt loop Ctrl-C ends the texts, not the loop."""
     count = len(texts)
     how = Sampling(config.temperature, config.top_k or 0, config.top_p, config.min_p, config.repetition_penalty)
-    compiled = machine.compiled and (config.compile is True or count * config.max_new_tokens >= COMPILE_FROM_TOKENS)
+    compiled = machine.compiled and (config.compile is True or config.max_new_tokens >= COMPILE_FROM_STEPS)
     # Far apart, so that no two samples of different seeds share their random numbers.
     seeds = [config.seed * 1_000_003 + i for i in range(count)]
     timing = Timing()

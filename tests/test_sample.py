@@ -1,5 +1,6 @@
 """Generation against `transformers` and full recomputation; sample.py from its command line to what it prints."""
 
+import copy
 import io
 import json
 import math
@@ -106,6 +107,17 @@ def test_a_text_does_not_depend_on_its_neighbours(both):
     assert together[0] != model.generate([PROMPTS[0]], 60, sampling=how, seeds=[4])[0]
     longer = model.generate([PROMPTS[0]], 80, sampling=how, seeds=[3])[0]
     assert longer[:60] == together[0]  # nor on how long it may become
+
+
+def test_weights_stored_by_columns_are_the_same_model(both, greedy, tmp_path):
+    model = copy.deepcopy(both[1])
+    model.store_by_columns()
+    assert {m.weight.stride(0) for m in model.modules() if isinstance(m, torch.nn.Linear)} == {1}
+    assert model.lm_head.weight is model.transformer["wte"].weight
+    assert model.generate(PROMPTS, 200, sampling=GREEDY) == greedy
+    for name, m in (("rows", both[1]), ("columns", model)):
+        m.save_pretrained(tmp_path / name)
+    assert (tmp_path / "rows/model.safetensors").read_bytes() == (tmp_path / "columns/model.safetensors").read_bytes()
 
 
 def test_never_an_id_of_the_padding(both):
