@@ -507,6 +507,7 @@ class Run:
         if resumed:
             load_trainer(run_folder.find_checkpoint(self.out_dir, ("last",))[0], self.step, self.master)
         self.clock, self.stop_signal = Clock(self.machine), 0
+        self.flag = torch.zeros((), dtype=torch.int64, device=self.machine.device)  # the stop signal of all ranks
         self.earlier_s = self.progress.elapsed_s
         self.saved_step = self.progress.step if resumed else -1
         self.drawing: threading.Thread | None = None
@@ -613,11 +614,15 @@ class Run:
         self.say(f"\n{signal.Signals(number).name}: finishing this step, then saving (again to quit at once)")
 
     def agree_to_stop(self) -> bool:
-        """A signal that reached any rank stops all of them after the same step."""
+        """A signal that reached any rank stops all of them after the same step, one later than the signal came.
+
+        Reading the flag of the step before leaves the device with a step to work on while the host waits.
+        """
         if self.machine.world > 1:
-            flag = torch.tensor(self.stop_signal, device=self.machine.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.stop_signal = int(flag)
+            before, self.flag = self.flag, torch.full_like(self.flag, self.stop_signal)
+            dist.all_reduce(self.flag, dist.ReduceOp.MAX)
+            self.stop_signal = max(self.stop_signal, int(before))
+            return int(before) > 0
         return self.stop_signal > 0
 
     def open_bar(self) -> Any:
