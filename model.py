@@ -974,7 +974,9 @@ def _read_nanogpt(file: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         args, weights = content["model_args"], content["model"]
         shape = {key: int(args[key]) for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
     except Exception as e:  # torch raises many kinds, UnpicklingError where the file asks to run something
-        raise WeightsError(f"{file} is no nanoGPT checkpoint that loads without running code: {e}") from None
+        raise WeightsError(
+            f"{file} is no nanoGPT checkpoint that loads without running code ({type(e).__name__})"
+        ) from None
     if shape["vocab_size"] == 50304:  # nanoGPT's padded GPT-2 vocabulary: ids from 50257 on do not exist
         shape["vocab_size"] = 50257
     tensors = {}

@@ -197,11 +197,12 @@ class Step:
         """Update once from self.x and self.y, (micro-steps, B, T). rows: targets in each micro-batch, if some are masked."""
         self.lr.fill_(lr)
         targets = self.x.numel() if rows is None else sum(rows)
-        self.divisor.fill_(max(1, targets))
-        if self.machine.world > 1:
-            # DistributedDataParallel averages over ranks, so each divides by the mean number of targets.
+        world = self.machine.world
+        # DistributedDataParallel averages over ranks, so each divides by the mean number of targets.
+        self.divisor.fill_(targets / world)
+        if world > 1:
             dist.all_reduce(self.divisor)
-            self.divisor /= self.machine.world
+        self.divisor.clamp_(min=1 / world)  # of one target in all, where there is none
         self.steps += 1
         if self.graph is not None:
             self.graph.replay()
@@ -1097,6 +1098,16 @@ def main(argv: list[str] | None = None) -> int:
             return Run(config, given, resumed).train()
     except torch.OutOfMemoryError:
         raise out_of_memory(config) from None
+    except RuntimeError as error:
+        # gloo has no exception of its own; NCCL's are these, or its watchdog ends the process.
+        lost = isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or " by peer" in str(error)
+        if world == 1 or not lost:
+            raise
+        raise UserError(
+            f"rank {os.environ['RANK']} has lost the others: one of them has ended (torchrun names it below, its own message "
+            f"stands above). Go on from the last checkpoint with the same torchrun line and --init_from=resume "
+            f"--out_dir={config.out_dir}"
+        ) from None
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -1,24 +1,42 @@
 """Fine-tuning: from a Hugging Face directory to one, adapters as PEFT reads them, instruction data, larger than fits."""
 
+import http.server
 import importlib.util
 import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
+import config as configuration
+import data
 import train
+from config.machine import Machine
 from data import open_dataset
+from data.shards import Tokens
 from data.tokenizers import CharTokenizer
 from data.windows import TrainWindows
-from model import GPT, MASKED
+from model import GPT, Sampling, WeightsError
 
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
 QUICK = ["--device=cpu", "--dtype=float32", "--batch_size=4", "--gradient_accumulation_steps=1"]
 QUICK += ["--eval_iters=4", "--warmup_iters=2"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Texts are prepared into a folder of the test's own."""
+    monkeypatch.setattr(data, "DATA", tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +86,11 @@ def test_the_finished_directory_opens_in_transformers_with_equal_logits(start, t
     x = torch.tensor([tokenizer("ada asks bob")["input_ids"]])
     assert tokenizer.decode(x[0]) == "ada asks bob"
     assert (theirs(x).logits - ours(x)[0]).abs().max() < 1e-5 * theirs(x).logits.abs().max()
+    write = pipeline("text-generation", model=str(tmp_path / "best"))
+    (said,) = write("ada asks", max_new_tokens=20, do_sample=False)
+    ids = ours.generate([tokenizer("ada asks")["input_ids"]], 20, sampling=Sampling(0.0))[0]
+    assert said["generated_text"] == "ada asks" + tokenizer.decode(ids)
+    assert set(said["generated_text"].split()) & {"ada", "bob", "cleo", "dan", "eve", "again."}
 
 
 def test_lora_learns_is_merged_in_best_and_opens_in_peft(start, text, tmp_path):
@@ -123,26 +146,45 @@ def test_instruction_data_train_answers_alone(start, instructions, tmp_path):
     assert evaluations[-1]["val_loss"] < 0.5 * evaluations[0]["val_loss"]
 
 
-def test_targets_of_prompts_change_no_bit_of_any_gradient(start, instructions):
-    """In a row of instruction data the model never hears what a prompt's next token is, wherever that stands."""
+class Window:
+    """Ids as Tokens.gather returns them, but with others where a prompt's targets stand; the inputs stay."""
+
+    def __init__(self, ids, asked, shift):
+        self.parts = {-1: ids[:, :-1], None: np.where(asked, (ids[:, 1:] + shift) % len(CHARS), ids[:, 1:])}
+
+    def astype(self, kind):
+        return self
+
+    def __getitem__(self, key):
+        return self.parts[key[1].stop].astype(np.int64)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_targets_of_prompts_change_no_bit_of_any_gradient(start, instructions, monkeypatch, masked):
+    """Through the loader and the step of a real run: the ids are changed before the mask is laid over them.
+
+    Without the mask they change the gradients, so that the first half of the test can fail.
+    """
     dataset = open_dataset(str(instructions), tokenizer=CharTokenizer(CHARS), block_size=32)
-    windows = TrainWindows(dataset.train, 32, seed=0)
+    config, _ = configuration.load(configuration.TrainConfig, [*QUICK[2:], "--block_size=32"])
+    machine = Machine(torch.device("cpu"), torch.float32, compiled=False)
+    tokens, mask, gather = dataset.train, dataset.train.mask, Tokens.gather
+    tokens.mask = mask if masked else None
     gradients = []
     for shift in (0, 1):
-        x, y = (torch.from_numpy(part) for part in windows.batch(0, 4))
-        raw = torch.cat([x[:, 1:], x[:, :1]], 1)  # the next token of every position, trained or not
-        asked = y == MASKED
-        targets = torch.where(asked, (raw + shift) % len(CHARS), y).masked_fill(asked, MASKED)
-        trained = int((~asked).sum())
-        assert 0 < trained < asked.numel()
-        model = GPT.from_pretrained(start)
-        model(x, targets, rows=trained)[1].backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    # The mask is what does it: with the prompts' targets unmasked the gradients do differ.
-    model = GPT.from_pretrained(start)
-    model(x, raw)[1].backward()
-    assert not torch.equal(next(model.parameters()).grad, gradients[0][0])
+
+        def altered(self, starts, length, shift=shift):
+            ids = gather(self, starts, length)
+            return ids if self is mask else Window(ids, gather(mask, starts + 1, length - 1) == 0, shift)
+
+        monkeypatch.setattr(Tokens, "gather", altered)
+        step = train.Step(GPT.from_pretrained(start), config, machine)
+        rows = train.Loader(TrainWindows(tokens, 32, seed=0), step, machine).load(0)
+        step(0.0, rows)
+        assert (rows is None) != masked
+        assert rows is None or 0 < sum(rows) < step.y.numel() / 2
+        gradients.append([step.loss, *(p.grad for p in step.params)])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)) == masked
 
 
 def test_batch_size_by_measuring_keeps_the_step(start, text, tmp_path, capsys):
@@ -163,3 +205,145 @@ def test_8_bit_moments_resume_bit_for_bit(start, text, tmp_path):
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'parts'}", "--max_iters=6"]) == 0
     a, b = (GPT.from_pretrained(tmp_path / name / "last").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# What a user may get wrong: status 2, a message that says what and where, no traceback, and nothing left
+
+
+def refused(capsys, out_dir, *options) -> str:
+    """The message with which `python train.py` turns a fine-tuning down."""
+    argv = [*QUICK, f"--out_dir={out_dir}", "--max_iters=1", *options]
+    with pytest.raises(SystemExit) as end:
+        configuration.run_main(lambda: train.main(argv), WeightsError)
+    captured = capsys.readouterr()
+    assert end.value.code == 2
+    assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.out + captured.err
+    assert not out_dir.exists()
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("latin.txt", b"bob asks.\ncaf\xe9" * 99, ["latin.txt is not UTF-8: line 2", "0xe9", "iconv -f WINDOWS-1252"]),
+        ("a.csv", b"id,body\n1,ada\n", ["a.csv, line 2 has no 'text', only 'id', 'body'", "--text_column="]),
+        ("a.jsonl", b'{"text": "ada"}\n{"text": \n', ["a.jsonl, line 2 is broken JSON"]),
+        ("empty", None, ["empty holds no text", ".txt, .csv, .jsonl"]),
+        ("short.txt", b"ada asks bob.", ["has 11 tokens, and block_size=32 needs 33", "--block_size=10"]),
+        ("a.txt", b"a", ["a.txt is too short"]),
+        ("foreign.txt", "ada asks Ørsted. ".encode() * 99, ["'Ø'"]),
+    ],
+)
+def test_a_text_that_cannot_be_trained_on(start, tmp_path, capsys, name, content, words):
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    message = refused(capsys, tmp_path / "out", f"--init_from={start}", f"--dataset={tmp_path / name}")
+    assert [word for word in words if word not in message] == []
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.folder),))
+
+
+FC = "transformer.h.1.mlp.c_fc.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("missing", ["tensor h.1.mlp.c_fc.weight is missing"]),
+        ("misshapen", ["tensor h.1.mlp.c_fc.weight has shape (32, 127)", "(32, 128)"]),
+        ("torn", ["model.safetensors is damaged"]),
+        ("pickle", ["pytorch_model.bin is a pickle", "never read"]),
+        ("disguised pickle", ["model.safetensors is damaged or no safetensors file"]),
+        ("ckpt.pt", ["ckpt.pt is no nanoGPT checkpoint that loads without running code"]),
+    ],
+)
+def test_weights_that_cannot_be_started_from(start, text, tmp_path, capsys, change, words):
+    folder, trap = tmp_path / "model", tmp_path / "sprung"
+    shutil.copytree(start, folder)
+    file, source = folder / "model.safetensors", folder
+    tensors = load_file(file)
+    if change == "missing":
+        save_file({name: t for name, t in tensors.items() if name != FC}, file)
+    elif change == "misshapen":
+        save_file(tensors | {FC: torch.zeros(32, 127)}, file)
+    elif change == "torn":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif change == "pickle":
+        file.unlink()
+        torch.save(Trap(trap), folder / "pytorch_model.bin")
+    elif change == "disguised pickle":
+        file.write_bytes(pickle.dumps(Trap(trap)))
+    else:
+        source = folder / change
+        torch.save({"model": Trap(trap), "model_args": {}}, source)
+    message = refused(capsys, tmp_path / "out", f"--init_from={source}", f"--dataset={text}")
+    assert [word for word in [str(folder), *words] if word not in message] == []
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--lora_rank=0", "--lora_alpha=8"], ["--lora_rank=0", "no LoRA without a rank"]),
+        (["--lora_rank=-1"], ["--lora_rank=-1", "a whole number >= 0"]),
+        (["--lora_rank=33"], ["lora_rank=33", "between 1 and the layer's width, 32"]),
+    ],
+)
+def test_a_rank_that_no_adapter_can_have(start, text, tmp_path, capsys, options, words):
+    message = refused(capsys, tmp_path / "out", f"--init_from={start}", f"--dataset={text}", *options)
+    assert [word for word in words if word not in message] == []
+    with pytest.raises(WeightsError, match="lora_rank=0 must lie between 1"):
+        GPT.from_pretrained(start).add_lora(0, 1.0)
+
+
+@pytest.fixture
+def empty_hub():
+    """A Hugging Face hub that knows no name; yields its address."""
+
+    class Unknown(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815 (the names that http.server calls)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unknown) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_model_that_the_hub_does_not_know(text, tmp_path, capsys, empty_hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", empty_hub)
+    message = refused(capsys, tmp_path / "out", "--init_from=nobody/nothing", f"--dataset={text}")
+    for words in ("'nobody/nothing' is no local folder", "RepositoryNotFound", "--init_from=FOLDER"):
+        assert words in message
+
+
+def test_a_data_set_that_the_hub_does_not_know(start, tmp_path, empty_hub):
+    """In a process of its own, as typed: `datasets` keeps the hub's address that it was imported with."""
+    argv = [*QUICK, f"--out_dir={tmp_path / 'out'}", f"--init_from={start}", "--dataset=hf:nobody/nothing"]
+    env = os.environ | {"HF_ENDPOINT": empty_hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    command, here = [sys.executable, "train.py", *argv], Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: hf:nobody/nothing cannot be read: DatasetNotFoundError")
+    assert "Check the name" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -19,7 +19,8 @@ import config as configuration
 import train
 from config import UserError
 from config.machine import Machine
-from data.shards import write_shard
+from data.shards import Tokens, write_shard
+from data.windows import TrainWindows
 from model import GPT, MASKED, GPTConfig, WeightsError
 
 CPU = Machine(torch.device("cpu"), torch.float32, compiled=False)
@@ -284,6 +285,16 @@ def test_learning_rate_follows_its_closed_form():
     assert train.learning_rate(30, schedule(lr_decay_iters=30)) == 0.1
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.4, 1.0])
+def test_wsd_is_the_lower_of_its_three_lines(fraction):
+    """Over every step: the warm-up's, the plateau's and the decay's line, whichever is lowest; then min_lr."""
+    wsd = schedule(schedule="wsd", decay_fraction=fraction, learning_rate=2.0)
+    for step in range(120):
+        decay = 0.1 + (2.0 - 0.1) * (110 - step) / (fraction * 100)
+        expected = max(0.1, min(2.0 * (step + 1) / 11, 2.0, decay))
+        assert train.learning_rate(step, wsd) == pytest.approx(expected), step
+
+
 def test_orthogonalize_brings_singular_values_near_one():
     g = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
     for x in (g, g.mT.contiguous()):
@@ -316,8 +327,9 @@ def test_muon_is_torchs_muon_on_every_matrix():
     for seed in (1, 2):
         torch.manual_seed(seed)
         for p in ours:  # far from singular, where torch's bf16 would amplify its rounding
+            parts = p.chunk(3) if len(p) == 24 else [p]  # q, k, v of unlike sizes: each counts as much as the others
             p.grad = torch.cat(
-                [torch.nn.init.orthogonal_(torch.empty_like(part)) for part in (p.chunk(3) if len(p) == 24 else [p])]
+                [torch.nn.init.orthogonal_(torch.empty_like(part)) * 9.0**i for i, part in enumerate(parts)]
             )
         grads = [g for p in ours for g in (p.grad.chunk(3) if len(p) == 24 else [p.grad])]
         for p, g in zip(theirs.param_groups[0]["params"], grads, strict=True):
@@ -480,12 +492,42 @@ def test_out_of_memory_names_the_knobs(dataset, tmp_path, monkeypatch):
     assert str(error.value).index("--recompute=pointwise") < str(error.value).index("--batch_size=2")
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_together_draw_every_window_of_an_epoch_once(tmp_path, world):
+    """Through the real Loader of each rank: a step has the same windows at any world size, an epoch each of them once."""
+    write_shard(tmp_path / "train_000000.bin", np.arange(48 * 5 + 5, dtype=np.uint16))
+    windows = TrainWindows(Tokens.open(tmp_path, "train"), 5, seed=3)
+    assert windows.per_epoch == 48
+    loaders = []
+    for rank in range(world):
+        buffers = SimpleNamespace(x=torch.zeros(4 // world, 2, 5, dtype=torch.int64))  # 4 micro-batches of 2 in all
+        buffers.y = torch.zeros_like(buffers.x)
+        machine = Machine(CPU.device, CPU.dtype, compiled=False, rank=rank, world=world)
+        loaders.append(train.Loader(windows, buffers, machine))
+    for epoch in range(3):
+        drawn: list[int] = []
+        for position in range(epoch * 48, (epoch + 1) * 48, 8):
+            for loader in loaders:
+                assert loader.load(position) is None
+                assert torch.equal(loader.step.y, loader.step.x + 1)
+            step = torch.stack([loader.step.x for loader in loaders], 1).flatten()[::5].tolist()
+            assert step == windows.starts(np.arange(position, position + 8)).tolist()
+            drawn += step
+        assert sorted(drawn) == [min(drawn) + i * 5 for i in range(48)]
+
+
+def torchrun(*argv) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *argv]
+    env, here = os.environ | {"OMP_NUM_THREADS": "1"}, Path(__file__).parent.parent
+    return subprocess.Popen(command, cwd=here, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 def test_two_ranks_are_one_step_in_two_halves(dataset, tmp_path):
     """torchrun with two processes over gloo: the same windows, the same step, and the checkpoint resumes alone."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path / 'two'}", "--max_iters=6", "--eval_interval=3"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *argv], cwd=Path(__file__).parent.parent, check=True, env=env, capture_output=True)
+    two_ranks = torchrun(*argv)
+    said, _ = two_ranks.communicate()
+    assert two_ranks.returncode == 0, said
     assert run(dataset, tmp_path / "one", "--max_iters=6", "--eval_interval=3") == 0
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-5)
@@ -493,3 +535,51 @@ def test_two_ranks_are_one_step_in_two_halves(dataset, tmp_path):
         assert torch.allclose(t, weights(tmp_path / "two")[name], atol=1e-5), name
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'two'}", "--max_iters=8"]) == 0
     assert list(losses(tmp_path / "two")) == list(range(1, 9))
+
+
+def test_one_rank_is_resumed_by_two_with_targets_shared_unevenly(tmp_path):
+    """Masked rows, whole micro-batches of them on one rank alone: two ranks go on as the one process would have."""
+    folder, generator = tmp_path / "rows", np.random.default_rng(8)
+    folder.mkdir()
+    tokens = (np.cumsum(generator.integers(1, 4, 40 * 16 + 1)) % 13).astype(np.uint16)
+    mask = np.append(generator.random((40, 16)) < generator.choice([0, 0, 0, 0.2, 1], (40, 1)), False).astype(np.uint8)
+    for name, part in (("train", tokens), ("val", tokens)):
+        write_shard(folder / f"{name}_000000.bin", part)
+        write_shard(folder / f"{name}_mask_000000.bin", mask)
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": 13, "kind": "prompt", "row": 16}))
+    y = TrainWindows(Tokens.open(folder, "train"), 16, 1337).batch(24, 24)[1].reshape(3, 2, -1)
+    targets = (y != MASKED).sum(2)
+    assert ((targets == 0).sum(1) == 1).any()  # in a step after resuming one rank has nothing to learn, the other has
+    fixed = ["--eval_interval=3", "--decay_lr=False"]
+    assert run(folder, tmp_path / "one", *fixed, "--max_iters=6") == 0
+    assert run(folder, tmp_path / "both", *fixed, "--max_iters=3") == 0
+    two_ranks = torchrun("--init_from=resume", f"--out_dir={tmp_path / 'both'}", "--max_iters=6")
+    said, _ = two_ranks.communicate()
+    assert two_ranks.returncode == 0, said
+    one, both = losses(tmp_path / "one"), losses(tmp_path / "both")
+    assert list(both) == list(range(1, 7))
+    assert list(both.values()) == pytest.approx(list(one.values()), abs=1e-5)
+    for name, t in weights(tmp_path / "one").items():
+        assert torch.allclose(t, weights(tmp_path / "both")[name], atol=1e-5), name
+
+
+def test_a_rank_that_dies_ends_the_run_and_leaves_a_checkpoint(dataset, tmp_path):
+    argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=100000", "--save_interval_s=0"]
+    process = torchrun(*argv)
+    for line in process.stdout:
+        if line.startswith("step 12:"):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            (second,) = [pid for pid in children if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
+            os.kill(int(second), signal.SIGKILL)
+            break
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank      : 1" in said  # torchrun's: which it was, and how it ended
+    assert "SIGKILL" in said
+    assert "rank 0 has lost the others" in said
+    assert "[rank0]: Traceback" not in said
+    assert f"--init_from=resume --out_dir={tmp_path}" in said
+    step = json.loads((tmp_path / "last/trainer.json").read_text())["step"]
+    assert step >= 11
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", f"--max_iters={step + 2}"]) == 0
+    assert list(losses(tmp_path)) == list(range(1, step + 3))

@@ -1,0 +1,26 @@
+# GPT-2 124M over 98 million tokens, to compare optimizers: the same model, data order, step and shape of schedule
+#
+#   python train.py config/compare_optimizers.py --dataset=FOLDER --learning_rate=1e-3
+#   python train.py config/compare_optimizers.py --dataset=FOLDER --optimizer=muon --learning_rate=2e-3 --beta1=0.95 --max_iters=1000 --warmup_iters=100
+#
+# Result  not measured yet
+# Time    not measured yet
+# VRAM    11.4 GiB; on a 12 GB card --batch_size=16 --gradient_accumulation_steps=4 is the same step
+out_dir = "out-compare"
+dataset = "fineweb_edu"
+eval_interval = 250
+eval_iters = 32
+log_interval = 50
+always_save_checkpoint = False
+# 32 rows x 1,024 tokens x 2 micro-batches = 65,536 tokens a step
+batch_size = 32
+block_size = 1024
+gradient_accumulation_steps = 2
+max_iters = 1500
+# A tenth of the steps up, then straight down to 0: what suits AdamW best at a given number of steps.
+schedule = "wsd"
+decay_fraction = 1.0
+warmup_iters = 150
+min_lr = 0.0
+learning_rate = 1e-3
+weight_decay = 0.1
