@@ -14,8 +14,10 @@ Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1 (attention); Hen
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,7 +78,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == x.size(-1) and self.bias is not None:
-            return F.linear(x, self.weight) + self.bias
+            y = F.linear(x, self.weight)
+            return y + self.bias.to(y.dtype)  # autocast knows products, not sums
         return super().forward(x)
 
 
@@ -385,6 +388,7 @@ class GPT(nn.Module):
         else:
             folder = find_pretrained(path_or_name)
             config, tensors = _read_config(folder / "config.json"), _read_safetensors(folder)
+        _check_size(config, tensors, str(path_or_name))
         if block_size is not None and block_size > config.block_size:
             raise WeightsError(
                 f"{path_or_name} has {config.block_size} positions: pass --block_size={config.block_size} or less"
@@ -891,11 +895,31 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise WeightsError(f"{file} does not exist: {file.parent} is no Hugging Face GPT-2 directory") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise WeightsError(f"{file} cannot be read as JSON: {e}") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{file} does not hold a JSON object")
     return content
+
+
+def _check_shape(shape: dict[str, int], file: Path) -> None:
+    if not all(1 <= size < 2**31 for size in shape.values()) or shape["n_embd"] % shape["n_head"]:
+        raise WeightsError(f"{file}: impossible shape {shape}")
+
+
+def _check_size(config: GPTConfig, tensors: dict[str, Tensor], source: str) -> None:
+    """Refuse a model whose file does not hold what its configuration asks for, before memory is asked for it."""
+    shapes = {name.removeprefix("transformer."): tuple(t.shape) for name, t in tensors.items()}
+    C, layers = config.n_embd, range(config.n_layer)
+    expected = itertools.chain(
+        [("wte.weight", (config.vocab_size, C)), ("wpe.weight", (config.block_size, C))],
+        ((f"h.{i}.mlp.c_proj.weight", (4 * C, C)) for i in layers),
+    )
+    for name, shape in expected:
+        if name not in shapes:
+            raise WeightsError(f"{source}: tensor {name} is missing")
+        if shapes[name] != shape:
+            raise WeightsError(f"{source}: tensor {name} has shape {shapes[name]}, config.json asks for {shape}")
 
 
 def _read_config(file: Path) -> GPTConfig:
@@ -906,10 +930,9 @@ def _read_config(file: Path) -> GPTConfig:
     try:
         shape = {key: int(content[key]) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
         block_size = int(content.get("n_positions", content.get("n_ctx", 1024)))
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise WeightsError(f"{file}: {e} is missing or not a number") from None
-    if min(*shape.values(), block_size) < 1 or shape["n_embd"] % shape["n_head"]:
-        raise WeightsError(f"{file}: impossible shape {shape | {'n_positions': block_size}}")
+    _check_shape(shape | {"n_positions": block_size}, file)
     if content.get("n_inner") not in (None, 4 * shape["n_embd"]):
         raise WeightsError(f"{file}: n_inner={content['n_inner']} is not supported, only 4 * n_embd")
     return GPTConfig(**shape, block_size=block_size, bias=bool(content.get("bias", True)))
@@ -922,16 +945,19 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.exists() and not (folder / "model.safetensors").exists():
-        names = set(map(str, _read_json(index).get("weight_map", {}).values()))
-    if outside := [name for name in names if Path(name).name != name]:
-        raise WeightsError(f"{index}: {outside[0]!r} does not name a file of its own folder")
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise WeightsError(f"{index} has no weight_map")
+        names = set(map(str, weight_map.values()))
+    if outside := [name for name in names if not name.endswith(".safetensors") or Path(name).name != name]:
+        raise WeightsError(f"{index}: {outside[0]!r:.80} does not name a safetensors file of its own folder")
     tensors: dict[str, Tensor] = {}
     for name in sorted(names):
         file = folder / name
-        if not file.exists():
+        if not os.path.isfile(file):  # noqa: PTH113 (unlike Path.is_file, False for a name that no system allows)
             pickles = [p.name for p in folder.glob("*.bin")]
             hint = f"; {pickles[0]} is a pickle, which can run code and is never read" if pickles else ""
-            raise WeightsError(f"{file} does not exist{hint}. Save the model as safetensors and try again")
+            raise WeightsError(f"{str(file)!a:.200} does not exist{hint}. Save the model as safetensors and try again")
         try:
             with safetensors.safe_open(file, framework="pt") as content:
                 tensors |= {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (not a dict)
@@ -973,16 +999,18 @@ def _read_nanogpt(file: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         args, weights = content["model_args"], content["model"]
         shape = {key: int(args[key]) for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+        if shape["vocab_size"] == 50304:  # nanoGPT's padded GPT-2 vocabulary: ids from 50257 on do not exist
+            shape["vocab_size"] = 50257
+        tensors = {}
+        for name, t in weights.items():
+            name = name.removeprefix("_orig_mod.")
+            is_linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            if isinstance(t, Tensor):
+                tensors[name] = t.t() if is_linear else t
+        tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][: shape["vocab_size"]]
     except Exception as e:  # torch raises many kinds, UnpicklingError where the file asks to run something
         raise WeightsError(
             f"{file} is no nanoGPT checkpoint that loads without running code ({type(e).__name__})"
         ) from None
-    if shape["vocab_size"] == 50304:  # nanoGPT's padded GPT-2 vocabulary: ids from 50257 on do not exist
-        shape["vocab_size"] = 50257
-    tensors = {}
-    for name, t in weights.items():
-        name = name.removeprefix("_orig_mod.")
-        is_linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        tensors[name] = t.t() if is_linear else t
-    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][: shape["vocab_size"]]
+    _check_shape(shape, file)
     return GPTConfig(**shape, bias=bool(args.get("bias", True))), tensors

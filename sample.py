@@ -236,9 +236,12 @@ def converse(model: GPT, tokenizer: Any, config: SampleConfig, machine: Machine)
         import readline  # noqa: F401 (gives input() its line editing)
     say("a prompt, then Enter; Ctrl-C ends a text, Ctrl-D the loop")
     context: list[int] = []
+    # Else half a character at the end of the input would be met again and again.
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     while True:
         try:
             prompt = input("> " if sys.stdin.isatty() else "")
+            prompt.encode()
         except (EOFError, KeyboardInterrupt):
             return
         except ValueError as error:
@@ -268,10 +271,17 @@ def main() -> None:
         config.num_samples = 1  # greedy texts are all the same
     prompt = "" if config.interactive else read_prompt(config.start)
     model, tokenizer, machine = load(config)
-    if config.interactive:
-        converse(model, tokenizer, config, machine)
-    else:
-        print_samples(model, tokenizer, as_message(tokenizer, prompt), config, machine)
+    try:
+        if config.interactive:
+            converse(model, tokenizer, config, machine)
+        else:
+            print_samples(model, tokenizer, as_message(tokenizer, prompt), config, machine)
+    except (MemoryError, RuntimeError) as error:  # torch has a class of its own on a GPU, and none on a CPU
+        if "memory" not in str(error):
+            raise
+        raise UserError(
+            "out of memory: ask for fewer --num_samples, fewer --max_new_tokens, or --quantize=int8"
+        ) from None
 
 
 if __name__ == "__main__":

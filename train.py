@@ -169,8 +169,9 @@ class Step:
     """One update: forward and backward over the micro-batches, clip, optimize. bench.py times this very object.
 
     Nothing in it waits for the device. What happened stays there in `loss` (mean over the step's targets, nats),
-    `grad_norm` (before clipping) and `bad` (updates skipped in a row because loss or gradient was not finite) until
-    the host asks. After three plain steps a small step is recorded as a CUDA graph and replayed from then on.
+    `grad_norm` (before clipping), `bad` (updates skipped in a row because loss or gradient was not finite) and
+    `skipped` (all of these) until the host asks. After three plain steps a small step is recorded as a CUDA graph and
+    replayed from then on.
     """
 
     def __init__(self, model: GPT, config: Any, machine: Machine):
@@ -188,7 +189,8 @@ class Step:
         self.x = torch.zeros(shape, dtype=torch.int64, device=machine.device)
         self.y = torch.zeros_like(self.x)
         self.divisor = torch.ones((), device=machine.device)
-        self.loss, self.grad_norm, self.bad = (torch.zeros((), device=machine.device) for _ in range(3))
+        names = ("loss", "grad_norm", "bad", "skipped")
+        self.loss, self.grad_norm, self.bad, self.skipped = (torch.zeros((), device=machine.device) for _ in names)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.graphed = wants_graph(model, config, machine)
         self.steps, self.warmup = 0, 4 if self.graphed else 1  # steps until nothing is compiled or recorded any more
@@ -238,6 +240,7 @@ class Step:
         self.grad_norm.copy_(nn.utils.get_total_norm(grads, foreach=True))
         skip = 1 - torch.isfinite(self.grad_norm + self.loss).float()
         self.bad.add_(1).mul_(skip)
+        self.skipped.add_(skip)
         # The optimizers divide by this factor and look at the flag as they read the gradients: clipping and skipping
         # cost no pass of their own over them, and no question to the device.
         clip = self.config.grad_clip
@@ -507,7 +510,7 @@ class Run:
         torch.manual_seed(config.seed + self.machine.rank + 1_000_003 * self.progress.step)
         if resumed:
             load_trainer(run_folder.find_checkpoint(self.out_dir, ("last",))[0], self.step, self.master)
-        self.clock, self.stop_signal = Clock(self.machine), 0
+        self.clock, self.stop_signal, self.skipped = Clock(self.machine), 0, 0.0
         self.flag = torch.zeros((), dtype=torch.int64, device=self.machine.device)  # the stop signal of all ranks
         self.earlier_s = self.progress.elapsed_s
         self.saved_step = self.progress.step if resumed else -1
@@ -640,7 +643,8 @@ class Run:
         if self.machine.world > 1:
             dist.all_reduce(loss, dist.ReduceOp.AVG if self.machine.on_gpu else dist.ReduceOp.SUM)
             loss /= 1 if self.machine.on_gpu else self.machine.world
-        loss, grad_norm, bad = torch.stack([loss, step.grad_norm, step.bad]).tolist()  # waits for the device
+        # This waits for the device.
+        loss, grad_norm, bad, skipped = torch.stack([loss, step.grad_norm, step.bad, step.skipped]).tolist()
         steps_per_s = self.clock.lap()
         rate = steps_per_s and round(steps_per_s * self.step_windows * self.config.block_size)
         if self.master:
@@ -653,8 +657,12 @@ class Run:
             bar.set_postfix_str(f"loss {loss:.4f}" + (f", {rate:,.0f} tokens/s" if rate else ""), refresh=False)
             if bar.disable:
                 self.say(f"step {p.step}: loss {loss:.4f}, lr {lr:.2e}" + (f", {rate:,.0f} tokens/s" if rate else ""))
-        if bad:
-            self.say(f"step {p.step}: loss or gradient not finite; skipped {bad:.0f} update(s) in a row")
+        if skipped > self.skipped:
+            new, self.skipped = skipped - self.skipped, skipped
+            self.say(
+                f"step {p.step}: loss or gradient not finite; skipped {new:.0f} update(s) since the last log, "
+                f"the last {bad:.0f} in a row"
+            )
         if bad < self.config.max_bad_steps:
             return False
         self.say(
@@ -865,7 +873,7 @@ def prepare_model(model: GPT, config: Any, machine: Machine) -> None:
         if config.recompute == "auto":
             config.recompute = choose_recompute(model, config, machine)
         model.set_recompute(config.recompute)
-    if machine.compiled:
+    if machine.compiled and config.quantize == "none":  # Inductor (torch 2.11, 2.13) stumbles over int8 weights here
         model.compile_parts()
 
 
@@ -1042,8 +1050,10 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
             raise UserError(
                 f"{key}={getattr(config, key)}, but the run in {config.out_dir} has {saved['config'].get(key)}"
             )
+    folder = config.out_dir
     config, given = configuration.load(TrainConfig, argv, saved["config"])
-    config.init_from = saved["config"]["init_from"]
+    # The folder that was read: its name may have changed since, or run.json be a stranger's and lead elsewhere.
+    config.init_from, config.out_dir = saved["config"]["init_from"], folder
     if (
         config.batch_size == "auto"
         and saved["config"]["batch_size"] != "auto"

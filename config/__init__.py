@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 # What a value must be, in the words of the error message, and the test itself.
 Whole = Annotated[int, "a whole number >= 0", lambda n: 0 <= n < 2**63]
 Count = Annotated[int, "a whole number >= 1", lambda n: 1 <= n < 2**63]
+Texts = Annotated[int, "a whole number in [1, 100000]", lambda n: 1 <= n <= 100_000]  # they are made at once
 Seed = Annotated[int, "a whole number in [0, 2**62)", lambda n: 0 <= n < 2**62]
 Amount = Annotated[float, "a number >= 0", lambda x: 0 <= x < inf]
 Positive = Annotated[float, "a number > 0", lambda x: 0 < x < inf]
@@ -156,7 +157,7 @@ class SampleConfig:
     checkpoint: Literal["auto", "best", "last"] = "auto"  # auto: best, where there is one
     # text
     start: Prompt = "\n"  # what to continue; FILE:prompt.txt reads it from a file, - from standard input
-    num_samples: Count = 10  # texts to write
+    num_samples: Texts = 10  # texts to write
     max_new_tokens: Count = 500  # length of each, in tokens
     stop: tuple[Text, ...] = ()  # end a text before this string; may be repeated; \n is a new line
     interactive: bool = False  # a conversation: read prompts from the keyboard

@@ -1,11 +1,12 @@
-# GPT-2 124M over 98 million tokens, to compare optimizers: the same model, data order, step and shape of schedule
+# AdamW against Muon: GPT-2 124M, 98 million tokens
 #
-#   python train.py config/compare_optimizers.py --dataset=FOLDER --learning_rate=1e-3
-#   python train.py config/compare_optimizers.py --dataset=FOLDER --optimizer=muon --learning_rate=2e-3 --beta1=0.95 --max_iters=1000 --warmup_iters=100
+#   python train.py config/compare_optimizers.py
+#   python train.py config/compare_optimizers.py --optimizer=muon --learning_rate=4e-3 --beta1=0.95 \
+#       --max_iters=1000 --warmup_iters=100
 #
-# Result  not measured yet
-# Time    not measured yet
-# VRAM    11.4 GiB; on a 12 GB card --batch_size=16 --gradient_accumulation_steps=4 is the same step
+# Result  83 million tokens of Debian's documentation: AdamW 2.708 after 1,500 steps, Muon 2.570 after 1,000 (README)
+# Time    181 s and 125 s of training on one H200
+# VRAM    11.4 GiB; on a 12 GB card --batch_size=16 --gradient_accumulation_steps=4 makes the same step
 out_dir = "out-compare"
 dataset = "fineweb_edu"
 eval_interval = 250

@@ -7,6 +7,7 @@ X becomes X.prev, X.tmp becomes X. Between the last two there is no X, and reade
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ from typing import Any, TextIO
 from config import UserError
 
 REPOSITORY = Path(__file__).parent.parent
+KEPT_ROWS = 4000  # training steps that loss.png shows: it is 770 pixels wide
 
 
 @contextlib.contextmanager
@@ -30,6 +32,7 @@ def lock(out_dir: Path) -> Iterator[None]:
     """Hold out_dir for one run. The operating system drops the lock with the process, so a crash leaves none."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
+        _unlink_link(out_dir / ".lock")
         file = open(out_dir / ".lock", "a+")  # noqa: SIM115 (closed below, when the run ends)
     except OSError as e:
         raise UserError(f"out_dir={out_dir} cannot be written: {e.strerror}. Choose another with --out_dir=") from None
@@ -47,12 +50,17 @@ def lock(out_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if [file.name for file in out_dir.iterdir()] == [
-                ".lock"
-            ]:  # the run was refused before it began: nothing is left of it
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # the user may have deleted the folder meanwhile
+                # The run was refused before it began: nothing is left of it.
+                if [path.name for path in out_dir.iterdir()] == [".lock"]:
                     (out_dir / ".lock").unlink()
                     out_dir.rmdir()
+
+
+def _unlink_link(path: Path) -> None:
+    """Remove a symbolic link that stands where we write: a stranger's run may hold one that leads out of its folder."""
+    if path.is_symlink():
+        path.unlink()
 
 
 @contextlib.contextmanager
@@ -99,6 +107,8 @@ def save_checkpoint(folder: Path, write: Callable[[Path], None], state: dict[str
     from safetensors import SafetensorError
 
     temporary, previous = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".prev")
+    _unlink_link(temporary)
+    _unlink_link(previous)
     shutil.rmtree(temporary, ignore_errors=True)
     free = shutil.disk_usage(folder.parent).free
     if free < size:
@@ -146,18 +156,20 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     hint = f"Its forerunner is in {previous}: rename it to {folder} to use it" if other else "Delete it or restore it"
     try:
         state = json.loads((folder / "trainer.json").read_text("utf-8"))
-        sums = dict(state["sha256"])
+        sums = dict(state["sha256"].items())
         if state.pop("checksum") != _checksum(state):
             raise ValueError("its checksum is another")
-        if not isinstance(state["step"], int):
-            raise ValueError("step is no number")
+        figures = {key: value for key, value in state.items() if key not in ("sha256", "wandb_id")}
+        if type(state["step"]) is not int or not all(map(_is_figure, figures.values())):
+            raise ValueError("a figure is no number")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{folder / 'trainer.json'} is damaged ({e}). {hint}") from None
     for name, expected in sums.items():
         file = folder / name
         try:
-            same = file.resolve().is_relative_to(folder.resolve()) and sha256(file) == expected
-        except (OSError, ValueError):  # missing, or a disk that cannot read it any more
+            inside = file.is_file() and file.resolve().is_relative_to(folder.resolve())
+            same = inside and sha256(file) == expected
+        except (OSError, ValueError):  # a disk that cannot read it any more, or no name that a file can have
             same = False
         if not same:
             raise UserError(f"{file} is damaged or missing: it is not what was saved. {hint}")
@@ -191,6 +203,7 @@ def set_aside(out_dir: Path) -> None:
     # Without a checkpoint there is nothing to lose.
     if any(path.is_dir() for path in found) or temporary.exists():
         with _writing(previous):
+            _unlink_link(temporary)
             temporary.mkdir(exist_ok=True)  # it exists where a kill came between two of these renames
             for path in found:
                 path.rename(temporary / path.name)
@@ -205,9 +218,14 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 def _replace(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
     with _writing(file):
+        _unlink_link(temporary)
         temporary.write_text(text, "utf-8")
         _sync(temporary)  # else a power cut may leave the new name on an empty file
         temporary.replace(file)
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def read_run(out_dir: Path) -> dict[str, Any]:
@@ -215,10 +233,12 @@ def read_run(out_dir: Path) -> dict[str, Any]:
     file = out_dir / "run.json"
     try:
         content = json.loads(file.read_text("utf-8"))
-        dict(content["config"])
+        dict(content.get("data", {}))
+        if missing := {"init_from", "batch_size", "gradient_accumulation_steps"} - content["config"].keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except FileNotFoundError:
         raise UserError(f"nothing to resume in {out_dir}: {file} does not exist") from None
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{file} is damaged ({e}); without it the run's configuration is not known") from None
     return content
 
@@ -228,18 +248,22 @@ class Metrics:
 
     def __init__(self, file: Path, resume_step: int | None):
         """resume_step: keep the lines up to this step; None starts anew."""
-        self.rows = [] if resume_step is None else [r for r in self.read(file) if r["step"] <= resume_step]
-        _replace(file, "".join(json.dumps(row) + "\n" for row in self.rows))
+        rows = [] if resume_step is None else [r for r in self.read(file) if r["step"] <= resume_step]
+        _replace(file, "".join(json.dumps(row) + "\n" for row in rows))
+        self.rows: list[dict[str, Any]] = []  # for the picture: all evaluations, training steps evenly thinned
+        self.count, self.stride = 0, 1
+        for row in rows:
+            self._remember(row)
         self.file: TextIO = open(file, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
         self.told = False
 
     @staticmethod
     def read(file: Path) -> list[dict[str, Any]]:
         rows = []
-        for line in file.read_text("utf-8", errors="replace").splitlines() if file.exists() else []:
+        for line in file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else []:
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                if isinstance(row, dict) and type(row.get("step")) is int and all(map(_is_figure, row.values())):
                     rows.append(row)
         return rows
 
@@ -249,7 +273,7 @@ class Metrics:
             return  # a run that was killed between an evaluation and its checkpoint evaluates once more
         # JSON has no NaN: a figure that is none becomes null, so that every reader can read the file.
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.rows.append(row)
+        self._remember(row)
         try:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
@@ -258,11 +282,39 @@ class Metrics:
                 print(f"could not write {self.file.name}: {e.strerror or e}. Make room", file=sys.stderr)
             self.told = True
 
+    def _remember(self, row: dict[str, Any]) -> None:
+        """Keep a row for the picture. Of the training steps at most KEPT_ROWS, or a long run's memory would grow."""
+        if "val_loss" in row:
+            self.rows.append(row)
+            return
+        if self.count % self.stride == 0:
+            self.rows.append(row)
+        self.count += 1
+        if self.count == KEPT_ROWS * self.stride:
+            self.stride *= 2
+            goes = {id(r) for r in [r for r in self.rows if "val_loss" not in r][1::2]}
+            self.rows = [r for r in self.rows if id(r) not in goes]
+
     def close(self) -> None:
         with contextlib.suppress(OSError):  # told above
             self.file.close()
 
 
+@contextlib.contextmanager
+def _collected() -> Iterator[None]:
+    """Free at once what ends here: a figure is a knot of references, and Python would leave dozens of them lying.
+
+    Collections that come meanwhile would make it old, and only a search of everything finds old garbage.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect(1)
+
+
+@_collected()
 def draw_losses(rows: list[dict[str, Any]], file: Path) -> None:
     """loss.png: the losses over the tokens seen, the learning rate beneath."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # without pyplot: half the import time
@@ -273,13 +325,13 @@ def draw_losses(rows: list[dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(7, 5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, sharex=True, height_ratios=[4, 1])
-    top.plot([r["tokens"] for r in steps], [r["loss"] for r in steps], color="0.75", lw=1, label="training step")
+    top.plot([r.get("tokens") for r in steps], [r["loss"] for r in steps], color="0.75", lw=1, label="training step")
     # Blue and orange of Okabe and Ito's palette, told apart by the colour-blind, and by their markers.
     for key, color, marker, label in (
         ("train_loss", "#0072B2", "o", "train"),
         ("val_loss", "#D55E00", "s", "validation"),
     ):
-        points = [(r["tokens"], r[key]) for r in evaluations if r.get(key) is not None]
+        points = [(r.get("tokens"), r[key]) for r in evaluations if r.get(key) is not None]
         top.plot(
             *zip(*points, strict=True) if points else ((), ()), color=color, marker=marker, ms=4, lw=1.5, label=label
         )
@@ -289,7 +341,7 @@ def draw_losses(rows: list[dict[str, Any]], file: Path) -> None:
         top.axhline(best["val_loss"], color="#D55E00", lw=0.8, ls=":", label=label)
     top.set_ylabel("loss (nats per token)")
     top.legend(frameon=False)
-    bottom.plot([r["tokens"] for r in steps], [r["lr"] for r in steps], color="#009E73", lw=1.5)
+    bottom.plot([r.get("tokens") for r in steps], [r.get("lr") for r in steps], color="#009E73", lw=1.5)
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("tokens")
     for axes in (top, bottom):
@@ -297,5 +349,6 @@ def draw_losses(rows: list[dict[str, Any]], file: Path) -> None:
         axes.grid(alpha=0.25)
     temporary = file.with_name(file.name + ".tmp")
     with contextlib.suppress(OSError):  # a full disk costs the picture, not the run
+        _unlink_link(temporary)
         figure.savefig(temporary, format="png")
         temporary.replace(file)

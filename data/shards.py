@@ -213,6 +213,8 @@ class Tokens:
 def _inspect(path: Path, is_mask: bool) -> tuple[np.dtype, int, int]:
     """(dtype, number of tokens, bytes before the first) of a shard whose header and length agree, else UserError."""
     try:
+        if not path.is_file():  # a pipe would keep us waiting for ever
+            raise OSError(0, "it is no regular file")
         with path.open("rb") as file:
             head, size = file.read(12).ljust(12, b"\0"), os.fstat(file.fileno()).st_size
     except OSError as error:

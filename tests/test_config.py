@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import config
 from config import BenchConfig, SampleConfig, TrainConfig, UserError, load
+from tests.harmless import harmless
 
 REPOSITORY = Path(__file__).parents[1]
 PRESETS = sorted(path for path in (REPOSITORY / "config").glob("*.py") if path.read_text().startswith("#"))
@@ -215,7 +216,7 @@ def test_a_value_that_is_refused(word, must_be):
 @pytest.mark.parametrize(
     "word",
     ["--temperature=-1", "--top_k=-1", "--top_p=0", "--top_p=1.01", "--min_p=1", "--repetition_penalty=0", "--stop=",
-     "--num_samples=0", "--max_new_tokens=0", "--checkpoint=first", "--stop"],
+     "--num_samples=0", "--num_samples=1e9", "--max_new_tokens=0", "--checkpoint=first", "--stop"],
 )  # fmt: skip
 def test_a_sampling_value_that_is_refused(word):
     assert len(refusal([word], SampleConfig)) == 1
@@ -429,7 +430,7 @@ def test_a_preset(path):
 def test_every_preset_of_the_plan_is_there():
     names = """train_shakespeare_char train_shakespeare_cpu train_gpt2 train_gpt2_12gb train_gpt2_fast eval_gpt2
         eval_gpt2_medium eval_gpt2_large eval_gpt2_xl finetune_shakespeare finetune_gpt2 finetune_gpt2_medium
-        finetune_gpt2_large finetune_gpt2_xl_lora finetune_instruct"""
+        finetune_gpt2_large finetune_gpt2_xl_lora finetune_instruct compare_optimizers"""
     assert sorted(path.stem for path in PRESETS) == sorted(names.split())
 
 
@@ -524,10 +525,10 @@ scraps = st.text(alphabet="=+-/()[]{}:,.'\"#\\\n\t 0123456789_\0é", max_size=20
 lines = st.builds("{} = {!r}".format, names, objects) | st.builds("{} = {}".format, names, names) | scraps
 
 
-def accepts_or_refuses(schema, argv):
+def accepts_or_refuses(schema, argv, folder):
     """Load; what was accepted comes back equal from its own JSON, so every value is one that its field admits."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with harmless(folder), contextlib.redirect_stdout(io.StringIO()):
             made, _ = load(schema, argv)
     except UserError as problem:
         assert str(problem)
@@ -540,7 +541,7 @@ def accepts_or_refuses(schema, argv):
 
 @given(schema=st.sampled_from(SCHEMAS), argv=st.lists(flags, max_size=5))
 def test_fuzz_the_command_line(schema, argv):
-    accepts_or_refuses(schema, argv)
+    accepts_or_refuses(schema, argv, "/nowhere")
 
 
 @given(schema=st.sampled_from(SCHEMAS), text=st.lists(lines, max_size=6).map("\n".join) | scraps)
@@ -548,4 +549,4 @@ def test_fuzz_a_file(schema, text):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "fuzz.py")
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
-        accepts_or_refuses(schema, [str(path)])
+        accepts_or_refuses(schema, [str(path)], folder)

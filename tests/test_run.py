@@ -419,6 +419,22 @@ def test_metrics_are_read_up_to_a_torn_line_and_continued(tmp_path):
     assert file.read_bytes() == b""
 
 
+def test_memory_holds_evaluations_and_evenly_thinned_steps_the_file_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "KEPT_ROWS", 40)
+    metrics = Metrics(tmp_path / "metrics.jsonl", None)
+    for step in range(1, 1001):
+        metrics.append({"step": step, "loss": 1.0})
+        if step % 100 == 0:
+            metrics.append({"step": step, "val_loss": 1.0})
+    metrics.close()
+    assert steps(tmp_path) == [*range(1, 1001)]
+    again = Metrics(tmp_path / "metrics.jsonl", 1000)
+    again.close()
+    for rows in (metrics.rows, again.rows):
+        assert [row["step"] for row in rows if "val_loss" in row] == [*range(100, 1001, 100)]
+        assert [row["step"] for row in rows if "loss" in row] == [*range(1, 1001, 32)]
+
+
 def test_an_evaluation_made_again_after_a_kill_is_told_once(tmp_path):
     file = tmp_path / "metrics.jsonl"
     first = Metrics(file, None)
@@ -468,6 +484,7 @@ def test_the_picture_of_none_one_and_many_rows(tmp_path):
         [evaluation_row(0, 4.0)],
         [training_row(1, None), evaluation_row(1, None)],
         [row(i, 4 / i) for i in range(1, 300) for row in (training_row, evaluation_row)],
+        [{"step": 1, "loss": 2.0}, {"step": 2, "val_loss": 3}],  # a stranger's file may lack anything
     ):
         draw_losses(rows, tmp_path / "loss.png")
         assert imread(tmp_path / "loss.png").shape == (550, 770, 4)
@@ -476,14 +493,14 @@ def test_the_picture_of_none_one_and_many_rows(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
 
-def test_what_is_published_holds_no_secret(dataset, tmp_path, monkeypatch):
+def test_what_is_published_holds_no_secret(dataset, tmp_path, monkeypatch, capsys):
     secrets = {name: f"s3cret-{name}-abcdef" for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "FREE")}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train.py", "--password=s3cret-argv"])
     assert run(dataset, tmp_path, "--max_iters=2") == 0
     told = "".join(path.read_text("utf-8", errors="replace") for path in tmp_path.rglob("*") if path.is_file())
-    assert "s3cret" not in told
+    assert "s3cret" not in told + "".join(capsys.readouterr())
     facts = json.loads((tmp_path / "run.json").read_text())
     assert set(facts) == {
         "config", "commit", "versions", "platform", "device", "dtype", "compile", "world_size", "data",
@@ -491,7 +508,7 @@ def test_what_is_published_holds_no_secret(dataset, tmp_path, monkeypatch):
     assert facts["data"] == {"name": facts["data"]["name"], "sha256": "0" * 64, "tokens": 2600}
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"config": 3}', b"\xff"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"config": 3}', b'{"config": {}}', b"\xff", b"[" * 100_000])
 def test_a_damaged_run_json_is_refused(tmp_path, damage):
     (tmp_path / "run.json").write_bytes(damage)
     with pytest.raises(UserError, match=r"run\.json is damaged"):
@@ -499,7 +516,8 @@ def test_a_damaged_run_json_is_refused(tmp_path, damage):
 
 
 def earlier_run(out_dir: Path, version: int) -> None:
-    write_json(out_dir / "run.json", {"config": {}, "version": version})
+    config = {"init_from": "scratch", "batch_size": 1, "gradient_accumulation_steps": 1}
+    write_json(out_dir / "run.json", {"config": config, "version": version})
     (out_dir / "metrics.jsonl").write_text(str(version))
     save(out_dir, version)
     save(out_dir, version)

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation import logits_process as theirs_process
 
@@ -20,6 +22,7 @@ import sample
 from data.run import save_checkpoint
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from model import GPT, GPTConfig, Sampling, WeightsError, sample_token, uniform
+from tests.harmless import FEW, harmless
 
 VOCAB = 97  # 128 with its padding
 GREEDY = Sampling(temperature=0)
@@ -280,6 +283,12 @@ def test_int8_weights(both, tmp_path):
     assert model.generate(prompts, 40, sampling=GREEDY) == expected
 
 
+def test_a_prompt_of_one_token_under_autocast(both):
+    """The bias of a single row is added apart, where autocast would leave the sum in fp32 and the cache is bf16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(both[1].generate([[1]], 3)[0]) == 3
+
+
 def test_int8_halves_what_decoding_reads():
     shape = GPTConfig(64, 5000, 1, 4, 256, bias=True)
     C, V = 256, shape.padded_vocab_size
@@ -510,10 +519,12 @@ def test_a_mistake_in_a_conversation_is_told_and_the_loop_goes_on(start, scripte
     assert bytes(scripted.calls[0]) == b"good"
 
 
-def test_a_line_that_is_no_text_does_not_end_a_conversation(start):
-    status, out, err = start("--interactive", stdin=b"\xff\xfe\n")
+@pytest.mark.parametrize("line", [b"\xff\xfe\n", b"\xff\n\xe0"], ids=["in a line", "half a character at the end"])
+def test_a_line_that_is_no_text_does_not_end_a_conversation(start, line):
+    with harmless("/nowhere"):
+        status, out, err = start("--interactive", stdin=line)
     assert (status, out) == (0, "")
-    assert "not UTF-8" in err
+    assert err.count("not UTF-8") == (1 if line.endswith(b"\n") else 2)
 
 
 @pytest.mark.parametrize(
@@ -564,3 +575,44 @@ def test_a_damaged_checkpoint_is_refused_by_name(start, out_dir, tmp_path):
     assert str(file) in err
     (tmp_path / "run/last/tokenizer.json").unlink()
     assert "tokenizer.json" in start(f"--out_dir={tmp_path / 'run'}", "--checkpoint=last")[2]
+
+
+NUMBERS = st.sampled_from(
+    ["0", "1", "2", "7", "-1", "0.5", "1e-30", "1e30", "1e999", "nan", "None", "True", "", "'3'", "x"]
+)
+OPTIONS = st.one_of(
+    st.builds("--{}={}".format, st.sampled_from(["temperature", "top_k", "top_p", "min_p", "seed"]), NUMBERS),
+    st.builds("--{}={}".format, st.sampled_from(["num_samples", "max_new_tokens", "repetition_penalty"]), NUMBERS),
+    st.builds("--stop={}".format, st.text(max_size=3)),
+    st.builds(
+        "--start={}".format, st.text(max_size=40) | st.sampled_from(["-", "FILE:", "FILE:\0", "FILE:/", "FILE:x" * 900])
+    ),
+    st.builds("--{}={}".format, st.sampled_from(["out_dir", "init_from", "checkpoint"]), st.text(max_size=9)),
+    st.sampled_from(
+        ["--init_from=x.pt", "--init_from=/", "--init_from=resume", "--out_dir=/dev/null", "--checkpoint=last"]
+    ),
+    st.sampled_from(
+        ["--json", "--interactive", "--quantize=int8", "--dtype=bfloat16", "--device=mps", "--compile=False"]
+    ),
+    st.text(max_size=9),
+)
+
+
+@given(options=st.lists(OPTIONS, max_size=5), stdin=st.binary(max_size=50) | st.text(max_size=50).map(str.encode))
+@settings(FEW, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_options_give_texts_or_a_message(start, monkeypatch, options, stdin):
+    """Texts of at most seven tokens, of both models; no network: the hub has no model of any such name."""
+
+    def no_hub(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_hub)
+    with harmless("/nowhere"):
+        status, out, err = start("--num_samples=2", "--max_new_tokens=7", *options, stdin=stdin)
+    assert status == 0 or (status == 2 and err.rpartition("error: ")[2].strip()), (status, out, err)
+    assert "Traceback" not in out + err
+
+
+def test_more_than_memory_holds_is_a_message(start):
+    status, _, err = start("--start=ab", f"--max_new_tokens={10**15}")
+    assert (status, "out of memory" in err, "Traceback" in err) == (2, True, False)

@@ -1,13 +1,17 @@
 """Shards against bytes written out by hand, and against one concatenated array."""
 
+import os
 import struct
 import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from config import UserError
 from data.shards import MASK, UINT16, UINT32, ShardWriter, Tokens, find, token_dtype, write_shard
+from tests.harmless import FEW, harmless
 
 
 def llm_c_shard(tokens, magic=20240520, version=1, kind="H", count=None):
@@ -208,3 +212,48 @@ def test_a_hundred_gigabytes_open_at_once_and_in_little_memory(tmp_path):
     assert tokens.gather(np.array([251 * 100_000_000 - 1]), 2).tolist() == [[4321, 0]]
     assert peak < 10e6
     assert len(tokens._files) <= 64
+
+
+def test_a_pipe_in_place_of_a_shard_does_not_keep_us_waiting(tmp_path):
+    os.mkfifo(tmp_path / "val_000000.bin")
+    with harmless(tmp_path, seconds=2), pytest.raises(UserError, match="no regular file"):
+        Tokens.open(tmp_path, "val")
+
+
+HEADERS = st.sampled_from([20240520, 20240801, 0, 1, 7, 2, -1, 2**31 - 1, -(2**31)]) | st.integers(-(2**31), 2**31 - 1)
+GOOD = st.integers(0, 40).map(lambda n: llm_c_shard(range(n)))
+GOOD |= st.integers(0, 40).map(lambda n: llm_c_shard(range(n), 20240801, 7, "I"))
+SHARDS = (
+    GOOD
+    | st.tuples(GOOD, st.integers(0, 1200), st.binary(max_size=4)).map(lambda t: t[0][: t[1]] + t[2] + t[0][t[1] + 1 :])
+    | st.builds(
+        lambda m, v, n, b: struct.pack("<3i", m, v, n) + bytes(1012) + b, HEADERS, HEADERS, HEADERS, st.binary()
+    )
+    | st.binary(max_size=40)
+)
+NAMES = st.sampled_from(["train.bin", "train_000000.bin", "a_train_1.bin", "train_mask_000000.bin"])
+
+
+@given(st.dictionaries(NAMES, SHARDS, min_size=1))
+@settings(FEW)
+def test_any_bytes_are_a_split_or_refused(tmp_path_factory, files):
+    """What is accepted is what its bytes say; anything else is refused by its name, before the first window."""
+    folder = tmp_path_factory.getbasetemp() / "fuzzed-shards"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    try:
+        with harmless("/nowhere"):
+            tokens = Tokens.open(folder, "train")
+            tokens.check_vocab(50257)
+            window = tokens.gather(np.array([0]), len(tokens))[0]
+            mask = None if tokens.mask is None else tokens.mask.gather(np.array([0]), len(tokens))[0]
+    except UserError as problem:
+        assert str(folder) in str(problem)
+        return
+    bare = [name for name in files if files[name][:4] not in (struct.pack("<i", 20240520), struct.pack("<i", 20240801))]
+    parts = [files[path.name][0 if path.name in bare else 1024 :] for path in tokens.paths]
+    assert window.tobytes() == b"".join(parts)
+    assert mask is None or mask.tobytes() == files["train_mask_000000.bin"][1024:]
