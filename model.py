@@ -278,6 +278,8 @@ class GPT(nn.Module):
             x, targets = x[kept], targets[kept]
         x = x.to(compute_dtype(x))
         head = self.lm_head.dequantized() if isinstance(self.lm_head, Int8Linear) else self.lm_head.weight
+        if not torch.is_grad_enabled():  # the function below asks its inputs, and knows nothing of no_grad
+            head = head.detach()
         total = LinearCrossEntropy.apply(x, head, targets, self.config.vocab_size, self.loss_chunk)
         return None, total / divisor
 
@@ -836,11 +838,11 @@ class Decoder:
         side = torch.cuda.Stream()  # warming up on another stream is what capturing asks for
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):
+            for _ in range(2):  # both from the same place: there may be none after it
                 self.forward()
+                for t, before in zip(state, saved, strict=True):
+                    t.copy_(before)
         torch.cuda.current_stream().wait_stream(side)
-        for t, before in zip(state, saved, strict=True):
-            t.copy_(before)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.forward()

@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,7 +248,8 @@ class Step:
         divide_by = (self.grad_norm / clip).clamp(min=1) if clip else torch.ones_like(self.grad_norm)
         for optimizer in self.optimizers:
             if not hasattr(optimizer, "_step_supports_amp_scaling") and not isinstance(optimizer, Muon):
-                _scale_gradients(grads, divide_by, skip)  # torchao's optimizer knows neither
+                _scale_gradients(grads, divide_by, skip)  # torchao's optimizer knows neither,
+                self.lr.mul_(1 - skip)  # and would go on by its momentum
             optimizer.grad_scale, optimizer.found_inf = divide_by, skip  # type: ignore[attr-defined]
             optimizer.step()
         if self.scaler.is_enabled():
@@ -479,13 +481,14 @@ class Run:
         self.config, self.out_dir, self.resumed = config, Path(config.out_dir), resumed
         torch.manual_seed(config.seed)  # the initial weights, alike on every rank
         start, tokenizer, self.progress = load_start(config, given, resumed)
-        self.dataset = open_dataset(
-            config.dataset,
-            tokenizer=tokenizer if tokenizer and config.tokenizer == "auto" else config.tokenizer,
-            val_fraction=config.val_fraction,
-            text_column=config.text_column,
-            block_size=config.block_size,
-        )
+        with first_rank_first():  # it prepares what is not there yet; the others find it ready
+            self.dataset = open_dataset(
+                config.dataset,
+                tokenizer=tokenizer if tokenizer and config.tokenizer == "auto" else config.tokenizer,
+                val_fraction=config.val_fraction,
+                text_column=config.text_column,
+                block_size=config.block_size,
+            )
         self.model = check_start(start, tokenizer, self.dataset, config)
         if resumed and run_folder.read_run(self.out_dir).get("data", {}).get("sha256") != self.dataset.source_sha256:
             self.dataset.warnings.append("the data are not those that this run began with: its windows are others now")
@@ -800,6 +803,16 @@ class Run:
         return status
 
 
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The other ranks begin when rank 0 is through."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
+
+
 def start_wandb(config: TrainConfig, facts: dict[str, Any], progress: Progress) -> Any:
     """Start the run's record at Weights & Biases, or go on with it."""
     try:
@@ -836,6 +849,11 @@ def load_start(config: TrainConfig, given: set[str], resumed: bool) -> tuple[GPT
                 "lora_rank with init_from=scratch: LoRA adapts a trained model, say which with --init_from="
             )
         return None, None, progress
+    elif config.lora_rank and Path(config.out_dir).resolve() in (source.resolve(), *source.resolve().parents):
+        raise UserError(
+            f"init_from={source} lies in out_dir={config.out_dir}, whose files this run replaces, and resuming needs the "
+            "model that the adapters began with: choose another --out_dir="
+        )
     if (source / "run.json").exists():
         source = run_folder.find_checkpoint(source, ("best", "last"))[0]
     if source.suffix != ".pt":
@@ -1080,7 +1098,8 @@ def evaluate_only(run: Run) -> None:
 
 def out_of_memory(config: TrainConfig) -> UserError:
     free, total = torch.cuda.mem_get_info()
-    knobs = ["--recompute=pointwise", "--recompute=block"][["none", "pointwise", "block"].index(config.recompute) :]
+    stronger = {"none": ["--recompute=pointwise", "--recompute=block"], "pointwise": ["--recompute=block"]}
+    knobs = stronger.get(config.recompute, [])  # auto: it has not come to a step, or has tried them all
     if config.batch_size != "auto" and int(config.batch_size) > 1:
         half = f"--batch_size={int(config.batch_size) // 2} --gradient_accumulation_steps={2 * config.gradient_accumulation_steps}"
         knobs.append(f"{half} (the same step in smaller pieces)")
@@ -1101,6 +1120,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     if world > 1:
         gpu = torch.cuda.is_available() and config.device != "cpu"
+        if gpu:  # before the first collective, which else has to guess
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group(config.backend if gpu else "gloo")
     try:
         if config.eval_only:

@@ -113,7 +113,9 @@ def _prepare_cache(
         )
     documents = None if hub else Documents(name, text_column)  # the hub is asked only for what is not there yet
     content = [(file.name, sha256(file)) for file in documents.files] if documents else name
-    made_with = tokenizer if isinstance(tokenizer, str) else tokenizer.sha256
+    # By name where that says it all: resuming, which brings the model's own tokenizer, finds what the run began with.
+    chars = isinstance(tokenizer, CharTokenizer)
+    made_with = tokenizer if isinstance(tokenizer, str) else tokenizer.sha256 if chars else tokenizer.name
     stem = DATA / "cache" / (re.sub(r"[^\w.-]+", "-", Path(name).stem)[:50] or "texts")
     for row in (None, block_size):  # only instruction data depend on the block size
         made_by = json.dumps([content, made_with, val_fraction, text_column, row])

@@ -153,6 +153,14 @@ def test_the_bar_ends_at_its_total(house):
 # The cache
 
 
+def test_a_models_tokenizer_finds_what_its_name_has_made(house):
+    (house / "a.txt").write_text("Lorem ipsum dolor sit amet. " * 40)
+    by_name = open_bytes("a.txt")
+    assert open_bytes("a.txt", tokenizer=ByteTokenizer()).folder == by_name.folder
+    chars = [CharTokenizer("".join(sorted({*"Lorem ipsum dolor sit amet.", extra}))) for extra in "xy"]
+    assert open_bytes("a.txt", tokenizer=chars[0]).folder != open_bytes("a.txt", tokenizer=chars[1]).folder
+
+
 def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypatch):
     made = []
     monkeypatch.setattr(data, "prepare_texts", lambda *a, **k: made.append(a[0]) or prepare_texts(*a, **k))

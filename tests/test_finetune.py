@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 import config as configuration
 import data
 import train
+from config import UserError
 from config.machine import Machine
 from data import open_dataset
 from data.shards import Tokens
@@ -117,6 +118,15 @@ def test_a_lora_run_resumes_bit_for_bit(start, text, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     final = [row["val_loss"] for row in rows if "val_loss" in row][-1]
     assert f"val loss {final:.4f}" in capsys.readouterr().out  # the adapted model, not its base
+
+
+@pytest.mark.parametrize("inside", ["", "best"])
+def test_adapters_for_a_model_that_the_run_replaces_are_refused(start, text, tmp_path, inside):
+    """Resuming would put them, a second time, on the model into which best/ has merged them."""
+    finetune(start, text, tmp_path, "--max_iters=20")
+    with pytest.raises(UserError, match="choose another --out_dir="):
+        finetune(tmp_path / inside, text, tmp_path, "--lora_rank=4")
+    finetune(tmp_path / inside, text, tmp_path.with_name("adapted"), "--lora_rank=4", "--max_iters=1")
 
 
 def test_only_adapters_are_trained(start):

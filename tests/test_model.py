@@ -193,6 +193,14 @@ def test_chunks_do_not_change_loss_or_gradients(monkeypatch, chunk):
         assert relative(a, b) < 1e-5
 
 
+def test_evaluating_makes_no_gradient(monkeypatch):
+    model, idx = GPT(GPTConfig(64, 97, 2, 2, 32)), torch.arange(120).view(2, 60) % 97
+    with_gradient = model(idx, idx)[1]
+    monkeypatch.setattr("model.accumulate_product", lambda *args: pytest.fail("a product for the head's gradient"))
+    with torch.no_grad():
+        assert torch.equal(model(idx, idx)[1], with_gradient)
+
+
 def test_padding_of_the_vocabulary_takes_no_part():
     model, (x, y) = small(), torch.randint(0, 13, (2, 4, 8))
     before, logits = model(x, y)[1], model(x)[0]

@@ -1,5 +1,6 @@
 """Generation against `transformers` and full recomputation; sample.py from its command line to what it prints."""
 
+import contextlib
 import copy
 import io
 import json
@@ -21,7 +22,7 @@ import config as configuration
 import sample
 from data.run import save_checkpoint
 from data.tokenizers import ByteTokenizer, CharTokenizer
-from model import GPT, GPTConfig, Sampling, WeightsError, sample_token, uniform
+from model import GPT, Decoder, GPTConfig, Sampling, WeightsError, sample_token, uniform
 from tests.harmless import FEW, harmless
 
 VOCAB = 97  # 128 with its padding
@@ -121,6 +122,32 @@ def test_weights_stored_by_columns_are_the_same_model(both, greedy, tmp_path):
     for name, m in (("rows", both[1]), ("columns", model)):
         m.save_pretrained(tmp_path / name)
     assert (tmp_path / "rows/model.safetensors").read_bytes() == (tmp_path / "columns/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("prompt", "new"), [([1, 2], 2), ([1] * 15, 4)])
+def test_warming_up_before_recording_stays_inside_draws_and_context(monkeypatch, prompt, new):
+    """The way a GPU goes, with a graph that is the plain step: neither draws nor context reach further than needed."""
+    model = GPT(GPTConfig(16, 13, 2, 2, 16)).eval()
+    plain = model.generate([prompt], new, seeds=[3])
+    side = SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in (("Stream", lambda: side), ("current_stream", lambda: side), ("CUDAGraph", lambda: side)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    @contextlib.contextmanager
+    def recording(graph):
+        with monkeypatch.context() as m:
+            m.setattr(Decoder, "forward", lambda self: None)
+            yield
+
+    def advance(self):
+        if self.graph is None:
+            self.capture()
+        self.forward()
+
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(Decoder, "advance", advance)
+    assert model.generate([prompt], new, seeds=[3]) == plain
 
 
 def test_never_an_id_of_the_padding(both):

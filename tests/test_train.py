@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,6 +235,22 @@ def test_an_update_that_is_not_finite_is_skipped(value, optimizer, accumulation)
     step(1e-2)
     assert step.bad.item() == 0
     assert all(torch.isfinite(p).all() for p in step.model.parameters())
+
+
+def test_a_skipped_update_of_8_bit_moments_leaves_the_weights():
+    pytest.importorskip("torchao")
+    model = set_weights(GPT(GPTConfig(8, 13, 2, 2, 8, bias=True))).bfloat16()
+    step = train.Step(model, step_config(optimizer="adamw8bit"), CPU)
+    x, y = torch.randint(0, 13, (2, 2, 8), generator=torch.Generator().manual_seed(3))
+    step(1e-2, fill(step, x, y))
+    before = [p.clone() for p in model.parameters()]
+    hook = model.transformer["ln_f"].weight.register_hook(lambda g: g * math.nan)
+    step(1e-2)
+    assert step.bad.item() == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    hook.remove()
+    step(1e-2)
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_too_many_bad_updates_stop_the_run_and_last_stays_finite(dataset, tmp_path, monkeypatch, capsys):
@@ -481,10 +498,20 @@ def test_wandb_goes_on_with_the_same_run(dataset, tmp_path, monkeypatch):
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first}"))) >= 1
 
 
-def test_out_of_memory_names_the_knobs(dataset, tmp_path, monkeypatch):
-    def exhausted(self, rows=None):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def exhausted(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
+
+@pytest.mark.parametrize("options", [[], ["--batch_size=auto"]])
+def test_a_model_that_does_not_fit_at_all_is_a_message(dataset, tmp_path, monkeypatch, options):
+    """Memory that ends before recompute=auto and batch_size=auto have become something."""
+    monkeypatch.setattr(train, "prepare_model", exhausted)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (2**30, 12 * 2**30))
+    with pytest.raises(UserError, match="--optimizer=adamw8bit"):
+        run(dataset, tmp_path, "--max_iters=1", *options)
+
+
+def test_out_of_memory_names_the_knobs(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Step, "run", exhausted)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (2**30, 12 * 2**30))
     with pytest.raises(UserError, match="12.0 GiB") as error:
@@ -561,6 +588,21 @@ def test_one_rank_is_resumed_by_two_with_targets_shared_unevenly(tmp_path):
     assert list(both.values()) == pytest.approx(list(one.values()), abs=1e-5)
     for name, t in weights(tmp_path / "one").items():
         assert torch.allclose(t, weights(tmp_path / "both")[name], atol=1e-5), name
+
+
+def test_one_rank_prepares_the_data_for_all(tmp_path):
+    text = tmp_path / "for_two_ranks.txt"
+    text.write_text("a text that was never seen before. " * 40)
+    cache = Path(__file__).parent.parent / "data" / "cache"
+    for folder in cache.glob("for_two_ranks-*"):
+        shutil.rmtree(folder)
+    argv = [*QUICK, "--tokenizer=bytes", f"--dataset={text}", f"--out_dir={tmp_path / 'out'}", "--max_iters=2"]
+    two_ranks = torchrun(*argv)
+    said, _ = two_ranks.communicate()
+    assert two_ranks.returncode == 0, said
+    assert list(losses(tmp_path / "out")) == [1, 2]
+    (prepared,) = cache.glob("for_two_ranks-*")
+    shutil.rmtree(prepared)
 
 
 def test_a_rank_that_dies_ends_the_run_and_leaves_a_checkpoint(dataset, tmp_path):
