@@ -14,7 +14,6 @@ Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1 (attention); Hen
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -390,6 +389,7 @@ class GPT(nn.Module):
         else:
             folder = find_pretrained(path_or_name)
             config, tensors = _read_config(folder / "config.json"), _read_safetensors(folder)
+        tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
         _check_size(config, tensors, str(path_or_name))
         if block_size is not None and block_size > config.block_size:
             raise WeightsError(
@@ -403,7 +403,6 @@ class GPT(nn.Module):
     @torch.no_grad()
     def load_published(self, tensors: dict[str, Tensor], source: str) -> None:
         """Copy tensors in the published layout into this model; every one must be there and have its shape."""
-        tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
         for name, mine in self._published_weights().items():
             module_name, _, kind = name.rpartition(".")
             module = self.transformer.get_submodule(module_name)
@@ -411,13 +410,8 @@ class GPT(nn.Module):
                 if name in tensors and tensors[name].any():
                     raise WeightsError(f'{source}: config.json says "bias": false, but {name} is not zero')
                 continue
-            if name not in tensors:
-                raise WeightsError(f"{source}: tensor {name} is missing")
-            if tensors[name].shape != mine.shape:
-                raise WeightsError(
-                    f"{source}: tensor {name} has shape {tuple(tensors[name].shape)}, config.json asks for {tuple(mine.shape)}"
-                )
-            mine.copy_(tensors[name])  # a view into the parameter, transposed where Conv1D is
+            # A view into the parameter, transposed where Conv1D is.
+            mine.copy_(_take(tensors, name, tuple(mine.shape), source))
         self.lm_head.weight[self.config.vocab_size :].zero_()
 
     @torch.no_grad()
@@ -921,17 +915,20 @@ def _check_shape(shape: dict[str, int], file: Path) -> None:
 
 def _check_size(config: GPTConfig, tensors: dict[str, Tensor], source: str) -> None:
     """Refuse a model whose file does not hold what its configuration asks for, before memory is asked for it."""
-    shapes = {name.removeprefix("transformer."): tuple(t.shape) for name, t in tensors.items()}
-    C, layers = config.n_embd, range(config.n_layer)
-    expected = itertools.chain(
-        [("wte.weight", (config.vocab_size, C)), ("wpe.weight", (config.block_size, C))],
-        ((f"h.{i}.mlp.c_proj.weight", (4 * C, C)) for i in layers),
-    )
-    for name, shape in expected:
-        if name not in shapes:
-            raise WeightsError(f"{source}: tensor {name} is missing")
-        if shapes[name] != shape:
-            raise WeightsError(f"{source}: tensor {name} has shape {shapes[name]}, config.json asks for {shape}")
+    _take(tensors, "wte.weight", (config.vocab_size, config.n_embd), source)
+    _take(tensors, "wpe.weight", (config.block_size, config.n_embd), source)
+    for i in range(config.n_layer):
+        _take(tensors, f"h.{i}.mlp.c_proj.weight", (4 * config.n_embd, config.n_embd), source)
+
+
+def _take(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], source: str) -> Tensor:
+    if name not in tensors:
+        raise WeightsError(f"{source}: tensor {name} is missing")
+    if tensors[name].shape != shape:
+        raise WeightsError(
+            f"{source}: tensor {name} has shape {tuple(tensors[name].shape)}, config.json asks for {shape}"
+        )
+    return tensors[name]
 
 
 def _read_config(file: Path) -> GPTConfig:
@@ -985,14 +982,7 @@ def find_pretrained(path_or_name: str | Path) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    patterns = [
-        "config.json",
-        "*.safetensors",
-        "*.safetensors.index.json",
-        "vocab.json",
-        "merges.txt",
-        "tokenizer*.json",
-    ]
+    patterns = ["*.json", "*.txt", "*.safetensors"]
     hint = (
         f"Download config.json, model.safetensors, vocab.json and merges.txt from https://huggingface.co/{name} "
         f"into a folder and pass its path as --init_from=FOLDER"

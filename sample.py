@@ -48,12 +48,12 @@ def load(config: SampleConfig) -> tuple[GPT, Any, Machine]:
         say(f"loaded {source}, step {state['step']}" + (f", best val loss {loss:.4f}" if loss else ""))
     folder = Path(source) if Path(source).suffix == ".pt" else find_pretrained(source)
     model = GPT.from_pretrained(folder).eval()
-    tokenizer = load_tokenizer(folder) if folder.is_dir() else None
+    tokenizer = load_tokenizer(folder.parent if folder.suffix == ".pt" else folder)
     if tokenizer is None:
         raise UserError(
             f"{folder} has no tokenizer, so its ids cannot be turned into text. Put vocab.json and merges.txt beside it"
         )
-    machine = open_machine(config)
+    machine = open_machine(config, long=config.max_new_tokens >= COMPILE_FROM_STEPS)
     for note in machine.notes:
         say(note)
     if config.quantize == "int8":
@@ -144,26 +144,29 @@ class Timing:
             self.counted_from, self.before = time.perf_counter(), self.tokens
             self.first = self.counted_from - self.started
 
-    def __str__(self) -> str:
+    def tell(self, bound: float | None) -> str:
+        """bound: the tokens a second that the memory's speed would allow, where it is known."""
         if not self.first:
             return "no token"
         seconds = time.perf_counter() - self.counted_from
         rate = (self.tokens - self.before) / seconds if seconds else 0.0
-        return f"{self.tokens} tokens, first after {self.first:.2f} s, then {rate:,.0f} tokens/s"
+        told = f"{self.tokens} tokens, first after {self.first:.2f} s, then {rate:,.0f} tokens/s"
+        return told + (
+            f", {rate / bound:.0%} of what the memory's speed allows ({bound:,.0f})" if rate and bound else ""
+        )
 
 
 def write(
-    model: GPT, tokenizer: Any, prompt: list[int], config: SampleConfig, machine: Machine, texts: list[Text]
+    model: GPT, prompt: list[int], config: SampleConfig, machine: Machine, texts: list[Text]
 ) -> Iterator[tuple[int, str]]:
     """Fill `texts`, yielding (index, new characters) as they come. In a prompt loop Ctrl-C ends the texts, not the loop."""
-    count = len(texts)
+    count, length = len(texts), config.max_new_tokens
     how = Sampling(config.temperature, config.top_k or 0, config.top_p, config.min_p, config.repetition_penalty)
-    compiled = machine.compiled and (config.compile is True or config.max_new_tokens >= COMPILE_FROM_STEPS)
     # Far apart, so that no two samples of different seeds share their random numbers.
     seeds = [config.seed * 1_000_003 + i for i in range(count)]
     timing = Timing()
     try:
-        for tokens in model.stream([prompt] * count, config.max_new_tokens, how, seeds=seeds, compiled=compiled):
+        for tokens in model.stream([prompt] * count, length, how, seeds=seeds, compiled=machine.compiled):
             timing.tick(sum(text.reason is None for text in texts))
             for i, (text, token) in enumerate(zip(texts, tokens, strict=True)):
                 if not text.reason and (new := text.add(token)):
@@ -176,18 +179,10 @@ def write(
     for i, text in enumerate(texts):
         if not text.reason and (new := text.finish("length")):
             yield i, new
-    summary = f"{timing}{bandwidth_share(model, timing, count, machine)}"
-    say(f"\n{summary}" if count == 1 else f"\n{count} texts in one batch: {summary}")
-
-
-def bandwidth_share(model: GPT, timing: Timing, count: int, machine: Machine) -> str:
-    """Decoding has to read every weight once a step: the share of that bound which was reached, on a known GPU."""
+    # Decoding has to read every weight once a step.
     card = CARDS.get(machine.name)
-    seconds = time.perf_counter() - timing.counted_from
-    if card is None or timing.tokens <= timing.before or seconds <= 0:
-        return ""
-    bound = card.bandwidth_gbs * 1e9 / model.decode_bytes() * count
-    return f", {(timing.tokens - timing.before) / seconds / bound:.0%} of what the memory's speed allows ({bound:,.0f})"
+    summary = timing.tell(card and card.bandwidth_gbs * 1e9 / model.decode_bytes() * count)
+    say(f"\n{summary}" if count == 1 else f"\n{count} texts in one batch: {summary}")
 
 
 def print_samples(model: GPT, tokenizer: Any, prompt: str, config: SampleConfig, machine: Machine) -> None:
@@ -196,7 +191,7 @@ def print_samples(model: GPT, tokenizer: Any, prompt: str, config: SampleConfig,
     texts = [Text(tokenizer, config.stop) for _ in range(config.num_samples)]
     if not config.json:
         show(prompt)
-    for i, new in write(model, tokenizer, ids, config, machine, texts):
+    for i, new in write(model, ids, config, machine, texts):
         if i == 0 and not config.json:
             show(new)
     for i, text in enumerate(texts):
@@ -259,7 +254,7 @@ def converse(model: GPT, tokenizer: Any, config: SampleConfig, machine: Machine)
             context = context[-max(len(new), model.config.block_size // 2) :]
         text = Text(tokenizer, config.stop)
         with contextlib.suppress(KeyboardInterrupt):  # it may come while the text is being shown, too
-            for _, piece in write(model, tokenizer, context, config, machine, [text]):
+            for _, piece in write(model, context, config, machine, [text]):
                 show(piece)
         show("\n")
         context += text.ids + ([tokenizer.eot] if text.reason == "end" else [])

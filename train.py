@@ -227,6 +227,9 @@ class Step:
                     _, loss = self.forward(self.x[i], self.y[i], self.divisor, None if rows is None else rows[i])
                 self.scaler.scale(loss).backward()
             self.loss += loss.detach()
+        if self.machine.world > 1:  # so that all skip an update, or none
+            dist.all_reduce(self.loss)
+            self.loss /= self.machine.world
         self.update()
 
     @torch.no_grad()
@@ -248,7 +251,8 @@ class Step:
         divide_by = (self.grad_norm / clip).clamp(min=1) if clip else torch.ones_like(self.grad_norm)
         for optimizer in self.optimizers:
             if not hasattr(optimizer, "_step_supports_amp_scaling") and not isinstance(optimizer, Muon):
-                _scale_gradients(grads, divide_by, skip)  # torchao's optimizer knows neither,
+                for g in grads:  # torchao's optimizer knows neither,
+                    g.copy_(torch.where(skip > 0, 0.0, g / divide_by))
                 self.lr.mul_(1 - skip)  # and would go on by its momentum
             optimizer.grad_scale, optimizer.found_inf = divide_by, skip  # type: ignore[attr-defined]
             optimizer.step()
@@ -265,11 +269,6 @@ class Step:
         with torch.cuda.graph(self.graph):
             self.run()
         self.graph.replay()
-
-
-def _scale_gradients(grads: list[Tensor], divide_by: Tensor, skip: Tensor) -> None:
-    for g in grads:
-        g.copy_(torch.where(skip > 0, 0.0, g / divide_by))
 
 
 def wants_graph(model: GPT, config: Any, machine: Machine) -> bool:
@@ -439,8 +438,8 @@ class Progress:
 class Clock:
     """Seconds and steps of training alone. Stopped for evaluation and saving; a stop waits for the device."""
 
-    def __init__(self, machine: Machine):
-        self.machine, self.total, self.seconds, self.steps = machine, 0.0, 0.0, 0
+    def __init__(self, machine: Machine, total: float):
+        self.machine, self.total, self.seconds, self.steps = machine, total, 0.0, 0
         self.started: float | None = None
 
     def start(self) -> None:
@@ -480,7 +479,11 @@ class Run:
 
         self.config, self.out_dir, self.resumed = config, Path(config.out_dir), resumed
         torch.manual_seed(config.seed)  # the initial weights, alike on every rank
-        start, tokenizer, self.progress = load_start(config, given, resumed)
+        self.progress, last = Progress(), None
+        if resumed:
+            last, state = run_folder.find_checkpoint(self.out_dir, ("last",))
+            self.progress = Progress(**{key: state[key] for key in vars(self.progress) if key in state})
+        start, tokenizer = load_start(config, given, last)
         with first_rank_first():  # it prepares what is not there yet; the others find it ready
             self.dataset = open_dataset(
                 config.dataset,
@@ -514,11 +517,10 @@ class Run:
         self.loader = Loader(self.windows, self.step, self.machine)
         # Dropout's random numbers: a rank's own, and not the first ones over again after resuming.
         torch.manual_seed(config.seed + self.machine.rank + 1_000_003 * self.progress.step)
-        if resumed:
-            load_trainer(run_folder.find_checkpoint(self.out_dir, ("last",))[0], self.step, self.master)
-        self.clock, self.stop_signal, self.skipped = Clock(self.machine), 0, 0.0
+        if last is not None:
+            load_trainer(last, self.step, self.master)
+        self.clock, self.stop_signal, self.skipped = Clock(self.machine, self.progress.elapsed_s), 0, 0.0
         self.flag = torch.zeros((), dtype=torch.int64, device=self.machine.device)  # the stop signal of all ranks
-        self.earlier_s = self.progress.elapsed_s
         self.saved_step = self.progress.step if resumed else -1
         self.drawing: threading.Thread | None = None
 
@@ -645,12 +647,8 @@ class Run:
     def log_step(self, bar: Any, lr: float) -> bool:
         """One line of metrics, reading the device for the first time since the last; true if the run is hopeless."""
         p, step = self.progress, self.step
-        loss = step.loss.clone()
-        if self.machine.world > 1:
-            dist.all_reduce(loss, dist.ReduceOp.AVG if self.machine.on_gpu else dist.ReduceOp.SUM)
-            loss /= 1 if self.machine.on_gpu else self.machine.world
         # This waits for the device.
-        loss, grad_norm, bad, skipped = torch.stack([loss, step.grad_norm, step.bad, step.skipped]).tolist()
+        loss, grad_norm, bad, skipped = torch.stack([step.loss, step.grad_norm, step.bad, step.skipped]).tolist()
         steps_per_s = self.clock.lap()
         rate = steps_per_s and round(steps_per_s * self.step_windows * self.config.block_size)
         if self.master:
@@ -702,7 +700,7 @@ class Run:
             if self.wandb:
                 self.wandb.log({"train_loss": train_loss, "val_loss": val_loss}, step=p.step)
         self.show_sample()
-        if better and not self.save("best"):
+        if better and not self.as_rank_0(self.save("best")):
             p.best_val_loss, p.best_step = before  # what best/ still holds
         if p.step > 0 and c.always_save_checkpoint:
             self.save("last")
@@ -712,8 +710,15 @@ class Run:
             self.clock.start()
         return 0 < c.patience <= p.worse_evaluations
 
+    def as_rank_0(self, saved: bool) -> bool:
+        """What rank 0 says, which alone writes: else the ranks would count other evaluations for patience."""
+        said = torch.tensor(int(saved), device=self.machine.device)
+        if self.machine.world > 1:
+            dist.broadcast(said, 0)
+        return bool(said)
+
     def elapsed(self) -> float:
-        return round(self.earlier_s + self.clock.total, 3)
+        return round(self.clock.total, 3)
 
     # -- the run's folder
 
@@ -833,22 +838,20 @@ def start_wandb(config: TrainConfig, facts: dict[str, Any], progress: Progress) 
     return run
 
 
-def load_start(config: TrainConfig, given: set[str], resumed: bool) -> tuple[GPT | None, Any, Progress]:
-    """The model to start from on the CPU (None: from scratch), its tokenizer if it has one, and how far it has come."""
+def load_start(config: TrainConfig, given: set[str], last: Path | None) -> tuple[GPT | None, Any]:
+    """The model to start from on the CPU (None: from scratch) and its tokenizer if it has one. last: when resuming."""
     from data.tokenizers import load_tokenizer
 
-    progress, source = Progress(), Path(config.init_from)
-    if resumed:
-        folder, state = run_folder.find_checkpoint(Path(config.out_dir), ("last",))
-        progress = Progress(**{key: state[key] for key in Progress.__dataclass_fields__ if key in state})
+    source = Path(config.init_from)
+    if last is not None:
         if not config.lora_rank or config.eval_only:  # else adapters go on, and from the model that they began with
-            source = folder
+            source = last
     elif config.init_from == "scratch":
         if config.lora_rank:
             raise UserError(
                 "lora_rank with init_from=scratch: LoRA adapts a trained model, say which with --init_from="
             )
-        return None, None, progress
+        return None, None
     elif config.lora_rank and Path(config.out_dir).resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(
             f"init_from={source} lies in out_dir={config.out_dir}, whose files this run replaces, and resuming needs the "
@@ -858,11 +861,11 @@ def load_start(config: TrainConfig, given: set[str], resumed: bool) -> tuple[GPT
         source = run_folder.find_checkpoint(source, ("best", "last"))[0]
     if source.suffix != ".pt":
         source = find_pretrained(config.init_from if source == Path(config.init_from) else source)
-    asked = resumed or "block_size" in given
+    asked = last is not None or "block_size" in given
     model = GPT.from_pretrained(source, config.block_size if asked else None, config.dropout)
     config.block_size = model.config.block_size
     tokenizer = load_tokenizer(source) if source.is_dir() else None
-    return model, tokenizer, progress
+    return model, tokenizer
 
 
 def check_start(model: GPT | None, tokenizer: Any, dataset: Any, config: TrainConfig) -> GPT:
@@ -1031,7 +1034,9 @@ def load_trainer(folder: Path, step: Step, master: bool = True) -> None:
                 if part:
                     state.setdefault(key, {})[part] = tensor.to(step.machine.device)
                 else:
-                    state[key] = tensor.to(step.machine.device)
+                    # Of positions past a block_size that resuming has made smaller there is nothing to go on with.
+                    cropped = tensor.ndim == params[param].ndim and param.endswith("wpe.weight")
+                    state[key] = (tensor[: len(params[param])] if cropped else tensor).to(step.machine.device)
             elif kind == "scaler" and step.scaler.is_enabled():
                 state = step.scaler.state_dict() | {"scale": tensor[0].item(), "_growth_tracker": int(tensor[1])}
                 step.scaler.load_state_dict(state)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from config import UserError
+from data.download import write_whole
 
 REPOSITORY = Path(__file__).parent.parent
 KEPT_ROWS = 4000  # training steps that loss.png shows: it is 770 pixels wide
@@ -216,12 +217,9 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    temporary = file.with_name(file.name + ".tmp")
     with _writing(file):
-        _unlink_link(temporary)
-        temporary.write_text(text, "utf-8")
-        _sync(temporary)  # else a power cut may leave the new name on an empty file
-        temporary.replace(file)
+        _unlink_link(file.with_name(file.name + ".tmp"))
+        write_whole(file, text.encode())
 
 
 def _is_figure(value: Any) -> bool:

@@ -585,6 +585,33 @@ def test_a_users_mistake_ends_with_a_message_and_status_2(start, monkeypatch, op
     assert "Traceback" not in err
 
 
+def test_nanogpts_checkpoint_writes_with_the_tokenizer_beside_it(start, out_dir, tmp_path):
+    model = GPT.from_pretrained(out_dir / "best")
+    state = {
+        name: t[:257] if name.endswith(("wte.weight", "lm_head.weight")) else t
+        for name, t in model.state_dict().items()
+    }
+    args = {
+        key: getattr(model.config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
+    }
+    torch.save({"model": state, "model_args": args}, tmp_path / "ckpt.pt")
+    options = (f"--init_from={tmp_path / 'ckpt.pt'}", "--start=ab", "--num_samples=1", "--max_new_tokens=9")
+    status, _, err = start(*options)
+    assert (status, "Put vocab.json and merges.txt beside it" in err) == (2, True)
+    ByteTokenizer().save(tmp_path)
+    status, out, _ = start(*options)
+    assert (status, out) == (0, start("--checkpoint=best", *options[1:])[1])
+
+
+@pytest.mark.parametrize("options", [[], ["--max_new_tokens=20000"]])
+def test_the_compiler_is_tried_only_for_texts_that_it_serves(out_dir, monkeypatch, options):
+    argv = [f"--out_dir={out_dir}", "--device=cpu", "--dtype=float32", *options]
+    asked = []
+    monkeypatch.setattr("config.machine.choose_compile", lambda asked_for, device, long, notes: asked.append(long))
+    sample.load(configuration.load(configuration.SampleConfig, argv)[0])
+    assert asked == [bool(options)]
+
+
 def test_standard_input_that_is_no_text(start):
     status, out, err = start("--start=-", stdin=b"ab\xff")
     assert (status, out) == (2, "")

@@ -20,6 +20,7 @@ import config as configuration
 import train
 from config import UserError
 from config.machine import Machine
+from data.run import read_checkpoint
 from data.shards import Tokens, write_shard
 from data.windows import TrainWindows
 from model import GPT, MASKED, GPTConfig, WeightsError
@@ -447,6 +448,16 @@ def test_quantized_evaluation_is_near_the_exact_one(dataset, tmp_path, capsys):
     assert values[0] == pytest.approx(values[1], abs=0.02)
 
 
+def test_resuming_with_a_smaller_context_crops_the_moments_too(dataset, tmp_path):
+    assert run(dataset, tmp_path, "--max_iters=2") == 0
+    for steps in (4, 5):
+        assert (
+            train.main(["--init_from=resume", f"--out_dir={tmp_path}", f"--max_iters={steps}", "--block_size=8"]) == 0
+        )
+    moments = load_file(tmp_path / "last/trainer.safetensors")
+    assert moments["optimizer.transformer.wpe.weight.exp_avg"].shape == (8, 16)
+
+
 def test_patience_ends_the_run_and_best_is_kept(dataset, tmp_path, capsys):
     assert (
         run(
@@ -484,6 +495,16 @@ def test_sigterm_saves_and_ends_with_143(dataset, tmp_path):
     step = json.loads((tmp_path / "last/trainer.json").read_text())["step"]
     assert step >= 12
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", f"--max_iters={step + 2}"]) == 0
+
+
+def test_resuming_reads_each_file_of_the_checkpoint_once_to_verify_it(dataset, tmp_path, monkeypatch):
+    assert run(dataset, tmp_path, "--max_iters=2") == 0
+    read = []
+    monkeypatch.setattr(
+        train.run_folder, "read_checkpoint", lambda folder, f=read_checkpoint: read.append(folder) or f(folder)
+    )
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=2"]) == 0
+    assert read == [tmp_path / "last"]
 
 
 def test_wandb_goes_on_with_the_same_run(dataset, tmp_path, monkeypatch):
