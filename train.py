@@ -1095,9 +1095,9 @@ def evaluate_only(run: Run) -> None:
     for note in run.machine.notes:
         run.say(note)
     loss = evaluate(run.model, run.val, run.eval_count, run.batch_size, run.machine)
-    targets = min(run.eval_count * run.config.block_size, len(run.dataset.val) - 1)
     run.say(
-        f"{run.dataset.name}: val loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f} over {targets:,} tokens"
+        f"{run.dataset.name}: val loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f} "
+        f"over {run.eval_count:,} windows of {run.config.block_size:,} tokens"
     )
 
 

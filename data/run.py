@@ -333,8 +333,8 @@ def draw_losses(rows: list[dict[str, Any]], file: Path) -> None:
         top.plot(
             *zip(*points, strict=True) if points else ((), ()), color=color, marker=marker, ms=4, lw=1.5, label=label
         )
-    if evaluations:
-        best = min(evaluations, key=lambda r: r["val_loss"])
+    if trained := [r for r in evaluations if r["step"] > 0]:  # as best/ does, which leaves the beginning out
+        best = min(trained, key=lambda r: r["val_loss"])
         label = f"best {best['val_loss']:.4f} at step {best['step']:,}"
         top.axhline(best["val_loss"], color="#D55E00", lw=0.8, ls=":", label=label)
     top.set_ylabel("loss (nats per token)")

@@ -48,7 +48,7 @@ class HangError(BaseException):
 
 
 @contextlib.contextmanager
-def harmless(folder: Path | str, seconds: float = 10) -> Iterator[None]:
+def harmless(folder: Path | str, seconds: float = 30) -> Iterator[None]:
     """Within this, nothing outside of `folder` is written, nothing is run, no pickle names a class, and time is short."""
 
     def late(number, frame):

@@ -216,7 +216,7 @@ def test_a_hundred_gigabytes_open_at_once_and_in_little_memory(tmp_path):
 
 def test_a_pipe_in_place_of_a_shard_does_not_keep_us_waiting(tmp_path):
     os.mkfifo(tmp_path / "val_000000.bin")
-    with harmless(tmp_path, seconds=2), pytest.raises(UserError, match="no regular file"):
+    with harmless(tmp_path), pytest.raises(UserError, match="no regular file"):
         Tokens.open(tmp_path, "val")
 
 
