@@ -444,7 +444,8 @@ def find_batch(config: Any, machine: Machine) -> Row:
     room = config.vram_gb - MARGIN_GIB if config.vram_gb else room
     trials = []
     for recompute in RECOMPUTE if config.recompute == "auto" and room else (config.recompute.replace("auto", "none"),):
-        top = largest(config, recompute, room) if room else 0
+        # A CPU would work for minutes on what a card's memory holds.
+        top = min(largest(config, recompute, room), 1024 if machine.on_gpu else 64) if room else 0
         sizes = {n for n in (top // 2, top * 3 // 4, top * 19 // 20, top) if n} if room else {1, 2, 4, 8, 16, 32}
         trials += [replace(config, batch_size=n, recompute=recompute) for n in sorted(sizes)]
     rows = show([attempt(fill(KEYS, vars(trial)), trial) for trial in trials])

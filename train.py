@@ -746,8 +746,8 @@ class Run:
         )
         if c.wandb_log:
             self.wandb = start_wandb(c, facts, self.progress)
-        if not self.resumed:
-            run_folder.set_aside(self.out_dir)
+        if not self.resumed and (previous := run_folder.set_aside(self.out_dir)):
+            self.say(f"the run that was in {self.out_dir} lies in {previous} now; delete what you no longer need")
         run_folder.write_json(self.out_dir / "run.json", facts)
         self.metrics = run_folder.Metrics(self.out_dir / "metrics.jsonl", self.progress.step if self.resumed else None)
 

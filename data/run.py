@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -196,20 +197,24 @@ def describe(config: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"config": config, "commit": commit, "versions": versions, "platform": platform.platform(), **more}
 
 
-def set_aside(out_dir: Path) -> None:
-    """Move an earlier run's files into out_dir/previous, the one before that goes: starting anew once by mistake is mended."""
+def set_aside(out_dir: Path) -> Path | None:
+    """Move an earlier run's files into out_dir/previous, what is there into previous-2 and so on; returns the folder."""
     names = ("run.json", "metrics.jsonl", "loss.png", "best", "last", "best.prev", "last.prev")
     found = [out_dir / name for name in names if (out_dir / name).exists()]
     previous, temporary = out_dir / "previous", out_dir / "previous.tmp"
     # Without a checkpoint there is nothing to lose.
-    if any(path.is_dir() for path in found) or temporary.exists():
-        with _writing(previous):
-            _unlink_link(temporary)
-            temporary.mkdir(exist_ok=True)  # it exists where a kill came between two of these renames
-            for path in found:
-                path.rename(temporary / path.name)
-            shutil.rmtree(previous, ignore_errors=True)
-            temporary.rename(previous)
+    if not any(path.is_dir() for path in found) and not temporary.exists():
+        return None
+    with _writing(previous):
+        _unlink_link(temporary)
+        temporary.mkdir(exist_ok=True)  # it exists where a kill came between two of these renames
+        for path in found:
+            path.rename(temporary / path.name)
+        if previous.exists():
+            numbered = (out_dir / f"previous-{n}" for n in itertools.count(2))
+            previous.rename(next(path for path in numbered if not path.exists()))
+        temporary.rename(previous)
+    return previous
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -534,6 +534,14 @@ def test_an_earlier_run_is_set_aside_whole(tmp_path):
     assert loaded(tmp_path / "previous") == 1
 
 
+def test_no_earlier_run_is_lost(tmp_path):
+    for number in (1, 2, 3):
+        earlier_run(tmp_path, number)
+        assert set_aside(tmp_path) == tmp_path / "previous"
+    assert [loaded(tmp_path / name) for name in ("previous", "previous-2", "previous-3")] == [3, 1, 2]
+    assert set_aside(tmp_path) is None
+
+
 def test_a_run_without_a_checkpoint_does_not_push_out_the_one_set_aside(tmp_path):
     earlier_run(tmp_path, 1)
     set_aside(tmp_path)

@@ -21,7 +21,7 @@ from data.openwebtext.prepare import prepare_corpus
 
 HERE = Path(__file__).parent
 TOKENS = 9_950_000_000  # of GPT-2's; the sample's name counts them so as well
-COST = "28 GB to download, 20 GB of disk, about an hour where neither the line nor the cores are few"  # predicted
+COST = "28 GB to download, 20 GB of disk, about an hour on a fast line with many cores"  # predicted
 
 
 def count(text: str) -> int:

@@ -22,7 +22,7 @@ from data.tokenizers import get_tokenizer
 
 HERE = Path(__file__).parent
 TOKENS = 9_040_000_000
-COST = "24 GB to download, 18 GB of disk, about an hour where neither the line nor the cores are few"  # predicted
+COST = "24 GB to download, 18 GB of disk, about an hour on a fast line with many cores"  # predicted
 
 
 def prepare_corpus(source: str, folder: Path, tokens: int, val_fraction: float, limit: int | None = None) -> None:
