@@ -190,8 +190,7 @@ class Step:
         self.x = torch.zeros(shape, dtype=torch.int64, device=machine.device)
         self.y = torch.zeros_like(self.x)
         self.divisor = torch.ones((), device=machine.device)
-        names = ("loss", "grad_norm", "bad", "skipped")
-        self.loss, self.grad_norm, self.bad, self.skipped = (torch.zeros((), device=machine.device) for _ in names)
+        self.loss, self.grad_norm, self.bad, self.skipped = (torch.zeros((), device=machine.device) for _ in range(4))
         self.graph: torch.cuda.CUDAGraph | None = None
         self.graphed = wants_graph(model, config, machine)
         self.steps, self.warmup = 0, 4 if self.graphed else 1  # steps until nothing is compiled or recorded any more
