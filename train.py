@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
 import os
 import signal
@@ -49,7 +48,21 @@ SAMPLE_TOKENS = 160  # length of the text shown at each evaluation
 # Optimizers and schedule
 
 
-class Muon(torch.optim.Optimizer):
+class Optimizer(torch.optim.Optimizer):
+    """torch's, which imports torch's compiler, 1 to 3 s, only to shield this method and `step` from being compiled."""
+
+    add_param_group = getattr(
+        torch.optim.Optimizer.add_param_group, "__wrapped__", torch.optim.Optimizer.add_param_group
+    )
+
+
+class AdamW(Optimizer, torch.optim.AdamW):
+    """torch's (Loshchilov and Hutter 2017, arXiv:1711.05101, algorithm 2)."""
+
+    step = torch.no_grad()(getattr(torch.optim.AdamW.step, "__wrapped__", torch.optim.AdamW.step))
+
+
+class Muon(Optimizer):
     """Momentum made orthogonal, for the blocks' matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
     The step is scaled to AdamW's usual size, 0.2 sqrt(max(rows, columns)) (Liu et al. 2025, arXiv:2502.16982, 2.2), so
@@ -132,7 +145,7 @@ def build_optimizers(model: GPT, config: Any, machine: Machine) -> list[torch.op
         adamw = AdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)
     else:
         fused = machine.device.type in ("cuda", "cpu", "mps")
-        adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused, capturable=machine.on_gpu)
+        adamw = AdamW(groups, lr=lr, betas=betas, fused=fused, capturable=machine.on_gpu)
     optimizers = [adamw]
     if muon:
         optimizers.append(Muon(muon, lr, config.beta1, config.weight_decay))
@@ -303,10 +316,11 @@ def worth_compiling(model: GPT, config: TrainConfig) -> bool:
 KEPT = {"none": 32, "pointwise": 20, "block": 2}
 
 
-@functools.cache
 def parameter_count(shape: GPTConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in GPT(shape).parameters())
+    """Parameters in memory, padding included: embeddings, four matrices and two LayerNorms a block, the last LayerNorm."""
+    C, norm = shape.n_embd, shape.n_embd * (1 + shape.bias)
+    block = 12 * C * C + 9 * C * shape.bias + 2 * norm
+    return (shape.padded_vocab_size + shape.block_size) * C + shape.n_layer * block + norm
 
 
 def step_memory(shape: GPTConfig, config: Any, recompute: str, trainable: int | None = None) -> dict[str, float]:

@@ -313,6 +313,19 @@ def test_wsd_is_the_lower_of_its_three_lines(fraction):
         assert train.learning_rate(step, wsd) == pytest.approx(expected), step
 
 
+def test_parameters_are_counted_without_building_the_model():
+    for shape in (GPTConfig(64, 65, 2, 4, 128, bias=True), GPTConfig(1024, 50257, 12, 12, 768, bias=False)):
+        with torch.device("meta"):
+            assert train.parameter_count(shape) == sum(p.numel() for p in GPT(shape).parameters())
+
+
+def test_a_run_that_compiles_nothing_does_not_import_the_compiler(dataset, tmp_path):
+    """It is 1 to 3 seconds of a newcomer's first run."""
+    code = "import sys, train; status = train.main(sys.argv[1:]); sys.exit(status or 'torch._dynamo' in sys.modules)"
+    options = [f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=2", "--optimizer=muon"]
+    subprocess.run([sys.executable, "-c", code, *QUICK, *options], cwd=Path(__file__).parent.parent, check=True)
+
+
 def test_orthogonalize_brings_singular_values_near_one():
     g = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
     for x in (g, g.mT.contiguous()):
