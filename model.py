@@ -837,6 +837,7 @@ class Decoder:
                 for t, before in zip(state, saved, strict=True):
                     t.copy_(before)
         torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.empty_cache()  # while recording, memory that is only kept in store could not be given back
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.forward()

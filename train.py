@@ -15,6 +15,7 @@ import copy
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -582,10 +583,13 @@ class Run:
         count = min(SAMPLE_TOKENS, max(1, self.config.block_size * 2))
         was_training = self.model.training
         self.model.eval()
-        with self.machine.autocast():
-            ids = self.model.generate([start], count, sampling=Sampling(0.8, top_k=200), seeds=[self.config.seed])[0]
+        try:
+            with self.machine.autocast():
+                ids = self.model.generate([start], count, sampling=Sampling(0.8, top_k=200), seeds=[self.config.seed])[0]
+            text = tokenizer.decode(ids).strip()
+        except torch.OutOfMemoryError:  # what is shown shall not end what is earned
+            text = "(no text: too little memory beside the training step)"
         self.model.train(was_training)
-        text = tokenizer.decode(ids).strip()
         self.say("".join(f"    | {line}\n" for line in text.splitlines()))
 
     # -- the loop
@@ -596,6 +600,8 @@ class Run:
         self.introduce()
         self.open_folder()
         handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        if self.machine.world > 1:
+            self.watch_for_lost_ranks()
         bar = self.open_bar()
         self.model.train()
         self.last_save, status, warm = time.monotonic(), 0, p.step + self.step.warmup
@@ -637,6 +643,27 @@ class Run:
             raise KeyboardInterrupt
         self.stop_signal = number
         self.say(f"\n{signal.Signals(number).name}: finishing this step, then saving (again to quit at once)")
+
+    def watch_for_lost_ranks(self) -> None:
+        """End this process, with a message, when a signal finds it waiting for a rank that is no more.
+
+        The neighbour of a killed rank waits inside NCCL, where Python's handlers never run, until torchrun, which
+        sends SIGTERM to the survivors, kills it after 30 s without a word. Only the C part of the handler still runs;
+        it writes into this socket.
+        """
+        reader, self.wakeup = socket.socketpair()
+        self.wakeup.setblocking(False)
+        signal.set_wakeup_fd(self.wakeup.fileno())
+
+        def wait() -> None:
+            reader.recv(1)
+            step = self.progress.step
+            time.sleep(5 + 3 * self.clock.total / max(1, step))
+            if self.progress.step == step and self.clock.started is not None:
+                print(f"error: {lost_ranks(self.config)}", file=sys.stderr, flush=True)
+                os._exit(2)
+
+        threading.Thread(target=wait, daemon=True).start()
 
     def agree_to_stop(self) -> bool:
         """A signal that reached any rank stops all of them after the same step, one later than the signal came.
@@ -1129,6 +1156,14 @@ def out_of_memory(config: TrainConfig) -> UserError:
     )
 
 
+def lost_ranks(config: TrainConfig) -> str:
+    return (
+        f"rank {os.environ['RANK']} has lost the others: one of them has ended (torchrun names it below, its own message "
+        f"stands above). Go on from the last checkpoint with the same torchrun line and --init_from=resume "
+        f"--out_dir={config.out_dir}"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     config, given, resumed = load_config(sys.argv[1:] if argv is None else argv)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -1155,11 +1190,7 @@ def main(argv: list[str] | None = None) -> int:
         lost = isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or " by peer" in str(error)
         if world == 1 or not lost:
             raise
-        raise UserError(
-            f"rank {os.environ['RANK']} has lost the others: one of them has ended (torchrun names it below, its own message "
-            f"stands above). Go on from the last checkpoint with the same torchrun line and --init_from=resume "
-            f"--out_dir={config.out_dir}"
-        ) from None
+        raise UserError(lost_ranks(config)) from None
     finally:
         if world > 1:
             dist.destroy_process_group()

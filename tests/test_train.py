@@ -532,7 +532,7 @@ def test_wandb_goes_on_with_the_same_run(dataset, tmp_path, monkeypatch):
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first}"))) >= 1
 
 
-def exhausted(*args):
+def exhausted(*args, **options):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
@@ -543,6 +543,12 @@ def test_a_model_that_does_not_fit_at_all_is_a_message(dataset, tmp_path, monkey
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (2**30, 12 * 2**30))
     with pytest.raises(UserError, match="--optimizer=adamw8bit"):
         run(dataset, tmp_path, "--max_iters=1", *options)
+
+
+def test_too_little_memory_to_show_a_text_does_not_end_the_run(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(GPT, "generate", exhausted)
+    assert run(dataset, tmp_path, "--max_iters=3") == 0
+    assert capsys.readouterr().out.count("too little memory beside the training step") == 2
 
 
 def test_out_of_memory_names_the_knobs(dataset, tmp_path, monkeypatch):
@@ -639,14 +645,37 @@ def test_one_rank_prepares_the_data_for_all(tmp_path):
     shutil.rmtree(prepared)
 
 
+def rank(process: subprocess.Popen, number: int) -> int:
+    """The process id of one of torchrun's children."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (found,) = [int(p) for p in children if f"RANK={number}" in Path(f"/proc/{p}/environ").read_text().split("\0")]
+    return found
+
+
+def test_a_rank_that_waits_for_a_silent_one_ends_with_a_message(dataset, tmp_path):
+    """As on GPUs, where NCCL does not notice that a neighbour was killed: torchrun's SIGTERM has to be enough."""
+    argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=100000", "--log_interval=1"]
+    process = torchrun(*argv)
+    silent = 0
+    for line in process.stdout:
+        if line.startswith("step 12:"):
+            silent = rank(process, 1)
+            os.kill(silent, signal.SIGSTOP)
+            os.kill(rank(process, 0), signal.SIGTERM)
+        if "has lost the others" in line:
+            os.kill(silent, signal.SIGKILL)
+            break
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "exitcode  : 2" in said
+
+
 def test_a_rank_that_dies_ends_the_run_and_leaves_a_checkpoint(dataset, tmp_path):
     argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=100000", "--save_interval_s=0"]
     process = torchrun(*argv)
     for line in process.stdout:
         if line.startswith("step 12:"):
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            (second,) = [pid for pid in children if "RANK=1" in Path(f"/proc/{pid}/environ").read_text().split("\0")]
-            os.kill(int(second), signal.SIGKILL)
+            os.kill(rank(process, 1), signal.SIGKILL)
             break
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
