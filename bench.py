@@ -366,7 +366,7 @@ def predict(config: Any, recompute: str, card: Card | None = None) -> Row:
     softmax = work["softmax"] * SOFTMAX_FLOPS / (card.fp32_tflops * 1e12)
     seconds = products / share + moves / BANDWIDTH + softmax + work["layers"] * LAYER_S
     rate = {"ms": 1e3 * seconds, "tokens_per_s": work["tokens"] / seconds, "floor_ms": 1e3 * (products + moves)}
-    return row | work | rate
+    return row | {"tokens": work["tokens"]} | rate
 
 
 def largest(config: Any, recompute: str, room: float) -> int:
@@ -380,18 +380,19 @@ def plan(config: Any) -> Row:
     if card is None or not (config.vram_gb or card.vram_gb):
         hint = "Give --peak_tflops, --bandwidth_gbs and --vram_gb from its datasheet, or --card= one of"
         raise UserError(f"card={config.card} is unknown, or its memory is. {hint}\n  " + "\n  ".join(CARDS))
-    room, rows = (config.vram_gb or card.vram_gb) - MARGIN_GIB, []
+    room, candidates, rows = (config.vram_gb or card.vram_gb) - MARGIN_GIB, [], []
     for recompute in RECOMPUTE if config.recompute == "auto" else (config.recompute,):
-        top = largest(config, recompute, room)
-        sizes = sorted({n for n in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, top) if 0 < n <= top})
-        rows += [predict(replace(config, batch_size=n), recompute, card) for n in sizes]
+        if top := largest(config, recompute, room):
+            sizes = [*(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < top), top]
+            candidates += [predict(replace(config, batch_size=n), recompute, card) for n in sizes]
+            rows.append(candidates[-1])  # the largest is the fastest, and all that the line of JSON needs
     name = "this card" if config.peak_tflops else config.card
     method = f"LoRA of rank {config.lora_rank}" if config.lora_rank else f"all weights, {config.optimizer}"
     say(f"predicted, not measured: {config.n_layer} layers, {config.n_embd} wide, {method}, in {room:g} GiB of {name}")
     best = max(rows, key=lambda row: row["tokens_per_s"], default={})
     columns = {"recompute": "{recompute}", "micro-batch": "{batch_size}"}
-    columns |= {kind: f"{{memory_gib[{kind}]:.2f}}" for row in rows for kind in row["memory_gib"]}
-    table(rows, columns | {"GiB": "{gib:.2f}", "ms/step": "{ms:,.1f}", "tokens/s": "{tokens_per_s:,.0f}"})
+    columns |= {kind: f"{{memory_gib[{kind}]:.2f}}" for row in candidates for kind in row["memory_gib"]}
+    table(candidates, columns | {"GiB in all": "{gib:.2f}", "ms/step": "{ms:,.1f}", "tokens/s": "{tokens_per_s:,.0f}"})
     nothing = "nothing fits, not even one row: try --lora_rank=16, --optimizer=adamw8bit or a smaller model"
     say(
         fill(f"fastest: {KEYS}. On that card, measure it: the same command with these in place of --plan", best)

@@ -459,9 +459,17 @@ def test_the_constants_are_what_was_fitted(batch_size, recompute, ms):
 
 def test_plan_for_the_4070_ti(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
-    found = run("--plan", block_size=1024, n_layer=12, n_head=12, n_embd=768, vocab_size=50257, dtype="auto")[0]["plan"]
+    shape = {"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257}
+    result, text = run("--plan", **shape, dtype="auto")
+    found = result["plan"]
     assert (found["card"], found["tflops"], found["room_gib"]) == ("NVIDIA GeForce RTX 4070 Ti", 80.2, 11)
-    assert {row["recompute"] for row in found["rows"]} == {"none", "pointwise", "block"}
+    # The table has all candidates, the JSON the fastest of each: a terminal's user need not scroll past it.
+    assert [row["recompute"] for row in found["rows"]] == ["none", "pointwise", "block"]
+    assert len(json.dumps(result)) < 2500 and len(text.splitlines()) < 30
+    for row in found["rows"]:
+        listed = [line.split() for line in text.splitlines() if line.startswith(f"{row['recompute']} ")]
+        assert [int(line[1]) for line in listed[:2]] == [1, 2] and int(listed[-1][1]) == row["batch_size"]
+        assert max(float(line[-1].replace(",", "")) for line in listed) == pytest.approx(row["tokens_per_s"], abs=0.5)
     for row in found["rows"]:
         assert sum(row["memory_gib"].values()) == pytest.approx(row["gib"]) and row["gib"] <= 11
         assert row["tokens"] == row["batch_size"] * 1024
