@@ -11,6 +11,7 @@ import gc
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -53,7 +54,9 @@ SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (3
 CPU_SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65}
 COLUMNS = {"": "{label}", "ms/step": "{ms:,.1f}", "10th to 90th percentile": "{ms_p10:,.1f} to {ms_p90:,.1f}"}
 COLUMNS |= {"tokens/s": "{tokens_per_s:,.0f}", "x": "{times:.2f}", "MFU": "{mfu:.1%}", "peak GiB": "{peak_gib:.2f}"}
+NOTHING_FITS = "nothing fits, not even one row: try --lora_rank=16, --optimizer=adamw8bit or a smaller model"
 KEYS = "--batch_size={batch_size} --recompute={recompute}"
+FASTEST = f"fastest: {KEYS}, {{tokens_per_s:,.0f}} tokens/s"
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun sets them
 Row = dict[str, Any]  # of a table and of the JSON
 
@@ -374,8 +377,11 @@ def largest(config: Any, recompute: str, room: float) -> int:
     return bisect_right(range(1, 1025), room, key=lambda n: predict(replace(config, batch_size=n), recompute)["gib"])
 
 
-def plan(config: Any) -> Row:
-    """What a card could do with this model and method, by the formulas alone."""
+def plan(config: Any, argv: list[str]) -> Row:
+    """What a card could do with this model and method, by the formulas alone.
+
+    argv: what was asked for, so that the command which measures it can be told.
+    """
     card = find_card(config)
     if card is None or not (config.vram_gb or card.vram_gb):
         hint = "Give --peak_tflops, --bandwidth_gbs and --vram_gb from its datasheet, or --card= one of"
@@ -388,16 +394,19 @@ def plan(config: Any) -> Row:
             rows.append(candidates[-1])  # the largest is the fastest, and all that the line of JSON needs
     name = "this card" if config.peak_tflops else config.card
     method = f"LoRA of rank {config.lora_rank}" if config.lora_rank else f"all weights, {config.optimizer}"
-    say(f"predicted, not measured: {config.n_layer} layers, {config.n_embd} wide, {method}, in {room:g} GiB of {name}")
+    say(f"predicted: {config.n_layer} layers, {config.n_embd} wide, {method}, in {room:g} GiB of {name}")
     best = max(rows, key=lambda row: row["tokens_per_s"], default={})
     columns = {"recompute": "{recompute}", "micro-batch": "{batch_size}"}
     columns |= {kind: f"{{memory_gib[{kind}]:.2f}}" for row in candidates for kind in row["memory_gib"]}
     table(candidates, columns | {"GiB in all": "{gib:.2f}", "ms/step": "{ms:,.1f}", "tokens/s": "{tokens_per_s:,.0f}"})
-    nothing = "nothing fits, not even one row: try --lora_rank=16, --optimizer=adamw8bit or a smaller model"
-    say(
-        fill(f"fastest: {KEYS}. On that card, measure it: the same command with these in place of --plan", best)
-        or nothing
-    )
+    if best:
+        other = ("--plan", "--card", "--batch_size", "--batch-size", "--recompute")  # there, or in KEYS
+        kept = [word for word in argv if not word.startswith(other)]
+        command = shlex.join(["python", "bench.py", *kept, *fill(KEYS, best).split()])
+        say(fill(FASTEST, best))
+        say(f"these are predictions for that card; measure it there: {command}")
+    else:
+        say(NOTHING_FITS)
     return {"card": name, **card._asdict(), "room_gib": room, "rows": rows, "best": best}
 
 
@@ -452,9 +461,9 @@ def find_batch(config: Any, machine: Machine) -> Row:
     rows = show([attempt(fill(KEYS, vars(trial)), trial) for trial in trials])
     best = max((row for row in rows if "error" not in row), key=lambda row: row["tokens_per_s"], default=None)
     if best is None:
-        raise UserError("not even one row fits: try --lora_rank=16, --optimizer=adamw8bit or a smaller model")
+        raise UserError(NOTHING_FITS)
     config.batch_size, config.recompute = best["batch_size"], best["recompute"]  # for what is measured after this
-    say(fill(f"fastest: {KEYS}, {{tokens_per_s:,.0f}} tokens/s", best))
+    say(fill(FASTEST, best))
     return {"room_gib": room, "rows": rows, "best": best}
 
 
@@ -680,11 +689,12 @@ def settle(config: Any, given: set[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     config: Any
-    config, given = configuration.load(BenchConfig, sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    config, given = configuration.load(BenchConfig, argv)
     modes, name = settle(config, given), config.card
     result: Row = {}
     if config.plan:
-        result["plan"] = plan(config)
+        result["plan"] = plan(config, argv)
     else:
         machine = open_machine(config, Block(shape_of(config)))
         name, config.compile, config.dtype = machine.name, machine.compiled, str(machine.dtype).removeprefix("torch.")

@@ -5,6 +5,7 @@ No test looks at how long anything took: a shared machine would make it fail or 
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -478,6 +479,16 @@ def test_plan_for_the_4070_ti(run, monkeypatch):
         assert row["tokens_per_s"] < 80.2e12 / 798e6 and row["floor_ms"] < row["ms"]
     assert found["best"] == max(found["rows"], key=lambda row: row["tokens_per_s"])
     assert 50_000 < found["best"]["tokens_per_s"] < 80_000
+
+
+def test_the_plan_ends_in_the_command_that_measures_it(run, tmp_path):
+    (tmp_path / "mine.py").write_text("lora_rank = 4")
+    said = run("mine.py", "--plan", "--card=NVIDIA H200", "--lora-alpha=8", "--batch-size=5")[1].splitlines()[-1]
+    command = shlex.split(said.partition("these are predictions for that card; measure it there: ")[2])
+    kept = [word for word in arguments() if not word.startswith("--batch_size")]
+    best = ["--batch_size=1024", "--recompute=none"]
+    assert command == ["python", "bench.py", *kept, "mine.py", "--lora-alpha=8", *best]
+    run(*command[2:-2], "--batch_size=2", best[1])  # which bench.py understands
 
 
 def test_the_largest_batch_is_the_last_that_fits():
