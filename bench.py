@@ -530,6 +530,7 @@ def profile(config: Any, machine: Machine) -> Row:
                 training()
             machine.synchronize()
     profiler.export_chrome_trace("trace.json")
+    say("wrote trace.json; chrome://tracing shows it")
     kind, device = ("device", DeviceType.CUDA) if machine.on_gpu else ("cpu", DeviceType.CPU)
     events = [e for e in profiler.key_averages() if not e.is_user_annotation]
     times = {e.key: getattr(e, f"self_{kind}_time_total") / 3e3 for e in events if e.device_type == device}
@@ -652,6 +653,7 @@ def draw(result: Row, title: str) -> None:
         axis.invert_yaxis()
         axis.spines[["top", "right", "bottom"]].set_visible(False)
     figure.savefig("bench.png", dpi=110)
+    say("wrote bench.png")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -716,7 +718,7 @@ def main(argv: list[str] | None = None) -> None:
         draw(result, f"{name}, {config.n_layer} layers, {config.n_embd} wide, {config.block_size} tokens a row")
     if config.report:
         run_folder.write_json(Path("bench.json"), result)
-        say("written: bench.json and bench.png. The README says where to publish them")
+        say("wrote bench.json; the README says where to publish both")
     say(json.dumps(result))
 
 

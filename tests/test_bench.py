@@ -269,6 +269,7 @@ def test_sweep(run, tmp_path):
         assert (row["label"], row["batch_size"]) == (f"batch_size={size}", size)
         check_step(row, size * 16)
     assert text.count("batch_size=2") == 2 and (tmp_path / "bench.png").exists()
+    assert text.splitlines()[-1] == "wrote bench.png"
     rows = run("--sweep=n_layer:1,3")[0]["sweep"]
     assert rows[1]["parameters"] - rows[0]["parameters"] == 2 * (12 * 32 * 32 + 2 * 32)
 
@@ -359,7 +360,8 @@ def test_a_ladder_that_does_not_fit_is_climbed_at_half_the_batch(run, monkeypatc
 
 def test_the_report_is_all_modes_in_one_file(run, tmp_path, monkeypatch):
     out_of_memory_above(10, monkeypatch)
-    result, _ = run("--report", max_new_tokens=4)
+    result, text = run("--report", max_new_tokens=4)
+    assert "wrote bench.png\nwrote bench.json" in text
     assert json.loads((tmp_path / "bench.json").read_text()) == result
     assert {"step", "ladder", "sample", "versions", "commit", "platform", "device"} <= result.keys()
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -410,7 +412,9 @@ def test_without_transformers_it_says_so(run, monkeypatch):
 
 
 def test_profile(run, tmp_path):
-    found = run("--profile")[0]["profile"]
+    result, text = run("--profile")
+    found = result["profile"]
+    assert "wrote trace.json" in text
     assert len(found["kernels"]) == 10
     for row in found["kernels"]:
         assert row["share"] == pytest.approx(row["ms"] / found["total_ms"])
