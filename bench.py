@@ -86,9 +86,6 @@ class Training:
             self.data, config.vocab_size = dataset.name, dataset.vocab_size
         torch.manual_seed(config.seed)
         self.model = GPT(shape_of(config))
-        if config.recompute == "auto" and config.vram_gb:  # train.py would look at the whole card's memory
-            fits = (r for r in RECOMPUTE if predict(config, r)["gib"] < config.vram_gb - MARGIN_GIB)
-            config.recompute = next(fits, "block")
         train.prepare_model(self.model, config, machine)
         self.step = train.Step(self.model.train(), config, machine)
         self.loader = train.Loader(windows, self.step, machine)
