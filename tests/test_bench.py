@@ -556,6 +556,8 @@ def test_plan_for_another_card(run):
         (["--plan", "--peak_tflops=40"], "datasheet"),
         (["--plan", "--peak_tflops=40", "--bandwidth_gbs=400"], "vram_gb"),
         (["--init_from=resume"], "gpt2-medium"),
+        (["--sample", "--max_new_tokens=1"], "make room for two"),
+        (["--report", "--block_size=2"], "make room for two"),
     ],
 )
 def test_mistakes(run, flags, message):
