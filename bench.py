@@ -185,11 +185,11 @@ def time_steps(run: Callable[[], None], machine: Machine, warmup: int, steps: in
     return row | (gpu_state(machine, times, driver) if machine.on_gpu else {"warnings": []})
 
 
-def attempt(label: str, config: Any, without: Sequence[str] = (), how: Callable[..., Row] | None = None) -> Row:
+def attempt(label: str, config: Any, how: Callable[[Any], Row] | None = None) -> Row:
     """A measurement, or a row that says that memory did not suffice."""
     say(f"measuring {label} ...")
     try:
-        return {"label": label} | (how or measure)(config, without)
+        return {"label": label} | (how or measure)(config)
     except RuntimeError as error:
         # Where memory runs out while a CUDA graph is recorded, breaking that off is an error of its own.
         if not any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
@@ -304,10 +304,14 @@ def ladder(config: Any, machine: Machine) -> list[Row]:
         config = replace(config, recompute="pointwise")
     useless = {"TF32": not machine.on_gpu, "CUDA graph": not machine.on_gpu, "torch.compile": not machine.compiled}
     names = [name for name in WITHOUT if not useless.get(name)]
-    while "error" in (lowest := attempt("fp32, eager", config, names)) and config.batch_size > 1:
+
+    def rung(i: int) -> Row:
+        return attempt(f"+ {names[i - 1]}" if i else "fp32, eager", config, partial(measure, without=names[i:]))
+
+    while "error" in (lowest := rung(0)) and config.batch_size > 1:
         config = replace(config, batch_size=config.batch_size // 2)
         say(f"the lowest rung does not fit: a ladder at micro-batch {config.batch_size} instead")
-    return show([lowest] + [attempt(f"+ {name}", config, names[i:]) for i, name in enumerate(names, 1)])
+    return show([lowest, *map(rung, range(1, len(names) + 1))])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -467,20 +471,13 @@ def find_batch(config: Any, machine: Machine) -> Row:
 def compare(config: Any, machine: Machine) -> Row:
     """Ours, theirs, ours, theirs: what changes on the machine meanwhile changes both. All on random ids."""
     config = replace(config, real_data=False)
-
-    def theirs(config: Any, compiled: Any) -> Row:
-        clean()
-        timing = time_steps(their_step(config, machine, bool(compiled)), machine, 5, config.steps)
-        tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
-        return timing | {"tokens": tokens, "tokens_per_s": tokens / timing["ms"] * 1e3}
-
-    ways: Row = {"transformers, eager": ()} | ({"transformers, compiled": ("compiled",)} if machine.compiled else {})
-    rows = []
-    for _ in range(2):
-        rows += [attempt("gpt12", config), *(attempt(name, config, way, theirs) for name, way in ways.items())]
-    rates = {name: [row["tokens_per_s"] for row in rows if row["label"] == name] for name in ("gpt12", *ways)}
-    ratios = {name: median(rates["gpt12"]) / median(rates[name]) for name in ways if rates[name] and rates["gpt12"]}
-    show(rows)
+    ways: dict[str, Any] = {"gpt12": None, "transformers, eager": partial(measure_theirs, machine, False)}
+    if machine.compiled:
+        ways["transformers, compiled"] = partial(measure_theirs, machine, True)
+    rows = show([attempt(name, config, way) for name, way in [*ways.items()] * 2])
+    rates = {name: [row["tokens_per_s"] for row in rows if row["label"] == name] for name in ways}
+    ours = rates.pop("gpt12")
+    ratios = {name: median(ours) / median(theirs) for name, theirs in rates.items() if ours and theirs}
     for name, ratio in ratios.items():
         say(f"gpt12 is {ratio:.2f} times as fast as {name}")
     return {"rows": rows, "ratios": ratios}
@@ -495,8 +492,9 @@ def their_model(config: Any, cache: bool) -> Any:
     return GPT2LMHeadModel(GPT2Config(n_positions=config.block_size, use_cache=cache, **options))
 
 
-def their_step(config: Any, machine: Machine, compiled: bool) -> Callable[[], None]:
-    """The same work by transformers, as its users write it."""
+def measure_theirs(machine: Machine, compiled: bool, config: Any) -> Row:
+    """Time the same work by transformers, as its users write it."""
+    clean()
     model = their_model(config, cache=False).to(machine.device).train()
     forward = torch.compile(model) if compiled else model
     sides = [p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]
@@ -513,7 +511,9 @@ def their_step(config: Any, machine: Machine, compiled: bool) -> Callable[[], No
         optimizer.step()
         optimizer.zero_grad()
 
-    return run
+    row = time_steps(run, machine, 5, config.steps)
+    tokens = config.gradient_accumulation_steps * x.numel()
+    return row | {"tokens": tokens, "tokens_per_s": tokens / row["ms"] * 1e3}
 
 
 def profile(config: Any, machine: Machine) -> Row:

@@ -341,7 +341,7 @@ def test_a_row_that_does_not_fit_is_no_end(run, monkeypatch):
 
 
 def test_memory_that_runs_out_while_a_graph_is_recorded_is_no_end_either():
-    def record(config, without):
+    def record(config):
         try:
             raise torch.OutOfMemoryError("CUDA out of memory")
         finally:
