@@ -129,15 +129,14 @@ def measure(config: Any, without: Sequence[str] = ()) -> Row:
     """Time train.py's step in this configuration, on all ranks together."""
     with prepared(config, without) as training:
         config, machine, step, model = training.config, training.machine, training.step, training.model
-        row = time_steps(training, machine, step.warmup + 3, config.steps) | {"tokens": step.x.numel()}
-        mine: Row = {key: row.get(key) for key in ("tokens", "ms", "ms_p10", "ms_p90", "peak_gib")}
-        ranks = [mine] * machine.world
+        row = time_steps(training, machine, step.warmup + 3, config.steps, step.x.numel())
         if machine.world > 1:
-            dist.all_gather_object(ranks, mine)
-            row |= {"ranks": ranks, "tokens": sum(rank["tokens"] for rank in ranks)}
+            ranks: list[Row] = [{}] * machine.world
+            own = ("tokens", "tokens_per_s", "ms", "ms_p10", "ms_p90", "peak_gib")
+            dist.all_gather_object(ranks, {key: row.get(key) for key in own})
+            row |= {"ranks": ranks} | {key: sum(rank[key] for rank in ranks) for key in ("tokens", "tokens_per_s")}
+            row["ms"] = row["tokens"] / row["tokens_per_s"] * 1e3
             row |= {"ms_p10": min(r["ms_p10"] for r in ranks), "ms_p90": max(r["ms_p90"] for r in ranks)}
-        row["tokens_per_s"] = sum(rank["tokens"] / rank["ms"] for rank in ranks) * 1e3
-        row["ms"] = row["tokens"] / row["tokens_per_s"] * 1e3  # of one rank its median still
         row |= {key: getattr(config, key) for key in ("batch_size", "block_size", "recompute", "attention")}
         row |= {"micro_steps": step.micro_steps, "data": training.data, "parameters": model.num_params()}
         row |= {"dtype": str(machine.dtype).removeprefix("torch."), "compile": machine.compiled, "mfu": None}
@@ -153,10 +152,11 @@ def measure(config: Any, without: Sequence[str] = ()) -> Row:
     return row
 
 
-def time_steps(run: Callable[[], None], machine: Machine, warmup: int, steps: int) -> Row:
+def time_steps(run: Callable[[], None], machine: Machine, warmup: int, steps: int, tokens: int) -> Row:
     """Milliseconds of `steps` calls, none of which waits for the device; compiling is part of the warm-up.
 
-    Returns their median and outer deciles, the warm-up's seconds and, of a GPU, its memory, its clock and warnings.
+    Returns their median and outer deciles, what that is in tokens/s at `tokens` a call, the warm-up's seconds and, of
+    a GPU, its memory, its clock and warnings.
     """
 
     def mark() -> Any:
@@ -181,7 +181,8 @@ def time_steps(run: Callable[[], None], machine: Machine, warmup: int, steps: in
     machine.synchronize()
     times = [a.elapsed_time(b) if machine.on_gpu else 1e3 * (b - a) for a, b in pairwise(marks)]
     deciles = quantiles(times, n=10, method="inclusive") if steps > 1 else times * 9
-    row = {"ms": median(times), "ms_p10": deciles[0], "ms_p90": deciles[8], "steps": steps, "warmup_s": warmup_s}
+    row: Row = {"ms": median(times), "ms_p10": deciles[0], "ms_p90": deciles[8], "steps": steps, "warmup_s": warmup_s}
+    row |= {"tokens": tokens, "tokens_per_s": 1e3 * tokens / row["ms"]}
     return row | (gpu_state(machine, times, driver) if machine.on_gpu else {"warnings": []})
 
 
@@ -511,9 +512,7 @@ def measure_theirs(machine: Machine, compiled: bool, config: Any) -> Row:
         optimizer.step()
         optimizer.zero_grad()
 
-    row = time_steps(run, machine, 5, config.steps)
-    tokens = config.gradient_accumulation_steps * x.numel()
-    return row | {"tokens": tokens, "tokens_per_s": tokens / row["ms"] * 1e3}
+    return time_steps(run, machine, 5, config.steps, config.gradient_accumulation_steps * x.numel())
 
 
 def profile(config: Any, machine: Machine) -> Row:
