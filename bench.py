@@ -32,7 +32,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import config as configuration
@@ -527,15 +526,15 @@ def profile(config: Any, machine: Machine) -> Row:
             machine.synchronize()
     profiler.export_chrome_trace("trace.json")
     say("wrote trace.json; chrome://tracing shows it")
-    kind, device = ("device", DeviceType.CUDA) if machine.on_gpu else ("cpu", DeviceType.CPU)
+    kind, device = ("device", "CUDA") if machine.on_gpu else ("cpu", "CPU")
     events = [e for e in profiler.key_averages() if not e.is_user_annotation]
-    times = {e.key: getattr(e, f"self_{kind}_time_total") / 3e3 for e in events if e.device_type == device}
-    rows = [{"kernel": key, "ms": ms, "share": ms / sum(times.values())} for key, ms in times.items()]
-    rows = sorted(rows, key=lambda row: -row["ms"])[:10]
+    times = {e.key: getattr(e, f"self_{kind}_time_total") / 3e3 for e in events if e.device_type.name == device}
+    total, costliest = sum(times.values()), sorted(times.items(), key=lambda item: -item[1])[:10]
+    rows = [{"kernel": key, "ms": ms, "share": ms / total} for key, ms in costliest]
     table(rows, {"kernel": "{kernel:.80}", "ms/step": "{ms:,.2f}", "share": "{share:.1%}"})
     products = [e for e in events if e.key in ("aten::mm", "aten::addmm", "aten::bmm")]
     ms, flops = sum(getattr(e, f"{kind}_time_total") for e in products) / 3e3, sum(e.flops for e in products) / 3
-    result = {"kernels": rows, "total_ms": sum(times.values()), "products_ms": ms, "products_tflops": flops / ms / 1e9}
+    result = {"kernels": rows, "total_ms": total, "products_ms": ms, "products_tflops": flops / ms / 1e9}
     say(fill("matrix products: {products_ms:,.1f} of {total_ms:,.1f} ms, at {products_tflops:,.2f} TFLOP/s", result))
     return result
 
