@@ -290,7 +290,7 @@ WITHOUT: dict[str, Any] = {
     "torch.compile": {"compile": False},
     "flash attention": {"attention": "math"},
     "padded vocabulary": lambda _: swapped(GPTConfig, "padded_vocab_size", property(lambda self: self.vocab_size)),
-    "fused AdamW": lambda _: swapped(torch.optim, "AdamW", SeparateAdamW),
+    "fused AdamW": lambda _: swapped(train, "AdamW", SeparateAdamW),
     "16-bit residual": residual_in_fp32,
     "loss in chunks": whole_logits,
     "CUDA graph": {"cuda_graph": False},

@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import config as configuration
 import model as gpt
+import train
 from bench import GiB, find_card, predict
 from config import BenchConfig, UserError
-from config.machine import CARDS, Card
+from config.machine import CARDS, Card, Machine
 from model import GPT, GPTConfig
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, "batch_size": 3}
@@ -290,7 +291,7 @@ def test_a_wrong_sweep_is_refused_before_anything_is_measured(run, monkeypatch, 
 
 
 def test_every_rung_does_the_same_work(run, tmp_path):
-    originals = gpt.compute_dtype, gpt.LinearCrossEntropy, GPTConfig.padded_vocab_size, torch.optim.AdamW
+    originals = gpt.compute_dtype, gpt.LinearCrossEntropy, GPTConfig.padded_vocab_size, train.AdamW
     result, _ = run("--ladder", dtype="bfloat16", seed=3)
     labels = [row["label"] for row in result["ladder"]]
     techniques = [name for name in bench.WITHOUT if name not in ("TF32", "torch.compile", "CUDA graph")]
@@ -300,7 +301,7 @@ def test_every_rung_does_the_same_work(run, tmp_path):
         assert row["loss"] == pytest.approx(result["ladder"][0]["loss"], abs=0.02)
     assert [row["dtype"] for row in result["ladder"]] == ["float32"] + ["bfloat16"] * len(techniques)
     assert [row["recompute"] for row in result["ladder"]][-2:] == ["none", "pointwise"]
-    assert originals == (gpt.compute_dtype, gpt.LinearCrossEntropy, GPTConfig.padded_vocab_size, torch.optim.AdamW)
+    assert originals == (gpt.compute_dtype, gpt.LinearCrossEntropy, GPTConfig.padded_vocab_size, train.AdamW)
     assert (tmp_path / "bench.png").exists()
 
 
@@ -310,7 +311,8 @@ def test_a_patch_is_felt_and_taken_back(name):
     x = torch.zeros(1, 16, dtype=torch.int64)
 
     def state():
-        model, adamw = GPT(shape), torch.optim.AdamW([torch.ones(1)], fused=True)
+        model = GPT(shape)
+        adamw = train.build_optimizers(model, make(), Machine(torch.device("cpu"), torch.float32, False))[0]
         with torch.autocast("cpu", torch.bfloat16):
             kind = model.hidden(x).dtype
             loss = type(model(x, x)[1].grad_fn.next_functions[0][0]).__name__
