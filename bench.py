@@ -550,8 +550,7 @@ def sample(config: Any, machine: Machine) -> list[Row]:
     def pace(label: str, batch: int, prefill: float, times: list[float]) -> Row:
         gap = median(b - a for a, b in pairwise(times[min(2, len(times) - 2) :]))  # the first compile and record
         row: Row = {"label": label, "batch": batch, "ms": 1e3 * gap, "tokens_per_s": batch / gap}
-        row["prefill_ms"] = 1e3 * prefill
-        row["prefill_tokens_per_s"] = batch * length / prefill
+        row |= {"prefill_ms": 1e3 * prefill, "prefill_tokens_per_s": batch * length / prefill}
         if card:
             row["bound_tokens_per_s"] = batch * card.bandwidth_gbs * 1e9 / model.decode_bytes()
             row["bound_share"] = row["tokens_per_s"] / row["bound_tokens_per_s"]
@@ -657,7 +656,7 @@ def draw(result: Row, title: str) -> None:
 MODES = (find_batch, step, sweep, ladder, compare, profile, sample)  # in the order in which they are run
 
 
-def settle(config: Any, given: set[str]) -> list[str]:
+def settle(config: Any, given: set[str]) -> set[str]:
     """Put in the shape that is meant, and name the modes to run. Raises UserError for what cannot be."""
     if config.init_from in SHAPES:
         config.n_layer, config.n_head, config.n_embd, config.bias = *SHAPES[config.init_from], True
@@ -674,14 +673,13 @@ def settle(config: Any, given: set[str]) -> list[str]:
         raise UserError(f"gradient_accumulation_steps={micro} is not a multiple of {WORLD} ranks")
     if config.compare != "none" and importlib.util.find_spec("transformers") is None:
         raise UserError("transformers is not installed, so there is nothing to compare with: pip install transformers")
-    names = [mode.__name__ for mode in MODES]
-    asked = {name for name in names if getattr(config, name, None) not in (None, False, "none")}
+    asked = {mode.__name__ for mode in MODES if getattr(config, mode.__name__, None) not in (None, False, "none")}
     asked |= {"step", "ladder", "sample"} if config.report else set()
     asked |= {"find_batch"} if config.batch_size == "auto" else set()
     asked -= {"compare"} if config.sample else set()  # then it is decoding that is compared
     if asked and WORLD > 1:
         raise UserError(f"under torchrun only the step is measured: leave out {', '.join(sorted(asked))}")
-    return [name for name in names if name in asked] or ["step"]
+    return asked or {"step"}
 
 
 def main(argv: list[str] | None = None) -> None:
