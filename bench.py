@@ -11,6 +11,7 @@ import gc
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -31,7 +32,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import config as configuration
@@ -53,7 +53,9 @@ SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (3
 CPU_SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65}
 COLUMNS = {"": "{label}", "ms/step": "{ms:,.1f}", "10th to 90th percentile": "{ms_p10:,.1f} to {ms_p90:,.1f}"}
 COLUMNS |= {"tokens/s": "{tokens_per_s:,.0f}", "x": "{times:.2f}", "MFU": "{mfu:.1%}", "peak GiB": "{peak_gib:.2f}"}
+NOTHING_FITS = "nothing fits, not even one row: try --lora_rank=16, --optimizer=adamw8bit or a smaller model"
 KEYS = "--batch_size={batch_size} --recompute={recompute}"
+FASTEST = f"fastest: {KEYS}, {{tokens_per_s:,.0f}} tokens/s"
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun sets them
 Row = dict[str, Any]  # of a table and of the JSON
 
@@ -83,9 +85,6 @@ class Training:
             self.data, config.vocab_size = dataset.name, dataset.vocab_size
         torch.manual_seed(config.seed)
         self.model = GPT(shape_of(config))
-        if config.recompute == "auto" and config.vram_gb:  # train.py would look at the whole card's memory
-            fits = (r for r in RECOMPUTE if predict(config, r)["gib"] < config.vram_gb - MARGIN_GIB)
-            config.recompute = next(fits, "block")
         train.prepare_model(self.model, config, machine)
         self.step = train.Step(self.model.train(), config, machine)
         self.loader = train.Loader(windows, self.step, machine)
@@ -129,15 +128,14 @@ def measure(config: Any, without: Sequence[str] = ()) -> Row:
     """Time train.py's step in this configuration, on all ranks together."""
     with prepared(config, without) as training:
         config, machine, step, model = training.config, training.machine, training.step, training.model
-        row = time_steps(training, machine, step.warmup + 3, config.steps) | {"tokens": step.x.numel()}
-        mine: Row = {key: row.get(key) for key in ("tokens", "ms", "ms_p10", "ms_p90", "peak_gib")}
-        ranks = [mine] * machine.world
+        row = time_steps(training, machine, step.warmup + 3, config.steps, step.x.numel())
         if machine.world > 1:
-            dist.all_gather_object(ranks, mine)
-            row |= {"ranks": ranks, "tokens": sum(rank["tokens"] for rank in ranks)}
+            ranks: list[Row] = [{}] * machine.world
+            own = ("tokens", "tokens_per_s", "ms", "ms_p10", "ms_p90", "peak_gib")
+            dist.all_gather_object(ranks, {key: row.get(key) for key in own})
+            row |= {"ranks": ranks} | {key: sum(rank[key] for rank in ranks) for key in ("tokens", "tokens_per_s")}
+            row["ms"] = row["tokens"] / row["tokens_per_s"] * 1e3
             row |= {"ms_p10": min(r["ms_p10"] for r in ranks), "ms_p90": max(r["ms_p90"] for r in ranks)}
-        row["tokens_per_s"] = sum(rank["tokens"] / rank["ms"] for rank in ranks) * 1e3
-        row["ms"] = row["tokens"] / row["tokens_per_s"] * 1e3  # of one rank its median still
         row |= {key: getattr(config, key) for key in ("batch_size", "block_size", "recompute", "attention")}
         row |= {"micro_steps": step.micro_steps, "data": training.data, "parameters": model.num_params()}
         row |= {"dtype": str(machine.dtype).removeprefix("torch."), "compile": machine.compiled, "mfu": None}
@@ -153,10 +151,11 @@ def measure(config: Any, without: Sequence[str] = ()) -> Row:
     return row
 
 
-def time_steps(run: Callable[[], None], machine: Machine, warmup: int, steps: int) -> Row:
+def time_steps(run: Callable[[], None], machine: Machine, warmup: int, steps: int, tokens: int) -> Row:
     """Milliseconds of `steps` calls, none of which waits for the device; compiling is part of the warm-up.
 
-    Returns their median and outer deciles, the warm-up's seconds and, of a GPU, its memory, its clock and warnings.
+    Returns their median and outer deciles, what that is in tokens/s at `tokens` a call, the warm-up's seconds and, of
+    a GPU, its memory, its clock and warnings.
     """
 
     def mark() -> Any:
@@ -181,15 +180,16 @@ def time_steps(run: Callable[[], None], machine: Machine, warmup: int, steps: in
     machine.synchronize()
     times = [a.elapsed_time(b) if machine.on_gpu else 1e3 * (b - a) for a, b in pairwise(marks)]
     deciles = quantiles(times, n=10, method="inclusive") if steps > 1 else times * 9
-    row = {"ms": median(times), "ms_p10": deciles[0], "ms_p90": deciles[8], "steps": steps, "warmup_s": warmup_s}
+    row: Row = {"ms": median(times), "ms_p10": deciles[0], "ms_p90": deciles[8], "steps": steps, "warmup_s": warmup_s}
+    row |= {"tokens": tokens, "tokens_per_s": 1e3 * tokens / row["ms"]}
     return row | (gpu_state(machine, times, driver) if machine.on_gpu else {"warnings": []})
 
 
-def attempt(label: str, config: Any, without: Sequence[str] = (), how: Callable[..., Row] | None = None) -> Row:
+def attempt(label: str, config: Any, how: Callable[[Any], Row] | None = None) -> Row:
     """A measurement, or a row that says that memory did not suffice."""
     say(f"measuring {label} ...")
     try:
-        return {"label": label} | (how or measure)(config, without)
+        return {"label": label} | (how or measure)(config)
     except RuntimeError as error:
         # Where memory runs out while a CUDA graph is recorded, breaking that off is an error of its own.
         if not any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
@@ -290,7 +290,7 @@ WITHOUT: dict[str, Any] = {
     "torch.compile": {"compile": False},
     "flash attention": {"attention": "math"},
     "padded vocabulary": lambda _: swapped(GPTConfig, "padded_vocab_size", property(lambda self: self.vocab_size)),
-    "fused AdamW": lambda _: swapped(torch.optim, "AdamW", SeparateAdamW),
+    "fused AdamW": lambda _: swapped(train, "AdamW", SeparateAdamW),
     "16-bit residual": residual_in_fp32,
     "loss in chunks": whole_logits,
     "CUDA graph": {"cuda_graph": False},
@@ -304,10 +304,14 @@ def ladder(config: Any, machine: Machine) -> list[Row]:
         config = replace(config, recompute="pointwise")
     useless = {"TF32": not machine.on_gpu, "CUDA graph": not machine.on_gpu, "torch.compile": not machine.compiled}
     names = [name for name in WITHOUT if not useless.get(name)]
-    while "error" in (lowest := attempt("fp32, eager", config, names)) and config.batch_size > 1:
+
+    def rung(i: int) -> Row:
+        return attempt(f"+ {names[i - 1]}" if i else "fp32, eager", config, partial(measure, without=names[i:]))
+
+    while "error" in (lowest := rung(0)) and config.batch_size > 1:
         config = replace(config, batch_size=config.batch_size // 2)
         say(f"the lowest rung does not fit: a ladder at micro-batch {config.batch_size} instead")
-    return show([lowest] + [attempt(f"+ {name}", config, names[i:]) for i, name in enumerate(names, 1)])
+    return show([lowest, *map(rung, range(1, len(names) + 1))])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -366,7 +370,7 @@ def predict(config: Any, recompute: str, card: Card | None = None) -> Row:
     softmax = work["softmax"] * SOFTMAX_FLOPS / (card.fp32_tflops * 1e12)
     seconds = products / share + moves / BANDWIDTH + softmax + work["layers"] * LAYER_S
     rate = {"ms": 1e3 * seconds, "tokens_per_s": work["tokens"] / seconds, "floor_ms": 1e3 * (products + moves)}
-    return row | work | rate
+    return row | {"tokens": work["tokens"]} | rate
 
 
 def largest(config: Any, recompute: str, room: float) -> int:
@@ -374,29 +378,36 @@ def largest(config: Any, recompute: str, room: float) -> int:
     return bisect_right(range(1, 1025), room, key=lambda n: predict(replace(config, batch_size=n), recompute)["gib"])
 
 
-def plan(config: Any) -> Row:
-    """What a card could do with this model and method, by the formulas alone."""
+def plan(config: Any, argv: list[str]) -> Row:
+    """What a card could do with this model and method, by the formulas alone.
+
+    argv: what was asked for, so that the command which measures it can be told.
+    """
     card = find_card(config)
     if card is None or not (config.vram_gb or card.vram_gb):
         hint = "Give --peak_tflops, --bandwidth_gbs and --vram_gb from its datasheet, or --card= one of"
         raise UserError(f"card={config.card} is unknown, or its memory is. {hint}\n  " + "\n  ".join(CARDS))
-    room, rows = (config.vram_gb or card.vram_gb) - MARGIN_GIB, []
+    room, candidates, rows = (config.vram_gb or card.vram_gb) - MARGIN_GIB, [], []
     for recompute in RECOMPUTE if config.recompute == "auto" else (config.recompute,):
-        top = largest(config, recompute, room)
-        sizes = sorted({n for n in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, top) if 0 < n <= top})
-        rows += [predict(replace(config, batch_size=n), recompute, card) for n in sizes]
+        if top := largest(config, recompute, room):
+            sizes = [*(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < top), top]
+            candidates += [predict(replace(config, batch_size=n), recompute, card) for n in sizes]
+            rows.append(candidates[-1])  # the largest is the fastest, and all that the line of JSON needs
     name = "this card" if config.peak_tflops else config.card
     method = f"LoRA of rank {config.lora_rank}" if config.lora_rank else f"all weights, {config.optimizer}"
-    say(f"predicted, not measured: {config.n_layer} layers, {config.n_embd} wide, {method}, in {room:g} GiB of {name}")
+    say(f"predicted: {config.n_layer} layers, {config.n_embd} wide, {method}, in {room:g} GiB of {name}")
     best = max(rows, key=lambda row: row["tokens_per_s"], default={})
     columns = {"recompute": "{recompute}", "micro-batch": "{batch_size}"}
-    columns |= {kind: f"{{memory_gib[{kind}]:.2f}}" for row in rows for kind in row["memory_gib"]}
-    table(rows, columns | {"GiB": "{gib:.2f}", "ms/step": "{ms:,.1f}", "tokens/s": "{tokens_per_s:,.0f}"})
-    nothing = "nothing fits, not even one row: try --lora_rank=16, --optimizer=adamw8bit or a smaller model"
-    say(
-        fill(f"fastest: {KEYS}. On that card, measure it: the same command with these in place of --plan", best)
-        or nothing
-    )
+    columns |= {kind: f"{{memory_gib[{kind}]:.2f}}" for row in candidates for kind in row["memory_gib"]}
+    table(candidates, columns | {"GiB in all": "{gib:.2f}", "ms/step": "{ms:,.1f}", "tokens/s": "{tokens_per_s:,.0f}"})
+    if best:
+        other = ("--plan", "--card", "--batch_size", "--batch-size", "--recompute")  # there, or in KEYS
+        kept = [word for word in argv if not word.startswith(other)]
+        command = shlex.join(["python", "bench.py", *kept, *fill(KEYS, best).split()])
+        say(fill(FASTEST, best))
+        say(f"these are predictions for that card; measure it there: {command}")
+    else:
+        say(NOTHING_FITS)
     return {"card": name, **card._asdict(), "room_gib": room, "rows": rows, "best": best}
 
 
@@ -451,29 +462,22 @@ def find_batch(config: Any, machine: Machine) -> Row:
     rows = show([attempt(fill(KEYS, vars(trial)), trial) for trial in trials])
     best = max((row for row in rows if "error" not in row), key=lambda row: row["tokens_per_s"], default=None)
     if best is None:
-        raise UserError("not even one row fits: try --lora_rank=16, --optimizer=adamw8bit or a smaller model")
+        raise UserError(NOTHING_FITS)
     config.batch_size, config.recompute = best["batch_size"], best["recompute"]  # for what is measured after this
-    say(fill(f"fastest: {KEYS}, {{tokens_per_s:,.0f}} tokens/s", best))
+    say(fill(FASTEST, best))
     return {"room_gib": room, "rows": rows, "best": best}
 
 
 def compare(config: Any, machine: Machine) -> Row:
     """Ours, theirs, ours, theirs: what changes on the machine meanwhile changes both. All on random ids."""
     config = replace(config, real_data=False)
-
-    def theirs(config: Any, compiled: Any) -> Row:
-        clean()
-        timing = time_steps(their_step(config, machine, bool(compiled)), machine, 5, config.steps)
-        tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
-        return timing | {"tokens": tokens, "tokens_per_s": tokens / timing["ms"] * 1e3}
-
-    ways: Row = {"transformers, eager": ()} | ({"transformers, compiled": ("compiled",)} if machine.compiled else {})
-    rows = []
-    for _ in range(2):
-        rows += [attempt("gpt12", config), *(attempt(name, config, way, theirs) for name, way in ways.items())]
-    rates = {name: [row["tokens_per_s"] for row in rows if row["label"] == name] for name in ("gpt12", *ways)}
-    ratios = {name: median(rates["gpt12"]) / median(rates[name]) for name in ways if rates[name] and rates["gpt12"]}
-    show(rows)
+    ways: dict[str, Any] = {"gpt12": measure, "transformers, eager": partial(measure_theirs, machine, False)}
+    if machine.compiled:
+        ways["transformers, compiled"] = partial(measure_theirs, machine, True)
+    rows = show([attempt(name, config, way) for name, way in [*ways.items()] * 2])
+    rates = {name: [row["tokens_per_s"] for row in rows if row["label"] == name] for name in ways}
+    ours = rates.pop("gpt12")
+    ratios = {name: median(ours) / median(theirs) for name, theirs in rates.items() if ours and theirs}
     for name, ratio in ratios.items():
         say(f"gpt12 is {ratio:.2f} times as fast as {name}")
     return {"rows": rows, "ratios": ratios}
@@ -488,8 +492,9 @@ def their_model(config: Any, cache: bool) -> Any:
     return GPT2LMHeadModel(GPT2Config(n_positions=config.block_size, use_cache=cache, **options))
 
 
-def their_step(config: Any, machine: Machine, compiled: bool) -> Callable[[], None]:
-    """The same work by transformers, as its users write it."""
+def measure_theirs(machine: Machine, compiled: bool, config: Any) -> Row:
+    """Time the same work by transformers, as its users write it."""
+    clean()
     model = their_model(config, cache=False).to(machine.device).train()
     forward = torch.compile(model) if compiled else model
     sides = [p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]
@@ -506,7 +511,7 @@ def their_step(config: Any, machine: Machine, compiled: bool) -> Callable[[], No
         optimizer.step()
         optimizer.zero_grad()
 
-    return run
+    return time_steps(run, machine, 5, config.steps, config.gradient_accumulation_steps * x.numel())
 
 
 def profile(config: Any, machine: Machine) -> Row:
@@ -520,15 +525,16 @@ def profile(config: Any, machine: Machine) -> Row:
                 training()
             machine.synchronize()
     profiler.export_chrome_trace("trace.json")
-    kind, device = ("device", DeviceType.CUDA) if machine.on_gpu else ("cpu", DeviceType.CPU)
+    say("wrote trace.json; chrome://tracing shows it")
+    kind, device = ("device", "CUDA") if machine.on_gpu else ("cpu", "CPU")
     events = [e for e in profiler.key_averages() if not e.is_user_annotation]
-    times = {e.key: getattr(e, f"self_{kind}_time_total") / 3e3 for e in events if e.device_type == device}
-    rows = [{"kernel": key, "ms": ms, "share": ms / sum(times.values())} for key, ms in times.items()]
-    rows = sorted(rows, key=lambda row: -row["ms"])[:10]
+    times = {e.key: getattr(e, f"self_{kind}_time_total") / 3e3 for e in events if e.device_type.name == device}
+    total, costliest = sum(times.values()), sorted(times.items(), key=lambda item: -item[1])[:10]
+    rows = [{"kernel": key, "ms": ms, "share": ms / total} for key, ms in costliest]
     table(rows, {"kernel": "{kernel:.80}", "ms/step": "{ms:,.2f}", "share": "{share:.1%}"})
     products = [e for e in events if e.key in ("aten::mm", "aten::addmm", "aten::bmm")]
     ms, flops = sum(getattr(e, f"{kind}_time_total") for e in products) / 3e3, sum(e.flops for e in products) / 3
-    result = {"kernels": rows, "total_ms": sum(times.values()), "products_ms": ms, "products_tflops": flops / ms / 1e9}
+    result = {"kernels": rows, "total_ms": total, "products_ms": ms, "products_tflops": flops / ms / 1e9}
     say(fill("matrix products: {products_ms:,.1f} of {total_ms:,.1f} ms, at {products_tflops:,.2f} TFLOP/s", result))
     return result
 
@@ -544,8 +550,7 @@ def sample(config: Any, machine: Machine) -> list[Row]:
     def pace(label: str, batch: int, prefill: float, times: list[float]) -> Row:
         gap = median(b - a for a, b in pairwise(times[min(2, len(times) - 2) :]))  # the first compile and record
         row: Row = {"label": label, "batch": batch, "ms": 1e3 * gap, "tokens_per_s": batch / gap}
-        row["prefill_ms"] = 1e3 * prefill
-        row["prefill_tokens_per_s"] = batch * length / prefill
+        row |= {"prefill_ms": 1e3 * prefill, "prefill_tokens_per_s": batch * length / prefill}
         if card:
             row["bound_tokens_per_s"] = batch * card.bandwidth_gbs * 1e9 / model.decode_bytes()
             row["bound_share"] = row["tokens_per_s"] / row["bound_tokens_per_s"]
@@ -620,28 +625,29 @@ def show(rows: list[Row]) -> list[Row]:
 
 def draw(result: Row, title: str) -> None:
     """bench.png: a panel of bars for each figure, told apart by place and number, never by colour alone."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot: half the import time
 
     steps, texts = result.get("ladder") or result.get("sweep", []), result.get("sample", [])
-    panels = [("training, tokens/s", steps, "tokens_per_s", ",.0f"), ("training, peak GiB", steps, "peak_gib", ".2f")]
-    panels.append(("decoding, tokens/s", texts, "tokens_per_s", ",.0f"))
-    panels = [panel for panel in panels if any(panel[2] in row for row in panel[1])]
-    height = 1.2 + 0.33 * max((len(rows) for _, rows, _, _ in panels), default=0)
+    panels = [
+        ("training, tokens/s", "#0072B2", steps, "tokens_per_s", "{tokens_per_s:,.0f}"),
+        ("training, peak GiB", "#E69F00", steps, "peak_gib", "{peak_gib:.2f}"),
+        ("decoding, tokens/s", "#009E73", texts, "tokens_per_s", "{tokens_per_s:,.0f}"),
+    ]  # blue, orange, green of Okabe and Ito
+    panels = [panel for panel in panels if any(panel[3] in row for row in panel[2])]
+    height = 1.2 + 0.33 * max((len(rows) for _, _, rows, *_ in panels), default=0)
     figure = Figure((1.5 + 4.2 * len(panels), height), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10)
-    for i, (what, rows, key, form) in enumerate(panels):
+    for i, (what, color, rows, key, text) in enumerate(panels):
         axis = figure.add_subplot(1, len(panels), i + 1)
-        color = ("#0072B2", "#E69F00", "#009E73")[i]  # blue, orange, green of Okabe and Ito
         bars = axis.barh(range(len(rows)), [row.get(key, 0) for row in rows], color=color)
-        axis.bar_label(bars, [fill(f"{{{key}:{form}}}", row) for row in rows], padding=3, fontsize=8)
+        axis.bar_label(bars, [fill(text, row) for row in rows], padding=3, fontsize=8)
         axis.set_yticks(range(len(rows)), [row["label"] for row in rows])
         axis.set(xlabel=what, xticks=[])  # the figures stand at the bars
         axis.margins(x=0.2)
         axis.invert_yaxis()
         axis.spines[["top", "right", "bottom"]].set_visible(False)
     figure.savefig("bench.png", dpi=110)
+    say("wrote bench.png")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -650,7 +656,7 @@ def draw(result: Row, title: str) -> None:
 MODES = (find_batch, step, sweep, ladder, compare, profile, sample)  # in the order in which they are run
 
 
-def settle(config: Any, given: set[str]) -> list[str]:
+def settle(config: Any, given: set[str]) -> set[str]:
     """Put in the shape that is meant, and name the modes to run. Raises UserError for what cannot be."""
     if config.init_from in SHAPES:
         config.n_layer, config.n_head, config.n_embd, config.bias = *SHAPES[config.init_from], True
@@ -667,23 +673,23 @@ def settle(config: Any, given: set[str]) -> list[str]:
         raise UserError(f"gradient_accumulation_steps={micro} is not a multiple of {WORLD} ranks")
     if config.compare != "none" and importlib.util.find_spec("transformers") is None:
         raise UserError("transformers is not installed, so there is nothing to compare with: pip install transformers")
-    names = [mode.__name__ for mode in MODES]
-    asked = {name for name in names if getattr(config, name, None) not in (None, False, "none")}
+    asked = {mode.__name__ for mode in MODES if getattr(config, mode.__name__, None) not in (None, False, "none")}
     asked |= {"step", "ladder", "sample"} if config.report else set()
     asked |= {"find_batch"} if config.batch_size == "auto" else set()
     asked -= {"compare"} if config.sample else set()  # then it is decoding that is compared
     if asked and WORLD > 1:
         raise UserError(f"under torchrun only the step is measured: leave out {', '.join(sorted(asked))}")
-    return [name for name in names if name in asked] or ["step"]
+    return asked or {"step"}
 
 
 def main(argv: list[str] | None = None) -> None:
     config: Any
-    config, given = configuration.load(BenchConfig, sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    config, given = configuration.load(BenchConfig, argv)
     modes, name = settle(config, given), config.card
     result: Row = {}
     if config.plan:
-        result["plan"] = plan(config)
+        result["plan"] = plan(config, argv)
     else:
         machine = open_machine(config, Block(shape_of(config)))
         name, config.compile, config.dtype = machine.name, machine.compiled, str(machine.dtype).removeprefix("torch.")
@@ -705,7 +711,7 @@ def main(argv: list[str] | None = None) -> None:
         draw(result, f"{name}, {config.n_layer} layers, {config.n_embd} wide, {config.block_size} tokens a row")
     if config.report:
         run_folder.write_json(Path("bench.json"), result)
-        say("written: bench.json and bench.png. The README says where to publish them")
+        say("wrote bench.json; the README says where to publish both")
     say(json.dumps(result))
 
 

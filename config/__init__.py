@@ -214,10 +214,12 @@ class BenchConfig(TrainConfig):
     bandwidth_gbs: Positive | None = None  # of that card's memory, GB/s
 
     def conflicts(self, given: Mapping[str, str]) -> Iterator[tuple[str, object, str]]:
-        """train.py's, but quantized weights can be sampled from; and half a card's figures are none."""
+        """train.py's, but quantized weights can be sampled from; half a card's figures are none, nor is one token's pace."""
         yield from (clash for clash in super().conflicts(given) if not (self.sample and "quantize" in clash[0]))
         half = (self.peak_tflops is None) != (self.bandwidth_gbs is None)
         yield "peak_tflops bandwidth_gbs", half, "a card is described by both: see its datasheet"
+        few = (self.sample or self.report) and min(self.max_new_tokens, self.block_size - 1) < 2
+        yield "max_new_tokens block_size", few, "decoding is timed from one new token to the next: make room for two"
 
 
 Schema = TypeVar("Schema", bound=TrainConfig | SampleConfig)

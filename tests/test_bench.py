@@ -5,6 +5,7 @@ No test looks at how long anything took: a shared machine would make it fail or 
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import config as configuration
 import model as gpt
+import train
 from bench import GiB, find_card, predict
 from config import BenchConfig, UserError
-from config.machine import CARDS, Card
+from config.machine import CARDS, Card, Machine
 from model import GPT, GPTConfig
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, "batch_size": 3}
@@ -227,7 +229,7 @@ def test_real_data_are_used_where_they_are_prepared(run, tmp_path):
 
 def test_a_cpu_gets_a_small_model_unless_a_shape_is_given(capsys):
     config, given = configuration.load(BenchConfig, ["--device=cpu"])
-    assert bench.settle(config, given) == ["step"]
+    assert bench.settle(config, given) == {"step"}
     assert (config.n_layer, config.n_embd, config.block_size) == (4, 128, 64) and "small" in capsys.readouterr().out
     config, given = configuration.load(BenchConfig, ["--device=cpu", "--n_layer=3"])
     bench.settle(config, given)
@@ -268,6 +270,7 @@ def test_sweep(run, tmp_path):
         assert (row["label"], row["batch_size"]) == (f"batch_size={size}", size)
         check_step(row, size * 16)
     assert text.count("batch_size=2") == 2 and (tmp_path / "bench.png").exists()
+    assert text.splitlines()[-1] == "wrote bench.png"
     rows = run("--sweep=n_layer:1,3")[0]["sweep"]
     assert rows[1]["parameters"] - rows[0]["parameters"] == 2 * (12 * 32 * 32 + 2 * 32)
 
@@ -288,7 +291,7 @@ def test_a_wrong_sweep_is_refused_before_anything_is_measured(run, monkeypatch, 
 
 
 def test_every_rung_does_the_same_work(run, tmp_path):
-    originals = gpt.compute_dtype, gpt.LinearCrossEntropy, GPTConfig.padded_vocab_size, torch.optim.AdamW
+    originals = gpt.compute_dtype, gpt.LinearCrossEntropy, GPTConfig.padded_vocab_size, train.AdamW
     result, _ = run("--ladder", dtype="bfloat16", seed=3)
     labels = [row["label"] for row in result["ladder"]]
     techniques = [name for name in bench.WITHOUT if name not in ("TF32", "torch.compile", "CUDA graph")]
@@ -298,7 +301,7 @@ def test_every_rung_does_the_same_work(run, tmp_path):
         assert row["loss"] == pytest.approx(result["ladder"][0]["loss"], abs=0.02)
     assert [row["dtype"] for row in result["ladder"]] == ["float32"] + ["bfloat16"] * len(techniques)
     assert [row["recompute"] for row in result["ladder"]][-2:] == ["none", "pointwise"]
-    assert originals == (gpt.compute_dtype, gpt.LinearCrossEntropy, GPTConfig.padded_vocab_size, torch.optim.AdamW)
+    assert originals == (gpt.compute_dtype, gpt.LinearCrossEntropy, GPTConfig.padded_vocab_size, train.AdamW)
     assert (tmp_path / "bench.png").exists()
 
 
@@ -308,7 +311,8 @@ def test_a_patch_is_felt_and_taken_back(name):
     x = torch.zeros(1, 16, dtype=torch.int64)
 
     def state():
-        model, adamw = GPT(shape), torch.optim.AdamW([torch.ones(1)], fused=True)
+        model = GPT(shape)
+        adamw = train.build_optimizers(model, make(), Machine(torch.device("cpu"), torch.float32, False))[0]
         with torch.autocast("cpu", torch.bfloat16):
             kind = model.hidden(x).dtype
             loss = type(model(x, x)[1].grad_fn.next_functions[0][0]).__name__
@@ -339,7 +343,7 @@ def test_a_row_that_does_not_fit_is_no_end(run, monkeypatch):
 
 
 def test_memory_that_runs_out_while_a_graph_is_recorded_is_no_end_either():
-    def record(config, without):
+    def record(config):
         try:
             raise torch.OutOfMemoryError("CUDA out of memory")
         finally:
@@ -358,7 +362,8 @@ def test_a_ladder_that_does_not_fit_is_climbed_at_half_the_batch(run, monkeypatc
 
 def test_the_report_is_all_modes_in_one_file(run, tmp_path, monkeypatch):
     out_of_memory_above(10, monkeypatch)
-    result, _ = run("--report", max_new_tokens=4)
+    result, text = run("--report", max_new_tokens=4)
+    assert "wrote bench.png\nwrote bench.json" in text
     assert json.loads((tmp_path / "bench.json").read_text()) == result
     assert {"step", "ladder", "sample", "versions", "commit", "platform", "device"} <= result.keys()
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -409,7 +414,9 @@ def test_without_transformers_it_says_so(run, monkeypatch):
 
 
 def test_profile(run, tmp_path):
-    found = run("--profile")[0]["profile"]
+    result, text = run("--profile")
+    found = result["profile"]
+    assert "wrote trace.json" in text
     assert len(found["kernels"]) == 10
     for row in found["kernels"]:
         assert row["share"] == pytest.approx(row["ms"] / found["total_ms"])
@@ -459,9 +466,17 @@ def test_the_constants_are_what_was_fitted(batch_size, recompute, ms):
 
 def test_plan_for_the_4070_ti(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
-    found = run("--plan", block_size=1024, n_layer=12, n_head=12, n_embd=768, vocab_size=50257, dtype="auto")[0]["plan"]
+    shape = {"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257}
+    result, text = run("--plan", **shape, dtype="auto")
+    found = result["plan"]
     assert (found["card"], found["tflops"], found["room_gib"]) == ("NVIDIA GeForce RTX 4070 Ti", 80.2, 11)
-    assert {row["recompute"] for row in found["rows"]} == {"none", "pointwise", "block"}
+    # The table has all candidates, the JSON the fastest of each: a terminal's user need not scroll past it.
+    assert [row["recompute"] for row in found["rows"]] == ["none", "pointwise", "block"]
+    assert len(json.dumps(result)) < 2500 and len(text.splitlines()) < 30
+    for row in found["rows"]:
+        listed = [line.split() for line in text.splitlines() if line.startswith(f"{row['recompute']} ")]
+        assert [int(line[1]) for line in listed[:2]] == [1, 2] and int(listed[-1][1]) == row["batch_size"]
+        assert max(float(line[-1].replace(",", "")) for line in listed) == pytest.approx(row["tokens_per_s"], abs=0.5)
     for row in found["rows"]:
         assert sum(row["memory_gib"].values()) == pytest.approx(row["gib"]) and row["gib"] <= 11
         assert row["tokens"] == row["batch_size"] * 1024
@@ -470,6 +485,16 @@ def test_plan_for_the_4070_ti(run, monkeypatch):
         assert row["tokens_per_s"] < 80.2e12 / 798e6 and row["floor_ms"] < row["ms"]
     assert found["best"] == max(found["rows"], key=lambda row: row["tokens_per_s"])
     assert 50_000 < found["best"]["tokens_per_s"] < 80_000
+
+
+def test_the_plan_ends_in_the_command_that_measures_it(run, tmp_path):
+    (tmp_path / "mine.py").write_text("lora_rank = 4")
+    said = run("mine.py", "--plan", "--card=NVIDIA H200", "--lora-alpha=8", "--batch-size=5")[1].splitlines()[-1]
+    command = shlex.split(said.partition("these are predictions for that card; measure it there: ")[2])
+    kept = [word for word in arguments() if not word.startswith("--batch_size")]
+    best = ["--batch_size=1024", "--recompute=none"]
+    assert command == ["python", "bench.py", *kept, "mine.py", "--lora-alpha=8", *best]
+    run(*command[2:-2], "--batch_size=2", best[1])  # which bench.py understands
 
 
 def test_the_largest_batch_is_the_last_that_fits():
@@ -533,6 +558,8 @@ def test_plan_for_another_card(run):
         (["--plan", "--peak_tflops=40"], "datasheet"),
         (["--plan", "--peak_tflops=40", "--bandwidth_gbs=400"], "vram_gb"),
         (["--init_from=resume"], "gpt2-medium"),
+        (["--sample", "--max_new_tokens=1"], "make room for two"),
+        (["--report", "--block_size=2"], "make room for two"),
     ],
 )
 def test_mistakes(run, flags, message):
