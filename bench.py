@@ -520,7 +520,7 @@ def profile(config: Any, machine: Machine) -> Row:
         for _ in range(training.step.warmup + 2):
             training()
         machine.synchronize()
-        with torch.profiler.profile(record_shapes=True, with_flops=True) as profiler:
+        with torch.profiler.profile(record_shapes=True, with_flops=True, acc_events=True) as profiler:
             for _ in range(3):
                 training()
             machine.synchronize()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -231,6 +232,8 @@ class GPT(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile the blocks in place: equal blocks compile once, in a fraction of the time that the whole takes."""
+        # torch warns of operations in place under a recomputation with a policy; a block has none.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for module in (*self.blocks, self.transformer["ln_f"]):
             module.compile(dynamic=False)
         on_gpu = self.lm_head.weight.is_cuda and triton is not None
