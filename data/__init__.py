@@ -126,7 +126,8 @@ def _prepare_cache(
             as_text = folder
     documents = documents or Documents(name, text_column)
     if tokenizer == "char":
-        tokenizer = CharTokenizer("".join(sorted(set().union(*(piece.text for piece in documents)))))
+        apart = "" if documents.whole else "\n"
+        tokenizer = CharTokenizer("".join(sorted(set(apart).union(*(piece.text for piece in documents)))))
     elif isinstance(tokenizer, str):
         tokenizer = get_tokenizer(tokenizer)
     # One name for all contents: what a kill leaves is gone on with, and what a mistake leaves is overwritten.
