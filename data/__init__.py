@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
-from data.prepare import prepare_texts
+from data.prepare import FEW, prepare_texts
 from data.run import sha256
 from data.shards import UINT16, Tokens, find
 from data.texts import CHAT_TEMPLATE, Documents
@@ -83,6 +83,13 @@ def open_dataset(
         )
     if row != block_size:
         raise UserError(f"{folder} holds rows of {row} tokens: use --block_size={row}.")
+    held, total = len(dataset.val), len(dataset.val) + len(dataset.train or ())
+    chance = folder.parent == DATA / "cache" and (dataset.documents or 0) >= FEW
+    if chance and not val_fraction / 2 <= held / total <= 2 * val_fraction:
+        dataset.warnings.append(
+            f"validation has {held:,} of {total:,} tokens, {held / total:.2%}, not about {val_fraction:.2%}: a document goes "
+            "whole to one side, however long. For another share cut long ones, or choose another --val_fraction."
+        )
     return dataset
 
 

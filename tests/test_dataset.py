@@ -128,6 +128,18 @@ def test_many_documents_go_whole_to_one_side(house, count, fraction):
     assert sides["val"] >= 1
 
 
+@pytest.mark.parametrize("long", [None, True, False])
+def test_a_share_that_is_far_from_val_fraction_is_told(house, long):
+    jsonl(house / "a.jsonl", [{"text": "x"}] * 40)
+    picked = val_documents(Documents(house / "a.jsonl"), 0.1)
+    texts = ["x" * (1000 if picked(i) == long else 9) for i in range(40)]
+    dataset = open_bytes(jsonl(house / "a.jsonl", [{"text": text} for text in texts]))
+    held, total = len(dataset.val), len(dataset.val) + len(dataset.train)
+    assert (0.05 <= held / total <= 0.2) == (long is None)
+    said = f"validation has {held:,} of {total:,} tokens, {held / total:.2%}, not about 10.00%"
+    assert [warning.split(":")[0] for warning in dataset.warnings] == ([] if long is None else [said])
+
+
 def test_the_split_of_a_document_is_not_moved_by_those_after_it(house):
     def picked(count):
         jsonl(house / "a.jsonl", [{"text": "x"}] * count)
