@@ -175,6 +175,10 @@ class SampleConfig:
     compile: Switch = "auto"  # torch.compile; auto: where it works and pays
     quantize: Quantize = "none"  # of the weights: less memory, faster
 
+    def conflicts(self, given: Mapping[str, str]) -> Iterator[tuple[str, object, str]]:
+        """As TrainConfig's."""
+        yield "interactive json", self.interactive and self.json, "a conversation is not written as JSON: leave one out"
+
 
 @dataclass
 class BenchConfig(TrainConfig):
@@ -332,7 +336,7 @@ class _Loader:
 
     def finish(self, check: bool) -> Any:
         """The configuration, if nothing speaks against it."""
-        for names, clash, advice in getattr(self.config, "conflicts", lambda given: [])(self.given):
+        for names, clash, advice in self.config.conflicts(self.given):
             if check and clash and self.doubtful.isdisjoint(names.split()):
                 values = " ".join(f"--{key}={getattr(self.config, key)}" for key in names.split())
                 self.problems.append(f"{values}: {advice}")

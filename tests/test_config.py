@@ -339,6 +339,12 @@ def test_a_contradiction(line, keys):
     assert re.findall(r"--(\w+)=", message.split(": ")[0]) == keys.split()
 
 
+def test_a_contradiction_in_sampling():
+    (message,) = refusal(["--interactive", "--json"], SampleConfig)
+    assert message.startswith("--interactive=True --json=True: ")
+    load(SampleConfig, ["--interactive", "--json=False"])
+
+
 @pytest.mark.parametrize(
     "line",
     [
