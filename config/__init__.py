@@ -260,10 +260,18 @@ def load(
 as_dict = asdict  # every key and its value, ready for JSON
 
 
-def run_main(main: Callable[[], int | None], *also: type[Exception]) -> NoReturn:
-    """Run a script's main: its status; 2 and a message for UserError or `also`; 130 for Ctrl-C; a bug's traceback."""
+def run_main(main: Callable[[], int | None], *also: type[Exception], page: str | None = None) -> NoReturn:
+    """Run a script's main: its status; 2 and a message for UserError or `also`; 130 for Ctrl-C; a bug's traceback.
+
+    page: what --help prints, of a script that takes no other argument.
+    """
     mistakes: tuple[type[Exception], ...] = (UserError, *also)
     try:
+        if page and {"-h", "--help"} & set(sys.argv):
+            print(page.strip())
+            sys.exit(0)
+        if page and sys.argv[1:]:
+            raise UserError(f"{_show(sys.argv[1], str)}: this script has no options; --help says what it does")
         sys.exit(main())
     except mistakes as error:
         print(f"error: {error}", file=sys.stderr)
