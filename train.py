@@ -562,10 +562,9 @@ class Run:
             f"an epoch is {self.windows.per_epoch / self.step_windows:,.1f} steps; {c.max_iters:,} steps are "
             f"{c.max_iters * self.step_windows / self.windows.per_epoch:,.2f} epochs"
         )
-        memory = step_memory(shape, c, c.recompute, trainable(self.model))
-        self.say(
-            f"memory: about {sum(memory.values()) / 2**30:.1f} GiB at the peak of a step (recompute={c.recompute})"
-        )
+        gib = sum(step_memory(shape, c, c.recompute, trainable(self.model)).values()) / 2**30
+        size = f"{gib:.1f} GiB" if gib >= 0.05 else f"{1024 * gib:.0f} MiB"
+        self.say(f"memory: about {size} at the peak of a step (recompute={c.recompute})")
         if self.resumed:
             self.say(f"resuming at step {self.progress.step:,}")
 
@@ -815,7 +814,9 @@ class Run:
                 )
             else:
                 best = f", best val loss {p.best_val_loss:.4f} at step {p.best_step:,}" if p.best_val_loss else ""
-                self.say(f"{p.step:,} steps in {self.elapsed():.1f} s of training{best}")
+                self.say(
+                    f"{p.step:,} steps in {self.elapsed():.1f} s of training{best}; curves: {self.out_dir}/loss.png"
+                )
                 if self.dataset.tokenizer is not None:
                     self.say(f"read what it writes: python sample.py --out_dir={self.out_dir}")
         return status
