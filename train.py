@@ -888,10 +888,17 @@ def check_start(model: GPT | None, tokenizer: Any, dataset: Any, config: TrainCo
         keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
         return GPT(GPTConfig(vocab_size=dataset.vocab_size, **{key: getattr(config, key) for key in keys}))
     other = tokenizer and dataset.tokenizer and tokenizer.sha256 != dataset.tokenizer.sha256
-    if other or dataset.vocab_size > model.config.vocab_size:
+    made_with, ids = dataset.meta.get("tokenizer"), model.config.vocab_size
+    if other or dataset.vocab_size > ids:
+        bare = "That has no tokenizer beside it: put its files there, or choose a smaller one with --tokenizer="
         raise UserError(
-            f"dataset {dataset.name} was made with another tokenizer ({dataset.meta.get('tokenizer')}, {dataset.vocab_size} "
-            f"tokens) than the model to start from ({model.config.vocab_size} tokens). Pass the text itself as --dataset=FILE"
+            f"dataset {dataset.name} was made with another tokenizer ({made_with}, {dataset.vocab_size} tokens) than the "
+            f"model to start from ({ids} tokens). {'Pass the text itself as --dataset=FILE' if tokenizer else bare}"
+        )
+    if tokenizer is None and dataset.vocab_size < ids:
+        dataset.warnings.append(
+            f"{config.init_from} has no tokenizer: its {ids} ids are taken to begin with the {dataset.vocab_size} of "
+            f"{dataset.name} ({made_with}). If it learned with another, what it has learned is lost"
         )
     return model
 
