@@ -356,6 +356,9 @@ class _Loader:
 
 def _execute(name: str, present: Mapping[str, Any]) -> tuple[ast.Module, dict[str, Any]]:
     """Run a config file: its syntax tree and the names it leaves. It can read the present values, as in nanoGPT."""
+    if name.startswith("hf:") or name.lower().endswith((".txt", ".csv", ".jsonl")):
+        said, key = _show(name, str), "--dataset=" if "dataset" in present else "--start=FILE:"
+        raise UserError(f"{said}: a config file is Python; your own text is given as {key}{said}")
     try:
         source = Path(name).read_bytes()
     except (OSError, ValueError) as error:
