@@ -102,7 +102,10 @@ def _prepare_named(folder: Path) -> None:
     module = importlib.import_module(f"data.{folder.name}.prepare")
     if hasattr(module, "COST") or not hasattr(module, "prepare"):
         cost = getattr(module, "COST", "once")
-        raise UserError(f"The data set {folder.name} is not prepared. Run ({cost}): python {folder / 'prepare.py'}")
+        raise UserError(
+            f"The data set {folder.name} is not prepared. Run ({cost}): python {folder / 'prepare.py'}\n"
+            "Or choose other data, say --dataset=my.txt, or a preset that brings its own: config/train_shakespeare_char.py"
+        )
     module.prepare()
 
 

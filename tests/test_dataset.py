@@ -482,7 +482,7 @@ def test_small_data_sets_prepare_themselves_and_large_ones_say_how(house, monkey
     if not cost:
         assert len(open_bytes(name).train) == 9
     else:
-        with pytest.raises(UserError, match=r"17 GB, 5 hours.*python .*large/prepare\.py"):
+        with pytest.raises(UserError, match=r"17 GB, 5 hours.*python .*large/prepare\.py\n.*--dataset=my\.txt, "):
             open_bytes(name)
 
 
