@@ -229,7 +229,8 @@ def converse(model: GPT, tokenizer: Any, config: SampleConfig, machine: Machine)
     """A prompt loop. The context is kept; when it is full, its older half is forgotten."""
     with contextlib.suppress(ImportError):  # native Windows has none
         import readline  # noqa: F401 (gives input() its line editing)
-    say("a prompt, then Enter; Ctrl-C ends a text, Ctrl-D the loop")
+    verb = "answers" if tokenizer.chat_template else "continues it"
+    say(f"type a text and press Enter, and the model {verb}. Ctrl-C stops a text, Ctrl-C or Ctrl-D at the > quits")
     context: list[int] = []
     # Else half a character at the end of the input would be met again and again.
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]

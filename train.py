@@ -565,10 +565,9 @@ class Run:
             f"an epoch is {self.windows.per_epoch / self.step_windows:,.1f} steps; {c.max_iters:,} steps are "
             f"{c.max_iters * self.step_windows / self.windows.per_epoch:,.2f} epochs"
         )
-        memory = step_memory(shape, c, c.recompute, trainable(self.model))
-        self.say(
-            f"memory: about {sum(memory.values()) / 2**30:.1f} GiB at the peak of a step (recompute={c.recompute})"
-        )
+        gib = sum(step_memory(shape, c, c.recompute, trainable(self.model)).values()) / 2**30
+        size = f"{gib:.1f} GiB" if gib >= 0.05 else f"{1024 * gib:.0f} MiB"
+        self.say(f"memory: about {size} at the peak of a step (recompute={c.recompute})")
         if self.resumed:
             self.say(f"resuming at step {self.progress.step:,}")
 
@@ -844,7 +843,9 @@ class Run:
                 )
             else:
                 best = f", best val loss {p.best_val_loss:.4f} at step {p.best_step:,}" if p.best_val_loss else ""
-                self.say(f"{p.step:,} steps in {self.elapsed():.1f} s of training{best}")
+                self.say(
+                    f"{p.step:,} steps in {self.elapsed():.1f} s of training{best}; curves: {self.out_dir}/loss.png"
+                )
                 if self.dataset.tokenizer is not None:
                     self.say(f"read what it writes: python sample.py --out_dir={self.out_dir}")
         return status
@@ -916,10 +917,17 @@ def check_start(model: GPT | None, tokenizer: Any, dataset: Any, config: TrainCo
         keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
         return GPT(GPTConfig(vocab_size=dataset.vocab_size, **{key: getattr(config, key) for key in keys}))
     other = tokenizer and dataset.tokenizer and tokenizer.sha256 != dataset.tokenizer.sha256
-    if other or dataset.vocab_size > model.config.vocab_size:
+    made_with, ids = dataset.meta.get("tokenizer"), model.config.vocab_size
+    if other or dataset.vocab_size > ids:
+        bare = "That has no tokenizer beside it: put its files there, or choose a smaller one with --tokenizer="
         raise UserError(
-            f"dataset {dataset.name} was made with another tokenizer ({dataset.meta.get('tokenizer')}, {dataset.vocab_size} "
-            f"tokens) than the model to start from ({model.config.vocab_size} tokens). Pass the text itself as --dataset=FILE"
+            f"dataset {dataset.name} was made with another tokenizer ({made_with}, {dataset.vocab_size} tokens) than the "
+            f"model to start from ({ids} tokens). {'Pass the text itself as --dataset=FILE' if tokenizer else bare}"
+        )
+    if tokenizer is None and dataset.vocab_size < ids:
+        dataset.warnings.append(
+            f"{config.init_from} has no tokenizer: its {ids} ids are taken to begin with the {dataset.vocab_size} of "
+            f"{dataset.name} ({made_with}). If it learned with another, what it has learned is lost"
         )
     return model
 

@@ -61,23 +61,14 @@ class TrainConfig:
     """
 
     # run
-    out_dir: Text = "out"  # folder of this run: run.json, metrics.jsonl, loss.png, best/, last/
-    init_from: Text = "scratch"  # scratch, resume, gpt2, gpt2-medium, -large, -xl, a model's folder, a nanoGPT ckpt.pt
-    eval_interval: Count = 2000  # steps between evaluations
-    eval_iters: Whole = 200  # batches an evaluation, at most one pass over the split; 0: one pass
-    eval_only: bool = False  # print loss and perplexity, then stop
-    log_interval: Count = 1  # steps between lines in metrics.jsonl
-    always_save_checkpoint: bool = True  # write last/ at every evaluation
-    save_interval_s: Amount = 600.0  # seconds between writes of last/ in any case
-    max_bad_steps: Count = 20  # updates in a row that may be infinite or NaN (they are skipped) before the run stops
-    wandb_log: bool = False  # log to Weights & Biases as well
-    wandb_project: Text = "owt"  # project's name there
-    wandb_run_name: Text = "gpt2"  # run's name there
-    # data
     dataset: Text = "openwebtext"  # a folder in data/, or your own .txt, .csv, .jsonl, a folder of them, hf:owner/name
-    tokenizer: Literal["auto", "gpt2", "char", "bytes"] = "auto"  # auto: the model's or data set's own, else gpt2
-    val_fraction: OpenShare = 0.1  # share of your own text kept for validation
-    text_column: Text = "text"  # column of a .csv, or key of a .jsonl, that holds the text
+    init_from: Text = "scratch"  # scratch, resume, gpt2, gpt2-medium, -large, -xl, a model's folder, a nanoGPT ckpt.pt
+    out_dir: Text = "out"  # folder of this run: run.json, metrics.jsonl, loss.png, best/, last/
+    max_iters: Whole = 600000  # steps in all
+    num_epochs: Amount = 0.0  # passes over the training split, in place of max_iters; 0: max_iters counts
+    eval_only: bool = False  # train nothing: print loss and perplexity, then stop
+    seed: Seed = 1337  # of weights, order of data and dropout
+    # step
     batch_size: Count | Literal["auto"] = 12  # micro-batch: rows at once on a device; auto: measured
     gradient_accumulation_steps: Count = 5 * 8  # micro-batches a step over all devices; rows a step for batch_size=auto
     block_size: Count = 1024  # tokens a sequence: the longest context
@@ -88,19 +79,16 @@ class TrainConfig:
     dropout: Share = 0.0  # probability; 0 for pre-training, 0.1 or more for fine-tuning
     bias: bool = False  # biases in Linear and LayerNorm; GPT-2 has them
     # optimizer
-    optimizer: Optimizer = "adamw"  # muon: for the blocks' matrices, adamw for the rest
-    learning_rate: Amount = 6e-4  # the highest
-    max_iters: Whole = 600000  # steps in all
-    num_epochs: Amount = 0.0  # passes over the training split, in place of max_iters; 0: max_iters counts
+    learning_rate: Amount = 6e-4  # the highest, after the warm-up
+    optimizer: Optimizer = "adamw"  # muon: for the blocks' matrices, adamw for the rest; adamw8bit: less memory
     weight_decay: Amount = 1e-1  # of matrices and embeddings
     beta1: Share = 0.9  # decay of the mean of the gradient
     beta2: Share = 0.95  # decay of the mean of its square
     grad_clip: Amount = 1.0  # largest norm of the gradient; 0: any
-    patience: Whole = 0  # evaluations without a new best before the run stops; 0: never
     # schedule of the learning rate
+    warmup_iters: Whole = 2000  # steps of linear warm-up
     decay_lr: bool = True  # False: learning_rate throughout
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, linear decay
-    warmup_iters: Whole = 2000  # steps of linear warm-up
     lr_decay_iters: Whole | None = None  # step at which min_lr is reached; None: max_iters
     min_lr: Amount = 6e-5  # the lowest; where only learning_rate is given and lies below this, a tenth of it
     decay_fraction: FullShare = 0.4  # share of the steps over which wsd decays
@@ -109,16 +97,30 @@ class TrainConfig:
     lora_alpha: Positive | None = None  # adapters are scaled by alpha / rank; None: 2 * rank
     lora_dropout: Share = 0.0  # probability, on the adapters' input
     lora_targets: Layers = "all"  # which linear layers get one
+    # your own text
+    text_column: Text = "text"  # column of a .csv, or key of a .jsonl; line: each line of a .txt is a text of its own
+    tokenizer: Literal["auto", "gpt2", "char", "bytes"] = "auto"  # auto: the model's or data set's own, else gpt2
+    val_fraction: OpenShare = 0.1  # share of your own text kept for validation
     # machine
     device: Device = "auto"  # auto: the GPU if there is one
     dtype: Dtype = "auto"  # of the products; weights stay float32. auto: the best this device has
     compile: Switch = "auto"  # torch.compile; auto: where it works and pays
     recompute: Recompute = "auto"  # less memory for more work; auto: the least that fits
     cuda_graph: Switch = "auto"  # replay a step as one graph; auto: where launching costs more than computing
-    quantize: Quantize = "none"  # of the weights, with eval_only
+    quantize: Quantize = "none"  # int8: smaller weights, with eval_only
     deterministic: bool = False  # the same bits on every run of this machine, slower
     backend: Text = "nccl"  # of torch.distributed on GPUs
-    seed: Seed = 1337  # of weights, order of data and dropout
+    # evaluation, checkpoints, logs
+    eval_interval: Count = 2000  # steps between evaluations
+    eval_iters: Whole = 200  # batches an evaluation, at most one pass over the split; 0: one pass
+    patience: Whole = 0  # evaluations without a new best before the run stops; 0: never
+    always_save_checkpoint: bool = True  # write last/ at every evaluation
+    save_interval_s: Amount = 600.0  # seconds between writes of last/ in any case
+    max_bad_steps: Count = 20  # updates in a row that may be infinite or NaN (they are skipped) before the run stops
+    log_interval: Count = 1  # steps between lines in metrics.jsonl
+    wandb_log: bool = False  # log to Weights & Biases as well
+    wandb_project: Text = "owt"  # project's name there
+    wandb_run_name: Text = "gpt2"  # run's name there
 
     def conflicts(self, given: Mapping[str, str]) -> Iterator[tuple[str, object, str]]:
         """Fields that contradict each other: names, whether they do, what to do. given: key -> where it was set."""
@@ -152,15 +154,15 @@ class SampleConfig:
     """
 
     # model
+    out_dir: Text = "out"  # folder of the run that trained it
     init_from: Text = "resume"  # resume: the model in out_dir; or gpt2, gpt2-medium, -large, -xl, a model's folder
-    out_dir: Text = "out"  # folder of the run
     checkpoint: Literal["auto", "best", "last"] = "auto"  # auto: best, where there is one
     # text
     start: Prompt = "\n"  # what to continue; FILE:prompt.txt reads it from a file, - from standard input
+    interactive: bool = False  # a conversation, in place of start: prompts come from the keyboard
     num_samples: Texts = 10  # texts to write
     max_new_tokens: Count = 500  # length of each, in tokens
     stop: tuple[Text, ...] = ()  # end a text before this string; may be repeated; \n is a new line
-    interactive: bool = False  # a conversation: read prompts from the keyboard
     json: bool = False  # one line of JSON a text
     # choice of the next token
     temperature: Amount = 0.8  # below 1 safer, above 1 bolder; 0: always the likeliest
@@ -174,6 +176,10 @@ class SampleConfig:
     dtype: Dtype = "auto"  # auto: the best this device has
     compile: Switch = "auto"  # torch.compile; auto: where it works and pays
     quantize: Quantize = "none"  # of the weights: less memory, faster
+
+    def conflicts(self, given: Mapping[str, str]) -> Iterator[tuple[str, object, str]]:
+        """As TrainConfig's."""
+        yield "interactive json", self.interactive and self.json, "a conversation is not written as JSON: leave one out"
 
 
 @dataclass
@@ -258,10 +264,18 @@ def load(
 as_dict = asdict  # every key and its value, ready for JSON
 
 
-def run_main(main: Callable[[], int | None], *also: type[Exception]) -> NoReturn:
-    """Run a script's main: its status; 2 and a message for UserError or `also`; 130 for Ctrl-C; a bug's traceback."""
+def run_main(main: Callable[[], int | None], *also: type[Exception], page: str | None = None) -> NoReturn:
+    """Run a script's main: its status; 2 and a message for UserError or `also`; 130 for Ctrl-C; a bug's traceback.
+
+    page: what --help prints, of a script that takes no other argument.
+    """
     mistakes: tuple[type[Exception], ...] = (UserError, *also)
     try:
+        if page and {"-h", "--help"} & set(sys.argv):
+            print(page.strip())
+            sys.exit(0)
+        if page and sys.argv[1:]:
+            raise UserError(f"{_show(sys.argv[1], str)}: this script has no options; --help says what it does")
         sys.exit(main())
     except mistakes as error:
         print(f"error: {error}", file=sys.stderr)
@@ -334,7 +348,7 @@ class _Loader:
 
     def finish(self, check: bool) -> Any:
         """The configuration, if nothing speaks against it."""
-        for names, clash, advice in getattr(self.config, "conflicts", lambda given: [])(self.given):
+        for names, clash, advice in self.config.conflicts(self.given):
             if check and clash and self.doubtful.isdisjoint(names.split()):
                 values = " ".join(f"--{key}={getattr(self.config, key)}" for key in names.split())
                 self.problems.append(f"{values}: {advice}")
@@ -346,6 +360,9 @@ class _Loader:
 
 def _execute(name: str, present: Mapping[str, Any]) -> tuple[ast.Module, dict[str, Any]]:
     """Run a config file: its syntax tree and the names it leaves. It can read the present values, as in nanoGPT."""
+    if name.startswith("hf:") or name.lower().endswith((".txt", ".csv", ".jsonl")):
+        said, key = _show(name, str), "--dataset=" if "dataset" in present else "--start=FILE:"
+        raise UserError(f"{said}: a config file is Python; your own text is given as {key}{said}")
     try:
         source = Path(name).read_bytes()
     except (OSError, ValueError) as error:
@@ -432,6 +449,7 @@ def help_page(schema: type) -> str:
     page = [inspect.cleandoc(schema.__doc__ or "")]
     page += ["", "Config files are applied in order, then --key=value; the later one wins; --key alone means True."]
     page += ["A config file is Python and is executed: read a stranger's before you use it."]
+    page += ["", "Keys and their defaults:"]
     kinds, defaults = get_type_hints(schema, include_extras=True), vars(schema())
     for line in inspect.getsource(schema).splitlines():
         if group := re.match(r"    # (.*)", line):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
-from data.prepare import prepare_texts
+from data.prepare import FEW, prepare_texts
 from data.run import sha256
 from data.shards import UINT16, Tokens, find
 from data.texts import CHAT_TEMPLATE, Documents
@@ -83,6 +83,13 @@ def open_dataset(
         )
     if row != block_size:
         raise UserError(f"{folder} holds rows of {row} tokens: use --block_size={row}.")
+    held, total = len(dataset.val), len(dataset.val) + len(dataset.train or ())
+    chance = folder.parent == DATA / "cache" and (dataset.documents or 0) >= FEW
+    if chance and not val_fraction / 2 <= held / total <= 2 * val_fraction:
+        dataset.warnings.append(
+            f"validation has {held:,} of {total:,} tokens, {held / total:.2%}, not about {val_fraction:.2%}: a document goes "
+            "whole to one side, however long. For another share cut long ones, or choose another --val_fraction."
+        )
     return dataset
 
 
@@ -95,7 +102,10 @@ def _prepare_named(folder: Path) -> None:
     module = importlib.import_module(f"data.{folder.name}.prepare")
     if hasattr(module, "COST") or not hasattr(module, "prepare"):
         cost = getattr(module, "COST", "once")
-        raise UserError(f"The data set {folder.name} is not prepared. Run ({cost}): python {folder / 'prepare.py'}")
+        raise UserError(
+            f"The data set {folder.name} is not prepared. Run ({cost}): python {folder / 'prepare.py'}\n"
+            "Or choose other data, say --dataset=my.txt, or a preset that brings its own: config/train_shakespeare_char.py"
+        )
     module.prepare()
 
 
@@ -126,7 +136,8 @@ def _prepare_cache(
             as_text = folder
     documents = documents or Documents(name, text_column)
     if tokenizer == "char":
-        tokenizer = CharTokenizer("".join(sorted(set().union(*(piece.text for piece in documents)))))
+        apart = "" if documents.whole else "\n"
+        tokenizer = CharTokenizer("".join(sorted(set(apart).union(*(piece.text for piece in documents)))))
     elif isinstance(tokenizer, str):
         tokenizer = get_tokenizer(tokenizer)
     # One name for all contents: what a kill leaves is gone on with, and what a mistake leaves is overwritten.

@@ -31,7 +31,7 @@ BATCH = 500_000  # characters that a thread encodes at once: enough that handing
 SAVE_TOKENS = 20_000_000  # tokens between two notes of the progress
 OPEN_ROWS = 64  # rows that wait for an example that still fits
 
-Encoded = Iterator[tuple[int, Piece, np.ndarray]]  # index of the document, a piece of it, its ids with the end token
+Encoded = Iterator[tuple[int, Piece, np.ndarray]]  # index of the document, a piece of it, its ids with what ends it
 
 
 @dataclass
@@ -139,7 +139,10 @@ def _encoded(
 ) -> Encoded:
     """All that comes after `note`, which is kept up to date."""
     tokens, estimate = note.train + note.val, bar.total is None
-    for piece, ids in _encode(itertools.islice(documents.skip(note.documents), note.pieces, None), tokenizer):
+    end = [] if tokenizer.eot is None else [tokenizer.eot]
+    if tokenizer.eot is None and "\n" in tokenizer.names and not documents.whole:
+        end = tokenizer.encode("\n").tolist()  # among characters no end token keeps texts apart
+    for piece, ids in _encode(itertools.islice(documents.skip(note.documents), note.pieces, None), tokenizer, end):
         if max_tokens and tokens >= max_tokens and not note.pieces:
             return
         document = note.documents
@@ -151,13 +154,13 @@ def _encoded(
         yield document, piece, ids
 
 
-def _encode(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Each piece with its ids and end token, encoded while those before are written and those after are read."""
-    end = np.array([] if tokenizer.eot is None else [tokenizer.eot], token_dtype(tokenizer.vocab_size))
+def _encode(pieces: Iterable[Piece], tokenizer: Tokenizer, end: list[int]) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Each piece with its ids and what ends it, encoded while those before are written and those after are read."""
+    tail = np.array(end, token_dtype(tokenizer.vocab_size))
 
     def encode(batch: list[Piece]) -> list[tuple[Piece, np.ndarray]]:
         ids = [tokenizer.encode(piece.text) for piece in batch]
-        return [(p, np.concatenate((i, end)) if p.end else i) for p, i in zip(batch, ids)]
+        return [(p, np.concatenate((i, tail)) if p.end else i) for p, i in zip(batch, ids)]
 
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as threads:

@@ -122,6 +122,10 @@ def save_checkpoint(folder: Path, write: Callable[[Path], None], state: dict[str
         state = state | {"sha256": {file.relative_to(temporary).as_posix(): sha256(file) for file in files}}
         state["checksum"] = _checksum(state)  # of trainer.json itself
         (temporary / "trainer.json").write_text(json.dumps(state, indent=2) + "\n", "utf-8")
+        for file in files:
+            with contextlib.suppress(OSError):  # a disk without modes
+                # As trainer.json, by the umask: safetensors lets nobody else read what it writes.
+                file.chmod((temporary / "trainer.json").stat().st_mode & 0o777)
         for file in temporary.rglob("*"):
             _sync(file)
         _sync(temporary)

@@ -62,13 +62,14 @@ class Documents:
     source: a path, or "hf:owner/name", or "hf:owner/name:config" where there are several.
     text_column: the field with the text in .csv, .jsonl and on the hub; "line" makes each line of a .txt a document.
     kind: "text"; "prompt" for rows with a prompt and a completion, both taken verbatim; "messages" for conversations.
-    files: what is read, in this order; nothing for the hub.
+    files: what is read, in this order; nothing for the hub. whole: they are one document, a single .txt.
     UserError, naming file and line, for what cannot be read, while iterating too.
     """
 
     def __init__(self, source: str | Path, text_column: str = "text") -> None:
         self.source, self.text_column, self._skip = str(source), text_column, 0
         self.files = [] if self.source.startswith("hf:") else _find(Path(source))
+        self.whole = [f.suffix.lower() for f in self.files] == [".txt"] and text_column != "line"
         self.kind = next((self._kind_of(where, row) for where, row in self._rows()), "text")
 
     def skip(self, count: int) -> Documents:

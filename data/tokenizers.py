@@ -66,12 +66,12 @@ class Tokenizer:
         raise NotImplementedError
 
     def token_bytes(self, token: int) -> bytes:
-        """What an id stands for, which may be a part of a character."""
-        return self.table[token]
+        """What an id stands for, which may be a part of a character; U+FFFD where a model has more ids than this."""
+        return self.table[token] if token < self.vocab_size else "\ufffd".encode()
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text that ids stand for; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join([self.table[i] for i in ids]).decode("utf-8", errors="replace")
+        return b"".join([self.token_bytes(i) for i in ids]).decode("utf-8", errors="replace")
 
     def save(self, folder: Path) -> None:
         """Write the files from which transformers.AutoTokenizer makes the same tokenizer."""

@@ -289,6 +289,15 @@ def test_a_mistake_on_the_command_line(argv, message, monkeypatch):
     assert refusal(argv) == [message]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_text_in_place_of_a_config_file(write, there):
+    for name in ("my.txt", "My.TXT", "my.csv", "my.jsonl"):
+        path = write("seed = 3\n", name) if there else name
+        assert refusal([path]) == [f"{path}: a config file is Python; your own text is given as --dataset={path}"]
+        assert refusal([path], SampleConfig)[0].endswith(f" given as --start=FILE:{path}")
+    assert refusal(["hf:me/it"])[0].endswith(" given as --dataset=hf:me/it")
+
+
 def test_the_nearest_preset_is_a_path_that_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     nearest = refusal(["config/train_gtp2.py"])[0].split("the nearest is ")[1]
@@ -337,6 +346,12 @@ def test_a_file_that_raises(text, where, what, write):
 def test_a_contradiction(line, keys):
     (message,) = refusal(line.split())
     assert re.findall(r"--(\w+)=", message.split(": ")[0]) == keys.split()
+
+
+def test_a_contradiction_in_sampling():
+    (message,) = refusal(["--interactive", "--json"], SampleConfig)
+    assert message.startswith("--interactive=True --json=True: ")
+    load(SampleConfig, ["--interactive", "--json=False"])
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,30 @@ def test_characters_are_split_as_nanogpt_splits_them(house):
     assert dataset.tokenizer.decode(ids(dataset.val)) == text[int(len(text) * 0.9) :]
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "folder", "lines.txt"])
+def test_characters_have_a_line_end_between_documents(house, name):
+    texts = [f"text {i}" for i in range(9)]
+    (house / "folder").mkdir()
+    for i, text in enumerate(texts):
+        (house / f"folder/{i}.txt").write_text(text)
+    (house / "rows.csv").write_text("\n".join(["text", *texts]))
+    jsonl(house / "rows.jsonl", [{"text": text} for text in texts])
+    (house / "lines.txt").write_text("\n".join(texts))
+    dataset = open_bytes(name, tokenizer="char", text_column="line" if name == "lines.txt" else "text")
+    whole = [*ids(dataset.train), *ids(dataset.val)]
+    assert dataset.tokenizer.decode(whole) == "".join(f"{text}\n" for text in texts)
+    without = CharTokenizer("tex 0123456789")  # a model's own, which has no line end
+    again = open_bytes(name, tokenizer=without, text_column="line" if name == "lines.txt" else "text")
+    assert without.decode([*ids(again.train), *ids(again.val)]) == "".join(texts)
+
+
+def test_answers_in_characters_end_with_a_line_end(house):
+    name = jsonl(house / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 30)
+    dataset = open_bytes(name, tokenizer="char", block_size=3)
+    assert dataset.tokenizer.decode(ids(dataset.train)[:6]) == "ab\nab\n"
+    assert ids(dataset.train.mask)[:6] == [0, 1, 1] * 2
+
+
 @pytest.mark.parametrize("count, fraction", [(20, 0.1), (20, 0.001), (500, 0.1), (500, 0.5)])
 def test_many_documents_go_whole_to_one_side(house, count, fraction):
     texts = [f"document {i} " * (i % 7) for i in range(count)]
@@ -102,6 +126,18 @@ def test_many_documents_go_whole_to_one_side(house, count, fraction):
     assert dataset.source_sha256 == digest.hex()
     assert abs(sides["val"] - count * fraction) <= 1 + 3 * (count * fraction) ** 0.5
     assert sides["val"] >= 1
+
+
+@pytest.mark.parametrize("long", [None, True, False])
+def test_a_share_that_is_far_from_val_fraction_is_told(house, long):
+    jsonl(house / "a.jsonl", [{"text": "x"}] * 40)
+    picked = val_documents(Documents(house / "a.jsonl"), 0.1)
+    texts = ["x" * (1000 if picked(i) == long else 9) for i in range(40)]
+    dataset = open_bytes(jsonl(house / "a.jsonl", [{"text": text} for text in texts]))
+    held, total = len(dataset.val), len(dataset.val) + len(dataset.train)
+    assert (0.05 <= held / total <= 0.2) == (long is None)
+    said = f"validation has {held:,} of {total:,} tokens, {held / total:.2%}, not about 10.00%"
+    assert [warning.split(":")[0] for warning in dataset.warnings] == ([] if long is None else [said])
 
 
 def test_the_split_of_a_document_is_not_moved_by_those_after_it(house):
@@ -446,7 +482,7 @@ def test_small_data_sets_prepare_themselves_and_large_ones_say_how(house, monkey
     if not cost:
         assert len(open_bytes(name).train) == 9
     else:
-        with pytest.raises(UserError, match=r"17 GB, 5 hours.*python .*large/prepare\.py"):
+        with pytest.raises(UserError, match=r"17 GB, 5 hours.*python .*large/prepare\.py\n.*--dataset=my\.txt, "):
             open_bytes(name)
 
 

@@ -189,6 +189,21 @@ def test_the_script_runs_from_anywhere(tmp_path):
     assert len(Tokens.open(script.parent, "train")) == 89
 
 
+@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char", "openwebtext", "fineweb_edu"])
+def test_help_prints_the_page_and_prepares_nothing(name, tmp_path):
+    ignore = shutil.ignore_patterns("*.bin", "meta.json", "cache", "input.txt")
+    for folder in ("config", "data"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=ignore)
+    files = sorted(tmp_path.rglob("*"))
+    for argument, status in ("--help", 0), ("--tokenz=5", 2):
+        command = [sys.executable, "-B", f"data/{name}/prepare.py", argument]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, "Traceback" in done.stderr) == (status, False)
+        assert (f"python data/{name}/prepare.py" in done.stdout) == (status == 0)
+        assert (argument in done.stderr) == (status == 2)
+        assert sorted(tmp_path.rglob("*")) == files
+
+
 # Corpora
 
 

@@ -353,6 +353,18 @@ def test_a_disk_that_becomes_read_only_under_the_run(dataset, tmp_path, monkeypa
     assert find_checkpoint(tmp_path, ("last",))[1]["step"] == 1
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_every_file_honours_the_umask(dataset, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        assert run(dataset, tmp_path / "out", "--max_iters=6") == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {"model.safetensors", "trainer.safetensors", "loss.png", "run.json"} <= {file.name for file in files}
+    assert [file for file in files if file.stat().st_mode & 0o777 != 0o666 & ~umask] == []
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Kills
 

@@ -500,6 +500,7 @@ def test_a_conversation_keeps_its_context(start, scripted):
     one = [*b"one", *b"hi", 256]
     assert scripted.calls == [[*b"one"], [*one[:-1], *b"two"], [*one[:-1], *b"two", *b"yo", 256, *b"three"]]
     assert err.count("tokens/s") == 3
+    assert "press Enter, and the model continues it. Ctrl-C" in err
 
 
 def test_a_full_context_forgets_its_older_half_but_never_the_prompt(start, scripted):

@@ -69,6 +69,7 @@ def test_common_ground(tokenizer):
     for at, ids in enumerate(many):
         assert tokenizer.decode(ids) == TEXT[:at] and ids.dtype == tokenizer.dtype == np.uint16
     assert b"".join(tokenizer.token_bytes(i) for i in tokenizer.encode(TEXT)) == TEXT.encode()
+    assert tokenizer.decode([0, tokenizer.vocab_size]) == tokenizer.decode([0]) + "\ufffd"  # a model may have more ids
 
 
 def test_dtype_follows_the_vocabulary():

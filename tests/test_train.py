@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -111,7 +112,7 @@ def test_evaluating_more_often_does_not_move_training(dataset, tmp_path):
     assert {"step", "tokens", "train_loss", "val_loss", "elapsed_s"} == set(rows[0])
 
 
-def test_a_run_learns_and_leaves_what_it_promises(dataset, tmp_path):
+def test_a_run_learns_and_leaves_what_it_promises(dataset, tmp_path, capsys):
     assert run(dataset, tmp_path, "--max_iters=60", "--eval_interval=20") == 0
     curve = losses(tmp_path)
     assert curve[60] < math.log(3) + 0.4 < curve[1]  # each letter is followed by one of three
@@ -127,6 +128,9 @@ def test_a_run_learns_and_leaves_what_it_promises(dataset, tmp_path):
     facts = json.loads((tmp_path / "run.json").read_text())
     assert facts["config"]["learning_rate"] == 1e-2
     assert facts["versions"]["torch"]
+    said = capsys.readouterr().out
+    assert re.search(r"memory: about [1-9]\d MiB at the peak", said)  # not 0.0 GiB
+    assert f"; curves: {tmp_path / 'loss.png'}\nread what it writes:" in said
 
 
 def test_starting_anew_sets_the_old_run_aside(dataset, tmp_path):

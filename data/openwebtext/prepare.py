@@ -46,4 +46,4 @@ def prepare() -> None:
 
 
 if __name__ == "__main__":
-    run_main(prepare)
+    run_main(prepare, page=__doc__)

@@ -26,4 +26,4 @@ def prepare(folder: Path = HERE) -> None:
 
 
 if __name__ == "__main__":
-    run_main(prepare)
+    run_main(prepare, page=__doc__)

@@ -101,4 +101,4 @@ def prepare(folder: Path = HERE, tokenizer: Tokenizer | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(prepare)
+    run_main(prepare, page=__doc__)
