@@ -247,12 +247,13 @@ class Step:
     @torch.no_grad()
     def update(self) -> None:
         """Clip to grad_clip by the global norm (Pascanu et al. 2013, algorithm 1) and update, unless not finite."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        if not grads:  # every target is masked
+            self.grad_norm.zero_()
+            return
         if self.scaler.is_enabled():
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-        grads = [p.grad for p in self.params if p.grad is not None]
-        if not grads:
-            return
         self.grad_norm.copy_(nn.utils.get_total_norm(grads, foreach=True))
         skip = 1 - torch.isfinite(self.grad_norm + self.loss).float()
         self.bad.add_(1).mul_(skip)

@@ -238,6 +238,20 @@ def test_an_update_that_is_not_finite_is_skipped(value, optimizer, accumulation)
     assert all(torch.isfinite(p).all() for p in step.model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step_without_a_target_changes_nothing_and_tells_no_old_norm(dtype):
+    """With float16 the loss scale has nothing to go by then, in the first step least of all."""
+    model = set_weights(GPT(GPTConfig(8, 13, 2, 2, 8, bias=True)))
+    step = train.Step(model, step_config(), Machine(CPU.device, dtype, compiled=False))
+    x, y = torch.randint(0, 13, (2, 2, 8), generator=torch.Generator().manual_seed(3))
+    for targets in (torch.full_like(y, MASKED), y, torch.full_like(y, MASKED), torch.full_like(y, MASKED), y):
+        before = [p.clone() for p in model.parameters()]
+        step(1e-2, fill(step, x, targets))
+        trained = bool((targets != MASKED).any())
+        assert (step.grad_norm.item() > 0, step.loss.item() > 0, step.bad.item()) == (trained, trained, 0)
+        assert trained != all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def test_a_skipped_update_of_8_bit_moments_leaves_the_weights():
     pytest.importorskip("torchao")
     model = set_weights(GPT(GPTConfig(8, 13, 2, 2, 8, bias=True))).bfloat16()
