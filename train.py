@@ -72,7 +72,8 @@ class Muon(Optimizer):
 
     def __init__(self, params: list[nn.Parameter], lr: Tensor, momentum: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.grad_scale: Tensor | None = None  # as in torch's fused optimizers: gradients are divided by it,
+        self._step_supports_amp_scaling = True  # as torch's fused optimizers do:
+        self.grad_scale: Tensor | None = None  # gradients are divided by this,
         self.found_inf: Tensor | None = None  # and where this is 1 the step is skipped, on the device
 
     @torch.no_grad()
@@ -144,7 +145,7 @@ def build_optimizers(model: GPT, config: Any, machine: Machine) -> list[torch.op
             raise UserError("optimizer=adamw8bit needs torchao: pip install torchao") from None
         adamw = AdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)
     else:
-        fused = machine.device.type in ("cuda", "cpu", "mps")
+        fused = machine.device.type != "mps"  # whose kernel ignores the factor and the flag of Step.update
         adamw = AdamW(groups, lr=lr, betas=betas, fused=fused, capturable=machine.on_gpu)
     optimizers = [adamw]
     if muon:
@@ -254,7 +255,7 @@ class Step:
         if self.scaler.is_enabled():
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-        self.grad_norm.copy_(nn.utils.get_total_norm(grads, foreach=True))
+        self.grad_norm.copy_(nn.utils.get_total_norm(grads))
         skip = 1 - torch.isfinite(self.grad_norm + self.loss).float()
         self.bad.add_(1).mul_(skip)
         self.skipped.add_(skip)
@@ -263,11 +264,12 @@ class Step:
         clip = self.config.grad_clip
         divide_by = (self.grad_norm / clip).clamp(min=1) if clip else torch.ones_like(self.grad_norm)
         for optimizer in self.optimizers:
-            if not hasattr(optimizer, "_step_supports_amp_scaling") and not isinstance(optimizer, Muon):
-                for g in grads:  # torchao's optimizer knows neither,
-                    g.copy_(torch.where(skip > 0, 0.0, g / divide_by))
-                self.lr.mul_(1 - skip)  # and would go on by its momentum
-            optimizer.grad_scale, optimizer.found_inf = divide_by, skip  # type: ignore[attr-defined]
+            if hasattr(optimizer, "_step_supports_amp_scaling"):
+                optimizer.grad_scale, optimizer.found_inf = divide_by, skip  # type: ignore[attr-defined]
+            else:  # torchao's, and AdamW where it is not fused
+                for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+                    p.grad.copy_(torch.where(skip > 0, 0.0, p.grad / divide_by))
+                self.lr.mul_(1 - skip)  # else it would go on by its momentum
             optimizer.step()
         if self.scaler.is_enabled():
             self.scaler.update()
@@ -394,8 +396,8 @@ class Loader:
             start = position + (i * self.machine.world + self.machine.rank) * batch_size
             for target, source in zip((x[i], y[i]), self.windows.batch(start, batch_size), strict=True):
                 target.copy_(torch.from_numpy(source))
-        self.step.x.copy_(x, non_blocking=True)
-        self.step.y.copy_(y, non_blocking=True)
+        self.step.x.copy_(x, non_blocking=self.machine.on_gpu)
+        self.step.y.copy_(y, non_blocking=self.machine.on_gpu)
         if self.machine.on_gpu:
             self.copied[self.turn] = event = torch.cuda.Event()
             event.record()
@@ -412,7 +414,7 @@ def evaluate(model: GPT, windows: Any, count: int, batch_size: int, machine: Mac
     """
     chosen = windows.choose(count)
     batch = 2 * batch_size  # without gradients twice the micro-batch needs less memory than training does
-    totals = torch.zeros(2, dtype=torch.float64, device=machine.device)
+    losses, targets = [torch.zeros((), device=machine.device)], 0  # a rank of many may have no window
     was_training = model.training
     model.eval()
     with machine.autocast():
@@ -421,13 +423,15 @@ def evaluate(model: GPT, windows: Any, count: int, batch_size: int, machine: Mac
             x, y = (torch.from_numpy(a) for a in windows.batch(np.resize(part, batch)))  # one shape: compiled once
             y[len(part) :] = MASKED
             _, loss = model(x.to(machine.device), y.to(machine.device), 1.0)
-            totals[0] += loss
-            totals[1] += (y != MASKED).sum()
+            losses.append(loss)
+            targets += int((y != MASKED).sum())
     model.train(was_training)
+    total = sum(torch.stack(losses).tolist())  # on the host, in float64, which Macs' GPUs have not
     if machine.world > 1:
-        dist.all_reduce(totals)
-    total, targets = totals.tolist()
-    return total / max(1.0, targets)
+        sums = torch.tensor([total, targets], dtype=torch.float64, device=machine.device)
+        dist.all_reduce(sums)
+        total, targets = sums.tolist()
+    return total / max(1, targets)
 
 
 # --------------------------------------------------------------------------------------------------------------------
