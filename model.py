@@ -308,6 +308,8 @@ class GPT(nn.Module):
         for prompt in prompts:
             if not 0 < len(prompt) <= limit:
                 raise WeightsError(f"a prompt has {len(prompt)} tokens; it needs 1 to block_size={limit}")
+        if not prompts or not max_new_tokens:
+            return
         texts = [[int(token) for token in prompt] for prompt in prompts]
         cache = KVCache(self.config, len(texts), max(map(len, texts)) + max_new_tokens, next(self.parameters()))
         draws = torch.stack([uniform(seed, max_new_tokens) for seed in seeds or range(len(texts))])  # (B, new)
@@ -332,8 +334,11 @@ class GPT(nn.Module):
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
         """The new token ids of each prompt, all at once. Options as in `stream`."""
-        steps = list(self.stream(prompts, max_new_tokens, **options))
-        return [list(text) for text in zip(*steps, strict=True)]
+        texts: list[list[int]] = [[] for _ in prompts]
+        for new in self.stream(prompts, max_new_tokens, **options):
+            for text, token in zip(texts, new, strict=True):
+                text.append(token)
+        return texts
 
     def store_by_columns(self) -> None:
         """Lay out the linear layers' weights as GPT-2's files do, (in, out) in memory; values and shapes stay.
