@@ -590,7 +590,7 @@ class Run:
         with self.machine.autocast():
             ids = self.model.generate([start], count, sampling=Sampling(0.8, top_k=200), seeds=[self.config.seed])[0]
         self.model.train(was_training)
-        text = tokenizer.decode(ids).strip()
+        text = tokenizer.decode(i for i in ids if i < tokenizer.vocab_size).strip()  # a loaded model may have more
         self.say("".join(f"    | {line}\n" for line in text.splitlines()))
 
     # -- the loop
@@ -891,7 +891,11 @@ def check_start(model: GPT | None, tokenizer: Any, dataset: Any, config: TrainCo
     if model is None:
         keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
         return GPT(GPTConfig(vocab_size=dataset.vocab_size, **{key: getattr(config, key) for key in keys}))
-    other = tokenizer and dataset.tokenizer and tokenizer.sha256 != dataset.tokenizer.sha256
+    other = False
+    if dataset.tokenizer and tokenizer:
+        other = tokenizer.sha256 != dataset.tokenizer.sha256
+    elif dataset.tokenizer:  # all there is to go by is the model's number of tokens, which may have been padded
+        other = GPTConfig(vocab_size=dataset.vocab_size).padded_vocab_size != model.config.padded_vocab_size
     if other or dataset.vocab_size > model.config.vocab_size:
         raise UserError(
             f"dataset {dataset.name} was made with another tokenizer ({dataset.meta.get('tokenizer')}, {dataset.vocab_size} "

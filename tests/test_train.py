@@ -1,5 +1,6 @@
 """train.py: a run is exact, resumes exactly, and ends clearly when it cannot go on."""
 
+import contextlib
 import json
 import math
 import os
@@ -470,6 +471,15 @@ def test_data_of_another_tokenizer_are_refused(dataset, tmp_path):
     GPT(GPTConfig(16, 9, 2, 2, 16)).save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="another tokenizer"):
         run(dataset, tmp_path / "out", f"--init_from={tmp_path / 'model'}")
+
+
+@pytest.mark.parametrize(("vocab_size", "fits"), [(60, True), (300, False)])
+def test_weights_without_a_tokenizer_may_have_padding_but_no_other_vocabulary(dataset, tmp_path, vocab_size, fits):
+    """Many a GPT-2 has a few ids more than its tokenizer; they have no text. A multiple is another tokenizer's."""
+    GPT(GPTConfig(16, vocab_size, 2, 2, 16)).save_pretrained(tmp_path / "model")
+    options = ["--max_iters=1", f"--init_from={tmp_path / 'model'}"]
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="another tokenizer"):
+        assert run(dataset, tmp_path / "out", *options) == 0
 
 
 def test_a_second_run_in_the_same_folder_is_refused(dataset, tmp_path):
