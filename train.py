@@ -515,6 +515,8 @@ class Run:
             self.dataset.warnings.append("the data are not those that this run began with: its windows are others now")
         self.machine = open_machine(config, self.model.blocks[0], worth_compiling(self.model, config))
         self.master = self.machine.rank == 0
+        # What auto became: by this memory is counted.
+        config.dtype = str(self.machine.dtype).removeprefix("torch.")  # type: ignore[assignment]
         prepare_model(self.model, config, self.machine)
         self.batch_size = settle_batch_size(self.model, config, self.machine)
         self.val = EvalWindows(self.dataset.val, config.block_size)
@@ -757,7 +759,7 @@ class Run:
         facts = run_folder.describe(
             configuration.as_dict(c),
             device=self.machine.name,
-            dtype=str(self.machine.dtype).removeprefix("torch."),
+            dtype=c.dtype,
             compile=self.machine.compiled,
             world_size=self.machine.world,
             data={"name": self.dataset.name, "sha256": self.dataset.source_sha256, "tokens": self.train_tokens},
@@ -1099,7 +1101,8 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
                 f"{key}={getattr(config, key)}, but the run in {config.out_dir} has {saved['config'].get(key)}"
             )
     folder = config.out_dir
-    config, given = configuration.load(TrainConfig, argv, saved["config"])
+    # What dtype=auto became then holds: another precision would be another run.
+    config, given = configuration.load(TrainConfig, argv, saved["config"] | {"dtype": saved.get("dtype", "auto")})
     # The folder that was read: its name may have changed since, or run.json be a stranger's and lead elsewhere.
     config.init_from, config.out_dir = saved["config"]["init_from"], folder
     if (
@@ -1108,8 +1111,6 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
         and "gradient_accumulation_steps" not in given
     ):
         config.gradient_accumulation_steps *= saved["config"]["batch_size"]  # auto counts rows
-    if config.dtype == "auto":  # what was measured then holds: another precision would be another run
-        config.dtype = saved.get("dtype", "auto")
     return config, given, True
 
 

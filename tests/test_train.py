@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as configuration
 import train
-from config import UserError
+from config import UserError, machine
 from config.machine import Machine
 from data.run import read_checkpoint
 from data.shards import Tokens, write_shard
@@ -506,6 +506,21 @@ def test_what_is_given_on_resuming_is_checked_with_what_was_saved(dataset, tmp_p
     for option in ("--optimizer=muon", "--n_layer=3", "--min_lr=5e-2"):
         with pytest.raises(UserError, match=option.split("=")[0].strip("-")):
             train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=5", option])
+
+
+def test_the_precision_found_is_told_counted_and_kept(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "step_memory", lambda shape, config, *rest: asked.append(config.dtype) or {})
+    asked: list[str] = []
+    assert run(dataset, tmp_path, "--max_iters=2", "--dtype=auto") == 0
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert {*asked, facts["config"]["dtype"]} == {facts["dtype"]} <= {"float32", "bfloat16"}
+    monkeypatch.setattr(machine, "_time_layer", lambda *args: pytest.fail("measured anew"))
+    resume = ["--init_from=resume", f"--out_dir={tmp_path}"]
+    assert train.main([*resume, "--max_iters=3"]) == 0
+    for dtype in ("load", ["float32"]):
+        (tmp_path / "run.json").write_text(json.dumps(facts | {"dtype": dtype}))
+        with pytest.raises(UserError, match="dtype"):
+            train.main([*resume, "--max_iters=4"])
 
 
 def test_data_without_a_line_end_can_be_trained(tmp_path):
