@@ -207,9 +207,10 @@ class GPT(nn.Module):
         self.lm_head.weight[self.config.vocab_size :].zero_()
 
     def num_params(self) -> int:
-        """Parameters of the model as it lies on disk: padding rows are left out, the tied head counts once."""
+        """Parameters of the model as it lies on disk: without padding rows, adapters merged, the tied head once."""
         padding = self.config.padded_vocab_size - self.config.vocab_size
-        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+        kept = (p for name, p in self.named_parameters() if "lora_" not in name)
+        return sum(p.numel() for p in kept) - padding * self.config.n_embd
 
     def flops_per_token(self) -> int:
         """Floating-point operations of training on one token, 6N + 12LCT (Chowdhery et al. 2022, PaLM, appendix B).

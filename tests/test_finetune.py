@@ -132,7 +132,9 @@ def test_adapters_for_a_model_that_the_run_replaces_are_refused(start, text, tmp
 def test_only_adapters_are_trained(start):
     model = GPT.from_pretrained(start)
     before = {name: p.clone() for name, p in model.named_parameters()}
+    size = model.num_params()
     model.add_lora(2, 4.0)
+    assert model.num_params() == size  # on disk the adapters are merged
     x = torch.randint(0, len(CHARS), (2, 20))
     first = model(x)[0]
     with torch.no_grad():
