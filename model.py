@@ -4,8 +4,8 @@ Shapes are noted at the line with these letters:
     B batch   T time, the tokens of one row   C channels (n_embd)   H heads   D = C / H   V vocabulary, padded
     N = B * T rows   S slots of the key/value cache   L layers
 
-Reading order: GPT.forward, Block, CausalSelfAttention, MLP; then the loss (LinearCrossEntropy); then generation
-(KVCache, sample_token, GPT.stream); then weights on disk (save_pretrained, from_pretrained).
+Reading order: as it stands. One layer (attention, MLP, Block), the loss in chunks, the whole model (GPT), then what GPT's
+methods call: adapters and int8 weights, generation (sample_token, KVCache, Decoder), weights on disk.
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3 (the architecture);
 Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1 (attention); Hendrycks and Gimpel 2016 (GELU).
@@ -61,7 +61,13 @@ class GPTConfig:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The transformer
+# One layer
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The precision products run in: autocast's where autocast is on, else the tensor's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class LayerNorm(nn.LayerNorm):
@@ -166,6 +172,111 @@ def _keep_products() -> tuple[Any, Any]:
         return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Summed cross-entropy of one chunk, in fp32; the gradient with respect to the logits takes their place.
+
+    logits: (n, V), overwritten; targets: (n,) ids below vocab_size, or MASKED. Columns from vocab_size on are padding
+    and take no part (a zero row of the head would weigh in with exp(0)).
+    d loss / d logits = softmax(logits) - onehot(target): the forward pass holds all that the gradient needs.
+    """
+    column = torch.arange(logits.size(1), device=logits.device)
+    log_probs = torch.where(column < vocab_size, logits.float(), -math.inf).log_softmax(1)  # (n, V)
+    valid = (targets != MASKED)[:, None]  # (n, 1)
+    picked = log_probs.gather(1, targets.clamp(min=0)[:, None])  # (n, 1)
+    logits.copy_(torch.where(valid, log_probs.exp() - (column == targets[:, None]).float(), 0.0))
+    return -torch.where(valid, picked, 0.0).sum()
+
+
+if triton is not None:
+
+    @triton.jit
+    # Triton reads annotations as its own types, so there are none but its own.
+    def _cross_entropy_row(logits, targets, losses, vocab_size, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        """One program a row: an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3), then the
+        gradient in place. The second reading finds the row in the L2 cache, so memory is read once and written once."""
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + row)
+        logits += row * V
+        top = -float("inf")
+        total = 0.0
+        for start in range(0, vocab_size, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + column, mask=column < vocab_size, other=-float("inf")).to(tl.float32)
+            new_top = tl.maximum(top, tl.max(x, 0))
+            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top), 0)
+            top = new_top
+        normalizer = top + tl.log(total)
+        picked = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
+        tl.store(losses + row, tl.where(target >= 0, normalizer - picked, 0.0))
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + column, mask=column < vocab_size, other=-float("inf")).to(tl.float32)
+            gradient = tl.exp(x - normalizer) - tl.where(column == target, 1.0, 0.0)
+            gradient = tl.where(target >= 0, gradient, 0.0)
+            tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < V)
+
+
+def fused_cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """cross_entropy_chunk as one kernel, for GPUs with Triton."""
+    losses = torch.empty(len(logits), device=logits.device)
+    # Found by measuring, see the README: larger blocks spill registers, smaller ones wait for memory.
+    _cross_entropy_row[(len(logits),)](logits, targets, losses, vocab_size, logits.size(1), BLOCK=4096, num_warps=8)
+    return losses.sum()
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Output head and cross-entropy in chunks of rows: logits, the largest tensor of all, never exist as a whole.
+
+    Memory is LOSS_CHUNK_ROWS x V, not N x V. Gradients with respect to x and the weight are made in the forward pass
+    and only scaled in the backward pass. Losses and the weight's gradient are summed in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: Any) -> Tensor:
+        """x: (N, C) in the precision of the product; weight: (V, C); targets: (N,). Returns the sum over targets."""
+        w = weight.to(x.dtype)
+        loss = torch.zeros((), device=x.device)
+        with_gradient = any(ctx.needs_input_grad)
+        dx = torch.empty_like(x) if with_gradient else None
+        dw = torch.zeros(w.shape, device=w.device) if ctx.needs_input_grad[1] else None
+        buffer = x.new_empty(min(len(x), LOSS_CHUNK_ROWS), len(w))  # one for all chunks
+        for part in range(0, len(x), LOSS_CHUNK_ROWS):
+            rows = slice(part, min(part + LOSS_CHUNK_ROWS, len(x)))
+            logits = torch.mm(x[rows], w.t(), out=buffer[: rows.stop - rows.start])  # (n, V)
+            loss += chunk(logits, targets[rows], vocab_size)
+            dlogits = logits  # chunk() has put the gradient in their place
+            if dx is not None:
+                torch.mm(dlogits, w, out=dx[rows])
+            if dw is not None:
+                accumulate_product(dw, dlogits.t(), x[rows])
+        ctx.save_for_backward(dx, dw)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        dx, dw = ctx.saved_tensors
+        # dw is this function's own and is not read again: scaling it in place spares a copy the size of the table.
+        return dx * grad.to(dx.dtype), None if dw is None else dw.mul_(grad), None, None, None
+
+
+def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in fp32, for a and b of lower precision without rounding the product first where CUDA can."""
+    if total.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    elif a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The whole model
 
 
 class GPT(nn.Module):
@@ -481,6 +592,10 @@ class GPT(nn.Module):
         self.lm_head = Int8Linear(self.lm_head)  # type: ignore[assignment]
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Variants of the linear layers
+
+
 class LoRALinear(Linear):
     """W x + (alpha / rank) B A x with W frozen (Hu et al. 2021, arXiv:2106.09685, section 4.1). B starts at zero."""
 
@@ -525,113 +640,6 @@ class Int8Linear(nn.Module):
 
     def dequantized(self) -> Tensor:
         return self.weight * self.scale[:, None]  # (out, in)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The precision products run in: autocast's where autocast is on, else the tensor's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The loss
-
-
-def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Summed cross-entropy of one chunk, in fp32; the gradient with respect to the logits takes their place.
-
-    logits: (n, V), overwritten; targets: (n,) ids below vocab_size, or MASKED. Columns from vocab_size on are padding
-    and take no part (a zero row of the head would weigh in with exp(0)).
-    d loss / d logits = softmax(logits) - onehot(target): the forward pass holds all that the gradient needs.
-    """
-    column = torch.arange(logits.size(1), device=logits.device)
-    log_probs = torch.where(column < vocab_size, logits.float(), -math.inf).log_softmax(1)  # (n, V)
-    valid = (targets != MASKED)[:, None]  # (n, 1)
-    picked = log_probs.gather(1, targets.clamp(min=0)[:, None])  # (n, 1)
-    logits.copy_(torch.where(valid, log_probs.exp() - (column == targets[:, None]).float(), 0.0))
-    return -torch.where(valid, picked, 0.0).sum()
-
-
-if triton is not None:
-
-    @triton.jit
-    # Triton reads annotations as its own types, so there are none but its own.
-    def _cross_entropy_row(logits, targets, losses, vocab_size, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-        """One program a row: an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3), then the
-        gradient in place. The second reading finds the row in the L2 cache, so memory is read once and written once."""
-        row = tl.program_id(0).to(tl.int64)
-        target = tl.load(targets + row)
-        logits += row * V
-        top = -float("inf")
-        total = 0.0
-        for start in range(0, vocab_size, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + column, mask=column < vocab_size, other=-float("inf")).to(tl.float32)
-            new_top = tl.maximum(top, tl.max(x, 0))
-            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top), 0)
-            top = new_top
-        normalizer = top + tl.log(total)
-        picked = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
-        tl.store(losses + row, tl.where(target >= 0, normalizer - picked, 0.0))
-        for start in range(0, V, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + column, mask=column < vocab_size, other=-float("inf")).to(tl.float32)
-            gradient = tl.exp(x - normalizer) - tl.where(column == target, 1.0, 0.0)
-            gradient = tl.where(target >= 0, gradient, 0.0)
-            tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < V)
-
-
-def fused_cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """cross_entropy_chunk as one kernel, for GPUs with Triton."""
-    losses = torch.empty(len(logits), device=logits.device)
-    # Found by measuring, see the README: larger blocks spill registers, smaller ones wait for memory.
-    _cross_entropy_row[(len(logits),)](logits, targets, losses, vocab_size, logits.size(1), BLOCK=4096, num_warps=8)
-    return losses.sum()
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Output head and cross-entropy in chunks of rows: logits, the largest tensor of all, never exist as a whole.
-
-    Memory is LOSS_CHUNK_ROWS x V, not N x V. Gradients with respect to x and the weight are made in the forward pass
-    and only scaled in the backward pass. Losses and the weight's gradient are summed in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: Any) -> Tensor:
-        """x: (N, C) in the precision of the product; weight: (V, C); targets: (N,). Returns the sum over targets."""
-        w = weight.to(x.dtype)
-        loss = torch.zeros((), device=x.device)
-        with_gradient = any(ctx.needs_input_grad)
-        dx = torch.empty_like(x) if with_gradient else None
-        dw = torch.zeros(w.shape, device=w.device) if ctx.needs_input_grad[1] else None
-        buffer = x.new_empty(min(len(x), LOSS_CHUNK_ROWS), len(w))  # one for all chunks
-        for part in range(0, len(x), LOSS_CHUNK_ROWS):
-            rows = slice(part, min(part + LOSS_CHUNK_ROWS, len(x)))
-            logits = torch.mm(x[rows], w.t(), out=buffer[: rows.stop - rows.start])  # (n, V)
-            loss += chunk(logits, targets[rows], vocab_size)
-            dlogits = logits  # chunk() has put the gradient in their place
-            if dx is not None:
-                torch.mm(dlogits, w, out=dx[rows])
-            if dw is not None:
-                accumulate_product(dw, dlogits.t(), x[rows])
-        ctx.save_for_backward(dx, dw)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        dx, dw = ctx.saved_tensors
-        # dw is this function's own and is not read again: scaling it in place spares a copy the size of the table.
-        return dx * grad.to(dx.dtype), None if dw is None else dw.mul_(grad), None, None, None
-
-
-def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in fp32, for a and b of lower precision without rounding the product first where CUDA can."""
-    if total.is_cuda and a.dtype != torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    elif a.dtype == torch.float32:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
 
 
 # --------------------------------------------------------------------------------------------------------------------
