@@ -36,6 +36,7 @@ except ImportError:
 
 LOSS_CHUNK_ROWS = 4096  # rows of logits alive at a time: 4096 x 50304 in bf16 is 0.4 GB, whatever the batch
 MASKED = -1  # a target that is not trained
+LINEARS = ("c_attn", "c_proj", "c_fc")  # the names of a block's linear layers
 
 
 class WeightsError(ValueError):
@@ -333,9 +334,8 @@ class GPT(nn.Module):
 
     def decode_bytes(self) -> int:
         """Bytes of weights that one decoding step reads: all but the embedding tables, which are looked up."""
-        blocks = [*self.transformer["h"].parameters(), *self.transformer["h"].buffers()]
-        head = [*self.lm_head.parameters(), *self.lm_head.buffers()]
-        return sum(t.numel() * t.element_size() for t in [*blocks, *head])
+        read = [*self.transformer["h"].state_dict().values(), *self.lm_head.state_dict().values()]
+        return sum(t.numel() * t.element_size() for t in read)
 
     def set_recompute(self, recompute: str) -> None:
         for block in self.blocks:
@@ -543,7 +543,7 @@ class GPT(nn.Module):
     # ----------------------------------------------------------------------------------------------------------------
     # Variants of the linear layers
 
-    def replace_linears(self, make: Any, targets: Sequence[str] = ("c_attn", "c_proj", "c_fc")) -> None:
+    def replace_linears(self, make: Any, targets: Sequence[str] = LINEARS) -> None:
         """Put make(linear) in place of each of the blocks' linear layers whose name is among `targets`."""
         for block in self.blocks:
             for parent in (block.attn, block.mlp):
@@ -551,11 +551,10 @@ class GPT(nn.Module):
                     if hasattr(parent, name):
                         setattr(parent, name, make(getattr(parent, name)))
 
-    def add_lora(self, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] = ()) -> None:
-        """Freeze the model and add trainable low-rank adapters to its linear layers (all, or those in `targets`)."""
-        known = ("c_attn", "c_proj", "c_fc")
+    def add_lora(self, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] = LINEARS) -> None:
+        """Freeze the model and add trainable low-rank adapters to its linear layers, or to those named in `targets`."""
         self.requires_grad_(False)
-        self.replace_linears(lambda linear: LoRALinear(linear, rank, alpha, dropout), targets or known)
+        self.replace_linears(lambda linear: LoRALinear(linear, rank, alpha, dropout), targets)
 
     def save_adapter(self, path: Path, base: str) -> None:
         """Write the adapters alone as PEFT does: adapter_config.json and adapter_model.safetensors."""
@@ -577,12 +576,11 @@ class GPT(nn.Module):
             "inference_mode": True,
         }
         (path / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        tensors = {}
-        for name, layer in layers.items():
-            for part in ("lora_A", "lora_B"):
-                tensors[f"base_model.model.transformer.{name}.{part}.weight"] = (
-                    getattr(layer, part).detach().contiguous()
-                )
+        tensors = {
+            f"base_model.model.transformer.{name}.{part}.weight": getattr(layer, part).detach().contiguous()
+            for name, layer in layers.items()
+            for part in ("lora_A", "lora_B")
+        }
         save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def quantize(self) -> None:
@@ -602,8 +600,8 @@ class LoRALinear(Linear):
     def __init__(self, base: Linear, rank: int, alpha: float, dropout: float):
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        if not 0 < rank <= min(base.in_features, base.out_features):
-            limit = min(base.in_features, base.out_features)
+        limit = min(base.in_features, base.out_features)
+        if not 0 < rank <= limit:
             raise WeightsError(f"lora_rank={rank} must lie between 1 and the layer's width, {limit}")
         self.scale, self.lora_dropout = alpha / rank, nn.Dropout(dropout)
         # The adapters stay in fp32 whatever the frozen weights are: they are the master weights here.
@@ -997,15 +995,13 @@ def find_pretrained(path_or_name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.txt", "*.safetensors"]
-    hint = (
-        f"Download config.json, model.safetensors, vocab.json and merges.txt from https://huggingface.co/{name} "
-        f"into a folder and pass its path as --init_from=FOLDER"
-    )
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"], etag_timeout=5))
     except Exception as e:  # the hub's client raises many kinds: no network, no such name, a private repository
         raise WeightsError(
-            f"{name!r} is no local folder and could not be fetched ({type(e).__name__}).\n{hint}"
+            f"{name!r} is no local folder and could not be fetched ({type(e).__name__}).\nDownload config.json, "
+            f"model.safetensors, vocab.json and merges.txt from https://huggingface.co/{name} into a folder and pass its "
+            "path as --init_from=FOLDER"
         ) from None
 
 
@@ -1020,9 +1016,8 @@ def _read_nanogpt(file: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         tensors = {}
         for name, t in weights.items():
             name = name.removeprefix("_orig_mod.")
-            is_linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             if isinstance(t, Tensor):
-                tensors[name] = t.t() if is_linear else t
+                tensors[name] = t.t() if name.endswith(tuple(f"{linear}.weight" for linear in LINEARS)) else t
         tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][: shape["vocab_size"]]
     except Exception as e:  # torch raises many kinds, UnpicklingError where the file asks to run something
         raise WeightsError(
