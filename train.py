@@ -5,7 +5,8 @@
     python train.py --init_from=resume --out_dir=out         # go on where a run stopped
     torchrun --nproc_per_node=2 train.py config/...          # one process a GPU
 
-Reading order: Step (one update), build_optimizers, learning_rate, evaluate, Run (the loop).
+Reading order: as it stands. Optimizers and schedule, Step (one update), its memory, Loader and evaluate, Run (the loop),
+then what Run calls: what it starts from, its memory's fit, what resuming needs, and the command line.
 """
 
 from __future__ import annotations
@@ -538,7 +539,7 @@ class Run:
         # Dropout's random numbers: a rank's own, and not the first ones over again after resuming.
         torch.manual_seed(config.seed + self.machine.rank + 1_000_003 * self.progress.step)
         if last is not None:
-            load_trainer(last, self.step, self.master)
+            load_trainer(last, self.step)
         self.clock, self.stop_signal, self.skipped = Clock(self.machine, self.progress.elapsed_s), 0, 0.0
         self.flag = torch.zeros((), dtype=torch.int64, device=self.machine.device)  # the stop signal of all ranks
         self.saved_step = self.progress.step if resumed else -1
@@ -586,7 +587,7 @@ class Run:
                 start = list(tokenizer.encode("\n"))
             except UserError:  # a vocabulary of characters that has no line end
                 start = self.val.batch(np.array([0]))[0][0, :1].tolist()
-        count = min(SAMPLE_TOKENS, max(1, self.config.block_size * 2))
+        count = min(SAMPLE_TOKENS, 2 * self.config.block_size)
         was_training = self.model.training
         self.model.eval()
         with self.machine.autocast():
@@ -672,12 +673,7 @@ class Run:
         steps_per_s = self.clock.lap()
         rate = steps_per_s and round(steps_per_s * self.step_windows * self.config.block_size)
         if self.master:
-            row = {"step": p.step, "tokens": p.tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm}
-            self.metrics.append(row | {"tokens_per_s": rate, "elapsed_s": self.elapsed()})
-            if self.wandb:
-                self.wandb.log(
-                    {"train/loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": rate}, step=p.step
-                )
+            self.record(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
             bar.set_postfix_str(f"loss {loss:.4f}" + (f", {rate:,.0f} tokens/s" if rate else ""), refresh=False)
             if bar.disable:
                 self.say(f"step {p.step}: loss {loss:.4f}, lr {lr:.2e}" + (f", {rate:,.0f} tokens/s" if rate else ""))
@@ -694,6 +690,13 @@ class Run:
             f"as before the first of them. Training window {p.position}; try a lower learning_rate or dtype=float32"
         )
         return True
+
+    def record(self, **row: float | None) -> None:
+        """A line of metrics.jsonl, and of wandb's record, where a step's loss is called train/loss."""
+        p = self.progress
+        self.metrics.append({"step": p.step, "tokens": p.tokens, **row, "elapsed_s": self.elapsed()})
+        if self.wandb:
+            self.wandb.log({"train/loss" if key == "loss" else key: value for key, value in row.items()}, step=p.step)
 
     def log_evaluation(self) -> bool:
         """Evaluate, tell, keep the best; true if patience is over."""
@@ -715,10 +718,7 @@ class Run:
             + (", the best so far" if better else "")
         )
         if self.master:
-            row = {"step": p.step, "tokens": p.tokens, "train_loss": train_loss, "val_loss": val_loss}
-            self.metrics.append(row | {"elapsed_s": self.elapsed()})
-            if self.wandb:
-                self.wandb.log({"train_loss": train_loss, "val_loss": val_loss}, step=p.step)
+            self.record(train_loss=train_loss, val_loss=val_loss)
         self.show_sample()
         if better and not self.as_rank_0(self.save("best")):
             p.best_val_loss, p.best_step = before  # what best/ still holds
@@ -910,7 +910,7 @@ def prepare_model(model: GPT, config: Any, machine: Machine) -> None:
     """Put the model on the device in the form that the configuration asks for: adapters, precision, recomputation."""
     if config.optimizer == "adamw8bit":
         model.bfloat16()  # no fp32 master: rounding at random keeps what a small update changes
-    if config.lora_rank and not getattr(config, "eval_only", False):
+    if config.lora_rank and not config.eval_only:
         targets = LINEARS if config.lora_targets == "all" else config.lora_targets.split(",")
         model.to(machine.dtype)  # frozen weights need no fp32 master either
         model.add_lora(config.lora_rank, config.lora_alpha or 2 * config.lora_rank, config.lora_dropout, targets)
@@ -961,7 +961,6 @@ def settle_batch_size(model: GPT, config: Any, machine: Machine) -> int:
         config.batch_size = 8
         return 8
     rows, recompute, seconds = config.gradient_accumulation_steps // machine.world, config.recompute, {}
-    state = torch.random.get_rng_state()
     for batch_size in (b for b in range(1, min(rows, 128) + 1) if rows % b == 0):
         trial = copy.copy(config)
         trial.batch_size, trial.gradient_accumulation_steps, trial.cuda_graph = batch_size, 2 * machine.world, False
@@ -978,7 +977,6 @@ def settle_batch_size(model: GPT, config: Any, machine: Machine) -> int:
                 torch.cuda.empty_cache()
     if not seconds:
         raise torch.OutOfMemoryError
-    torch.random.set_rng_state(state)
     fastest = min(seconds.values())
     choice = min(key for key, value in seconds.items() if value <= 1.02 * fastest)
     if machine.world > 1:
@@ -1039,8 +1037,11 @@ def save_trainer(folder: Path, step: Step) -> None:
 
 
 @torch.no_grad()
-def load_trainer(folder: Path, step: Step, master: bool = True) -> None:
-    """Put a checkpoint's tensors where they were. Memory-mapped, and copied one by one: resuming needs no more memory."""
+def load_trainer(folder: Path, step: Step) -> None:
+    """Put a checkpoint's tensors where they were. Memory-mapped, and copied one by one: resuming needs no more memory.
+
+    The random numbers are rank 0's, which alone saved: the others keep those that they began with.
+    """
     import safetensors
 
     params = dict(step.model.named_parameters())
@@ -1064,9 +1065,9 @@ def load_trainer(folder: Path, step: Step, master: bool = True) -> None:
             elif kind == "scaler" and step.scaler.is_enabled():
                 state = step.scaler.state_dict() | {"scale": tensor[0].item(), "_growth_tracker": int(tensor[1])}
                 step.scaler.load_state_dict(state)
-            elif name == "rng.cpu" and master:
+            elif name == "rng.cpu" and step.machine.rank == 0:
                 torch.set_rng_state(tensor)
-            elif name == "rng.cuda" and master and step.machine.on_gpu:
+            elif name == "rng.cuda" and step.machine.rank == 0 and step.machine.on_gpu:
                 torch.cuda.set_rng_state(tensor)
     for optimizer in step.optimizers:
         for p, state in optimizer.state.items():
