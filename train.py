@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=2 train.py config/...          # one process a GPU
 
 Reading order: as it stands. Optimizers and schedule, Step (one update), its memory, Loader and evaluate, Run (the loop),
-then what Run calls: what it starts from, its memory's fit, what resuming needs, and the command line.
+then what Run calls: what a run starts from, what resuming needs, the command line.
 """
 
 from __future__ import annotations
@@ -365,6 +365,30 @@ def step_memory(shape: GPTConfig, config: Any, recompute: str, trainable: int | 
     }
     end = base | {"gradients": float(master * trained), "activations": 26 * unit, "logits": head}
     return max((loss, backward, end), key=lambda moment: sum(moment.values()))
+
+
+def choose_recompute(model: GPT, config: Any, machine: Machine) -> str:
+    """The cheapest recomputation whose predicted memory leaves a tenth of what is free (the model lies there already)."""
+    if not machine.on_gpu:
+        return "none"
+    room = 0.9 * device_memory(machine)
+    for recompute in ("none", "pointwise"):
+        if sum(step_memory(model.config, config, recompute, trainable(model)).values()) < room:
+            return recompute
+    return "block"
+
+
+def device_memory(machine: Machine) -> float:
+    """Bytes this process may use: what is free and what it holds, or the share that it was capped to."""
+    free, total = torch.cuda.mem_get_info(machine.device)
+    share = torch.cuda.get_per_process_memory_fraction(machine.device)
+    return min(free + torch.cuda.memory_reserved(machine.device), share * total)
+
+
+def trainable(model: GPT) -> int | None:
+    """Trained parameters, or None where that is all of them."""
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    return None if len(trained) == len(list(model.parameters())) else sum(trained)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -828,6 +852,10 @@ class Run:
         return status
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# What a run starts from
+
+
 @contextlib.contextmanager
 def first_rank_first() -> Iterator[None]:
     """The other ranks begin when rank 0 is through."""
@@ -925,30 +953,6 @@ def prepare_model(model: GPT, config: Any, machine: Machine) -> None:
         model.compile_parts()
 
 
-def choose_recompute(model: GPT, config: Any, machine: Machine) -> str:
-    """The cheapest recomputation whose predicted memory leaves a tenth of what is free (the model lies there already)."""
-    if not machine.on_gpu:
-        return "none"
-    room = 0.9 * device_memory(machine)
-    for recompute in ("none", "pointwise"):
-        if sum(step_memory(model.config, config, recompute, trainable(model)).values()) < room:
-            return recompute
-    return "block"
-
-
-def device_memory(machine: Machine) -> float:
-    """Bytes this process may use: what is free and what it holds, or the share that it was capped to."""
-    free, total = torch.cuda.mem_get_info(machine.device)
-    share = torch.cuda.get_per_process_memory_fraction(machine.device)
-    return min(free + torch.cuda.memory_reserved(machine.device), share * total)
-
-
-def trainable(model: GPT) -> int | None:
-    """Trained parameters, or None where that is all of them."""
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    return None if len(trained) == len(list(model.parameters())) else sum(trained)
-
-
 def settle_batch_size(model: GPT, config: Any, machine: Machine) -> int:
     """batch_size=auto: the smallest micro-batch within 2% of the fastest that fits, by measuring real steps.
 
@@ -1005,6 +1009,10 @@ def _time_step(step: Step) -> float:
         step.machine.synchronize()
         seconds.append(time.perf_counter() - start)
     return min(seconds[2:])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What resuming needs
 
 
 def trainer_tensors(step: Step) -> dict[str, Tensor]:
@@ -1080,6 +1088,10 @@ def _assemble_8bit(parts: dict[str, Tensor], signed: bool, like: Tensor) -> Tens
     from torchao.optim.subclass_8bit import OptimState8bit
 
     return OptimState8bit.__tensor_unflatten__(parts, [signed, like.dtype], like.shape, like.stride())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
