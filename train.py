@@ -148,13 +148,7 @@ def build_optimizers(model: GPT, config: Any, machine: Machine) -> list[torch.op
     else:
         fused = machine.device.type != "mps"  # whose kernel ignores the factor and the flag of Step.update
         adamw = AdamW(groups, lr=lr, betas=betas, fused=fused, capturable=machine.on_gpu)
-    optimizers = [adamw]
-    if muon:
-        optimizers.append(Muon(muon, lr, config.beta1, config.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-    return optimizers
+    return [adamw, Muon(muon, lr, config.beta1, config.weight_decay)] if muon else [adamw]
 
 
 def learning_rate(step: int, config: Any) -> float:

@@ -255,6 +255,16 @@ def test_a_step_without_a_target_changes_nothing_and_tells_no_old_norm(dtype):
         assert trained != all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw8bit"])
+def test_all_parameters_read_one_learning_rate(optimizer):
+    """A recorded step has no other way to a new one."""
+    if optimizer == "adamw8bit":
+        pytest.importorskip("torchao")
+    step = make_step(optimizer=optimizer)
+    assert torch.is_tensor(step.lr)
+    assert all(group["lr"] is step.lr for o in step.optimizers for group in o.param_groups)
+
+
 def test_a_skipped_update_of_8_bit_moments_leaves_the_weights():
     pytest.importorskip("torchao")
     model = set_weights(GPT(GPTConfig(8, 13, 2, 2, 8, bias=True))).bfloat16()
