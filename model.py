@@ -551,10 +551,10 @@ class GPT(nn.Module):
                     if hasattr(parent, name):
                         setattr(parent, name, make(getattr(parent, name)))
 
-    def add_lora(self, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] = LINEARS) -> None:
-        """Freeze the model and add trainable low-rank adapters to its linear layers, or to those named in `targets`."""
+    def add_lora(self, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] = ()) -> None:
+        """Freeze the model and add trainable low-rank adapters to its linear layers (all, or those in `targets`)."""
         self.requires_grad_(False)
-        self.replace_linears(lambda linear: LoRALinear(linear, rank, alpha, dropout), targets)
+        self.replace_linears(lambda linear: LoRALinear(linear, rank, alpha, dropout), targets or LINEARS)
 
     def save_adapter(self, path: Path, base: str) -> None:
         """Write the adapters alone as PEFT does: adapter_config.json and adapter_model.safetensors."""

@@ -35,7 +35,7 @@ import config as configuration
 from config import TrainConfig, UserError
 from config.machine import Machine, open_machine
 from data import run as run_folder
-from model import GPT, LINEARS, LOSS_CHUNK_ROWS, MASKED, GPTConfig, Sampling, WeightsError, find_pretrained
+from model import GPT, LOSS_CHUNK_ROWS, MASKED, GPTConfig, Sampling, WeightsError, find_pretrained
 
 # compile=auto: a run of fewer operations than this is over before compiling, some 10 s, has paid. Recorded as a CUDA
 # graph, the plain step of a small model takes 1.3 times as long as the compiled one (measured, see the README).
@@ -933,7 +933,7 @@ def prepare_model(model: GPT, config: Any, machine: Machine) -> None:
     if config.optimizer == "adamw8bit":
         model.bfloat16()  # no fp32 master: rounding at random keeps what a small update changes
     if config.lora_rank and not config.eval_only:
-        targets = LINEARS if config.lora_targets == "all" else config.lora_targets.split(",")
+        targets = [] if config.lora_targets == "all" else config.lora_targets.split(",")
         model.to(machine.dtype)  # frozen weights need no fp32 master either
         model.add_lora(config.lora_rank, config.lora_alpha or 2 * config.lora_rank, config.lora_dropout, targets)
     if config.quantize == "int8":
