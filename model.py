@@ -4,8 +4,8 @@ Shapes are noted at the line with these letters:
     B batch   T time, the tokens of one row   C channels (n_embd)   H heads   D = C / H   V vocabulary, padded
     N = B * T rows   S slots of the key/value cache   L layers
 
-Reading order: GPT.forward, Block, CausalSelfAttention, MLP; then the loss (LinearCrossEntropy); then generation
-(KVCache, sample_token, GPT.stream); then weights on disk (save_pretrained, from_pretrained).
+Reading order: as it stands. One layer (attention, MLP, Block), the loss in chunks, the whole model (GPT), then what GPT's
+methods call: adapters and int8 weights, generation (sample_token, KVCache, Decoder), weights on disk.
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3 (the architecture);
 Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1 (attention); Hendrycks and Gimpel 2016 (GELU).
@@ -37,6 +37,7 @@ except ImportError:
 
 LOSS_CHUNK_ROWS = 4096  # rows of logits alive at a time: 4096 x 50304 in bf16 is 0.4 GB, whatever the batch
 MASKED = -1  # a target that is not trained
+LINEARS = ("c_attn", "c_proj", "c_fc")  # the names of a block's linear layers
 
 
 class WeightsError(ValueError):
@@ -62,7 +63,13 @@ class GPTConfig:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The transformer
+# One layer
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The precision products run in: autocast's where autocast is on, else the tensor's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class LayerNorm(nn.LayerNorm):
@@ -169,367 +176,6 @@ def _keep_products() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(policy)
 
 
-class GPT(nn.Module):
-    """The whole model. Its modules bear the names of GPT-2's published checkpoint."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        if config.n_embd % config.n_head:
-            raise WeightsError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
-        self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": LayerNorm(config.n_embd, bias=config.bias),
-            }
-        )
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # type: ignore[union-attr, assignment]  # tied: Press and Wolf 2017, arXiv:1608.05859
-        self.loss_chunk = cross_entropy_chunk  # compile_parts() puts its compiled form here
-        self.init_weights()
-
-    @property
-    def blocks(self) -> list[Block]:
-        return list(self.transformer.h)  # type: ignore[arg-type]
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """N(0, 0.02); what writes into the residual stream is scaled by 1/sqrt(2L) (Radford et al. 2019, 2.3)."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and module is not self.lm_head:
-                scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj") else 1.0
-                nn.init.normal_(module.weight, std=0.02 * scale)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        # Padding rows are never trained and never drawn: zero, so that dropping them on disk loses nothing.
-        self.lm_head.weight[self.config.vocab_size :].zero_()
-
-    def num_params(self) -> int:
-        """Parameters of the model as it lies on disk: padding rows are left out, the tied head counts once."""
-        padding = self.config.padded_vocab_size - self.config.vocab_size
-        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
-
-    def flops_per_token(self) -> int:
-        """Floating-point operations of training on one token, 6N + 12LCT (Chowdhery et al. 2022, PaLM, appendix B).
-
-        N leaves out the position table, which is looked up and not multiplied; attention is counted in full.
-        """
-        c = self.config
-        return 6 * (self.num_params() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
-
-    def decode_bytes(self) -> int:
-        """Bytes of weights that one decoding step reads: all but the embedding tables, which are looked up."""
-        blocks = [*self.transformer["h"].parameters(), *self.transformer["h"].buffers()]
-        head = [*self.lm_head.parameters(), *self.lm_head.buffers()]
-        return sum(t.numel() * t.element_size() for t in [*blocks, *head])
-
-    def set_recompute(self, recompute: str) -> None:
-        for block in self.blocks:
-            block.recompute = recompute
-
-    def compile_parts(self) -> None:
-        """Compile the blocks in place: equal blocks compile once, in a fraction of the time that the whole takes."""
-        # torch warns of operations in place under a recomputation with a policy; a block has none.
-        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-        for module in (*self.blocks, self.transformer["ln_f"]):
-            module.compile(dynamic=False)
-        on_gpu = self.lm_head.weight.is_cuda and triton is not None
-        self.loss_chunk = fused_cross_entropy_chunk if on_gpu else torch.compile(cross_entropy_chunk, dynamic=False)
-
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Token ids (B, T) -> the last layer's normalized output (B, T, C). A cache is read and extended."""
-        x = self.embed(idx, cache)
-        for i, block in enumerate(self.blocks):
-            x = block(x) if cache is None else block(x, cache.layer(i))
-        return self.transformer["ln_f"](x)
-
-    def embed(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Token ids (B, T) -> the beginning of the residual stream (B, T, C)."""
-        T = idx.size(1)
-        if cache is None and self.config.block_size < T:
-            raise WeightsError(f"{T} tokens do not fit into block_size={self.config.block_size}")
-        position = torch.arange(T, device=idx.device) if cache is None else cache.begin(T)
-        x = self.transformer["wte"](idx) + self.transformer["wpe"](position)  # (B, T, C)
-        # One cast here keeps the residual stream, and all that is saved for backward, in autocast's precision.
-        return self.transformer["drop"](x).to(compute_dtype(x))
-
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None, divisor: Tensor | float | None = None, rows: int | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits without targets, the loss with them.
-
-        idx: (B, T) token ids. targets: (B, T), the next token of each position, or MASKED.
-        divisor: what the sum of the losses is divided by; by default the number of targets, which makes the mean in
-            nats a token. A step of several micro-batches passes the number of targets of the whole step.
-        rows: how many targets are not masked, if the caller knows: then masked rows never reach the head.
-        Returns (logits (B, T, vocab_size), None), or (None, scalar loss in fp32).
-        """
-        x = self.hidden(idx)
-        if targets is None:
-            return self.lm_head(x)[..., : self.config.vocab_size], None
-        x, targets = x.view(-1, x.size(-1)), targets.reshape(-1)  # (N, C), (N,)
-        if divisor is None:
-            divisor = (targets != MASKED).sum().clamp(min=1)
-        if rows is not None and rows < len(targets):
-            # A stable sort brings the unmasked rows to the front without asking the device how many there are; a
-            # multiple of 1,024 keeps the number of different shapes, and of compilations, small.
-            kept = (targets == MASKED).argsort(stable=True)[: min(len(targets), -(-rows // 1024) * 1024)]
-            x, targets = x[kept], targets[kept]
-        x = x.to(compute_dtype(x))
-        head = self.lm_head.dequantized() if isinstance(self.lm_head, Int8Linear) else self.lm_head.weight
-        if not torch.is_grad_enabled():  # the function below asks its inputs, and knows nothing of no_grad
-            head = head.detach()
-        total = LinearCrossEntropy.apply(x, head, targets, self.config.vocab_size, self.loss_chunk)
-        return None, total / divisor
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Generation
-
-    @torch.no_grad()
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sampling: Sampling | None = None,
-        *,
-        seeds: Sequence[int] | None = None,
-        compiled: bool = False,
-    ) -> Iterator[list[int]]:
-        """Yield one new token id per prompt, max_new_tokens times. Prompts may differ in length.
-
-        seeds: one per prompt; a text depends on its prompt and its seed alone, not on its neighbours in the batch.
-        compiled: compile the blocks for decoding, which pays off for long texts. On a GPU the decoding step is replayed
-            as a CUDA graph in any case.
-        A context that reaches block_size goes on from its last half, which is computed anew (positions are absolute
-        in GPT-2, so cached keys cannot be moved). Raises WeightsError for an empty or too long prompt.
-        """
-        sampling = sampling or Sampling()
-        limit, device = self.config.block_size, self.lm_head.weight.device
-        for prompt in prompts:
-            if not 0 < len(prompt) <= limit:
-                raise WeightsError(f"a prompt has {len(prompt)} tokens; it needs 1 to block_size={limit}")
-        texts = [[int(token) for token in prompt] for prompt in prompts]
-        cache = KVCache(self.config, len(texts), max(map(len, texts)) + max_new_tokens, next(self.parameters()))
-        draws = torch.stack([uniform(seed, max_new_tokens) for seed in seeds or range(len(texts))])  # (B, new)
-        decoder = Decoder(self, cache, sampling, draws.to(device), compiled)
-        decoder.start(texts)
-        for step in range(max_new_tokens):
-            arriving = decoder.read()
-            full = [b for b, text in enumerate(texts) if len(text) == limit]
-            last = step + 1 == max_new_tokens
-            if not (full or last):
-                decoder.advance()  # the device is at the next tokens while the host hands out these
-            new = arriving()
-            for text, token in zip(texts, new, strict=True):
-                text.append(token)
-            if full and not last:
-                for b in full:
-                    texts[b] = texts[b][-max(1, limit // 2) :]
-                    with decoder.stance():
-                        cache.refill(self, b, texts[b][:-1])
-                decoder.advance()
-            yield new
-
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
-        """The new token ids of each prompt, all at once. Options as in `stream`."""
-        steps = list(self.stream(prompts, max_new_tokens, **options))
-        return [list(text) for text in zip(*steps, strict=True)]
-
-    def store_by_columns(self) -> None:
-        """Lay out the linear layers' weights as GPT-2's files do, (in, out) in memory; values and shapes stay.
-
-        A CPU reads a weight a sixth faster so in a product with a single row, which is what decoding is made of.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.data = module.weight.data.t().contiguous().t()
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Weights on disk: a Hugging Face GPT-2 directory
-
-    def save_pretrained(self, path: str | Path, eot: int | None = None) -> None:
-        """Write config.json and model.safetensors as `transformers` does. eot: the id of the end-of-text token.
-
-        Weights keep their dtype; padding rows and the tied head are left out; LoRA's adapters are merged in; a model
-        without biases gets zero biases and `"bias": false`, which other readers ignore at no loss.
-        """
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(_huggingface_config(self.config, eot), indent=2) + "\n", "utf-8")
-        tensors = {f"transformer.{name}": t.contiguous() for name, t in self._published_weights().items()}
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-
-    @torch.no_grad()
-    def _published_weights(self) -> dict[str, Tensor]:
-        """Name -> tensor in the published layout: Conv1D keeps the transpose of a Linear's weight, (in, out)."""
-        tensors: dict[str, Tensor] = {"wte.weight": self.lm_head.weight[: self.config.vocab_size]}
-        for name, module in self.transformer.named_modules():
-            if isinstance(module, nn.Linear):
-                weight = module.merged() if isinstance(module, LoRALinear) else module.weight
-                tensors[f"{name}.weight"] = weight.t()
-                tensors[f"{name}.bias"] = weight.new_zeros(len(weight)) if module.bias is None else module.bias
-            elif isinstance(module, nn.LayerNorm):
-                tensors[f"{name}.weight"] = module.weight
-                tensors[f"{name}.bias"] = torch.zeros_like(module.weight) if module.bias is None else module.bias
-        tensors["wpe.weight"] = self.transformer["wpe"].weight  # type: ignore[assignment]
-        return {name: t.detach() for name, t in tensors.items()}
-
-    @classmethod
-    def from_pretrained(cls, path_or_name: str | Path, block_size: int | None = None, dropout: float = 0.0) -> GPT:
-        """Read a Hugging Face GPT-2 directory, a hub name (gpt2 ... gpt2-xl, owner/name), or nanoGPT's ckpt.pt.
-
-        block_size: crop the context to this. dropout: this model's, whatever the file says. Nothing is unpickled.
-        Raises WeightsError naming the file, the tensor or the setting that this model cannot represent.
-        """
-        path = Path(path_or_name)
-        if path.suffix == ".pt":
-            config, tensors = _read_nanogpt(path)
-        else:
-            folder = find_pretrained(path_or_name)
-            config, tensors = _read_config(folder / "config.json"), _read_safetensors(folder)
-        tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
-        _check_size(config, tensors, str(path_or_name))
-        if block_size is not None and block_size > config.block_size:
-            raise WeightsError(
-                f"{path_or_name} has {config.block_size} positions: pass --block_size={config.block_size} or less"
-            )
-        with _without_drawing():
-            model = cls(replace(config, dropout=dropout))
-        model.load_published(tensors, str(path_or_name))
-        return model if block_size is None else model.crop(block_size)
-
-    @torch.no_grad()
-    def load_published(self, tensors: dict[str, Tensor], source: str) -> None:
-        """Copy tensors in the published layout into this model; every one must be there and have its shape."""
-        for name, mine in self._published_weights().items():
-            module_name, _, kind = name.rpartition(".")
-            module = self.transformer.get_submodule(module_name)
-            if kind == "bias" and module.bias is None:
-                if name in tensors and tensors[name].any():
-                    raise WeightsError(f'{source}: config.json says "bias": false, but {name} is not zero')
-                continue
-            # A view into the parameter, transposed where Conv1D is.
-            mine.copy_(_take(tensors, name, tuple(mine.shape), source))
-        self.lm_head.weight[self.config.vocab_size :].zero_()
-
-    @torch.no_grad()
-    def crop(self, block_size: int) -> GPT:
-        """Shorten the context: positions past block_size are dropped. Returns the model."""
-        self.config = replace(self.config, block_size=block_size)
-        wpe = self.transformer["wpe"]
-        wpe.weight = nn.Parameter(wpe.weight[:block_size].clone())  # type: ignore[index]
-        wpe.num_embeddings = block_size  # type: ignore[assignment]
-        return self
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Variants of the linear layers
-
-    def replace_linears(self, make: Any, targets: Sequence[str] = ("c_attn", "c_proj", "c_fc")) -> None:
-        """Put make(linear) in place of each of the blocks' linear layers whose name is among `targets`."""
-        for block in self.blocks:
-            for parent in (block.attn, block.mlp):
-                for name in targets:
-                    if hasattr(parent, name):
-                        setattr(parent, name, make(getattr(parent, name)))
-
-    def add_lora(self, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] = ()) -> None:
-        """Freeze the model and add trainable low-rank adapters to its linear layers (all, or those in `targets`)."""
-        known = ("c_attn", "c_proj", "c_fc")
-        self.requires_grad_(False)
-        self.replace_linears(lambda linear: LoRALinear(linear, rank, alpha, dropout), targets or known)
-
-    def save_adapter(self, path: Path, base: str) -> None:
-        """Write the adapters alone as PEFT does: adapter_config.json and adapter_model.safetensors."""
-        from safetensors.torch import save_file
-
-        path.mkdir(parents=True, exist_ok=True)
-        layers = {name: m for name, m in self.transformer.named_modules() if isinstance(m, LoRALinear)}
-        first = next(iter(layers.values()))
-        content = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
-            "r": len(first.lora_A),
-            "lora_alpha": first.scale * len(first.lora_A),
-            "lora_dropout": first.lora_dropout.p,
-            "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-            "fan_in_fan_out": True,  # GPT-2's layers are Conv1D: (in, out)
-            "bias": "none",
-            "inference_mode": True,
-        }
-        (path / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        tensors = {}
-        for name, layer in layers.items():
-            for part in ("lora_A", "lora_B"):
-                tensors[f"base_model.model.transformer.{name}.{part}.weight"] = (
-                    getattr(layer, part).detach().contiguous()
-                )
-        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-
-    def quantize(self) -> None:
-        """Weight-only int8 in the blocks and the head, for sampling and evaluation; the embedding stays as it is."""
-        self.requires_grad_(False)
-        self.replace_linears(Int8Linear)
-        self.lm_head = Int8Linear(self.lm_head)  # type: ignore[assignment]
-
-
-class LoRALinear(Linear):
-    """W x + (alpha / rank) B A x with W frozen (Hu et al. 2021, arXiv:2106.09685, section 4.1). B starts at zero."""
-
-    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float):
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
-        if not 0 < rank <= min(base.in_features, base.out_features):
-            limit = min(base.in_features, base.out_features)
-            raise WeightsError(f"lora_rank={rank} must lie between 1 and the layer's width, {limit}")
-        self.scale, self.lora_dropout = alpha / rank, nn.Dropout(dropout)
-        # The adapters stay in fp32 whatever the frozen weights are: they are the master weights here.
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        update = F.linear(F.linear(self.lora_dropout(x), self.lora_A), self.lora_B)
-        return super().forward(x) + self.scale * update
-
-    def merged(self) -> Tensor:
-        """(out, in) weight with the adapter in it, in fp32."""
-        return self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
-
-
-class Int8Linear(nn.Module):
-    """y = (x Wq^T) s + b with int8 Wq and one scale a row: half of bf16's bytes, which is what decoding waits for."""
-
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, base: nn.Linear):
-        super().__init__()
-        scale = base.weight.abs().amax(1).clamp(min=1e-8) / 127  # (out,)
-        self.register_buffer("weight", (base.weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.bias = base.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = compute_dtype(x)
-        y = F.linear(x.to(dtype), self.weight.to(dtype)) * self.scale.to(dtype)
-        return y if self.bias is None else y + self.bias.to(dtype)
-
-    def dequantized(self) -> Tensor:
-        return self.weight * self.scale[:, None]  # (out, in)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The precision products run in: autocast's where autocast is on, else the tensor's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # The loss
 
@@ -629,6 +275,370 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     else:
         total += a @ b
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The whole model
+
+
+class GPT(nn.Module):
+    """The whole model. Its modules bear the names of GPT-2's published checkpoint."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise WeightsError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # type: ignore[union-attr, assignment]  # tied: Press and Wolf 2017, arXiv:1608.05859
+        self.loss_chunk = cross_entropy_chunk  # compile_parts() puts its compiled form here
+        self.init_weights()
+
+    @property
+    def blocks(self) -> list[Block]:
+        return list(self.transformer.h)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """N(0, 0.02); what writes into the residual stream is scaled by 1/sqrt(2L) (Radford et al. 2019, 2.3)."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and module is not self.lm_head:
+                scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj") else 1.0
+                nn.init.normal_(module.weight, std=0.02 * scale)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        # Padding rows are never trained and never drawn: zero, so that dropping them on disk loses nothing.
+        self.lm_head.weight[self.config.vocab_size :].zero_()
+
+    def num_params(self) -> int:
+        """Parameters of the model as it lies on disk: without padding rows, adapters merged, the tied head once."""
+        padding = self.config.padded_vocab_size - self.config.vocab_size
+        kept = (p for name, p in self.named_parameters() if "lora_" not in name)
+        return sum(p.numel() for p in kept) - padding * self.config.n_embd
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of training on one token, 6N + 12LCT (Chowdhery et al. 2022, PaLM, appendix B).
+
+        N leaves out the position table, which is looked up and not multiplied; attention is counted in full.
+        """
+        c = self.config
+        return 6 * (self.num_params() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def decode_bytes(self) -> int:
+        """Bytes of weights that one decoding step reads: all but the embedding tables, which are looked up."""
+        read = [*self.transformer["h"].state_dict().values(), *self.lm_head.state_dict().values()]
+        return sum(t.numel() * t.element_size() for t in read)
+
+    def set_recompute(self, recompute: str) -> None:
+        for block in self.blocks:
+            block.recompute = recompute
+
+    def compile_parts(self) -> None:
+        """Compile the blocks in place: equal blocks compile once, in a fraction of the time that the whole takes."""
+        # torch warns of operations in place under a recomputation with a policy; a block has none.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+        for module in (*self.blocks, self.transformer["ln_f"]):
+            module.compile(dynamic=False)
+        on_gpu = self.lm_head.weight.is_cuda and triton is not None
+        self.loss_chunk = fused_cross_entropy_chunk if on_gpu else torch.compile(cross_entropy_chunk, dynamic=False)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> the last layer's normalized output (B, T, C). A cache is read and extended."""
+        x = self.embed(idx, cache)
+        for i, block in enumerate(self.blocks):
+            x = block(x) if cache is None else block(x, cache.layer(i))
+        return self.transformer["ln_f"](x)
+
+    def embed(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> the beginning of the residual stream (B, T, C)."""
+        T = idx.size(1)
+        if cache is None and self.config.block_size < T:
+            raise WeightsError(f"{T} tokens do not fit into block_size={self.config.block_size}")
+        position = torch.arange(T, device=idx.device) if cache is None else cache.begin(T)
+        x = self.transformer["wte"](idx) + self.transformer["wpe"](position)  # (B, T, C)
+        # One cast here keeps the residual stream, and all that is saved for backward, in autocast's precision.
+        return self.transformer["drop"](x).to(compute_dtype(x))
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, divisor: Tensor | float | None = None, rows: int | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits without targets, the loss with them.
+
+        idx: (B, T) token ids. targets: (B, T), the next token of each position, or MASKED.
+        divisor: what the sum of the losses is divided by; by default the number of targets, which makes the mean in
+            nats a token. A step of several micro-batches passes the number of targets of the whole step.
+        rows: how many targets are not masked, if the caller knows: then masked rows never reach the head.
+        Returns (logits (B, T, vocab_size), None), or (None, scalar loss in fp32).
+        """
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x)[..., : self.config.vocab_size], None
+        x, targets = x.view(-1, x.size(-1)), targets.reshape(-1)  # (N, C), (N,)
+        if divisor is None:
+            divisor = (targets != MASKED).sum().clamp(min=1)
+        if rows is not None and rows < len(targets):
+            # A stable sort brings the unmasked rows to the front without asking the device how many there are; a
+            # multiple of 1,024 keeps the number of different shapes, and of compilations, small.
+            kept = (targets == MASKED).argsort(stable=True)[: min(len(targets), -(-rows // 1024) * 1024)]
+            x, targets = x[kept], targets[kept]
+        x = x.to(compute_dtype(x))
+        head = self.lm_head.dequantized() if isinstance(self.lm_head, Int8Linear) else self.lm_head.weight
+        if not torch.is_grad_enabled():  # the function below asks its inputs, and knows nothing of no_grad
+            head = head.detach()
+        total = LinearCrossEntropy.apply(x, head, targets, self.config.vocab_size, self.loss_chunk)
+        return None, total / divisor
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Generation
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        compiled: bool = False,
+    ) -> Iterator[list[int]]:
+        """Yield one new token id per prompt, max_new_tokens times. Prompts may differ in length.
+
+        seeds: one per prompt; a text depends on its prompt and its seed alone, not on its neighbours in the batch.
+        compiled: compile the blocks for decoding, which pays off for long texts. On a GPU the decoding step is replayed
+            as a CUDA graph in any case.
+        A context that reaches block_size goes on from its last half, which is computed anew (positions are absolute
+        in GPT-2, so cached keys cannot be moved). Raises WeightsError for an empty or too long prompt.
+        """
+        sampling = sampling or Sampling()
+        limit, device = self.config.block_size, self.lm_head.weight.device
+        for prompt in prompts:
+            if not 0 < len(prompt) <= limit:
+                raise WeightsError(f"a prompt has {len(prompt)} tokens; it needs 1 to block_size={limit}")
+        if not prompts or not max_new_tokens:
+            return
+        texts = [[int(token) for token in prompt] for prompt in prompts]
+        cache = KVCache(self.config, len(texts), max(map(len, texts)) + max_new_tokens, next(self.parameters()))
+        draws = torch.stack([uniform(seed, max_new_tokens) for seed in seeds or range(len(texts))])  # (B, new)
+        decoder = Decoder(self, cache, sampling, draws.to(device), compiled)
+        decoder.start(texts)
+        for step in range(max_new_tokens):
+            arriving = decoder.read()
+            full = [b for b, text in enumerate(texts) if len(text) == limit]
+            last = step + 1 == max_new_tokens
+            if not (full or last):
+                decoder.advance()  # the device is at the next tokens while the host hands out these
+            new = arriving()
+            for text, token in zip(texts, new, strict=True):
+                text.append(token)
+            if full and not last:
+                for b in full:
+                    texts[b] = texts[b][-max(1, limit // 2) :]
+                    with decoder.stance():
+                        cache.refill(self, b, texts[b][:-1])
+                decoder.advance()
+            yield new
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
+        """The new token ids of each prompt, all at once. Options as in `stream`."""
+        texts: list[list[int]] = [[] for _ in prompts]
+        for new in self.stream(prompts, max_new_tokens, **options):
+            for text, token in zip(texts, new, strict=True):
+                text.append(token)
+        return texts
+
+    def store_by_columns(self) -> None:
+        """Lay out the linear layers' weights as GPT-2's files do, (in, out) in memory; values and shapes stay.
+
+        A CPU reads a weight a sixth faster so in a product with a single row, which is what decoding is made of.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data = module.weight.data.t().contiguous().t()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Weights on disk: a Hugging Face GPT-2 directory
+
+    def save_pretrained(self, path: str | Path, eot: int | None = None) -> None:
+        """Write config.json and model.safetensors as `transformers` does. eot: the id of the end-of-text token.
+
+        Weights keep their dtype; padding rows and the tied head are left out; LoRA's adapters are merged in; a model
+        without biases gets zero biases and `"bias": false`, which other readers ignore at no loss.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(_huggingface_config(self.config, eot), indent=2) + "\n", "utf-8")
+        # Copied before they are turned: on the device a second model would have no room.
+        tensors = {f"transformer.{name}": t.cpu().contiguous() for name, t in self._published_weights()}
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+    @torch.no_grad()
+    def _published_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor, one by one, in the published layout: Conv1D keeps the transpose of a Linear's weight, (in, out)."""
+        yield "wte.weight", self.lm_head.weight.detach()[: self.config.vocab_size]
+        yield "wpe.weight", self.transformer["wpe"].weight.detach()  # type: ignore[operator]
+        for name, module in self.transformer.named_modules():
+            if isinstance(module, nn.Linear | nn.LayerNorm):
+                weight = module.merged() if isinstance(module, LoRALinear) else module.weight.detach()
+                bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach()
+                yield f"{name}.weight", weight.t() if isinstance(module, nn.Linear) else weight
+                yield f"{name}.bias", bias
+
+    @classmethod
+    def from_pretrained(cls, path_or_name: str | Path, block_size: int | None = None, dropout: float = 0.0) -> GPT:
+        """Read a Hugging Face GPT-2 directory, a hub name (gpt2 ... gpt2-xl, owner/name), or nanoGPT's ckpt.pt.
+
+        block_size: crop the context to this. dropout: this model's, whatever the file says. Nothing is unpickled.
+        Raises WeightsError naming the file, the tensor or the setting that this model cannot represent.
+        """
+        path = Path(path_or_name)
+        if path.suffix == ".pt":
+            config, tensors = _read_nanogpt(path)
+        else:
+            folder = find_pretrained(path_or_name)
+            config, tensors = _read_config(folder / "config.json"), _read_safetensors(folder)
+        tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+        _check_size(config, tensors, str(path_or_name))
+        if block_size is not None and block_size > config.block_size:
+            raise WeightsError(
+                f"{path_or_name} has {config.block_size} positions: pass --block_size={config.block_size} or less"
+            )
+        with _without_drawing():
+            model = cls(replace(config, dropout=dropout))
+        model.load_published(tensors, str(path_or_name))
+        return model if block_size is None else model.crop(block_size)
+
+    @torch.no_grad()
+    def load_published(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Copy tensors in the published layout into this model; every one must be there and have its shape."""
+        for name, mine in self._published_weights():
+            module_name, _, kind = name.rpartition(".")
+            module = self.transformer.get_submodule(module_name)
+            if kind == "bias" and module.bias is None:
+                if name in tensors and tensors[name].any():
+                    raise WeightsError(f'{source}: config.json says "bias": false, but {name} is not zero')
+                continue
+            # A view into the parameter, transposed where Conv1D is.
+            mine.copy_(_take(tensors, name, tuple(mine.shape), source))
+        self.lm_head.weight[self.config.vocab_size :].zero_()
+
+    @torch.no_grad()
+    def crop(self, block_size: int) -> GPT:
+        """Shorten the context: positions past block_size are dropped. Returns the model."""
+        self.config = replace(self.config, block_size=block_size)
+        wpe = self.transformer["wpe"]
+        wpe.weight = nn.Parameter(wpe.weight[:block_size].clone())  # type: ignore[index]
+        wpe.num_embeddings = block_size  # type: ignore[assignment]
+        return self
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Variants of the linear layers
+
+    def replace_linears(self, make: Any, targets: Sequence[str] = LINEARS) -> None:
+        """Put make(linear) in place of each of the blocks' linear layers whose name is among `targets`."""
+        for block in self.blocks:
+            for parent in (block.attn, block.mlp):
+                for name in targets:
+                    if hasattr(parent, name):
+                        setattr(parent, name, make(getattr(parent, name)))
+
+    def add_lora(self, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] = ()) -> None:
+        """Freeze the model and add trainable low-rank adapters to its linear layers (all, or those in `targets`)."""
+        self.requires_grad_(False)
+        self.replace_linears(lambda linear: LoRALinear(linear, rank, alpha, dropout), targets or LINEARS)
+
+    def save_adapter(self, path: Path, base: str) -> None:
+        """Write the adapters alone as PEFT does: adapter_config.json and adapter_model.safetensors."""
+        from safetensors.torch import save_file
+
+        path.mkdir(parents=True, exist_ok=True)
+        layers = {name: m for name, m in self.transformer.named_modules() if isinstance(m, LoRALinear)}
+        first = next(iter(layers.values()))
+        content = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": len(first.lora_A),
+            "lora_alpha": first.scale * len(first.lora_A),
+            "lora_dropout": first.lora_dropout.p,
+            "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+            "fan_in_fan_out": True,  # GPT-2's layers are Conv1D: (in, out)
+            "bias": "none",
+            "inference_mode": True,
+        }
+        (path / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        tensors = {
+            f"base_model.model.transformer.{name}.{part}.weight": getattr(layer, part).detach().contiguous()
+            for name, layer in layers.items()
+            for part in ("lora_A", "lora_B")
+        }
+        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def quantize(self) -> None:
+        """Weight-only int8 in the blocks and the head, for sampling and evaluation; the embedding stays as it is."""
+        self.requires_grad_(False)
+        self.replace_linears(Int8Linear)
+        self.lm_head = Int8Linear(self.lm_head)  # type: ignore[assignment]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Variants of the linear layers
+
+
+class LoRALinear(Linear):
+    """W x + (alpha / rank) B A x with W frozen (Hu et al. 2021, arXiv:2106.09685, section 4.1). B starts at zero."""
+
+    def __init__(self, base: Linear, rank: int, alpha: float, dropout: float):
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        limit = min(base.in_features, base.out_features)
+        if not 0 < rank <= limit:
+            raise WeightsError(f"lora_rank={rank} must lie between 1 and the layer's width, {limit}")
+        self.scale, self.lora_dropout = alpha / rank, nn.Dropout(dropout)
+        # The adapters stay in fp32 whatever the frozen weights are: they are the master weights here.
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = F.linear(F.linear(self.lora_dropout(x), self.lora_A), self.lora_B)
+        return super().forward(x) + self.scale * update
+
+    def merged(self) -> Tensor:
+        """(out, in) weight with the adapter in it, in fp32."""
+        return self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
+
+
+class Int8Linear(nn.Module):
+    """y = (x Wq^T) s + b with int8 Wq and one scale a row: half of bf16's bytes, which is what decoding waits for."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        scale = base.weight.abs().amax(1).clamp(min=1e-8) / 127  # (out,)
+        self.register_buffer("weight", (base.weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x)
+        y = F.linear(x.to(dtype), self.weight.to(dtype)) * self.scale.to(dtype)
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+    def dequantized(self) -> Tensor:
+        return self.weight * self.scale[:, None]  # (out, in)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -987,15 +997,13 @@ def find_pretrained(path_or_name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.txt", "*.safetensors"]
-    hint = (
-        f"Download config.json, model.safetensors, vocab.json and merges.txt from https://huggingface.co/{name} "
-        f"into a folder and pass its path as --init_from=FOLDER"
-    )
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"], etag_timeout=5))
     except Exception as e:  # the hub's client raises many kinds: no network, no such name, a private repository
         raise WeightsError(
-            f"{name!r} is no local folder and could not be fetched ({type(e).__name__}).\n{hint}"
+            f"{name!r} is no local folder and could not be fetched ({type(e).__name__}).\nDownload config.json, "
+            f"model.safetensors, vocab.json and merges.txt from https://huggingface.co/{name} into a folder and pass its "
+            "path as --init_from=FOLDER"
         ) from None
 
 
@@ -1010,9 +1018,8 @@ def _read_nanogpt(file: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         tensors = {}
         for name, t in weights.items():
             name = name.removeprefix("_orig_mod.")
-            is_linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             if isinstance(t, Tensor):
-                tensors[name] = t.t() if is_linear else t
+                tensors[name] = t.t() if name.endswith(tuple(f"{linear}.weight" for linear in LINEARS)) else t
         tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][: shape["vocab_size"]]
     except Exception as e:  # torch raises many kinds, UnpicklingError where the file asks to run something
         raise WeightsError(

@@ -5,7 +5,8 @@
     python train.py --init_from=resume --out_dir=out         # go on where a run stopped
     torchrun --nproc_per_node=2 train.py config/...          # one process a GPU
 
-Reading order: Step (one update), build_optimizers, learning_rate, evaluate, Run (the loop).
+Reading order: as it stands. Optimizers and schedule, Step (one update), its memory, Loader and evaluate, Run (the loop),
+then what Run calls: what a run starts from, what resuming needs, the command line.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class Muon(Optimizer):
 
     def __init__(self, params: list[nn.Parameter], lr: Tensor, momentum: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.grad_scale: Tensor | None = None  # as in torch's fused optimizers: gradients are divided by it,
+        self._step_supports_amp_scaling = True  # as torch's fused optimizers do:
+        self.grad_scale: Tensor | None = None  # gradients are divided by this,
         self.found_inf: Tensor | None = None  # and where this is 1 the step is skipped, on the device
 
     @torch.no_grad()
@@ -145,15 +147,9 @@ def build_optimizers(model: GPT, config: Any, machine: Machine) -> list[torch.op
             raise UserError("optimizer=adamw8bit needs torchao: pip install torchao") from None
         adamw = AdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)
     else:
-        fused = machine.device.type in ("cuda", "cpu", "mps")
+        fused = machine.device.type != "mps"  # whose kernel ignores the factor and the flag of Step.update
         adamw = AdamW(groups, lr=lr, betas=betas, fused=fused, capturable=machine.on_gpu)
-    optimizers = [adamw]
-    if muon:
-        optimizers.append(Muon(muon, lr, config.beta1, config.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-    return optimizers
+    return [adamw, Muon(muon, lr, config.beta1, config.weight_decay)] if muon else [adamw]
 
 
 def learning_rate(step: int, config: Any) -> float:
@@ -250,13 +246,14 @@ class Step:
     @torch.no_grad()
     def update(self) -> None:
         """Clip to grad_clip by the global norm (Pascanu et al. 2013, algorithm 1) and update, unless not finite."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        if not grads:  # every target is masked
+            self.grad_norm.zero_()
+            return
         if self.scaler.is_enabled():
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-        grads = [p.grad for p in self.params if p.grad is not None]
-        if not grads:
-            return
-        self.grad_norm.copy_(nn.utils.get_total_norm(grads, foreach=True))
+        self.grad_norm.copy_(nn.utils.get_total_norm(grads))
         skip = 1 - torch.isfinite(self.grad_norm + self.loss).float()
         self.bad.add_(1).mul_(skip)
         self.skipped.add_(skip)
@@ -265,11 +262,12 @@ class Step:
         clip = self.config.grad_clip
         divide_by = (self.grad_norm / clip).clamp(min=1) if clip else torch.ones_like(self.grad_norm)
         for optimizer in self.optimizers:
-            if not hasattr(optimizer, "_step_supports_amp_scaling") and not isinstance(optimizer, Muon):
-                for g in grads:  # torchao's optimizer knows neither,
-                    g.copy_(torch.where(skip > 0, 0.0, g / divide_by))
-                self.lr.mul_(1 - skip)  # and would go on by its momentum
-            optimizer.grad_scale, optimizer.found_inf = divide_by, skip  # type: ignore[attr-defined]
+            if hasattr(optimizer, "_step_supports_amp_scaling"):
+                optimizer.grad_scale, optimizer.found_inf = divide_by, skip  # type: ignore[attr-defined]
+            else:  # torchao's, and AdamW where it is not fused
+                for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+                    p.grad.copy_(torch.where(skip > 0, 0.0, p.grad / divide_by))
+                self.lr.mul_(1 - skip)  # else it would go on by its momentum
             optimizer.step()
         if self.scaler.is_enabled():
             self.scaler.update()
@@ -366,6 +364,30 @@ def step_memory(shape: GPTConfig, config: Any, recompute: str, trainable: int | 
     return max((loss, backward, end), key=lambda moment: sum(moment.values()))
 
 
+def choose_recompute(model: GPT, config: Any, machine: Machine) -> str:
+    """The cheapest recomputation whose predicted memory leaves a tenth of what is free (the model lies there already)."""
+    if not machine.on_gpu:
+        return "none"
+    room = 0.9 * device_memory(machine)
+    for recompute in ("none", "pointwise"):
+        if sum(step_memory(model.config, config, recompute, trainable(model)).values()) < room:
+            return recompute
+    return "block"
+
+
+def device_memory(machine: Machine) -> float:
+    """Bytes this process may use: what is free and what it holds, or the share that it was capped to."""
+    free, total = torch.cuda.mem_get_info(machine.device)
+    share = torch.cuda.get_per_process_memory_fraction(machine.device)
+    return min(free + torch.cuda.memory_reserved(machine.device), share * total)
+
+
+def trainable(model: GPT) -> int | None:
+    """Trained parameters, or None where that is all of them."""
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    return None if len(trained) == len(list(model.parameters())) else sum(trained)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Data on its way to the device, and evaluation
 
@@ -396,8 +418,8 @@ class Loader:
             start = position + (i * self.machine.world + self.machine.rank) * batch_size
             for target, source in zip((x[i], y[i]), self.windows.batch(start, batch_size), strict=True):
                 target.copy_(torch.from_numpy(source))
-        self.step.x.copy_(x, non_blocking=True)
-        self.step.y.copy_(y, non_blocking=True)
+        self.step.x.copy_(x, non_blocking=self.machine.on_gpu)
+        self.step.y.copy_(y, non_blocking=self.machine.on_gpu)
         if self.machine.on_gpu:
             self.copied[self.turn] = event = torch.cuda.Event()
             event.record()
@@ -414,7 +436,7 @@ def evaluate(model: GPT, windows: Any, count: int, batch_size: int, machine: Mac
     """
     chosen = windows.choose(count)
     batch = 2 * batch_size  # without gradients twice the micro-batch needs less memory than training does
-    totals = torch.zeros(2, dtype=torch.float64, device=machine.device)
+    losses, targets = [torch.zeros((), device=machine.device)], 0  # a rank of many may have no window
     was_training = model.training
     model.eval()
     with machine.autocast():
@@ -423,13 +445,15 @@ def evaluate(model: GPT, windows: Any, count: int, batch_size: int, machine: Mac
             x, y = (torch.from_numpy(a) for a in windows.batch(np.resize(part, batch)))  # one shape: compiled once
             y[len(part) :] = MASKED
             _, loss = model(x.to(machine.device), y.to(machine.device), 1.0)
-            totals[0] += loss
-            totals[1] += (y != MASKED).sum()
+            losses.append(loss)
+            targets += int((y != MASKED).sum())
     model.train(was_training)
+    total = sum(torch.stack(losses).tolist())  # on the host, in float64, which Macs' GPUs have not
     if machine.world > 1:
-        dist.all_reduce(totals)
-    total, targets = totals.tolist()
-    return total / max(1.0, targets)
+        sums = torch.tensor([total, targets], dtype=torch.float64, device=machine.device)
+        dist.all_reduce(sums)
+        total, targets = sums.tolist()
+    return total / max(1, targets)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -513,6 +537,8 @@ class Run:
             self.dataset.warnings.append("the data are not those that this run began with: its windows are others now")
         self.machine = open_machine(config, self.model.blocks[0], worth_compiling(self.model, config))
         self.master = self.machine.rank == 0
+        # What auto became: by this memory is counted.
+        config.dtype = str(self.machine.dtype).removeprefix("torch.")  # type: ignore[assignment]
         prepare_model(self.model, config, self.machine)
         self.batch_size = settle_batch_size(self.model, config, self.machine)
         self.val = EvalWindows(self.dataset.val, config.block_size)
@@ -534,7 +560,7 @@ class Run:
         # Dropout's random numbers: a rank's own, and not the first ones over again after resuming.
         torch.manual_seed(config.seed + self.machine.rank + 1_000_003 * self.progress.step)
         if last is not None:
-            load_trainer(last, self.step, self.master)
+            load_trainer(last, self.step)
         self.clock, self.stop_signal, self.skipped = Clock(self.machine, self.progress.elapsed_s), 0, 0.0
         self.flag = torch.zeros((), dtype=torch.int64, device=self.machine.device)  # the stop signal of all ranks
         self.saved_step = self.progress.step if resumed else -1
@@ -581,12 +607,12 @@ class Run:
                 start = list(tokenizer.encode("\n"))
             except UserError:  # a vocabulary of characters that has no line end
                 start = self.val.batch(np.array([0]))[0][0, :1].tolist()
-        count = min(SAMPLE_TOKENS, max(1, self.config.block_size * 2))
+        count = min(SAMPLE_TOKENS, 2 * self.config.block_size)
         was_training = self.model.training
         self.model.eval()
         try:
             with self.machine.autocast():
-                ids = self.model.generate([start], count, sampling=Sampling(0.8, top_k=200), seeds=[self.config.seed])[0]
+                [ids] = self.model.generate([start], count, sampling=Sampling(0.8, top_k=200), seeds=[self.config.seed])
             text = tokenizer.decode(ids).strip()
         except torch.OutOfMemoryError:  # what is shown shall not end what is earned
             text = "(no text: too little memory beside the training step)"
@@ -693,12 +719,7 @@ class Run:
         steps_per_s = self.clock.lap()
         rate = steps_per_s and round(steps_per_s * self.step_windows * self.config.block_size)
         if self.master:
-            row = {"step": p.step, "tokens": p.tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm}
-            self.metrics.append(row | {"tokens_per_s": rate, "elapsed_s": self.elapsed()})
-            if self.wandb:
-                self.wandb.log(
-                    {"train/loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": rate}, step=p.step
-                )
+            self.record(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
             bar.set_postfix_str(f"loss {loss:.4f}" + (f", {rate:,.0f} tokens/s" if rate else ""), refresh=False)
             if bar.disable:
                 self.say(f"step {p.step}: loss {loss:.4f}, lr {lr:.2e}" + (f", {rate:,.0f} tokens/s" if rate else ""))
@@ -715,6 +736,13 @@ class Run:
             f"as before the first of them. Training window {p.position}; try a lower learning_rate or dtype=float32"
         )
         return True
+
+    def record(self, **row: float | None) -> None:
+        """A line of metrics.jsonl, and of wandb's record, where a step's loss is called train/loss."""
+        p = self.progress
+        self.metrics.append({"step": p.step, "tokens": p.tokens, **row, "elapsed_s": self.elapsed()})
+        if self.wandb:
+            self.wandb.log({"train/loss" if key == "loss" else key: value for key, value in row.items()}, step=p.step)
 
     def log_evaluation(self) -> bool:
         """Evaluate, tell, keep the best; true if patience is over."""
@@ -736,10 +764,7 @@ class Run:
             + (", the best so far" if better else "")
         )
         if self.master:
-            row = {"step": p.step, "tokens": p.tokens, "train_loss": train_loss, "val_loss": val_loss}
-            self.metrics.append(row | {"elapsed_s": self.elapsed()})
-            if self.wandb:
-                self.wandb.log({"train_loss": train_loss, "val_loss": val_loss}, step=p.step)
+            self.record(train_loss=train_loss, val_loss=val_loss)
         self.show_sample()
         if better and not self.as_rank_0(self.save("best")):
             p.best_val_loss, p.best_step = before  # what best/ still holds
@@ -780,7 +805,7 @@ class Run:
         facts = run_folder.describe(
             configuration.as_dict(c),
             device=self.machine.name,
-            dtype=str(self.machine.dtype).removeprefix("torch."),
+            dtype=c.dtype,
             compile=self.machine.compiled,
             world_size=self.machine.world,
             data={"name": self.dataset.name, "sha256": self.dataset.source_sha256, "tokens": self.train_tokens},
@@ -849,6 +874,10 @@ class Run:
                 if self.dataset.tokenizer is not None:
                     self.say(f"read what it writes: python sample.py --out_dir={self.out_dir}")
         return status
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a run starts from
 
 
 @contextlib.contextmanager
@@ -936,7 +965,7 @@ def prepare_model(model: GPT, config: Any, machine: Machine) -> None:
     """Put the model on the device in the form that the configuration asks for: adapters, precision, recomputation."""
     if config.optimizer == "adamw8bit":
         model.bfloat16()  # no fp32 master: rounding at random keeps what a small update changes
-    if config.lora_rank and not getattr(config, "eval_only", False):
+    if config.lora_rank and not config.eval_only:
         targets = [] if config.lora_targets == "all" else config.lora_targets.split(",")
         model.to(machine.dtype)  # frozen weights need no fp32 master either
         model.add_lora(config.lora_rank, config.lora_alpha or 2 * config.lora_rank, config.lora_dropout, targets)
@@ -951,30 +980,6 @@ def prepare_model(model: GPT, config: Any, machine: Machine) -> None:
         model.compile_parts()
 
 
-def choose_recompute(model: GPT, config: Any, machine: Machine) -> str:
-    """The cheapest recomputation whose predicted memory leaves a tenth of what is free (the model lies there already)."""
-    if not machine.on_gpu:
-        return "none"
-    room = 0.9 * device_memory(machine)
-    for recompute in ("none", "pointwise"):
-        if sum(step_memory(model.config, config, recompute, trainable(model)).values()) < room:
-            return recompute
-    return "block"
-
-
-def device_memory(machine: Machine) -> float:
-    """Bytes this process may use: what is free and what it holds, or the share that it was capped to."""
-    free, total = torch.cuda.mem_get_info(machine.device)
-    share = torch.cuda.get_per_process_memory_fraction(machine.device)
-    return min(free + torch.cuda.memory_reserved(machine.device), share * total)
-
-
-def trainable(model: GPT) -> int | None:
-    """Trained parameters, or None where that is all of them."""
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    return None if len(trained) == len(list(model.parameters())) else sum(trained)
-
-
 def settle_batch_size(model: GPT, config: Any, machine: Machine) -> int:
     """batch_size=auto: the smallest micro-batch within 2% of the fastest that fits, by measuring real steps.
 
@@ -987,7 +992,6 @@ def settle_batch_size(model: GPT, config: Any, machine: Machine) -> int:
         config.batch_size = 8
         return 8
     rows, recompute, seconds = config.gradient_accumulation_steps // machine.world, config.recompute, {}
-    state = torch.random.get_rng_state()
     for batch_size in (b for b in range(1, min(rows, 128) + 1) if rows % b == 0):
         trial = copy.copy(config)
         trial.batch_size, trial.gradient_accumulation_steps, trial.cuda_graph = batch_size, 2 * machine.world, False
@@ -1004,7 +1008,6 @@ def settle_batch_size(model: GPT, config: Any, machine: Machine) -> int:
                 torch.cuda.empty_cache()
     if not seconds:
         raise torch.OutOfMemoryError
-    torch.random.set_rng_state(state)
     fastest = min(seconds.values())
     choice = min(key for key, value in seconds.items() if value <= 1.02 * fastest)
     if machine.world > 1:
@@ -1033,6 +1036,10 @@ def _time_step(step: Step) -> float:
         step.machine.synchronize()
         seconds.append(time.perf_counter() - start)
     return min(seconds[2:])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What resuming needs
 
 
 def trainer_tensors(step: Step) -> dict[str, Tensor]:
@@ -1065,8 +1072,11 @@ def save_trainer(folder: Path, step: Step) -> None:
 
 
 @torch.no_grad()
-def load_trainer(folder: Path, step: Step, master: bool = True) -> None:
-    """Put a checkpoint's tensors where they were. Memory-mapped, and copied one by one: resuming needs no more memory."""
+def load_trainer(folder: Path, step: Step) -> None:
+    """Put a checkpoint's tensors where they were. Memory-mapped, and copied one by one: resuming needs no more memory.
+
+    The random numbers are rank 0's, which alone saved: the others keep those that they began with.
+    """
     import safetensors
 
     params = dict(step.model.named_parameters())
@@ -1090,9 +1100,9 @@ def load_trainer(folder: Path, step: Step, master: bool = True) -> None:
             elif kind == "scaler" and step.scaler.is_enabled():
                 state = step.scaler.state_dict() | {"scale": tensor[0].item(), "_growth_tracker": int(tensor[1])}
                 step.scaler.load_state_dict(state)
-            elif name == "rng.cpu" and master:
+            elif name == "rng.cpu" and step.machine.rank == 0:
                 torch.set_rng_state(tensor)
-            elif name == "rng.cuda" and master and step.machine.on_gpu:
+            elif name == "rng.cuda" and step.machine.rank == 0 and step.machine.on_gpu:
                 torch.cuda.set_rng_state(tensor)
     for optimizer in step.optimizers:
         for p, state in optimizer.state.items():
@@ -1105,6 +1115,10 @@ def _assemble_8bit(parts: dict[str, Tensor], signed: bool, like: Tensor) -> Tens
     from torchao.optim.subclass_8bit import OptimState8bit
 
     return OptimState8bit.__tensor_unflatten__(parts, [signed, like.dtype], like.shape, like.stride())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command line
 
 
 def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
@@ -1127,7 +1141,8 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
                 f"{key}={getattr(config, key)}, but the run in {config.out_dir} has {saved['config'].get(key)}"
             )
     folder = config.out_dir
-    config, given = configuration.load(TrainConfig, argv, saved["config"])
+    # What dtype=auto became then holds: another precision would be another run.
+    config, given = configuration.load(TrainConfig, argv, saved["config"] | {"dtype": saved.get("dtype", "auto")})
     # The folder that was read: its name may have changed since, or run.json be a stranger's and lead elsewhere.
     config.init_from, config.out_dir = saved["config"]["init_from"], folder
     if (
@@ -1136,8 +1151,6 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
         and "gradient_accumulation_steps" not in given
     ):
         config.gradient_accumulation_steps *= saved["config"]["batch_size"]  # auto counts rows
-    if config.dtype == "auto":  # what was measured then holds: another precision would be another run
-        config.dtype = saved.get("dtype", "auto")
     return config, given, True
 
 

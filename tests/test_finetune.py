@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from data import open_dataset
 from data.shards import Tokens
 from data.tokenizers import CharTokenizer
 from data.windows import TrainWindows
-from model import GPT, Sampling, WeightsError
+from model import GPT, GPTConfig, LoRALinear, Sampling, WeightsError
 
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
 QUICK = ["--device=cpu", "--dtype=float32", "--batch_size=4", "--gradient_accumulation_steps=1"]
@@ -167,7 +168,9 @@ def test_adapters_for_a_model_that_the_run_replaces_are_refused(start, text, tmp
 def test_only_adapters_are_trained(start):
     model = GPT.from_pretrained(start)
     before = {name: p.clone() for name, p in model.named_parameters()}
+    size = model.num_params()
     model.add_lora(2, 4.0)
+    assert model.num_params() == size  # on disk the adapters are merged
     x = torch.randint(0, len(CHARS), (2, 20))
     first = model(x)[0]
     with torch.no_grad():
@@ -393,3 +396,21 @@ def test_a_data_set_that_the_hub_does_not_know(start, tmp_path, empty_hub):
     assert "Check the name" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_merged_one_layer_at_a_time(tmp_path, monkeypatch):
+    """Saving may need no second model beside the one that fills the card."""
+    model, alive, most = GPT(GPTConfig(16, 65, 3, 2, 32)), [], []
+    model.add_lora(4, 8.0)
+    merged = LoRALinear.merged
+
+    def counted(layer):
+        weight = merged(layer)
+        alive.append(weakref.ref(weight))
+        most.append(sum(ref() is not None for ref in alive))
+        return weight
+
+    monkeypatch.setattr(LoRALinear, "merged", counted)
+    model.save_pretrained(tmp_path)
+    assert len(most) == 12
+    assert max(most) <= 2

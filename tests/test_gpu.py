@@ -198,3 +198,15 @@ def test_deterministic_training_resumes_bit_for_bit(tmp_path, monkeypatch):
     a, b = (train.GPT.from_pretrained(tmp_path / out / "last").state_dict() for out in ("whole", "broken"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_saving_takes_no_second_model_on_the_device(tmp_path, lora):
+    model = GPT(GPTConfig(256, 5000, 8, 8, 512)).cuda()
+    if lora:
+        model.add_lora(8, 16.0)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model.save_pretrained(tmp_path)
+    assert torch.cuda.max_memory_allocated() - before <= 4 * 4 * 4 * 512 * 512  # four of the largest matrices, of 32

@@ -155,6 +155,11 @@ def test_never_an_id_of_the_padding(both):
     assert {token for text in ids for token in text} == set(range(VOCAB))
 
 
+def test_nothing_asked_for_is_nothing_written(both):
+    assert both[1].generate([[1, 2], [3]], 0) == [[], []]
+    assert both[1].generate([], 5) == []
+
+
 def test_a_prompt_must_fit(both):
     for prompt in ([], [1] * 257):
         with pytest.raises(WeightsError, match="block_size=256"):

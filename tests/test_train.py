@@ -16,15 +16,17 @@ import pytest
 import reference
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as configuration
 import train
-from config import UserError
+from config import UserError, machine
 from config.machine import Machine
 from data.run import read_checkpoint
 from data.shards import Tokens, write_shard
-from data.windows import TrainWindows
+from data.windows import EvalWindows, TrainWindows
 from model import GPT, MASKED, GPTConfig, WeightsError
+from train import AdamW
 
 CPU = Machine(torch.device("cpu"), torch.float32, compiled=False)
 TINY = "--block_size=16 --n_layer=2 --n_head=2 --n_embd=16 --batch_size=4 --gradient_accumulation_steps=2"
@@ -242,6 +244,30 @@ def test_an_update_that_is_not_finite_is_skipped(value, optimizer, accumulation)
     assert all(torch.isfinite(p).all() for p in step.model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step_without_a_target_changes_nothing_and_tells_no_old_norm(dtype):
+    """With float16 the loss scale has nothing to go by then, in the first step least of all."""
+    model = set_weights(GPT(GPTConfig(8, 13, 2, 2, 8, bias=True)))
+    step = train.Step(model, step_config(), Machine(CPU.device, dtype, compiled=False))
+    x, y = torch.randint(0, 13, (2, 2, 8), generator=torch.Generator().manual_seed(3))
+    for targets in (torch.full_like(y, MASKED), y, torch.full_like(y, MASKED), torch.full_like(y, MASKED), y):
+        before = [p.clone() for p in model.parameters()]
+        step(1e-2, fill(step, x, targets))
+        trained = bool((targets != MASKED).any())
+        assert (step.grad_norm.item() > 0, step.loss.item() > 0, step.bad.item()) == (trained, trained, 0)
+        assert trained != all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw8bit"])
+def test_all_parameters_read_one_learning_rate(optimizer):
+    """A recorded step has no other way to a new one."""
+    if optimizer == "adamw8bit":
+        pytest.importorskip("torchao")
+    step = make_step(optimizer=optimizer)
+    assert torch.is_tensor(step.lr)
+    assert all(group["lr"] is step.lr for o in step.optimizers for group in o.param_groups)
+
+
 def test_a_skipped_update_of_8_bit_moments_leaves_the_weights():
     pytest.importorskip("torchao")
     model = set_weights(GPT(GPTConfig(8, 13, 2, 2, 8, bias=True))).bfloat16()
@@ -286,6 +312,50 @@ def test_clipping_scales_the_gradient_to_the_bound():
     for name, t in train.trainer_tensors(clipped).items():
         if name.endswith("exp_avg"):
             assert torch.allclose(t, mean[name] * scale, rtol=1e-4, atol=1e-12), name
+
+
+class NoFloat64(TorchDispatchMode):
+    """Metal has no such numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        assert getattr(result, "dtype", None) != torch.float64, func
+        return result
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_device_without_foreach_fused_clipping_and_float64(dataset, monkeypatch, optimizer):
+    """As a Mac's: the same steps, clipped and skipped, the same evaluation; there is none here, so its lacks are acted."""
+    x, y = torch.randint(0, 13, (2, 2, 8), generator=torch.Generator().manual_seed(3))
+    steps = [make_step(grad_clip=0.1, optimizer=optimizer)]
+    windows = EvalWindows(Tokens.open(dataset, "val"), 8)
+    expected = train.evaluate(steps[0].model, windows, 5, 2, CPU)
+    with monkeypatch.context() as m:
+        tensor = torch.tensor
+        m.setattr(torch, "tensor", lambda *args, device, **options: tensor(*args, device="cpu", **options))
+        mac = Machine(torch.device("mps"), torch.float32, compiled=False)
+        optimizers = train.build_optimizers(set_weights(steps[0].model), step_config(optimizer=optimizer), mac)
+    # Metal's fused kernel takes the factor and the flag of Step.update and makes nothing of them.
+    assert not optimizers[0].param_groups[0]["fused"]
+    monkeypatch.setattr(train, "AdamW", lambda *args, fused, **options: AdamW(*args, fused=False, **options))
+    for module in ("torch.nn.utils.clip_grad", "torch.utils._foreach_utils"):
+        monkeypatch.setattr(f"{module}._device_has_foreach_support", lambda device: False)
+    steps.append(make_step(grad_clip=0.1, optimizer=optimizer))
+    with NoFloat64():
+        assert train.evaluate(steps[1].model, windows, 5, 2, CPU) == pytest.approx(expected, rel=1e-6)
+    for step in steps:
+        step(1e-2, fill(step, x, y))
+    fused, apart = ({n: t for n, t in train.trainer_tensors(s).items() if "rng" not in n} for s in steps)
+    assert all(torch.allclose(t, apart[name], rtol=1e-3, atol=1e-7) for name, t in fused.items())
+    apart_model = steps[1].model
+    before = [p.clone() for p in apart_model.parameters()]
+    hook = apart_model.transformer["ln_f"].weight.register_hook(lambda g: g * math.nan)
+    steps[1](1e-2)
+    assert steps[1].bad.item() == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, apart_model.parameters(), strict=True))
+    hook.remove()
+    steps[1](1e-2)
+    assert not any(torch.equal(a, b) for a, b in zip(before, apart_model.parameters(), strict=True))
 
 
 def schedule(**changes) -> SimpleNamespace:
@@ -442,6 +512,21 @@ def test_what_is_given_on_resuming_is_checked_with_what_was_saved(dataset, tmp_p
             train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=5", option])
 
 
+def test_the_precision_found_is_told_counted_and_kept(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "step_memory", lambda shape, config, *rest: asked.append(config.dtype) or {})
+    asked: list[str] = []
+    assert run(dataset, tmp_path, "--max_iters=2", "--dtype=auto") == 0
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert {*asked, facts["config"]["dtype"]} == {facts["dtype"]} <= {"float32", "bfloat16"}
+    monkeypatch.setattr(machine, "_time_layer", lambda *args: pytest.fail("measured anew"))
+    resume = ["--init_from=resume", f"--out_dir={tmp_path}"]
+    assert train.main([*resume, "--max_iters=3"]) == 0
+    for dtype in ("load", ["float32"]):
+        (tmp_path / "run.json").write_text(json.dumps(facts | {"dtype": dtype}))
+        with pytest.raises(UserError, match="dtype"):
+            train.main([*resume, "--max_iters=4"])
+
+
 def test_data_without_a_line_end_can_be_trained(tmp_path):
     (tmp_path / "one.txt").write_text("abcabc abdbca " * 200)
     argv = [
@@ -585,6 +670,15 @@ def test_ranks_together_draw_every_window_of_an_epoch_once(tmp_path, world):
             assert step == windows.starts(np.arange(position, position + 8)).tolist()
             drawn += step
         assert sorted(drawn) == [min(drawn) + i * 5 for i in range(48)]
+
+
+def test_a_copy_is_left_unwaited_only_where_an_event_tells_when_it_is_over(dataset):
+    """A Mac's GPU would copy after the host has filled the buffer anew."""
+    said = []
+    buffer = SimpleNamespace(shape=(1, 2, 8), copy_=lambda source, non_blocking: said.append(non_blocking))
+    windows = TrainWindows(Tokens.open(dataset, "train"), 8, seed=3)
+    train.Loader(windows, SimpleNamespace(x=buffer, y=buffer), CPU).load(0)
+    assert said == [False, False]
 
 
 def torchrun(*argv) -> subprocess.Popen:
