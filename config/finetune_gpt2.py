@@ -3,9 +3,9 @@
 #   python train.py config/finetune_gpt2.py --dataset=my.txt
 #   python sample.py --out_dir=out-finetune-gpt2
 #
-# Result  on Shakespeare, which it takes without --dataset: not measured yet
-# Time    55 steps on Shakespeare, 15 s on a 4070 Ti (predicted)
-# VRAM    6.8 GiB of 12 GB and what dropout adds (predicted)
+# Result  on Shakespeare, which it takes without --dataset: not measured yet (GPT-2's own weights were out of reach)
+# Time    55 steps on Shakespeare: 1.9 s of training at 463,000 tokens/s on an H200, 15 s on a 4070 Ti (predicted)
+# VRAM    7.2 GiB at most in a run held to 11 GiB
 
 out_dir = "out-finetune-gpt2"
 init_from = "gpt2"

@@ -5,7 +5,7 @@
 #
 # Result  depends on your examples
 # Time    as finetune_gpt2.py
-# VRAM    6.8 GiB of 12 GB and what dropout adds (predicted)
+# VRAM    7.2 GiB at most in a run held to 11 GiB
 #
 # One example a line: {"prompt": "...", "completion": "..."}, taken word for word, or
 # {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.

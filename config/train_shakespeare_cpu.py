@@ -4,7 +4,7 @@
 #   python sample.py --out_dir=out-shakespeare-cpu
 #
 # Result  validation loss 1.8 over the whole split, tiny Shakespeare
-# Time    27 s on 2 cores, imports included (measured)
+# Time    29 s on 2 cores, imports included (measured)
 # VRAM    none needed
 
 out_dir = "out-shakespeare-cpu"
