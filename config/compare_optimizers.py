@@ -4,8 +4,7 @@
 #   python train.py config/compare_optimizers.py --optimizer=muon --learning_rate=4e-3 --beta1=0.95 \
 #       --max_iters=1000 --warmup_iters=100
 #
-# Result  83 million tokens of Debian's documentation: AdamW 2.708 and 2.705 after 1,500 steps, Muon 2.570 and
-#         2.567 after 1,000 (two seeds, README)
+# Result  83 million tokens of Debian's documentation: AdamW 2.708 after 1,500 steps, Muon 2.570 after 1,000 (README)
 # Time    181 s and 125 s of training on one H200
 # VRAM    11.4 GiB; on a 12 GB card --batch_size=16 --gradient_accumulation_steps=4 makes the same step
 out_dir = "out-compare"
