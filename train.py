@@ -660,6 +660,7 @@ class Run:
             if time.monotonic() - self.last_save >= c.save_interval_s:
                 self.save("last")
         bar.close()
+        self.clock.stop()  # nobody waits for another rank from here on
         status = self.finish(status)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -676,7 +677,8 @@ class Run:
 
         The neighbour of a killed rank waits inside NCCL, where Python's handlers never run, until torchrun, which
         sends SIGTERM to the survivors, kills it after 30 s without a word. Only the C part of the handler still runs;
-        it writes into this socket.
+        it writes into this socket. A rank also waits while rank 0 saves or another's step is long, and a signal of
+        the user's finds it so: therefore most of the 30 s are left to it.
         """
         reader, self.wakeup = socket.socketpair()
         self.wakeup.setblocking(False)
@@ -685,7 +687,7 @@ class Run:
         def wait() -> None:
             reader.recv(1)
             step = self.progress.step
-            time.sleep(5 + 3 * self.clock.total / max(1, step))
+            time.sleep(max(25, 3 * self.clock.total / max(1, step)))  # of a first step there is no time yet
             if self.progress.step == step and self.clock.started is not None:
                 print(f"error: {lost_ranks(self.config)}", file=sys.stderr, flush=True)
                 os._exit(2)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -766,6 +767,45 @@ def test_a_rank_that_waits_for_a_silent_one_ends_with_a_message(dataset, tmp_pat
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "exitcode  : 2" in said
+
+
+@pytest.mark.parametrize("started", [1.0, None])
+def test_a_signal_leaves_a_slow_rank_most_of_the_time_that_torchrun_does(monkeypatch, started):
+    """Its step may be long, and so may rank 0 be saving: neither is known here, least of all before the first lap."""
+    slept, ended, over = [], [], threading.Event()
+    run = SimpleNamespace(progress=SimpleNamespace(step=9), config=SimpleNamespace(out_dir="out"))
+    run.clock = SimpleNamespace(total=0.0, started=started)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(train.time, "sleep", slept.append)
+    monkeypatch.setattr(train.os, "_exit", ended.append)
+    monkeypatch.setattr(train, "threading", SimpleNamespace(Thread=lambda target, daemon: Ending(target, over)))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        train.Run.watch_for_lost_ranks(run)
+        signal.raise_signal(signal.SIGTERM)
+        assert over.wait(10)
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, before)
+    assert (len(slept), ended) == (1, [2] if started else [])
+    assert 20 <= slept[0] < 30
+
+
+class Ending(threading.Thread):
+    """A thread that tells when it is over."""
+
+    def __init__(self, target, over):
+        super().__init__(target=lambda: (target(), over.set()), daemon=True)
+
+
+def test_a_run_that_is_over_waits_for_no_rank(dataset, tmp_path):
+    """A signal while its last checkpoint, picture or wandb's record are written must not be taken for a lost rank's."""
+    argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=3"]
+    run = train.Run(*train.load_config(argv))
+    running = []
+    finish, run.finish = run.finish, lambda status: (running.append(run.clock.started), finish(status))[1]
+    assert run.train() == 0
+    assert (running, run.clock.started) == ([None], None)
 
 
 def test_a_rank_that_dies_ends_the_run_and_leaves_a_checkpoint(dataset, tmp_path):
