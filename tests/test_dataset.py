@@ -140,6 +140,14 @@ def test_a_share_that_is_far_from_val_fraction_is_told(house, long):
     assert [warning.split(":")[0] for warning in dataset.warnings] == ([] if long is None else [said])
 
 
+def test_rows_of_examples_are_not_held_against_val_fraction(house):
+    """A few examples fill one row of many, padded: half of the tokens, a tenth of the examples."""
+    path = jsonl(house / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 60)
+    dataset = open_bytes(path, block_size=256)
+    assert len(dataset.val) == len(dataset.train)
+    assert dataset.warnings == []
+
+
 def test_the_split_of_a_document_is_not_moved_by_those_after_it(house):
     def picked(count):
         jsonl(house / "a.jsonl", [{"text": "x"}] * count)
