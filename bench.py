@@ -191,8 +191,7 @@ def attempt(label: str, config: Any, how: Callable[[Any], Row] | None = None) ->
     try:
         return {"label": label} | (how or measure)(config)
     except RuntimeError as error:
-        # Where memory runs out while a CUDA graph is recorded, breaking that off is an error of its own.
-        if not any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
+        if not train.memory_ran_out(error):
             raise
         return {"label": f"{label}: out of memory", "error": "out of memory", "batch_size": config.batch_size}
 

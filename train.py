@@ -1166,6 +1166,11 @@ def evaluate_only(run: Run) -> None:
     )
 
 
+def memory_ran_out(error: RuntimeError) -> bool:
+    """Where memory runs out while a CUDA graph is recorded, breaking that off is an error of its own."""
+    return any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))
+
+
 def out_of_memory(config: TrainConfig) -> UserError:
     free, total = torch.cuda.mem_get_info()
     stronger = {"none": ["--recompute=pointwise", "--recompute=block"], "pointwise": ["--recompute=block"]}
@@ -1208,9 +1213,9 @@ def main(argv: list[str] | None = None) -> int:
         master = int(os.environ.get("RANK", "0")) == 0
         with run_folder.lock(Path(config.out_dir)) if master else contextlib.nullcontext():
             return Run(config, given, resumed).train()
-    except torch.OutOfMemoryError:
-        raise out_of_memory(config) from None
     except RuntimeError as error:
+        if memory_ran_out(error):
+            raise out_of_memory(config) from None
         # gloo has no exception of its own; NCCL's are these, or its watchdog ends the process.
         lost = isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or " by peer" in str(error)
         if world == 1 or not lost:

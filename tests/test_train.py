@@ -641,8 +641,16 @@ def test_too_little_memory_to_show_a_text_does_not_end_the_run(dataset, tmp_path
     assert capsys.readouterr().out.count("too little memory beside the training step") == 2
 
 
-def test_out_of_memory_names_the_knobs(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Step, "run", exhausted)
+def exhausted_while_recording(*args, **options):
+    try:
+        exhausted()
+    finally:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("how", [exhausted, exhausted_while_recording])
+def test_out_of_memory_names_the_knobs(dataset, tmp_path, monkeypatch, how):
+    monkeypatch.setattr(train.Step, "run", how)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (2**30, 12 * 2**30))
     with pytest.raises(UserError, match="12.0 GiB") as error:
         run(dataset, tmp_path, "--max_iters=1")
