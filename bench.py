@@ -67,6 +67,16 @@ def shape_of(config: Any) -> GPTConfig:
     return GPTConfig(**{key: getattr(config, key) for key in GPTConfig.__dataclass_fields__})
 
 
+def open_data(config: Any) -> tuple[Any, Any]:
+    """The configuration with its data set's vocabulary, and that data set; None where random ids stand in for it."""
+    named, dataset = DATA / config.dataset, None
+    ready = find(named if named.is_dir() else Path(config.dataset), "train")
+    if config.real_data is True or (config.real_data == "auto" and ready):
+        dataset = open_dataset(config.dataset, block_size=config.block_size, tokenizer=config.tokenizer)
+        config = replace(config, vocab_size=dataset.vocab_size)
+    return config, dataset
+
+
 class Training:
     """train.py's model, step and loader; a call makes one step and loads the next one's windows, as there.
 
@@ -74,15 +84,13 @@ class Training:
     """
 
     def __init__(self, config: Any, machine: Machine):
+        config, dataset = open_data(config)
         self.config, self.machine, self.position, self.data = config, machine, 0, "random ids"
-        size, named, draw = config.block_size, DATA / config.dataset, np.random.default_rng(config.seed).integers
+        size, draw = config.block_size, np.random.default_rng(config.seed).integers
         batch = lambda position, count: draw(0, config.vocab_size, (2, count, size))  # noqa: E731 (x and y)
         windows: Any = SimpleNamespace(tokens=SimpleNamespace(mask=None), batch=batch)
-        ready = find(named if named.is_dir() else Path(config.dataset), "train")
-        if config.real_data is True or (config.real_data == "auto" and ready):
-            dataset: Any = open_dataset(config.dataset, block_size=size, tokenizer=config.tokenizer)
-            windows = TrainWindows(dataset.train, size, config.seed)
-            self.data, config.vocab_size = dataset.name, dataset.vocab_size
+        if dataset:
+            windows, self.data = TrainWindows(dataset.train, size, config.seed), dataset.name
         torch.manual_seed(config.seed)
         self.model = GPT(shape_of(config))
         train.prepare_model(self.model, config, machine)
@@ -469,7 +477,7 @@ def find_batch(config: Any, machine: Machine) -> Row:
 
 def compare(config: Any, machine: Machine) -> Row:
     """Ours, theirs, ours, theirs: what changes on the machine meanwhile changes both. All on random ids."""
-    config = replace(config, real_data=False)
+    config = replace(open_data(config)[0], real_data=False)
     ways: dict[str, Any] = {"gpt12": measure, "transformers, eager": partial(measure_theirs, machine, False)}
     if machine.compiled:
         ways["transformers, compiled"] = partial(measure_theirs, machine, True)
@@ -480,6 +488,24 @@ def compare(config: Any, machine: Machine) -> Row:
     for name, ratio in ratios.items():
         say(f"gpt12 is {ratio:.2f} times as fast as {name}")
     return {"rows": rows, "ratios": ratios}
+
+
+def match_theirs(config: Any, given: set[str], argv: list[str], trains: bool) -> None:
+    """Make ours the model and the method that theirs are, but for what the user asked for: that is told.
+
+    An optimizer out of a config file is not asked for: a preset has the one that it trains best with.
+    """
+    if trains and config.optimizer != "adamw" and not any(a.lstrip("-").startswith("optimizer=") for a in argv):
+        say(f"optimizer=adamw in place of {config.optimizer}, because transformers is measured with it")
+        config.optimizer = "adamw"
+    config.bias = config.bias or "bias" not in given
+    differs = {
+        "transformers has biases, this run has none": not config.bias,
+        f"transformers has AdamW, this run {config.optimizer}": trains and config.optimizer != "adamw",
+        "transformers trains all weights, this run LoRA's": trains and config.lora_rank,
+    }
+    for text in (text for text, holds in differs.items() if holds):
+        say(f"not the same work: {text}")
 
 
 def their_model(config: Any, cache: bool) -> Any:
@@ -701,6 +727,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"vram_gb={config.vram_gb:g} cannot be emulated on a card of {total:.1f} GiB")
             torch.cuda.set_per_process_memory_fraction(room / total)
             say(f"emulating {config.vram_gb:g} GB: the allocator gets {room:g} GiB, driver and desktop the rest")
+        if config.compare != "none":
+            match_theirs(config, given, argv, "compare" in modes)
         result = {mode.__name__: mode(config, machine) for mode in MODES if mode.__name__ in modes}
         if WORLD > 1:
             dist.destroy_process_group()

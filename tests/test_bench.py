@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +24,7 @@ import train
 from bench import GiB, find_card, predict
 from config import BenchConfig, UserError
 from config.machine import CARDS, Card, Machine
+from data.shards import write_shard
 from model import GPT, GPTConfig
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, "batch_size": 3}
@@ -210,14 +212,14 @@ def test_the_keys_of_nanogpts_bench(run):
     assert result["config"]["bias"] is True and "profile" in result
 
 
-def test_real_data_are_used_where_they_are_prepared(run, tmp_path):
-    import numpy as np
-
-    from data.shards import write_shard
-
+def prepare(folder, vocab_size):
     for split in ("train", "val"):
-        write_shard(tmp_path / f"{split}_000000.bin", np.arange(2000, dtype=np.uint16) % 50)
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": None, "vocab_size": 50, "documents": 1}))
+        write_shard(folder / f"{split}_000000.bin", np.arange(2000, dtype=np.uint16) % vocab_size)
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": None, "vocab_size": vocab_size, "documents": 1}))
+
+
+def test_real_data_are_used_where_they_are_prepared(run, tmp_path):
+    prepare(tmp_path, 50)
     row = run(dataset=tmp_path, real_data="auto")[0]["step"]
     assert row["data"] == str(tmp_path)
     assert row["parameters"] == GPT(GPTConfig(16, 50, 2, 2, 32, bias=False)).num_params()
@@ -405,6 +407,28 @@ def test_compare_is_in_turns(run):
     ratio = (rates[0] + rates[2]) / (rates[1] + rates[3])
     assert result["compare"]["ratios"] == {"transformers, eager": pytest.approx(ratio)}
     assert f"{ratio:.2f} times as fast" in text
+
+
+def test_both_sides_of_a_comparison_are_the_same_model(run, tmp_path, monkeypatch):
+    """A preset without biases, with Muon and its own vocabulary: the first two become transformers', the last stays."""
+    prepare(tmp_path, 50)
+    (tmp_path / "preset.py").write_text(f"optimizer = 'muon'\ndataset = {str(tmp_path)!r}")
+    theirs, build = [], bench.their_model
+    monkeypatch.setattr(bench, "their_model", lambda *a, **k: theirs.append(build(*a, **k)) or theirs[-1])
+    result, text = run("preset.py", "--compare=transformers", real_data="auto")
+    ours = result["compare"]["rows"][0]
+    assert ours["parameters"] == sum(p.numel() for p in theirs[0].parameters())
+    assert theirs[0].config.vocab_size == 50 and ours["data"] == "random ids"
+    assert (result["config"]["bias"], result["config"].get("optimizer")) == (True, None)
+    assert "optimizer=adamw in place of muon" in text and "not the same work" not in text
+
+
+def test_what_the_user_asked_for_is_compared_and_told(run, tmp_path):
+    (tmp_path / "mine.py").write_text("bias = False")
+    result, text = run("mine.py", "--compare=transformers", "--optimizer=muon", "--lora_rank=2")
+    assert (result["config"].get("bias", False), result["config"]["optimizer"]) == (False, "muon")
+    told = [line for line in text.splitlines() if line.startswith("not the same work: ")]
+    assert [word in line for line, word in zip(told, ("biases", "muon", "LoRA"), strict=True)] == [True] * 3
 
 
 def test_without_transformers_it_says_so(run, monkeypatch):
