@@ -309,8 +309,15 @@ def ladder(config: Any, machine: Machine) -> list[Row]:
     """Plain fp32, then one technique more at each rung, in WITHOUT's order."""
     if config.recompute in ("auto", "none"):
         config = replace(config, recompute="pointwise")
-    useless = {"TF32": not machine.on_gpu, "CUDA graph": not machine.on_gpu, "torch.compile": not machine.compiled}
+    no_gpu, wide = "no GPU" * (not machine.on_gpu), "float32" * (machine.dtype == torch.float32)
+    vocab, separate = open_data(config)[0].vocab_size, config.optimizer != "adamw"
+    useless = {"TF32": no_gpu, "CUDA graph": no_gpu, "torch.compile": "off" * (not machine.compiled)}
+    useless |= {"16-bit autocast": wide, "16-bit residual": wide, "fused AdamW": config.optimizer * separate}
+    useless["padded vocabulary"] = f"of {vocab:,}" * (vocab % 64 == 0)
     names = [name for name in WITHOUT if not useless.get(name)]
+    if len(names) < len(WITHOUT):
+        left_out = [f"{name} ({useless[name]})" for name in WITHOUT if name not in names]
+        say(f"rungs left out, for little or nothing would change here: {', '.join(left_out)}")
 
     def rung(i: int) -> Row:
         return attempt(f"+ {names[i - 1]}" if i else "fp32, eager", config, partial(measure, without=names[i:]))

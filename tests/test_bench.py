@@ -294,7 +294,7 @@ def test_a_wrong_sweep_is_refused_before_anything_is_measured(run, monkeypatch, 
 
 def test_every_rung_does_the_same_work(run, tmp_path):
     originals = gpt.compute_dtype, gpt.LinearCrossEntropy, GPTConfig.padded_vocab_size, train.AdamW
-    result, _ = run("--ladder", dtype="bfloat16", seed=3)
+    result, _ = run("--ladder", dtype="bfloat16", seed=3, vocab_size=50)
     labels = [row["label"] for row in result["ladder"]]
     techniques = [name for name in bench.WITHOUT if name not in ("TF32", "torch.compile", "CUDA graph")]
     assert labels == ["fp32, eager", *(f"+ {name}" for name in techniques)]
@@ -305,6 +305,23 @@ def test_every_rung_does_the_same_work(run, tmp_path):
     assert [row["recompute"] for row in result["ladder"]][-2:] == ["none", "pointwise"]
     assert originals == (gpt.compute_dtype, gpt.LinearCrossEntropy, GPTConfig.padded_vocab_size, train.AdamW)
     assert (tmp_path / "bench.png").exists()
+
+
+def test_rungs_that_change_nothing_are_left_out_and_named(run, tmp_path, monkeypatch):
+    out_of_memory_above(10, monkeypatch)
+    prepare(tmp_path, 64)  # a multiple of 64, whatever vocab_size says
+    result, text = run("--ladder", dataset=tmp_path, real_data="auto", vocab_size=50, optimizer="muon")
+    rungs = ["flash attention", "loss in chunks", "recomputation"]
+    assert [row["label"] for row in result["ladder"]] == ["fp32, eager", *(f"+ {name}" for name in rungs)]
+    said = next(line for line in text.splitlines() if line.startswith("rungs left out, for little"))
+    assert all((name in said) != (name in rungs) for name in bench.WITHOUT)
+    for reason in (
+        "16-bit autocast (float32)",
+        "padded vocabulary (of 64)",
+        "fused AdamW (muon)",
+        "CUDA graph (no GPU)",
+    ):
+        assert reason in said
 
 
 @pytest.mark.parametrize("name", [name for name, patch in bench.WITHOUT.items() if callable(patch)])
@@ -606,7 +623,7 @@ def test_predicted_memory_is_the_allocators(recompute):
 @pytest.mark.gpu
 def test_ladder_on_a_gpu(run):
     keys = {"device": "cuda", "dtype": "auto", "compile": "auto", "n_embd": 128, "block_size": 256}
-    rows = run("--ladder", **keys)[0]["ladder"]
+    rows = run("--ladder", "--vocab_size=50", **keys)[0]["ladder"]
     assert [row["label"] for row in rows] == ["fp32, eager", *(f"+ {name}" for name in bench.WITHOUT)]
     for row in rows:
         assert row["loss"] == pytest.approx(rows[0]["loss"], abs=0.02)
