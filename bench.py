@@ -469,8 +469,7 @@ def find_batch(config: Any, machine: Machine) -> Row:
     room = config.vram_gb - MARGIN_GIB if config.vram_gb else room
     trials = []
     for recompute in RECOMPUTE if config.recompute == "auto" and room else (config.recompute.replace("auto", "none"),):
-        # A CPU would work for minutes on what a card's memory holds.
-        top = min(largest(config, recompute, room), 1024 if machine.on_gpu else 64) if room else 0
+        top = largest(config, recompute, room) if room else 0
         sizes = {n for n in (top // 2, top * 3 // 4, top * 19 // 20, top) if n} if room else {1, 2, 4, 8, 16, 32}
         trials += [replace(config, batch_size=n, recompute=recompute) for n in sorted(sizes)]
     rows = show([attempt(fill(KEYS, vars(trial)), trial) for trial in trials])
@@ -728,7 +727,9 @@ def main(argv: list[str] | None = None) -> None:
         if WORLD > 1:
             dist.init_process_group(config.backend if machine.on_gpu else "gloo")
         say("\n".join([f"{name}, torch {torch.__version__}", *machine.notes]))
-        if config.vram_gb and machine.on_gpu:
+        if config.vram_gb and not machine.on_gpu:
+            raise UserError(f"vram_gb={config.vram_gb:g} needs a GPU, whose memory it limits; --plan needs none")
+        if config.vram_gb:
             total, room = torch.cuda.mem_get_info()[1] / GiB, config.vram_gb - MARGIN_GIB
             if not 0 < room <= total:
                 raise UserError(f"vram_gb={config.vram_gb:g} cannot be emulated on a card of {total:.1f} GiB")

@@ -388,10 +388,12 @@ def test_the_report_is_all_modes_in_one_file(run, tmp_path, monkeypatch):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_find_batch_measures_what_the_plan_allows(run, monkeypatch):
+def test_find_batch_measures_what_the_plan_allows(monkeypatch):
     cap = predict(make(batch_size=40), "none")["gib"]
     out_of_memory_above(39, monkeypatch)  # the prediction is a little too high
-    found = run("--find_batch", recompute="none", vram_gb=cap + bench.MARGIN_GIB + 1e-9)[0]["find_batch"]
+    machine, memory = fake_card("NVIDIA H200", 139.8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    found = bench.find_batch(make(recompute="none", vram_gb=cap + bench.MARGIN_GIB + 1e-9), machine)
     sizes = {row["batch_size"]: "error" in row for row in found["rows"]}
     assert sizes == {20: False, 30: False, 38: False, 40: True}
     assert found["best"]["batch_size"] == 38 and found["room_gib"] == pytest.approx(cap)
@@ -599,6 +601,7 @@ def test_plan_for_another_card(run):
         (["--plan", "--peak_tflops=40"], "datasheet"),
         (["--plan", "--peak_tflops=40", "--bandwidth_gbs=400"], "vram_gb"),
         (["--init_from=resume"], "gpt2-medium"),
+        (["--find_batch", "--vram_gb=12"], "vram_gb=12 needs a GPU"),
         (["--sample", "--max_new_tokens=1"], "make room for two"),
         (["--report", "--block_size=2"], "make room for two"),
     ],
