@@ -743,7 +743,9 @@ def main(argv: list[str] | None = None) -> None:
     changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
     result = run_folder.describe(changed, device=name, **result)
     if {"sweep", "ladder", "sample"} & result.keys():
-        draw(result, f"{name}, {config.n_layer} layers, {config.n_embd} wide, {config.block_size} tokens a row")
+        rows = {row["batch_size"] for row in result.get("ladder") or result.get("sweep", [])}  # a ladder may halve it
+        size = (f"{rows.pop():,} x {{:,}} tokens" if len(rows) == 1 else "{:,} tokens a row").format(config.block_size)
+        draw(result, f"{name}, {config.n_layer} layers, {config.n_embd:,} wide, {size}")
     if config.report:
         run_folder.write_json(Path("bench.json"), result)
         say("wrote bench.json; the README says where to publish both")

@@ -388,6 +388,16 @@ def test_the_report_is_all_modes_in_one_file(run, tmp_path, monkeypatch):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_says_how_many_rows_were_measured(run, monkeypatch):
+    titles = []
+    monkeypatch.setattr(bench, "draw", lambda result, title: titles.append(title))
+    out_of_memory_above(1500, monkeypatch)
+    run("--ladder", batch_size=2400, n_embd=1024, block_size=2048)
+    run("--sweep=batch_size:1,2")
+    assert titles[0].endswith(", 2 layers, 1,024 wide, 1,200 x 2,048 tokens")  # the ladder took half the batch
+    assert titles[1].endswith(", 2 layers, 32 wide, 16 tokens a row")
+
+
 def test_find_batch_measures_what_the_plan_allows(monkeypatch):
     cap = predict(make(batch_size=40), "none")["gib"]
     out_of_memory_above(39, monkeypatch)  # the prediction is a little too high
