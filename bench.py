@@ -67,6 +67,16 @@ def shape_of(config: Any) -> GPTConfig:
     return GPTConfig(**{key: getattr(config, key) for key in GPTConfig.__dataclass_fields__})
 
 
+def open_data(config: Any) -> tuple[Any, Any]:
+    """The configuration with its data set's vocabulary, and that data set; None where random ids stand in for it."""
+    named, dataset = DATA / config.dataset, None
+    ready = find(named if named.is_dir() else Path(config.dataset), "train")
+    if config.real_data is True or (config.real_data == "auto" and ready):
+        dataset = open_dataset(config.dataset, block_size=config.block_size, tokenizer=config.tokenizer)
+        config = replace(config, vocab_size=dataset.vocab_size)
+    return config, dataset
+
+
 class Training:
     """train.py's model, step and loader; a call makes one step and loads the next one's windows, as there.
 
@@ -74,15 +84,13 @@ class Training:
     """
 
     def __init__(self, config: Any, machine: Machine):
+        config, dataset = open_data(config)
         self.config, self.machine, self.position, self.data = config, machine, 0, "random ids"
-        size, named, draw = config.block_size, DATA / config.dataset, np.random.default_rng(config.seed).integers
+        size, draw = config.block_size, np.random.default_rng(config.seed).integers
         batch = lambda position, count: draw(0, config.vocab_size, (2, count, size))  # noqa: E731 (x and y)
         windows: Any = SimpleNamespace(tokens=SimpleNamespace(mask=None), batch=batch)
-        ready = find(named if named.is_dir() else Path(config.dataset), "train")
-        if config.real_data is True or (config.real_data == "auto" and ready):
-            dataset: Any = open_dataset(config.dataset, block_size=size, tokenizer=config.tokenizer)
-            windows = TrainWindows(dataset.train, size, config.seed)
-            self.data, config.vocab_size = dataset.name, dataset.vocab_size
+        if dataset:
+            windows, self.data = TrainWindows(dataset.train, size, config.seed), dataset.name
         torch.manual_seed(config.seed)
         self.model = GPT(shape_of(config))
         train.prepare_model(self.model, config, machine)
@@ -301,8 +309,15 @@ def ladder(config: Any, machine: Machine) -> list[Row]:
     """Plain fp32, then one technique more at each rung, in WITHOUT's order."""
     if config.recompute in ("auto", "none"):
         config = replace(config, recompute="pointwise")
-    useless = {"TF32": not machine.on_gpu, "CUDA graph": not machine.on_gpu, "torch.compile": not machine.compiled}
+    no_gpu, wide = "no GPU" * (not machine.on_gpu), "float32" * (machine.dtype == torch.float32)
+    vocab, separate = open_data(config)[0].vocab_size, config.optimizer != "adamw"
+    useless = {"TF32": no_gpu, "CUDA graph": no_gpu, "torch.compile": "off" * (not machine.compiled)}
+    useless |= {"16-bit autocast": wide, "16-bit residual": wide, "fused AdamW": config.optimizer * separate}
+    useless["padded vocabulary"] = f"of {vocab:,}" * (vocab % 64 == 0)
     names = [name for name in WITHOUT if not useless.get(name)]
+    if len(names) < len(WITHOUT):
+        left_out = [f"{name} ({useless[name]})" for name in WITHOUT if name not in names]
+        say(f"rungs left out, for little or nothing would change here: {', '.join(left_out)}")
 
     def rung(i: int) -> Row:
         return attempt(f"+ {names[i - 1]}" if i else "fp32, eager", config, partial(measure, without=names[i:]))
@@ -454,8 +469,7 @@ def find_batch(config: Any, machine: Machine) -> Row:
     room = config.vram_gb - MARGIN_GIB if config.vram_gb else room
     trials = []
     for recompute in RECOMPUTE if config.recompute == "auto" and room else (config.recompute.replace("auto", "none"),):
-        # A CPU would work for minutes on what a card's memory holds.
-        top = min(largest(config, recompute, room), 1024 if machine.on_gpu else 64) if room else 0
+        top = largest(config, recompute, room) if room else 0
         sizes = {n for n in (top // 2, top * 3 // 4, top * 19 // 20, top) if n} if room else {1, 2, 4, 8, 16, 32}
         trials += [replace(config, batch_size=n, recompute=recompute) for n in sorted(sizes)]
     rows = show([attempt(fill(KEYS, vars(trial)), trial) for trial in trials])
@@ -469,7 +483,7 @@ def find_batch(config: Any, machine: Machine) -> Row:
 
 def compare(config: Any, machine: Machine) -> Row:
     """Ours, theirs, ours, theirs: what changes on the machine meanwhile changes both. All on random ids."""
-    config = replace(config, real_data=False)
+    config = replace(open_data(config)[0], real_data=False)
     ways: dict[str, Any] = {"gpt12": measure, "transformers, eager": partial(measure_theirs, machine, False)}
     if machine.compiled:
         ways["transformers, compiled"] = partial(measure_theirs, machine, True)
@@ -480,6 +494,24 @@ def compare(config: Any, machine: Machine) -> Row:
     for name, ratio in ratios.items():
         say(f"gpt12 is {ratio:.2f} times as fast as {name}")
     return {"rows": rows, "ratios": ratios}
+
+
+def match_theirs(config: Any, given: set[str], argv: list[str], trains: bool) -> None:
+    """Make ours the model and the method that theirs are, but for what the user asked for: that is told.
+
+    An optimizer out of a config file is not asked for: a preset has the one that it trains best with.
+    """
+    if trains and config.optimizer != "adamw" and not any(a.lstrip("-").startswith("optimizer=") for a in argv):
+        say(f"optimizer=adamw in place of {config.optimizer}, because transformers is measured with it")
+        config.optimizer = "adamw"
+    config.bias = config.bias or "bias" not in given
+    differs = {
+        "transformers has biases, this run has none": not config.bias,
+        f"transformers has AdamW, this run {config.optimizer}": trains and config.optimizer != "adamw",
+        "transformers trains all weights, this run LoRA's": trains and config.lora_rank,
+    }
+    for text in (text for text, holds in differs.items() if holds):
+        say(f"not the same work: {text}")
 
 
 def their_model(config: Any, cache: bool) -> Any:
@@ -695,19 +727,25 @@ def main(argv: list[str] | None = None) -> None:
         if WORLD > 1:
             dist.init_process_group(config.backend if machine.on_gpu else "gloo")
         say("\n".join([f"{name}, torch {torch.__version__}", *machine.notes]))
-        if config.vram_gb and machine.on_gpu:
+        if config.vram_gb and not machine.on_gpu:
+            raise UserError(f"vram_gb={config.vram_gb:g} needs a GPU, whose memory it limits; --plan needs none")
+        if config.vram_gb:
             total, room = torch.cuda.mem_get_info()[1] / GiB, config.vram_gb - MARGIN_GIB
             if not 0 < room <= total:
                 raise UserError(f"vram_gb={config.vram_gb:g} cannot be emulated on a card of {total:.1f} GiB")
             torch.cuda.set_per_process_memory_fraction(room / total)
             say(f"emulating {config.vram_gb:g} GB: the allocator gets {room:g} GiB, driver and desktop the rest")
+        if config.compare != "none":
+            match_theirs(config, given, argv, "compare" in modes)
         result = {mode.__name__: mode(config, machine) for mode in MODES if mode.__name__ in modes}
         if WORLD > 1:
             dist.destroy_process_group()
     changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
     result = run_folder.describe(changed, device=name, **result)
     if {"sweep", "ladder", "sample"} & result.keys():
-        draw(result, f"{name}, {config.n_layer} layers, {config.n_embd} wide, {config.block_size} tokens a row")
+        rows = {row["batch_size"] for row in result.get("ladder") or result.get("sweep", [])}  # a ladder may halve it
+        size = (f"{rows.pop():,} x {{:,}} tokens" if len(rows) == 1 else "{:,} tokens a row").format(config.block_size)
+        draw(result, f"{name}, {config.n_layer} layers, {config.n_embd:,} wide, {size}")
     if config.report:
         run_folder.write_json(Path("bench.json"), result)
         say("wrote bench.json; the README says where to publish both")

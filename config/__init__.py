@@ -201,7 +201,7 @@ class BenchConfig(TrainConfig):
     sweep: Text | None = None  # KEY:VALUE,VALUE,... the step at each value of a key; a table and bench.png
     ladder: bool = False  # what each technique brings, from plain fp32 to the step as it is; a table and bench.png
     find_batch: bool = False  # the micro-batch that is fastest in the memory there is
-    compare: Literal["none", "transformers"] = "none"  # the same work by GPT2LMHeadModel, in turns
+    compare: Literal["none", "transformers"] = "none"  # the same work by GPT2LMHeadModel, with biases and AdamW
     profile: bool = False  # the costliest kernels, and trace.json for chrome://tracing
     sample: bool = False  # prefill and decoding at batch 1, 4, 16 and 64
     report: bool = False  # step, ladder and decoding in bench.json and bench.png, to publish

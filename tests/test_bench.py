@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +24,7 @@ import train
 from bench import GiB, find_card, predict
 from config import BenchConfig, UserError
 from config.machine import CARDS, Card, Machine
+from data.shards import write_shard
 from model import GPT, GPTConfig
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, "batch_size": 3}
@@ -210,14 +212,14 @@ def test_the_keys_of_nanogpts_bench(run):
     assert result["config"]["bias"] is True and "profile" in result
 
 
-def test_real_data_are_used_where_they_are_prepared(run, tmp_path):
-    import numpy as np
-
-    from data.shards import write_shard
-
+def prepare(folder, vocab_size):
     for split in ("train", "val"):
-        write_shard(tmp_path / f"{split}_000000.bin", np.arange(2000, dtype=np.uint16) % 50)
-    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": None, "vocab_size": 50, "documents": 1}))
+        write_shard(folder / f"{split}_000000.bin", np.arange(2000, dtype=np.uint16) % vocab_size)
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": None, "vocab_size": vocab_size, "documents": 1}))
+
+
+def test_real_data_are_used_where_they_are_prepared(run, tmp_path):
+    prepare(tmp_path, 50)
     row = run(dataset=tmp_path, real_data="auto")[0]["step"]
     assert row["data"] == str(tmp_path)
     assert row["parameters"] == GPT(GPTConfig(16, 50, 2, 2, 32, bias=False)).num_params()
@@ -292,7 +294,7 @@ def test_a_wrong_sweep_is_refused_before_anything_is_measured(run, monkeypatch, 
 
 def test_every_rung_does_the_same_work(run, tmp_path):
     originals = gpt.compute_dtype, gpt.LinearCrossEntropy, GPTConfig.padded_vocab_size, train.AdamW
-    result, _ = run("--ladder", dtype="bfloat16", seed=3)
+    result, _ = run("--ladder", dtype="bfloat16", seed=3, vocab_size=50)
     labels = [row["label"] for row in result["ladder"]]
     techniques = [name for name in bench.WITHOUT if name not in ("TF32", "torch.compile", "CUDA graph")]
     assert labels == ["fp32, eager", *(f"+ {name}" for name in techniques)]
@@ -303,6 +305,23 @@ def test_every_rung_does_the_same_work(run, tmp_path):
     assert [row["recompute"] for row in result["ladder"]][-2:] == ["none", "pointwise"]
     assert originals == (gpt.compute_dtype, gpt.LinearCrossEntropy, GPTConfig.padded_vocab_size, train.AdamW)
     assert (tmp_path / "bench.png").exists()
+
+
+def test_rungs_that_change_nothing_are_left_out_and_named(run, tmp_path, monkeypatch):
+    out_of_memory_above(10, monkeypatch)
+    prepare(tmp_path, 64)  # a multiple of 64, whatever vocab_size says
+    result, text = run("--ladder", dataset=tmp_path, real_data="auto", vocab_size=50, optimizer="muon")
+    rungs = ["flash attention", "loss in chunks", "recomputation"]
+    assert [row["label"] for row in result["ladder"]] == ["fp32, eager", *(f"+ {name}" for name in rungs)]
+    said = next(line for line in text.splitlines() if line.startswith("rungs left out, for little"))
+    assert all((name in said) != (name in rungs) for name in bench.WITHOUT)
+    for reason in (
+        "16-bit autocast (float32)",
+        "padded vocabulary (of 64)",
+        "fused AdamW (muon)",
+        "CUDA graph (no GPU)",
+    ):
+        assert reason in said
 
 
 @pytest.mark.parametrize("name", [name for name, patch in bench.WITHOUT.items() if callable(patch)])
@@ -369,10 +388,22 @@ def test_the_report_is_all_modes_in_one_file(run, tmp_path, monkeypatch):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_find_batch_measures_what_the_plan_allows(run, monkeypatch):
+def test_the_picture_says_how_many_rows_were_measured(run, monkeypatch):
+    titles = []
+    monkeypatch.setattr(bench, "draw", lambda result, title: titles.append(title))
+    out_of_memory_above(1500, monkeypatch)
+    run("--ladder", batch_size=2400, n_embd=1024, block_size=2048)
+    run("--sweep=batch_size:1,2")
+    assert titles[0].endswith(", 2 layers, 1,024 wide, 1,200 x 2,048 tokens")  # the ladder took half the batch
+    assert titles[1].endswith(", 2 layers, 32 wide, 16 tokens a row")
+
+
+def test_find_batch_measures_what_the_plan_allows(monkeypatch):
     cap = predict(make(batch_size=40), "none")["gib"]
     out_of_memory_above(39, monkeypatch)  # the prediction is a little too high
-    found = run("--find_batch", recompute="none", vram_gb=cap + bench.MARGIN_GIB + 1e-9)[0]["find_batch"]
+    machine, memory = fake_card("NVIDIA H200", 139.8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    found = bench.find_batch(make(recompute="none", vram_gb=cap + bench.MARGIN_GIB + 1e-9), machine)
     sizes = {row["batch_size"]: "error" in row for row in found["rows"]}
     assert sizes == {20: False, 30: False, 38: False, 40: True}
     assert found["best"]["batch_size"] == 38 and found["room_gib"] == pytest.approx(cap)
@@ -405,6 +436,28 @@ def test_compare_is_in_turns(run):
     ratio = (rates[0] + rates[2]) / (rates[1] + rates[3])
     assert result["compare"]["ratios"] == {"transformers, eager": pytest.approx(ratio)}
     assert f"{ratio:.2f} times as fast" in text
+
+
+def test_both_sides_of_a_comparison_are_the_same_model(run, tmp_path, monkeypatch):
+    """A preset without biases, with Muon and its own vocabulary: the first two become transformers', the last stays."""
+    prepare(tmp_path, 50)
+    (tmp_path / "preset.py").write_text(f"optimizer = 'muon'\ndataset = {str(tmp_path)!r}")
+    theirs, build = [], bench.their_model
+    monkeypatch.setattr(bench, "their_model", lambda *a, **k: theirs.append(build(*a, **k)) or theirs[-1])
+    result, text = run("preset.py", "--compare=transformers", real_data="auto")
+    ours = result["compare"]["rows"][0]
+    assert ours["parameters"] == sum(p.numel() for p in theirs[0].parameters())
+    assert theirs[0].config.vocab_size == 50 and ours["data"] == "random ids"
+    assert (result["config"]["bias"], result["config"].get("optimizer")) == (True, None)
+    assert "optimizer=adamw in place of muon" in text and "not the same work" not in text
+
+
+def test_what_the_user_asked_for_is_compared_and_told(run, tmp_path):
+    (tmp_path / "mine.py").write_text("bias = False")
+    result, text = run("mine.py", "--compare=transformers", "--optimizer=muon", "--lora_rank=2")
+    assert (result["config"].get("bias", False), result["config"]["optimizer"]) == (False, "muon")
+    told = [line for line in text.splitlines() if line.startswith("not the same work: ")]
+    assert [word in line for line, word in zip(told, ("biases", "muon", "LoRA"), strict=True)] == [True] * 3
 
 
 def test_without_transformers_it_says_so(run, monkeypatch):
@@ -558,6 +611,7 @@ def test_plan_for_another_card(run):
         (["--plan", "--peak_tflops=40"], "datasheet"),
         (["--plan", "--peak_tflops=40", "--bandwidth_gbs=400"], "vram_gb"),
         (["--init_from=resume"], "gpt2-medium"),
+        (["--find_batch", "--vram_gb=12"], "vram_gb=12 needs a GPU"),
         (["--sample", "--max_new_tokens=1"], "make room for two"),
         (["--report", "--block_size=2"], "make room for two"),
     ],
@@ -582,7 +636,7 @@ def test_predicted_memory_is_the_allocators(recompute):
 @pytest.mark.gpu
 def test_ladder_on_a_gpu(run):
     keys = {"device": "cuda", "dtype": "auto", "compile": "auto", "n_embd": 128, "block_size": 256}
-    rows = run("--ladder", **keys)[0]["ladder"]
+    rows = run("--ladder", "--vocab_size=50", **keys)[0]["ladder"]
     assert [row["label"] for row in rows] == ["fp32, eager", *(f"+ {name}" for name in bench.WITHOUT)]
     for row in rows:
         assert row["loss"] == pytest.approx(rows[0]["loss"], abs=0.02)
