@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -429,10 +429,13 @@ class Loader:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, windows: Any, count: int, batch_size: int, machine: Machine) -> float:
+def evaluate(
+    model: GPT, windows: Any, count: int, batch_size: int, machine: Machine, leave: Callable[[], bool] = lambda: False
+) -> float:
     """Mean loss, in nats a token, over `count` fixed windows of a split (0: all); the same windows every time.
 
     Dropout is off meanwhile; no random number is drawn and the position in the training data does not move.
+    leave: asked before each batch; true ends it there, and what is returned is no split's loss then.
     """
     chosen = windows.choose(count)
     batch = 2 * batch_size  # without gradients twice the micro-batch needs less memory than training does
@@ -441,6 +444,8 @@ def evaluate(model: GPT, windows: Any, count: int, batch_size: int, machine: Mac
     model.eval()
     with machine.autocast():
         for start in range(machine.rank * batch, len(chosen), machine.world * batch):
+            if leave():
+                break
             part = chosen[start : start + batch]
             x, y = (torch.from_numpy(a) for a in windows.batch(np.resize(part, batch)))  # one shape: compiled once
             y[len(part) :] = MASKED
@@ -635,9 +640,13 @@ class Run:
         rows = self.loader.load(p.position) if p.step < c.max_iters else None
         while True:
             due = p.step % c.eval_interval == 0 or p.step >= c.max_iters
-            if due and p.evaluated_step != p.step and self.log_evaluation():
-                self.say(f"stopping: no better validation loss in {c.patience} evaluations")
-                break
+            if due and p.evaluated_step != p.step:
+                if self.log_evaluation():
+                    self.say(f"stopping: no better validation loss in {c.patience} evaluations")
+                    break
+                if p.evaluated_step != p.step:
+                    status = 128 + self.stop_signal
+                    break
             if p.step >= c.max_iters:
                 break
             lr = learning_rate(p.step, c)
@@ -747,13 +756,20 @@ class Run:
             self.wandb.log({"train/loss" if key == "loss" else key: value for key, value in row.items()}, step=p.step)
 
     def log_evaluation(self) -> bool:
-        """Evaluate, tell, keep the best; true if patience is over."""
+        """Evaluate, tell, keep the best; true if patience is over. A signal ends it early, as if it had not begun.
+
+        Not that of one rank of several, which cannot tell the others without waiting for them at every batch.
+        """
         c, p = self.config, self.progress
         running = self.clock.started is not None
         self.clock.stop()
+        signalled = lambda: self.machine.world == 1 and self.stop_signal > 0  # noqa: E731
         train_loss, val_loss = (
-            evaluate(self.model, w, self.eval_count, self.batch_size, self.machine) for w in (self.train_eval, self.val)
+            evaluate(self.model, w, self.eval_count, self.batch_size, self.machine, signalled)
+            for w in (self.train_eval, self.val)
         )
+        if signalled():
+            return False
         p.evaluated_step = p.step
         before = (p.best_val_loss, p.best_step)
         better = p.step > 0 and math.isfinite(val_loss) and (p.best_val_loss is None or val_loss < p.best_val_loss)

@@ -60,6 +60,11 @@ def losses(out_dir) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
+def evaluations(out_dir) -> list[int]:
+    rows = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if "val_loss" in row]
+
+
 def weights(out_dir, name="last"):
     return load_file(Path(out_dir) / name / "model.safetensors")
 
@@ -110,7 +115,7 @@ def test_evaluating_more_often_does_not_move_training(dataset, tmp_path):
         assert run(dataset, tmp_path / name, "--max_iters=10", "--dropout=0.1", *options) == 0
     assert losses(tmp_path / "rare") == losses(tmp_path / "often")
     rows = [json.loads(line) for line in (tmp_path / "often/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "val_loss" in row] == [0, 3, 6, 9, 10]
+    assert evaluations(tmp_path / "often") == [0, 3, 6, 9, 10]
     assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "elapsed_s"} == set(rows[1])
     assert {"step", "tokens", "train_loss", "val_loss", "elapsed_s"} == set(rows[0])
 
@@ -598,6 +603,30 @@ def test_sigterm_saves_and_ends_with_143(dataset, tmp_path):
     step = json.loads((tmp_path / "last/trainer.json").read_text())["step"]
     assert step >= 12
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", f"--max_iters={step + 2}"]) == 0
+
+
+@pytest.mark.parametrize("step", [0, 20, 30])
+def test_a_signal_leaves_a_long_evaluation_early(dataset, tmp_path, monkeypatch, step):
+    """At the beginning, on the way and at the end: no figure of half a split is kept, and resuming makes it anew."""
+    batch, began = EvalWindows.batch, []
+
+    def interrupted(self, indices):
+        if losses(tmp_path).get(step) or step == 0:
+            began.append(signal.raise_signal(signal.SIGINT) if not began else None)
+        return batch(self, indices)
+
+    options = ["--max_iters=30", "--eval_iters=0", "--always_save_checkpoint=False"]
+    with monkeypatch.context() as m:
+        m.setattr(EvalWindows, "batch", interrupted)
+        assert run(dataset, tmp_path, *options) == 130
+    assert len(began) == 1
+    evaluated = [*range(0, step, 10)]
+    assert evaluations(tmp_path) == evaluated
+    state = json.loads((tmp_path / "last/trainer.json").read_text())
+    assert (state["step"], state["evaluated_step"]) == (step, evaluated[-1] if evaluated else -1)
+    assert state["best_step"] < max(step, 1)
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path}"]) == 0
+    assert evaluations(tmp_path) == [0, 10, 20, 30]
 
 
 def test_resuming_reads_each_file_of_the_checkpoint_once_to_verify_it(dataset, tmp_path, monkeypatch):
