@@ -629,6 +629,9 @@ class Run:
     def train(self) -> int:
         """Train to the end; returns the exit status."""
         c, p = self.config, self.progress
+        if self.resumed and p.evaluated_step == p.step >= c.max_iters:
+            self.say(f"this run is complete ({p.step} of {c.max_iters} steps); go on with --max_iters={2 * p.step}")
+            return 0
         self.introduce()
         self.open_folder()
         handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}

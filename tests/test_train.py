@@ -110,6 +110,15 @@ def test_resuming_a_finished_run_with_more_steps_goes_on(dataset, tmp_path, opti
     )
 
 
+def test_resuming_a_finished_run_says_that_it_is_complete(dataset, tmp_path, capsys):
+    assert run(dataset, tmp_path, "--max_iters=4") == 0
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    capsys.readouterr()
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path}"]) == 0
+    assert capsys.readouterr().out == "this run is complete (4 of 4 steps); go on with --max_iters=8\n"
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
+
+
 def test_evaluating_more_often_does_not_move_training(dataset, tmp_path):
     for name, options in (("rare", ["--eval_interval=50"]), ("often", ["--eval_interval=3", "--eval_iters=0"])):
         assert run(dataset, tmp_path / name, "--max_iters=10", "--dropout=0.1", *options) == 0
