@@ -570,6 +570,7 @@ class Run:
         self.flag = torch.zeros((), dtype=torch.int64, device=self.machine.device)  # the stop signal of all ranks
         self.saved_step = self.progress.step if resumed else -1
         self.drawing: threading.Thread | None = None
+        self.told_time = False
 
     # -- telling
 
@@ -736,7 +737,8 @@ class Run:
             self.record(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
             bar.set_postfix_str(f"loss {loss:.4f}" + (f", {rate:,.0f} tokens/s" if rate else ""), refresh=False)
             if bar.disable:
-                self.say(f"step {p.step}: loss {loss:.4f}, lr {lr:.2e}" + (f", {rate:,.0f} tokens/s" if rate else ""))
+                pace = f", {rate:,.0f} tokens/s{self.time_left(steps_per_s)}" if rate and steps_per_s else ""
+                self.say(f"step {p.step}: loss {loss:.4f}, lr {lr:.2e}{pace}")
         if skipped > self.skipped:
             new, self.skipped = skipped - self.skipped, skipped
             self.say(
@@ -750,6 +752,12 @@ class Run:
             f"as before the first of them. Training window {p.position}; try a lower learning_rate or dtype=float32"
         )
         return True
+
+    def time_left(self, steps_per_s: float) -> str:
+        """What the bar would show, said once where there is none."""
+        seconds, told, self.told_time = (self.config.max_iters - self.progress.step) / steps_per_s, self.told_time, True
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return "" if told or seconds <= 60 else f", about {f'{hours} h ' if hours else ''}{minutes} min to go"
 
     def record(self, **row: float | None) -> None:
         """A line of metrics.jsonl, and of wandb's record, where a step's loss is called train/loss."""

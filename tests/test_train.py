@@ -119,6 +119,19 @@ def test_resuming_a_finished_run_says_that_it_is_complete(dataset, tmp_path, cap
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.parametrize(("max_iters", "told"), [(101, []), (100 + 60 * 100, ["1 h 40 min"]), (220, ["2 min"])])
+def test_without_a_bar_the_first_rate_says_how_long_it_will_take(
+    dataset, tmp_path, capsys, monkeypatch, max_iters, told
+):
+    monkeypatch.setattr(train.Clock, "lap", lambda self: 1.0 if self.steps else None)
+    run = train.Run(*train.load_config([*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}"]))
+    run.config.max_iters, run.progress.step, run.clock.steps = max_iters, 100, 0
+    run.record, bar = lambda **row: None, SimpleNamespace(disable=True, set_postfix_str=lambda *args, **options: None)
+    for run.clock.steps in range(3):
+        run.log_step(bar, 0.1)
+    assert re.findall(", about (.*) to go", capsys.readouterr().out) == told
+
+
 def test_evaluating_more_often_does_not_move_training(dataset, tmp_path):
     for name, options in (("rare", ["--eval_interval=50"]), ("often", ["--eval_interval=3", "--eval_iters=0"])):
         assert run(dataset, tmp_path / name, "--max_iters=10", "--dropout=0.1", *options) == 0
