@@ -977,10 +977,17 @@ def check_start(model: GPT | None, tokenizer: Any, dataset: Any, config: TrainCo
     other = tokenizer and dataset.tokenizer and tokenizer.sha256 != dataset.tokenizer.sha256
     made_with, ids = dataset.meta.get("tokenizer"), model.config.vocab_size
     if other or dataset.vocab_size > ids:
-        bare = "That has no tokenizer beside it: put its files there, or choose a smaller one with --tokenizer="
+        advice = "Pass the text itself as --dataset=FILE"
+        if tokenizer is None:
+            advice = "That has no tokenizer beside it: put its files there, or choose a smaller one with --tokenizer="
+        elif config.tokenizer != "auto":
+            advice = (
+                f"--tokenizer={config.tokenizer} does not go with --init_from, whose model brings its own ({tokenizer.name}): "
+                "leave it out, or begin anew with --init_from=scratch"
+            )
         raise UserError(
             f"dataset {dataset.name} was made with another tokenizer ({made_with}, {dataset.vocab_size} tokens) than the "
-            f"model to start from ({ids} tokens). {'Pass the text itself as --dataset=FILE' if tokenizer else bare}"
+            f"model to start from ({ids} tokens). {advice}"
         )
     if tokenizer is None and dataset.vocab_size < ids:
         dataset.warnings.append(

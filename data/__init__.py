@@ -162,6 +162,9 @@ def _open(name: str, folder: Path) -> Dataset:
         vocab_size, tokenizer = meta["vocab_size"], from_meta(meta, folder)
         if tokenizer is not None and meta.get("kind") == "messages":
             tokenizer.chat_template = CHAT_TEMPLATE
+        if tokenizer is not None and tokenizer.eot is None and "row" in meta:
+            stop = "; sample with --stop='\\n'" if "\n" in tokenizer.names else ""
+            warnings.append(f"This tokenizer has no end of text: answers will not end by themselves{stop}.")
         if meta.get("cut"):
             warnings.append(f"{meta['cut']:,} of {meta['documents']:,} examples were longer than a row and were cut.")
     elif (folder / "meta.pkl").exists() or val.dtype != UINT16:
