@@ -519,7 +519,7 @@ class Run:
     """A training run: builds what it needs from the configuration, then trains until done, stopped or hopeless."""
 
     def __init__(self, config: TrainConfig, given: set[str], resumed: bool = False):
-        from data import open_dataset
+        from data import check_exists, open_dataset
         from data.windows import EvalWindows, TrainWindows
 
         self.config, self.out_dir, self.resumed = config, Path(config.out_dir), resumed
@@ -528,6 +528,7 @@ class Run:
         if resumed:
             last, state = run_folder.find_checkpoint(self.out_dir, ("last",))
             self.progress = Progress(**{key: state[key] for key in vars(self.progress) if key in state})
+        check_exists(config.dataset)
         start, tokenizer = load_start(config, given, last)
         with first_rank_first():  # it prepares what is not there yet; the others find it ready
             self.dataset = open_dataset(

@@ -483,9 +483,12 @@ def test_muon_is_torchs_muon_on_every_matrix():
         (["config/none.py"], "config/none.py"),
         (["--dataset=/nowhere/at_all.txt"], "at_all.txt"),
         (["--device=cuda"], "GPU"),
+        (["--device=mps"], "this torch has no MPS, which needs a Mac with an Apple GPU. Or pass --device=cpu"),
         (["--out_dir=/proc/nothing"], "cannot be written"),
         (["--init_from=resume", "--out_dir=/nowhere"], "nothing to resume"),
         (["--init_from=/nowhere"], "could not be fetched"),
+        (["--init_from=gpt2", "--dataset=/nowhere/my.txt"], "There is no data set '/nowhere/my.txt'"),
+        (["--init_from=gpt2", f"--dataset={'x' * 300}"], "There is no data set"),
         (["--block_size=5000"], "block_size"),
         (["--lora_rank=99", "--init_from=CHECKPOINT"], "lora_rank=99"),
     ],
@@ -493,6 +496,8 @@ def test_muon_is_torchs_muon_on_every_matrix():
 def test_a_users_mistake_ends_with_a_message_and_status_2(dataset, tmp_path, capsys, monkeypatch, options, message):
     if options[0] == "--device=cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
+    if options[0] == "--device=mps" and torch.backends.mps.is_available():
+        pytest.skip("there is MPS")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if "--init_from=CHECKPOINT" in options:
         GPT(GPTConfig(16, 13, 2, 2, 16)).save_pretrained(tmp_path / "model")
