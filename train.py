@@ -1222,19 +1222,22 @@ def out_of_memory(config: TrainConfig) -> UserError:
 
 
 def lost_ranks(config: TrainConfig) -> str:
+    advice = ". Go on from the last checkpoint with the same torchrun line and --init_from=resume"
+    saved = any((Path(config.out_dir) / name).exists() for name in ("last", "last.prev"))
     return (
         f"rank {os.environ['RANK']} has lost the others: one of them has ended (torchrun names it below, its own message "
-        f"stands above). Go on from the last checkpoint with the same torchrun line and --init_from=resume "
-        f"--out_dir={config.out_dir}"
+        f"stands above){f'{advice} --out_dir={config.out_dir}' if saved else ''}"
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     config, given, resumed = load_config(sys.argv[1:] if argv is None else argv)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.gradient_accumulation_steps % world:
+    if rest := config.gradient_accumulation_steps % world:
+        near = config.gradient_accumulation_steps + world - rest
         raise UserError(
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not a multiple of {world} ranks"
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not a multiple of {world} ranks: "
+            f"pass --gradient_accumulation_steps={near}"
         )
     if world > 1:
         gpu = torch.cuda.is_available() and config.device != "cpu"

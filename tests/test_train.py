@@ -513,6 +513,14 @@ def test_a_users_mistake_ends_with_a_message_and_status_2(dataset, tmp_path, cap
     assert not out_dir.exists()
 
 
+def test_micro_batches_that_the_ranks_cannot_share(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for micro_steps, near in ((1, 2), (3, 4)):
+        said = f"={micro_steps} is not a multiple of 2 ranks: pass --gradient_accumulation_steps={near}$"
+        with pytest.raises(UserError, match=said):
+            run(dataset, tmp_path, f"--gradient_accumulation_steps={micro_steps}")
+
+
 def test_data_of_another_tokenizer_are_refused(dataset, tmp_path):
     GPT(GPTConfig(16, 9, 2, 2, 16)).save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="another tokenizer"):
@@ -860,6 +868,16 @@ class Ending(threading.Thread):
 
     def __init__(self, target, over):
         super().__init__(target=lambda: (target(), over.set()), daemon=True)
+
+
+def test_a_lost_rank_is_told_to_go_on_only_from_what_is_there(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    config, _, _ = train.load_config([*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}"])
+    assert train.lost_ranks(config).endswith("its own message stands above)")
+    for name in ("last.prev", "last"):
+        (tmp_path / name).mkdir()
+        assert train.lost_ranks(config).endswith(f"--init_from=resume --out_dir={tmp_path}")
+        (tmp_path / name).rmdir()
 
 
 def test_a_run_that_is_over_waits_for_no_rank(dataset, tmp_path):
