@@ -426,6 +426,7 @@ def test_a_data_set_that_the_hub_does_not_know(start, tmp_path, empty_hub):
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: hf:nobody/nothing cannot be read: DatasetNotFoundError")
     assert "Check the name" in done.stderr
+    assert "as .txt, .csv or .jsonl files: python train.py --dataset=FOLDER" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
