@@ -116,10 +116,13 @@ def _prepare_named(folder: Path) -> None:
         raise UserError(f"{folder} holds neither val shards (val_*.bin, *_val_*.bin, val.bin) nor a prepare.py.")
     module = importlib.import_module(f"data.{folder.name}.prepare")
     if hasattr(module, "COST") or not hasattr(module, "prepare"):
-        cost = getattr(module, "COST", "once")
+        import torch
+
+        cost, preset = getattr(module, "COST", "once"), "char" if torch.cuda.is_available() else "cpu"
         raise UserError(
             f"The data set {folder.name} is not prepared. Run ({cost}): python {folder / 'prepare.py'}\n"
-            "Or choose other data, say --dataset=my.txt, or a preset that brings its own: config/train_shakespeare_char.py"
+            "Or choose other data, say --dataset=my.txt, or a preset that brings its own: "
+            f"config/train_shakespeare_{preset}.py"
         )
     module.prepare()
 
