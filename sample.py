@@ -47,6 +47,9 @@ def load(config: SampleConfig) -> tuple[GPT, Any, Machine]:
         loss = state.get("best_val_loss")
         say(f"loaded {source}, step {state['step']}" + (f", best val loss {loss:.4f}" if loss else ""))
     folder = Path(source) if Path(source).suffix == ".pt" else find_pretrained(source)
+    files = [folder / "adapter_config.json", folder / "config.json", folder.parent / "config.json"]
+    if [file.exists() for file in files] == [True, False, True]:
+        raise UserError(f"{folder} holds no whole model: pass {folder.parent}, where the adapter is merged")
     model = GPT.from_pretrained(folder).eval()
     tokenizer = load_tokenizer(folder.parent if folder.suffix == ".pt" else folder)
     if tokenizer is None:

@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -429,10 +429,13 @@ class Loader:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, windows: Any, count: int, batch_size: int, machine: Machine) -> float:
+def evaluate(
+    model: GPT, windows: Any, count: int, batch_size: int, machine: Machine, leave: Callable[[], bool] = lambda: False
+) -> float:
     """Mean loss, in nats a token, over `count` fixed windows of a split (0: all); the same windows every time.
 
     Dropout is off meanwhile; no random number is drawn and the position in the training data does not move.
+    leave: asked before each batch; true ends it there, and what is returned is no split's loss then.
     """
     chosen = windows.choose(count)
     batch = 2 * batch_size  # without gradients twice the micro-batch needs less memory than training does
@@ -441,6 +444,8 @@ def evaluate(model: GPT, windows: Any, count: int, batch_size: int, machine: Mac
     model.eval()
     with machine.autocast():
         for start in range(machine.rank * batch, len(chosen), machine.world * batch):
+            if leave():
+                break
             part = chosen[start : start + batch]
             x, y = (torch.from_numpy(a) for a in windows.batch(np.resize(part, batch)))  # one shape: compiled once
             y[len(part) :] = MASKED
@@ -514,7 +519,7 @@ class Run:
     """A training run: builds what it needs from the configuration, then trains until done, stopped or hopeless."""
 
     def __init__(self, config: TrainConfig, given: set[str], resumed: bool = False):
-        from data import open_dataset
+        from data import check_exists, open_dataset
         from data.windows import EvalWindows, TrainWindows
 
         self.config, self.out_dir, self.resumed = config, Path(config.out_dir), resumed
@@ -523,6 +528,7 @@ class Run:
         if resumed:
             last, state = run_folder.find_checkpoint(self.out_dir, ("last",))
             self.progress = Progress(**{key: state[key] for key in vars(self.progress) if key in state})
+        check_exists(config.dataset)
         start, tokenizer = load_start(config, given, last)
         with first_rank_first():  # it prepares what is not there yet; the others find it ready
             self.dataset = open_dataset(
@@ -565,6 +571,7 @@ class Run:
         self.flag = torch.zeros((), dtype=torch.int64, device=self.machine.device)  # the stop signal of all ranks
         self.saved_step = self.progress.step if resumed else -1
         self.drawing: threading.Thread | None = None
+        self.told_time = False
 
     # -- telling
 
@@ -624,6 +631,9 @@ class Run:
     def train(self) -> int:
         """Train to the end; returns the exit status."""
         c, p = self.config, self.progress
+        if self.resumed and p.evaluated_step == p.step >= c.max_iters:
+            self.say(f"this run is complete ({p.step} of {c.max_iters} steps); go on with --max_iters={2 * p.step}")
+            return 0
         self.introduce()
         self.open_folder()
         handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -635,9 +645,13 @@ class Run:
         rows = self.loader.load(p.position) if p.step < c.max_iters else None
         while True:
             due = p.step % c.eval_interval == 0 or p.step >= c.max_iters
-            if due and p.evaluated_step != p.step and self.log_evaluation():
-                self.say(f"stopping: no better validation loss in {c.patience} evaluations")
-                break
+            if due and p.evaluated_step != p.step:
+                if self.log_evaluation():
+                    self.say(f"stopping: no better validation loss in {c.patience} evaluations")
+                    break
+                if p.evaluated_step != p.step:
+                    status = 128 + self.stop_signal
+                    break
             if p.step >= c.max_iters:
                 break
             lr = learning_rate(p.step, c)
@@ -724,7 +738,8 @@ class Run:
             self.record(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=rate)
             bar.set_postfix_str(f"loss {loss:.4f}" + (f", {rate:,.0f} tokens/s" if rate else ""), refresh=False)
             if bar.disable:
-                self.say(f"step {p.step}: loss {loss:.4f}, lr {lr:.2e}" + (f", {rate:,.0f} tokens/s" if rate else ""))
+                pace = f", {rate:,.0f} tokens/s{self.time_left(steps_per_s)}" if rate and steps_per_s else ""
+                self.say(f"step {p.step}: loss {loss:.4f}, lr {lr:.2e}{pace}")
         if skipped > self.skipped:
             new, self.skipped = skipped - self.skipped, skipped
             self.say(
@@ -739,6 +754,12 @@ class Run:
         )
         return True
 
+    def time_left(self, steps_per_s: float) -> str:
+        """What the bar would show, said once where there is none."""
+        seconds, told, self.told_time = (self.config.max_iters - self.progress.step) / steps_per_s, self.told_time, True
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return "" if told or seconds <= 60 else f", about {f'{hours} h ' if hours else ''}{minutes} min to go"
+
     def record(self, **row: float | None) -> None:
         """A line of metrics.jsonl, and of wandb's record, where a step's loss is called train/loss."""
         p = self.progress
@@ -747,13 +768,20 @@ class Run:
             self.wandb.log({"train/loss" if key == "loss" else key: value for key, value in row.items()}, step=p.step)
 
     def log_evaluation(self) -> bool:
-        """Evaluate, tell, keep the best; true if patience is over."""
+        """Evaluate, tell, keep the best; true if patience is over. A signal ends it early, as if it had not begun.
+
+        Not that of one rank of several, which cannot tell the others without waiting for them at every batch.
+        """
         c, p = self.config, self.progress
         running = self.clock.started is not None
         self.clock.stop()
+        signalled = lambda: self.machine.world == 1 and self.stop_signal > 0  # noqa: E731
         train_loss, val_loss = (
-            evaluate(self.model, w, self.eval_count, self.batch_size, self.machine) for w in (self.train_eval, self.val)
+            evaluate(self.model, w, self.eval_count, self.batch_size, self.machine, signalled)
+            for w in (self.train_eval, self.val)
         )
+        if signalled():
+            return False
         p.evaluated_step = p.step
         before = (p.best_val_loss, p.best_step)
         better = p.step > 0 and math.isfinite(val_loss) and (p.best_val_loss is None or val_loss < p.best_val_loss)
@@ -950,10 +978,17 @@ def check_start(model: GPT | None, tokenizer: Any, dataset: Any, config: TrainCo
     other = tokenizer and dataset.tokenizer and tokenizer.sha256 != dataset.tokenizer.sha256
     made_with, ids = dataset.meta.get("tokenizer"), model.config.vocab_size
     if other or dataset.vocab_size > ids:
-        bare = "That has no tokenizer beside it: put its files there, or choose a smaller one with --tokenizer="
+        advice = "Pass the text itself as --dataset=FILE"
+        if tokenizer is None:
+            advice = "That has no tokenizer beside it: put its files there, or choose a smaller one with --tokenizer="
+        elif config.tokenizer != "auto":
+            advice = (
+                f"--tokenizer={config.tokenizer} does not go with --init_from, whose model brings its own ({tokenizer.name}): "
+                "leave it out, or begin anew with --init_from=scratch"
+            )
         raise UserError(
             f"dataset {dataset.name} was made with another tokenizer ({made_with}, {dataset.vocab_size} tokens) than the "
-            f"model to start from ({ids} tokens). {'Pass the text itself as --dataset=FILE' if tokenizer else bare}"
+            f"model to start from ({ids} tokens). {advice}"
         )
     if tokenizer is None and dataset.vocab_size < ids:
         dataset.warnings.append(
@@ -1187,19 +1222,22 @@ def out_of_memory(config: TrainConfig) -> UserError:
 
 
 def lost_ranks(config: TrainConfig) -> str:
+    advice = ". Go on from the last checkpoint with the same torchrun line and --init_from=resume"
+    saved = any((Path(config.out_dir) / name).exists() for name in ("last", "last.prev"))
     return (
         f"rank {os.environ['RANK']} has lost the others: one of them has ended (torchrun names it below, its own message "
-        f"stands above). Go on from the last checkpoint with the same torchrun line and --init_from=resume "
-        f"--out_dir={config.out_dir}"
+        f"stands above){f'{advice} --out_dir={config.out_dir}' if saved else ''}"
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     config, given, resumed = load_config(sys.argv[1:] if argv is None else argv)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.gradient_accumulation_steps % world:
+    if rest := config.gradient_accumulation_steps % world:
+        near = config.gradient_accumulation_steps + world - rest
         raise UserError(
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not a multiple of {world} ranks"
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not a multiple of {world} ranks: "
+            f"pass --gradient_accumulation_steps={near}"
         )
     if world > 1:
         gpu = torch.cuda.is_available() and config.device != "cpu"

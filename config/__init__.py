@@ -155,7 +155,7 @@ class SampleConfig:
 
     # model
     out_dir: Text = "out"  # folder of the run that trained it
-    init_from: Text = "resume"  # resume: the model in out_dir; or gpt2, gpt2-medium, -large, -xl, a model's folder
+    init_from: Text = "resume"  # resume: out_dir's; gpt2, gpt2-medium, -large, -xl, a model's or run's folder, ckpt.pt
     checkpoint: Literal["auto", "best", "last"] = "auto"  # auto: best, where there is one
     # text
     start: Prompt = "\n"  # what to continue; FILE:prompt.txt reads it from a file, - from standard input

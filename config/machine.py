@@ -130,6 +130,10 @@ def choose_device(asked: str, notes: list[str]) -> str:
         return kind
     if asked.startswith("cuda") and not available:
         raise UserError(f"device={asked}, but torch sees no usable GPU. {_why_no_cuda()}. Or pass --device=cpu")
+    if asked == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            f"device={asked}, but this torch has no MPS, which needs a Mac with an Apple GPU. Or pass --device=cpu"
+        )
     try:
         torch.empty(1, device=asked if asked != "cuda" else "cuda:0")
     except (RuntimeError, AssertionError) as e:

@@ -19,7 +19,7 @@ from data.shards import UINT16, Tokens, find
 from data.texts import CHAT_TEMPLATE, Documents
 from data.tokenizers import CharTokenizer, Tokenizer, from_meta, get_tokenizer
 
-__all__ = ["Dataset", "open_dataset", "prepare_texts"]
+__all__ = ["Dataset", "check_exists", "open_dataset", "prepare_texts"]
 
 DATA = Path(__file__).parent
 
@@ -61,6 +61,7 @@ def open_dataset(
     hf:owner/name. Texts are tokenized once, into data/cache/. tokenizer: "auto" is the data set's own, for texts gpt2.
     UserError for a data set that does not exist, is damaged, or was made with another tokenizer or row length.
     """
+    check_exists(name)
     try:
         folder = Path(name)
         if folder.name == name != "" and (DATA / name).is_dir():
@@ -94,6 +95,19 @@ def open_dataset(
     return dataset
 
 
+def check_exists(name: str) -> None:
+    """UserError if there is nothing by this name or path: to be known before a model is fetched."""
+    # Unlike Path's, these two do not raise for a name that no system can have.
+    named = Path(name).name == name != "" and os.path.isdir(DATA / name)  # noqa: PTH112
+    if not (named or name.startswith("hf:") or os.path.exists(name)):  # noqa: PTH110
+        known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
+        near = difflib.get_close_matches(name, known, 1)
+        raise UserError(
+            f"There is no data set {name!r}." + (f" Did you mean {near[0]}?" if near else "") + " It may be one of "
+            f"{', '.join(known)}, a .txt, .csv or .jsonl file, a folder of these, or hf:owner/name."
+        )
+
+
 def _prepare_named(folder: Path) -> None:
     """Run data/<name>/prepare.py if its shards are missing; UserError if that takes more than a moment."""
     if find(folder, "val"):
@@ -102,10 +116,13 @@ def _prepare_named(folder: Path) -> None:
         raise UserError(f"{folder} holds neither val shards (val_*.bin, *_val_*.bin, val.bin) nor a prepare.py.")
     module = importlib.import_module(f"data.{folder.name}.prepare")
     if hasattr(module, "COST") or not hasattr(module, "prepare"):
-        cost = getattr(module, "COST", "once")
+        import torch
+
+        cost, preset = getattr(module, "COST", "once"), "char" if torch.cuda.is_available() else "cpu"
         raise UserError(
             f"The data set {folder.name} is not prepared. Run ({cost}): python {folder / 'prepare.py'}\n"
-            "Or choose other data, say --dataset=my.txt, or a preset that brings its own: config/train_shakespeare_char.py"
+            "Or choose other data, say --dataset=my.txt, or a preset that brings its own: "
+            f"config/train_shakespeare_{preset}.py"
         )
     module.prepare()
 
@@ -115,13 +132,6 @@ def _prepare_cache(
 ) -> Path:
     """The folder in data/cache of these texts' shards, whose name holds all that made them."""
     hub = name.startswith("hf:")
-    if not hub and not os.path.exists(name):  # noqa: PTH110 (unlike Path.exists: False for a name no system can have)
-        known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
-        near = difflib.get_close_matches(name, known, 1)
-        raise UserError(
-            f"There is no data set {name!r}." + (f" Did you mean {near[0]}?" if near else "") + " It may be one of "
-            f"{', '.join(known)}, a .txt, .csv or .jsonl file, a folder of these, or hf:owner/name."
-        )
     documents = None if hub else Documents(name, text_column)  # the hub is asked only for what is not there yet
     content = [(file.name, sha256(file)) for file in documents.files] if documents else name
     # By name where that says it all: resuming, which brings the model's own tokenizer, finds what the run began with.
@@ -162,6 +172,9 @@ def _open(name: str, folder: Path) -> Dataset:
         vocab_size, tokenizer = meta["vocab_size"], from_meta(meta, folder)
         if tokenizer is not None and meta.get("kind") == "messages":
             tokenizer.chat_template = CHAT_TEMPLATE
+        if tokenizer is not None and tokenizer.eot is None and "row" in meta:
+            stop = "; sample with --stop='\\n'" if "\n" in tokenizer.names else ""
+            warnings.append(f"This tokenizer has no end of text: answers will not end by themselves{stop}.")
         if meta.get("cut"):
             warnings.append(f"{meta['cut']:,} of {meta['documents']:,} examples were longer than a row and were cut.")
     elif (folder / "meta.pkl").exists() or val.dtype != UINT16:

@@ -20,7 +20,7 @@ from config import UserError
 from data.download import write_whole
 from data.run import lock
 from data.shards import CHUNK, MASK, ShardWriter, Tokens, token_dtype
-from data.texts import Documents, Piece
+from data.texts import Documents, Piece, chat_pieces
 from data.tokenizers import CharTokenizer, Tokenizer
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def prepare_texts(
     """
     from tqdm import tqdm
 
+    if documents.kind == "messages" and isinstance(tokenizer, CharTokenizer):
+        _check_template(tokenizer)
     in_val = val_documents(documents, val_fraction)
     stats = [file.stat() for file in documents.files]
     size, changed = sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
@@ -115,6 +117,16 @@ def prepare_texts(
         meta |= {"documents": note.documents, "source_sha256": note.source_sha256}
         write_whole(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
         (folder / "progress.json").unlink(missing_ok=True)
+
+
+def _check_template(tokenizer: CharTokenizer) -> None:
+    """Refuse a conversation whose headings these characters cannot write; the user has not typed them."""
+    head = chat_pieces([{"role": "assistant", "content": ""}])[0].text
+    if lacking := sorted(set(head).difference(tokenizer.names)):
+        raise UserError(
+            f"The chat template's heading {head!r} holds {', '.join(map(repr, lacking))}, not among the {tokenizer.vocab_size} "
+            'characters that the model knows. Give the conversations as "prompt" and "completion", which are taken as they are.'
+        )
 
 
 def val_documents(documents: Documents, fraction: float) -> Callable[[int], bool]:

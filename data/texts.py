@@ -226,5 +226,5 @@ def _hub_rows(source: str, skip: int) -> Iterator[tuple[str, dict[str, Any]]]:
     except Exception as error:  # a foreign library's: whatever it is, the name or the network is what can be mended
         raise UserError(
             f"{source} cannot be read: {type(error).__name__}: {error}\nCheck the name, the network and, for a private "
-            "one, `hf auth login`; or download its files and give their folder."
+            "one, `hf auth login`; or get its texts as .txt, .csv or .jsonl files: python train.py --dataset=FOLDER"
         ) from error

@@ -160,7 +160,7 @@ class CharTokenizer(Tokenizer):
             at = int(ids.argmin())
             raise UserError(
                 f"Character {at + 1} of the text, {text[at]!r} (U+{ord(text[at]):04X}), is not among the "
-                f"{self.vocab_size} that this tokenizer knows. Leave it out, or train with --tokenizer=bytes."
+                f"{self.vocab_size} that this tokenizer knows. Leave it out, or train anew with --tokenizer=bytes."
             )
         return ids.astype(self.dtype)
 

@@ -489,8 +489,10 @@ def test_small_data_sets_prepare_themselves_and_large_ones_say_how(house, monkey
     monkeypatch.setattr(data, "__path__", [*data.__path__, str(house / "data")])
     if not cost:
         assert len(open_bytes(name).train) == 9
-    else:
-        with pytest.raises(UserError, match=r"17 GB, 5 hours.*python .*large/prepare\.py\n.*--dataset=my\.txt, "):
+    for gpu, preset in ((True, "char"), (False, "cpu")) if cost else ():
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        said = r"17 GB, 5 hours.*python .*large/prepare\.py\n.*--dataset=my\.txt, .*config/train_shakespeare_"
+        with pytest.raises(UserError, match=rf"{said}{preset}\.py$"):
             open_bytes(name)
 
 

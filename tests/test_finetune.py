@@ -195,6 +195,14 @@ def test_instruction_data_train_answers_alone(start, instructions, tmp_path):
     assert min(row["val_loss"] for row in evaluations) < 0.5 * evaluations[0]["val_loss"]
 
 
+def test_answers_without_an_end_of_text_are_told(start, instructions, text, tmp_path, capsys):
+    told = "no end of text: answers will not end by themselves; sample with --stop='\\n'"
+    finetune(start, instructions, tmp_path / "a", "--max_iters=1")
+    assert capsys.readouterr().out.count(told) == 1
+    finetune(start, text, tmp_path / "b", "--max_iters=1")
+    assert told not in capsys.readouterr().out
+
+
 class Window:
     """Ids as Tokens.gather returns them, but with others where a prompt's targets stand; the inputs stay."""
 
@@ -291,6 +299,30 @@ def test_a_text_that_cannot_be_trained_on(start, tmp_path, capsys, name, content
         (tmp_path / name).write_bytes(content)
     message = refused(capsys, tmp_path / "out", f"--init_from={start}", f"--dataset={tmp_path / name}")
     assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize(("content", "of_the_template"), [("who?", True), ("ada asks \u00d8rsted.", False)])
+def test_a_chat_template_that_the_models_characters_cannot_write(tmp_path, capsys, content, of_the_template):
+    chars = CHARS + ("" if of_the_template else "#:AU")
+    GPT(GPTConfig(32, len(chars), 1, 2, 8)).save_pretrained(tmp_path / "model")
+    CharTokenizer(chars).save(tmp_path / "model")
+    chat = [{"role": "user", "content": content}, {"role": "assistant", "content": "bob."}]
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 40)
+    options = [f"--init_from={tmp_path / 'model'}", f"--dataset={tmp_path / 'chat.jsonl'}"]
+    message = refused(capsys, tmp_path / "out", *options)
+    assert ("'#'" if of_the_template else "'\u00d8'") in message
+    assert ("chat template's" in message and '"prompt" and "completion"' in message) == of_the_template
+    assert ("--tokenizer=bytes" in message) != of_the_template
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "char"])
+def test_a_tokenizer_beside_a_model_that_brings_its_own(start, tmp_path, capsys, tokenizer):
+    (tmp_path / "a.txt").write_text("only some of the characters. " * 40)
+    options = [f"--init_from={start}", f"--dataset={tmp_path / 'a.txt'}", f"--tokenizer={tokenizer}"]
+    message = refused(capsys, tmp_path / "out", *options)
+    assert "--dataset=FILE" not in message
+    for words in (f"--tokenizer={tokenizer} does not go with", "leave it out", "--init_from=scratch"):
+        assert words in message
 
 
 class Trap:
@@ -394,6 +426,7 @@ def test_a_data_set_that_the_hub_does_not_know(start, tmp_path, empty_hub):
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: hf:nobody/nothing cannot be read: DatasetNotFoundError")
     assert "Check the name" in done.stderr
+    assert "as .txt, .csv or .jsonl files: python train.py --dataset=FOLDER" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 

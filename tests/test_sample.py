@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import math
+import shutil
 import signal
 import sys
 from itertools import zip_longest
@@ -589,6 +590,15 @@ def test_a_users_mistake_ends_with_a_message_and_status_2(start, monkeypatch, op
     assert (status, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
+
+
+def test_an_adapter_without_its_model_is_told_where_it_is_merged(start, out_dir, tmp_path):
+    shutil.copytree(out_dir / "best", tmp_path / "best")
+    (tmp_path / "best/adapter").mkdir()
+    (tmp_path / "best/adapter/adapter_config.json").write_text("{}")
+    status, out, err = start(f"--init_from={tmp_path / 'best/adapter'}")
+    assert (status, out) == (2, "")
+    assert err.endswith(f"pass {tmp_path / 'best'}, where the adapter is merged\n")
 
 
 def test_nanogpts_checkpoint_writes_with_the_tokenizer_beside_it(start, out_dir, tmp_path):

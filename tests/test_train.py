@@ -60,6 +60,11 @@ def losses(out_dir) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
+def evaluations(out_dir) -> list[int]:
+    rows = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if "val_loss" in row]
+
+
 def weights(out_dir, name="last"):
     return load_file(Path(out_dir) / name / "model.safetensors")
 
@@ -105,12 +110,34 @@ def test_resuming_a_finished_run_with_more_steps_goes_on(dataset, tmp_path, opti
     )
 
 
+def test_resuming_a_finished_run_says_that_it_is_complete(dataset, tmp_path, capsys):
+    assert run(dataset, tmp_path, "--max_iters=4") == 0
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    capsys.readouterr()
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path}"]) == 0
+    assert capsys.readouterr().out == "this run is complete (4 of 4 steps); go on with --max_iters=8\n"
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("max_iters", "told"), [(101, []), (100 + 60 * 100, ["1 h 40 min"]), (220, ["2 min"])])
+def test_without_a_bar_the_first_rate_says_how_long_it_will_take(
+    dataset, tmp_path, capsys, monkeypatch, max_iters, told
+):
+    monkeypatch.setattr(train.Clock, "lap", lambda self: 1.0 if self.steps else None)
+    run = train.Run(*train.load_config([*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}"]))
+    run.config.max_iters, run.progress.step, run.clock.steps = max_iters, 100, 0
+    run.record, bar = lambda **row: None, SimpleNamespace(disable=True, set_postfix_str=lambda *args, **options: None)
+    for run.clock.steps in range(3):
+        run.log_step(bar, 0.1)
+    assert re.findall(", about (.*) to go", capsys.readouterr().out) == told
+
+
 def test_evaluating_more_often_does_not_move_training(dataset, tmp_path):
     for name, options in (("rare", ["--eval_interval=50"]), ("often", ["--eval_interval=3", "--eval_iters=0"])):
         assert run(dataset, tmp_path / name, "--max_iters=10", "--dropout=0.1", *options) == 0
     assert losses(tmp_path / "rare") == losses(tmp_path / "often")
     rows = [json.loads(line) for line in (tmp_path / "often/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "val_loss" in row] == [0, 3, 6, 9, 10]
+    assert evaluations(tmp_path / "often") == [0, 3, 6, 9, 10]
     assert {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "elapsed_s"} == set(rows[1])
     assert {"step", "tokens", "train_loss", "val_loss", "elapsed_s"} == set(rows[0])
 
@@ -456,9 +483,12 @@ def test_muon_is_torchs_muon_on_every_matrix():
         (["config/none.py"], "config/none.py"),
         (["--dataset=/nowhere/at_all.txt"], "at_all.txt"),
         (["--device=cuda"], "GPU"),
+        (["--device=mps"], "this torch has no MPS, which needs a Mac with an Apple GPU. Or pass --device=cpu"),
         (["--out_dir=/proc/nothing"], "cannot be written"),
         (["--init_from=resume", "--out_dir=/nowhere"], "nothing to resume"),
         (["--init_from=/nowhere"], "could not be fetched"),
+        (["--init_from=gpt2", "--dataset=/nowhere/my.txt"], "There is no data set '/nowhere/my.txt'"),
+        (["--init_from=gpt2", f"--dataset={'x' * 300}"], "There is no data set"),
         (["--block_size=5000"], "block_size"),
         (["--lora_rank=99", "--init_from=CHECKPOINT"], "lora_rank=99"),
     ],
@@ -466,6 +496,8 @@ def test_muon_is_torchs_muon_on_every_matrix():
 def test_a_users_mistake_ends_with_a_message_and_status_2(dataset, tmp_path, capsys, monkeypatch, options, message):
     if options[0] == "--device=cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
+    if options[0] == "--device=mps" and torch.backends.mps.is_available():
+        pytest.skip("there is MPS")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if "--init_from=CHECKPOINT" in options:
         GPT(GPTConfig(16, 13, 2, 2, 16)).save_pretrained(tmp_path / "model")
@@ -479,6 +511,14 @@ def test_a_users_mistake_ends_with_a_message_and_status_2(dataset, tmp_path, cap
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert not out_dir.exists()
+
+
+def test_micro_batches_that_the_ranks_cannot_share(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for micro_steps, near in ((1, 2), (3, 4)):
+        said = f"={micro_steps} is not a multiple of 2 ranks: pass --gradient_accumulation_steps={near}$"
+        with pytest.raises(UserError, match=said):
+            run(dataset, tmp_path, f"--gradient_accumulation_steps={micro_steps}")
 
 
 def test_data_of_another_tokenizer_are_refused(dataset, tmp_path):
@@ -598,6 +638,30 @@ def test_sigterm_saves_and_ends_with_143(dataset, tmp_path):
     step = json.loads((tmp_path / "last/trainer.json").read_text())["step"]
     assert step >= 12
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", f"--max_iters={step + 2}"]) == 0
+
+
+@pytest.mark.parametrize("step", [0, 20, 30])
+def test_a_signal_leaves_a_long_evaluation_early(dataset, tmp_path, monkeypatch, step):
+    """At the beginning, on the way and at the end: no figure of half a split is kept, and resuming makes it anew."""
+    batch, began = EvalWindows.batch, []
+
+    def interrupted(self, indices):
+        if losses(tmp_path).get(step) or step == 0:
+            began.append(signal.raise_signal(signal.SIGINT) if not began else None)
+        return batch(self, indices)
+
+    options = ["--max_iters=30", "--eval_iters=0", "--always_save_checkpoint=False"]
+    with monkeypatch.context() as m:
+        m.setattr(EvalWindows, "batch", interrupted)
+        assert run(dataset, tmp_path, *options) == 130
+    assert len(began) == 1
+    evaluated = [*range(0, step, 10)]
+    assert evaluations(tmp_path) == evaluated
+    state = json.loads((tmp_path / "last/trainer.json").read_text())
+    assert (state["step"], state["evaluated_step"]) == (step, evaluated[-1] if evaluated else -1)
+    assert state["best_step"] < max(step, 1)
+    assert train.main(["--init_from=resume", f"--out_dir={tmp_path}"]) == 0
+    assert evaluations(tmp_path) == [0, 10, 20, 30]
 
 
 def test_resuming_reads_each_file_of_the_checkpoint_once_to_verify_it(dataset, tmp_path, monkeypatch):
@@ -804,6 +868,16 @@ class Ending(threading.Thread):
 
     def __init__(self, target, over):
         super().__init__(target=lambda: (target(), over.set()), daemon=True)
+
+
+def test_a_lost_rank_is_told_to_go_on_only_from_what_is_there(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    config, _, _ = train.load_config([*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}"])
+    assert train.lost_ranks(config).endswith("its own message stands above)")
+    for name in ("last.prev", "last"):
+        (tmp_path / name).mkdir()
+        assert train.lost_ranks(config).endswith(f"--init_from=resume --out_dir={tmp_path}")
+        (tmp_path / name).rmdir()
 
 
 def test_a_run_that_is_over_waits_for_no_rank(dataset, tmp_path):
