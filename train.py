@@ -609,7 +609,10 @@ class Run:
         if not self.master or (tokenizer := self.dataset.tokenizer) is None:
             return
         start: list[int] = [] if tokenizer.eot is None else [tokenizer.eot]
-        if not start:
+        if masked := self.val.tokens.mask is not None:  # questions and answers: the first question
+            x, y = self.val.batch(np.array([0]))
+            start = x[0, : 1 + int((y[0] != MASKED).argmax())].tolist()
+        elif not start:
             try:
                 start = list(tokenizer.encode("\n"))
             except UserError:  # a vocabulary of characters that has no line end
@@ -620,6 +623,8 @@ class Run:
         try:
             with self.machine.autocast():
                 [ids] = self.model.generate([start], count, sampling=Sampling(0.8, top_k=200), seeds=[self.config.seed])
+            if masked:
+                ids = start + ids[: ids.index(tokenizer.eot) if tokenizer.eot in ids else None]
             text = tokenizer.decode(ids).strip()
         except torch.OutOfMemoryError:  # what is shown shall not end what is earned
             text = "(no text: too little memory beside the training step)"

@@ -28,7 +28,7 @@ from config.machine import Machine
 from data import open_dataset
 from data.shards import Tokens
 from data.tokenizers import CharTokenizer
-from data.windows import TrainWindows
+from data.windows import EvalWindows, TrainWindows
 from model import GPT, GPTConfig, LoRALinear, Sampling, WeightsError
 
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
@@ -201,6 +201,14 @@ def test_answers_without_an_end_of_text_are_told(start, instructions, text, tmp_
     assert capsys.readouterr().out.count(told) == 1
     finetune(start, text, tmp_path / "b", "--max_iters=1")
     assert told not in capsys.readouterr().out
+
+
+def test_what_is_shown_of_instruction_data_is_a_question_and_its_answer(start, instructions, tmp_path, capsys):
+    dataset = open_dataset(str(instructions), tokenizer=CharTokenizer(CHARS), block_size=32)
+    x, y = EvalWindows(dataset.val, 32).batch(np.array([0]))
+    question = dataset.tokenizer.decode(x[0][: 1 + np.flatnonzero(y[0] >= 0)[0]])
+    finetune(start, instructions, tmp_path, "--max_iters=1")
+    assert capsys.readouterr().out.count(f"    | {question.splitlines()[0]}") == 2
 
 
 class Window:
