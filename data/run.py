@@ -326,13 +326,15 @@ def draw_losses(rows: list[dict[str, Any]], file: Path) -> None:
     """loss.png: the losses over the tokens seen, the learning rate beneath."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # without pyplot: half the import time
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     steps = [r for r in rows if r.get("loss") is not None]
     evaluations = [r for r in rows if r.get("val_loss") is not None]
     figure = Figure(figsize=(7, 5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, sharex=True, height_ratios=[4, 1])
-    top.plot([r.get("tokens") for r in steps], [r["loss"] for r in steps], color="0.75", lw=1, label="training step")
+    tokens = [r.get("tokens") for r in steps]
+    top.plot(tokens, [r["loss"] for r in steps], ".-", color="0.75", lw=1, ms=2, label="training step")
     # Blue and orange of Okabe and Ito's palette, told apart by the colour-blind, and by their markers.
     for key, color, marker, label in (
         ("train_loss", "#0072B2", "o", "train"),
@@ -348,9 +350,10 @@ def draw_losses(rows: list[dict[str, Any]], file: Path) -> None:
         top.axhline(best["val_loss"], color="#D55E00", lw=0.8, ls=":", label=label)
     top.set_ylabel("loss (nats per token)")
     top.legend(frameon=False)
-    bottom.plot([r.get("tokens") for r in steps], [r.get("lr") for r in steps], color="#009E73", lw=1.5)
+    bottom.plot(tokens, [r.get("lr") for r in steps], ".-", color="#009E73", lw=1.5, ms=2)
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("tokens")
+    bottom.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250k, 1.5G
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
