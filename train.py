@@ -190,7 +190,7 @@ class Step:
         self.forward: Any = model
         if machine.world > 1:
             ids = [machine.device.index] if machine.on_gpu else None
-            # Few large all-reduces disturb the backward pass beside them less: 96.7% of two GPUs, 95.4% at 25 MB.
+            # Few large all-reduces disturb the backward pass beside them less than torch's of 25 MB (README, Two GPUs).
             options: dict[str, Any] = {"gradient_as_bucket_view": True, "bucket_cap_mb": 100}
             self.forward = nn.parallel.DistributedDataParallel(model, device_ids=ids, **options)
         self.optimizers = build_optimizers(model, config, machine)
