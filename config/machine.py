@@ -94,7 +94,8 @@ class Machine:
 def open_machine(config: Any, layer: nn.Module | None = None, long: bool = True) -> Machine:
     """Resolve device, dtype and compile. Raises UserError for what was asked for and is not there.
 
-    layer: a module (B, T, C) -> (B, T, C) of the model; on a CPU, dtype=auto is the dtype in which it runs faster.
+    layer: a module (B, T, C) -> (B, T, C) of the model that is trained, if one is; on a CPU, dtype=auto is the dtype in
+        which it runs faster.
     long: whether there is enough to do for compiling to pay; if not, compile=auto is off.
     """
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -156,11 +157,12 @@ def _why_no_cuda() -> str:
 def choose_dtype(asked: str, device: torch.device, layer: nn.Module | None, notes: list[str]) -> torch.dtype:
     if asked != "auto":
         return getattr(torch, asked)
+    training = layer is not None  # else the weights themselves are brought to this precision
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            notes.append("dtype: bfloat16 autocast over fp32 weights")
+            notes.append(f"dtype: bfloat16{' autocast over fp32 weights' if training else ''}")
             return torch.bfloat16
-        notes.append("dtype: float16 with loss scaling, because this GPU has no bfloat16")
+        notes.append(f"dtype: float16{' with loss scaling' if training else ''}, because this GPU has no bfloat16")
         return torch.float16
     if device.type == "cpu" and layer is not None:
         both = (torch.float32, torch.bfloat16)

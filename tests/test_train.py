@@ -553,6 +553,16 @@ def test_what_is_given_on_resuming_is_checked_with_what_was_saved(dataset, tmp_p
             train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=5", option])
 
 
+@pytest.mark.parametrize(("bf16", "trained"), [(True, " autocast over fp32"), (False, " with loss scaling")])
+def test_only_training_speaks_of_autocast_and_loss_scaling(monkeypatch, bf16, trained):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+    notes: list[str] = []
+    for layer in (torch.nn.Linear(2, 2), None):  # train.py passes one, sample.py converts the weights themselves
+        machine.choose_dtype("auto", torch.device("cuda"), layer, notes)
+    assert trained in notes[0]
+    assert trained not in notes[1]
+
+
 def test_the_precision_found_is_told_counted_and_kept(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "step_memory", lambda shape, config, *rest: asked.append(config.dtype) or {})
     asked: list[str] = []
