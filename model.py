@@ -832,9 +832,11 @@ class Decoder:
     def capture(self) -> None:
         """Run the step so that nothing is compiled or allocated later, undo it, and record it."""
         if self.compiled:
-            # The first option makes a product with one row a fused reduction instead of a call to cuBLAS; the second
-            # has GELU computed once, where Inductor would compute it again for every output of the next product.
-            options = {"coordinate_descent_tuning": True, "realize_opcount_threshold": 8}
+            options = {
+                "coordinate_descent_tuning": True,  # a product with one row is a fused reduction, no call to cuBLAS
+                "realize_opcount_threshold": 8,  # GELU is computed once, not again for every output of the next product
+                "realize_reads_threshold": 1,  # so is a sum with a bias, in the product's own kernel
+            }
             how: dict[str, Any] = {"dynamic": False, "options": options}
             for block in self.model.blocks:
                 block.compile(**how)
