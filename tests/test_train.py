@@ -727,6 +727,15 @@ def test_every_batch_size_is_measured_compiled(monkeypatch):
         settle(Machine(torch.device("cpu"), torch.float32, compiled=True))
 
 
+def test_timing_waits_for_a_macs_gpu(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(True))
+    step = make_step()
+    step.machine = Machine(torch.device("mps"), torch.float32, compiled=False)
+    train._time_step(step)
+    assert len(waited) == 10  # before and after each of five steps
+
+
 def test_too_little_memory_to_show_a_text_does_not_end_the_run(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(GPT, "generate", exhausted)
     assert run(dataset, tmp_path, "--max_iters=3") == 0
