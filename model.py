@@ -138,8 +138,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then the MLP, each on a normalized copy of the residual stream and added back to it.
 
-    `recompute` says what the backward pass computes again instead of keeping (Chen et al. 2016, arXiv:1604.06174):
-    'none'; 'pointwise', GELU and LayerNorm only, which cost bandwidth but no matrix product; 'block', everything.
+    `recompute` says what the backward pass computes again instead of keeping, which is also called gradient
+    checkpointing (Chen et al. 2016, arXiv:1604.06174): 'none'; 'pointwise', GELU and LayerNorm only, which cost
+    bandwidth but no matrix product; 'block', everything.
     """
 
     def __init__(self, config: GPTConfig):
@@ -227,7 +228,7 @@ if triton is not None:
 def fused_cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """cross_entropy_chunk as one kernel, for GPUs with Triton."""
     losses = torch.empty(len(logits), device=logits.device)
-    # Found by measuring, see the README: larger blocks spill registers, smaller ones wait for memory.
+    # Found by measuring on an H200: larger blocks spill registers, smaller ones wait for memory.
     _cross_entropy_row[(len(logits),)](logits, targets, losses, vocab_size, logits.size(1), BLOCK=4096, num_warps=8)
     return losses.sum()
 

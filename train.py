@@ -51,7 +51,8 @@ SAMPLE_TOKENS = 160  # length of the text shown at each evaluation
 
 
 class Optimizer(torch.optim.Optimizer):
-    """torch's, which imports torch's compiler, 1 to 3 s, only to shield this method and `step` from being compiled."""
+    """torch's, whose wrapper around this method and `step`, which keeps them from being compiled, is taken off: it imports
+    torch's compiler, 1 to 3 s."""
 
     add_param_group = getattr(
         torch.optim.Optimizer.add_param_group, "__wrapped__", torch.optim.Optimizer.add_param_group
@@ -312,8 +313,8 @@ def worth_compiling(model: GPT, config: TrainConfig) -> bool:
 # Memory
 
 # What a layer keeps for the backward pass, in bytes a token in units of n_embd, at 2 bytes a number. none: its input 2,
-# two norms 4, qkv 6, attention 2, its projection 2, the MLP's inside 16; pointwise: without norms and the GELU's output
-# 10 less, and 2 more for what the sum after attention needs; block: its input.
+# two norms 4, qkv 6, attention 2, its projection 2, the MLP's inside 16; pointwise: 12 less, the norms and the GELU's
+# output, which is half of the MLP's inside; block: its input.
 KEPT = {"none": 32, "pointwise": 20, "block": 2}
 
 

@@ -711,20 +711,24 @@ def settle(machine: Machine) -> SimpleNamespace:
 
 def test_the_rank_on_which_the_fewest_batch_sizes_fit_decides(monkeypatch):
     """Each measures by itself: here is no other that its gradients could be sent to."""
-    other = {(1, "none"): 2.0, (2, "none"): 1.0}
-    monkeypatch.setattr(train.dist, "all_gather_object", lambda ranks, mine: ranks.__setitem__(slice(None), [mine, other]))
-    config = settle(Machine(torch.device("cpu"), torch.float32, compiled=False, world=2))
+    other, two = {(1, "none"): 2.0, (2, "none"): 1.0}, Machine(CPU.device, CPU.dtype, compiled=False, world=2)
+
+    def gather(ranks, mine):
+        ranks[:] = [mine, other]
+
+    monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    config = settle(two)
     assert (config.batch_size, config.gradient_accumulation_steps) == (2, 6)
     other.clear()
     with pytest.raises(torch.OutOfMemoryError):
-        settle(Machine(torch.device("cpu"), torch.float32, compiled=False, world=2))
+        settle(two)
 
 
 def test_every_batch_size_is_measured_compiled(monkeypatch):
     """torch compiles a function for a few shapes, then runs it as it is: the sizes tried last must not meet that."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # which nn.Module.compile calls, too
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        settle(Machine(torch.device("cpu"), torch.float32, compiled=True))
+        settle(Machine(CPU.device, CPU.dtype, compiled=True))
 
 
 def test_timing_waits_for_a_macs_gpu(monkeypatch):
