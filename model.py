@@ -188,11 +188,13 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Ten
     and take no part (a zero row of the head would weigh in with exp(0)).
     d loss / d logits = softmax(logits) - onehot(target): the forward pass holds all that the gradient needs.
     """
-    column = torch.arange(logits.size(1), device=logits.device)
-    log_probs = torch.where(column < vocab_size, logits.float(), -math.inf).log_softmax(1)  # (n, V)
+    logits[:, vocab_size:] = -math.inf
+    log_probs = logits.log_softmax(1, dtype=torch.float32)  # (n, V)
     valid = (targets != MASKED)[:, None]  # (n, 1)
     picked = log_probs.gather(1, targets.clamp(min=0)[:, None])  # (n, 1)
-    logits.copy_(torch.where(valid, log_probs.exp() - (column == targets[:, None]).float(), 0.0))
+    onehot = torch.arange(logits.size(1), device=logits.device) == targets[:, None]  # (n, V)
+    gradient = log_probs.exp_().sub_(onehot.float())  # in place: in fp32 a chunk is twice as large as its logits
+    logits.copy_(gradient.masked_fill_(~valid, 0.0))
     return -torch.where(valid, picked, 0.0).sum()
 
 
