@@ -167,9 +167,8 @@ def time_steps(run: Callable[[], None], machine: Machine, warmup: int, steps: in
     """
 
     def mark() -> Any:
-        if machine.device.type == "mps":
-            torch.mps.synchronize()
         if not machine.on_gpu:
+            machine.synchronize()
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # a point in time in the GPU's own queue
         event.record()

@@ -107,10 +107,9 @@ class Text:
         """Take one more token; returns what can be shown now."""
         if self.reason:
             return ""
-        self.ids.append(token)
         if token == self.tokenizer.eot:
-            self.ids.pop()
             return self.finish("end")
+        self.ids.append(token)
         self.held += self.decoder.decode(self.tokenizer.token_bytes(token))
         found = [self.held.find(stop) for stop in self.stops if stop in self.held]
         if found:

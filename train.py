@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ SAMPLE_TOKENS = 160  # length of the text shown at each evaluation
 
 
 class Optimizer(torch.optim.Optimizer):
-    """torch's, which imports torch's compiler, 1 to 3 s, only to shield this method and `step` from being compiled."""
+    """torch's, whose wrapper around this method and `step`, which keeps them from being compiled, is taken off: it imports
+    torch's compiler, 1 to 3 s."""
 
     add_param_group = getattr(
         torch.optim.Optimizer.add_param_group, "__wrapped__", torch.optim.Optimizer.add_param_group
@@ -312,8 +313,8 @@ def worth_compiling(model: GPT, config: TrainConfig) -> bool:
 # Memory
 
 # What a layer keeps for the backward pass, in bytes a token in units of n_embd, at 2 bytes a number. none: its input 2,
-# two norms 4, qkv 6, attention 2, its projection 2, the MLP's inside 16; pointwise: without norms and the GELU's output
-# 10 less, and 2 more for what the sum after attention needs; block: its input.
+# two norms 4, qkv 6, attention 2, its projection 2, the MLP's inside 16; pointwise: 12 less, the norms and the GELU's
+# output, which is half of the MLP's inside; block: its input.
 KEPT = {"none": 32, "pointwise": 20, "block": 2}
 
 
@@ -1026,7 +1027,8 @@ def settle_batch_size(model: GPT, config: Any, machine: Machine) -> int:
     """batch_size=auto: the smallest micro-batch within 2% of the fastest that fits, by measuring real steps.
 
     gradient_accumulation_steps is then the rows of a step. What is chosen divides them, so that the step stays the
-    same, and is written into the configuration, so that resuming keeps it.
+    same, and is written into the configuration, so that resuming keeps it. Each rank measures alone: one that runs out
+    of memory would leave the others waiting for its gradients. Then the rank on which the fewest sizes fit decides.
     """
     if config.batch_size != "auto":
         return int(config.batch_size)
@@ -1034,29 +1036,31 @@ def settle_batch_size(model: GPT, config: Any, machine: Machine) -> int:
         config.batch_size = 8
         return 8
     rows, recompute, seconds = config.gradient_accumulation_steps // machine.world, config.recompute, {}
+    alone = replace(machine, rank=0, world=1)
     for batch_size in (b for b in range(1, min(rows, 128) + 1) if rows % b == 0):
         trial = copy.copy(config)
-        trial.batch_size, trial.gradient_accumulation_steps, trial.cuda_graph = batch_size, 2 * machine.world, False
+        trial.batch_size, trial.gradient_accumulation_steps, trial.cuda_graph = batch_size, 2, False
         if recompute == "auto":
             trial.recompute = choose_recompute(model, trial, machine)
         model.set_recompute(trial.recompute)
         try:
-            seconds[batch_size, trial.recompute] = _time_step(Step(model, trial, machine)) / batch_size
+            seconds[batch_size, trial.recompute] = _time_step(Step(model, trial, alone)) / batch_size
         except torch.OutOfMemoryError:
             break
         finally:
             model.zero_grad(set_to_none=True)
+            if machine.compiled:  # torch compiles a function for eight shapes; with a ninth it would run uncompiled
+                torch.compiler.reset()
             if machine.on_gpu:
                 torch.cuda.empty_cache()
+    if machine.world > 1:
+        everyone = [seconds] * machine.world
+        dist.all_gather_object(everyone, seconds)
+        seconds = min(everyone, key=len)
     if not seconds:
         raise torch.OutOfMemoryError
     fastest = min(seconds.values())
-    choice = min(key for key, value in seconds.items() if value <= 1.02 * fastest)
-    if machine.world > 1:
-        chosen = [choice]
-        dist.broadcast_object_list(chosen)
-        choice = chosen[0]
-    config.batch_size, config.recompute = choice
+    config.batch_size, config.recompute = min(key for key, value in seconds.items() if value <= 1.02 * fastest)
     config.gradient_accumulation_steps = rows // config.batch_size * machine.world
     model.set_recompute(config.recompute)
     machine.notes.append(

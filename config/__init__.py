@@ -105,7 +105,7 @@ class TrainConfig:
     device: Device = "auto"  # auto: the GPU if there is one
     dtype: Dtype = "auto"  # of the products; weights stay float32. auto: the best this device has
     compile: Switch = "auto"  # torch.compile; auto: where it works and pays
-    recompute: Recompute = "auto"  # less memory for more work; auto: the least that fits
+    recompute: Recompute = "auto"  # gradient checkpointing: less memory for more work; auto: the least that fits
     cuda_graph: Switch = "auto"  # replay a step as one graph; auto: where launching costs more than computing
     quantize: Quantize = "none"  # int8: smaller weights, with eval_only
     deterministic: bool = False  # the same bits on every run of this machine, slower

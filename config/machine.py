@@ -87,8 +87,11 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
     def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
         if self.on_gpu:
             torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
 
 def open_machine(config: Any, layer: nn.Module | None = None, long: bool = True) -> Machine:

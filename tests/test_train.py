@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -707,6 +708,46 @@ def test_a_model_that_does_not_fit_at_all_is_a_message(dataset, tmp_path, monkey
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (2**30, 12 * 2**30))
     with pytest.raises(UserError, match="--optimizer=adamw8bit"):
         run(dataset, tmp_path, "--max_iters=1", *options)
+
+
+def settle(machine: Machine) -> SimpleNamespace:
+    config = step_config(batch_size="auto", gradient_accumulation_steps=6 * machine.world, eval_only=False)
+    model = GPT(GPTConfig(8, 13, 1, 2, 8))
+    if machine.compiled:
+        model.compile_parts()
+    train.settle_batch_size(model, config, machine)
+    return config
+
+
+def test_the_rank_on_which_the_fewest_batch_sizes_fit_decides(monkeypatch):
+    """Each measures by itself: here is no other that its gradients could be sent to."""
+    other, two = {(1, "none"): 2.0, (2, "none"): 1.0}, Machine(CPU.device, CPU.dtype, compiled=False, world=2)
+
+    def gather(ranks, mine):
+        ranks[:] = [mine, other]
+
+    monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    config = settle(two)
+    assert (config.batch_size, config.gradient_accumulation_steps) == (2, 6)
+    other.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        settle(two)
+
+
+def test_every_batch_size_is_measured_compiled(monkeypatch):
+    """torch compiles a function for a few shapes, then runs it as it is: the sizes tried last must not meet that."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # which nn.Module.compile calls, too
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        settle(Machine(CPU.device, CPU.dtype, compiled=True))
+
+
+def test_timing_waits_for_a_macs_gpu(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append(True))
+    step = make_step()
+    step.machine = Machine(torch.device("mps"), torch.float32, compiled=False)
+    train._time_step(step)
+    assert len(waited) == 10  # before and after each of five steps
 
 
 def test_too_little_memory_to_show_a_text_does_not_end_the_run(dataset, tmp_path, monkeypatch, capsys):
