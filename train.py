@@ -51,8 +51,8 @@ SAMPLE_TOKENS = 160  # length of the text shown at each evaluation
 
 
 class Optimizer(torch.optim.Optimizer):
-    """torch's, whose wrapper around this method and `step`, which keeps them from being compiled, is taken off: it imports
-    torch's compiler, 1 to 3 s."""
+    """torch's without the wrapper that keeps this method and `step` from being compiled: that imports torch's compiler,
+    which takes 1 to 3 s."""
 
     add_param_group = getattr(
         torch.optim.Optimizer.add_param_group, "__wrapped__", torch.optim.Optimizer.add_param_group
