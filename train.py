@@ -1010,7 +1010,8 @@ def prepare_model(model: GPT, config: Any, machine: Machine) -> None:
     if config.lora_rank and not config.eval_only:
         targets = [] if config.lora_targets == "all" else config.lora_targets.split(",")
         model.to(machine.dtype)  # frozen weights need no fp32 master either
-        model.add_lora(config.lora_rank, config.lora_alpha or 2 * config.lora_rank, config.lora_dropout, targets)
+        config.lora_alpha = config.lora_alpha or 2.0 * config.lora_rank
+        model.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout, targets)
     if config.quantize == "int8":
         model.quantize()
     model.to(machine.device)
@@ -1177,7 +1178,7 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
     if config.init_from != "resume":
         return config, given, False
     saved = run_folder.read_run(Path(config.out_dir))
-    for key in ("n_layer", "n_head", "n_embd", "bias", "lora_rank", "lora_targets", "optimizer"):
+    for key in ("n_layer", "n_head", "n_embd", "bias", "lora_rank", "lora_alpha", "lora_targets", "optimizer"):
         if key in given and getattr(config, key) != saved["config"].get(key):
             raise UserError(
                 f"{key}={getattr(config, key)}, but the run in {config.out_dir} has {saved['config'].get(key)}"

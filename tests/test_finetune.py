@@ -156,6 +156,15 @@ def test_a_lora_run_resumes_bit_for_bit(start, text, tmp_path, capsys):
     assert f"val loss {final:.4f}" in capsys.readouterr().out  # the adapted model, not its base
 
 
+def test_adapters_keep_their_scale_when_resuming(start, text, tmp_path):
+    """Another alpha would turn what is trained up or down at once."""
+    finetune(start, text, tmp_path, "--lora_rank=4", "--max_iters=1")
+    resume = ["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=2"]
+    with pytest.raises(UserError, match=r"lora_alpha=2\.0, but the run in .* has 8\.0"):
+        train.main([*resume, "--lora_alpha=2"])
+    assert train.main([*resume, "--lora_alpha=8"]) == 0  # what it is without being said
+
+
 @pytest.mark.parametrize("inside", ["", "best"])
 def test_adapters_for_a_model_that_the_run_replaces_are_refused(start, text, tmp_path, inside):
     """Resuming would put them, a second time, on the model into which best/ has merged them."""
