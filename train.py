@@ -540,7 +540,7 @@ class Run:
             )
         self.model = check_start(start, tokenizer, self.dataset, config)
         if resumed and run_folder.read_run(self.out_dir).get("data", {}).get("sha256") != self.dataset.source_sha256:
-            self.dataset.warnings.append("the data are not those that this run began with: its windows are others now")
+            self.forget_best()
         self.machine = open_machine(config, self.model.blocks[0], worth_compiling(self.model, config))
         self.master = self.machine.rank == 0
         # What auto became: by this memory is counted.
@@ -572,6 +572,15 @@ class Run:
         self.saved_step = self.progress.step if resumed else -1
         self.drawing: threading.Thread | None = None
         self.told_time = False
+
+    def forget_best(self) -> None:
+        """Other data than before: losses on them cannot be compared with those that went before."""
+        p = self.progress
+        p.best_val_loss, p.best_step, p.worse_evaluations = None, 0, 0
+        self.dataset.warnings.append(
+            "the data are not those that this run began with: its windows are others now, and its best loss counts no more. "
+            f"Copy {self.out_dir / 'best'} if you want to keep it: the best on the new data takes its place"
+        )
 
     # -- telling
 

@@ -271,6 +271,24 @@ def test_batch_size_by_measuring_keeps_the_step(start, text, tmp_path, capsys):
     assert json.loads((tmp_path / "run.json").read_text())["config"]["batch_size"] == chosen["batch_size"]
 
 
+def test_losses_on_other_data_are_not_compared(start, text, tmp_path, capsys):
+    """What is the best on one text says nothing of another: best/ would never be written again, and patience run out."""
+    finetune(start, text, tmp_path / "out", "--learning_rate=1e-2")
+    other = tmp_path / "other.txt"
+    other.write_text("".join(np.random.default_rng(0).choice(list("xyz,. "), 9000)))
+    resume = [
+        "--init_from=resume",
+        f"--out_dir={tmp_path / 'out'}",
+        "--max_iters=62",
+        "--eval_interval=1",
+        "--patience=1",
+    ]
+    assert train.main([*resume, f"--dataset={other}", "--learning_rate=1e-4"]) == 0
+    assert "its best loss counts no more" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/best/trainer.json").read_text())["best_step"] > 60
+    assert json.loads((tmp_path / "out/best.prev/trainer.json").read_text())["best_step"] > 0
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is optional and not installed")
 def test_8_bit_moments_resume_bit_for_bit(start, text, tmp_path):
     fixed = ["--optimizer=adamw8bit", "--dtype=bfloat16", "--decay_lr=False"]
