@@ -212,6 +212,12 @@ def test_answers_without_an_end_of_text_are_told(start, instructions, text, tmp_
     assert told not in capsys.readouterr().out
 
 
+def test_evaluation_alone_tells_what_is_doubtful(bare, text, tmp_path, capsys):
+    options = [f"--init_from={bare}", f"--dataset={text}", "--tokenizer=bytes", f"--out_dir={tmp_path / 'out'}"]
+    assert train.main([*QUICK, *options, "--eval_only"]) == 0
+    assert "has no tokenizer: its 300 ids are taken" in capsys.readouterr().out
+
+
 def test_what_is_shown_of_instruction_data_is_a_question_and_its_answer(start, instructions, tmp_path, capsys):
     dataset = open_dataset(str(instructions), tokenizer=CharTokenizer(CHARS), block_size=32)
     x, y = EvalWindows(dataset.val, 32).batch(np.array([0]))
