@@ -599,8 +599,10 @@ class Run:
             f"model: {self.model.num_params():,} parameters ({shape.n_layer} layers, {shape.n_head} heads, "
             f"{shape.n_embd} wide, block {shape.block_size}, vocabulary {shape.vocab_size})"
         )
+        count = self.dataset.documents
+        documents = f"{count:,} document{'s' * (count != 1)}, " if count is not None else ""
         self.say(
-            f"data: {self.dataset.name}, {self.train_tokens:,} training and {len(self.dataset.val):,} validation tokens"
+            f"data: {self.dataset.name}, {documents}{self.train_tokens:,} training and {len(self.dataset.val):,} validation tokens"
         )
         self.say(
             f"step: {self.batch_size} x {c.block_size} x {c.gradient_accumulation_steps} = {per_step:,} tokens; "

@@ -204,6 +204,13 @@ def test_instruction_data_train_answers_alone(start, instructions, tmp_path):
     assert min(row["val_loss"] for row in evaluations) < 0.5 * evaluations[0]["val_loss"]
 
 
+def test_how_many_documents_there_are_is_told(start, instructions, text, tmp_path, capsys):
+    finetune(start, instructions, tmp_path / "a", "--max_iters=1")
+    assert f"data: {instructions}, 26 documents, " in capsys.readouterr().out
+    finetune(start, text, tmp_path / "b", "--max_iters=1")
+    assert f"data: {text}, 1 document, " in capsys.readouterr().out
+
+
 def test_answers_without_an_end_of_text_are_told(start, instructions, text, tmp_path, capsys):
     told = "no end of text: answers will not end by themselves; sample with --stop='\\n'"
     finetune(start, instructions, tmp_path / "a", "--max_iters=1")
