@@ -395,6 +395,9 @@ FC = "transformer.h.1.mlp.c_fc.weight"
         ("pickle", ["pytorch_model.bin is a pickle", "never read"]),
         ("disguised pickle", ["model.safetensors is damaged or no safetensors file"]),
         ("ckpt.pt", ["ckpt.pt is no nanoGPT checkpoint that loads without running code"]),
+        ("none.pt", ["none.pt' does not exist"]),
+        ("the file itself", ["model.safetensors is a file", "--init_from={folder}"]),
+        ("untied", ["lm_head.weight", "another than wte.weight", "is not supported"]),
     ],
 )
 def test_weights_that_cannot_be_started_from(start, text, tmp_path, capsys, change, words):
@@ -413,11 +416,16 @@ def test_weights_that_cannot_be_started_from(start, text, tmp_path, capsys, chan
         torch.save(Trap(trap), folder / "pytorch_model.bin")
     elif change == "disguised pickle":
         file.write_bytes(pickle.dumps(Trap(trap)))
+    elif change == "untied":
+        save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 0.1}, file)
+    elif change == "the file itself":
+        source = file
     else:
         source = folder / change
+    if change == "ckpt.pt":
         torch.save({"model": Trap(trap), "model_args": {}}, source)
     message = refused(capsys, tmp_path / "out", f"--init_from={source}", f"--dataset={text}")
-    assert [word for word in [str(folder), *words] if word not in message] == []
+    assert [word for word in [str(folder), *words] if word.format(folder=folder) not in message] == []
     assert not trap.exists()
 
 
