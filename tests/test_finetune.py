@@ -337,6 +337,11 @@ def refused(capsys, out_dir, *options) -> str:
         ("empty", None, ["empty holds no text", ".txt, .csv, .jsonl"]),
         ("short.txt", b"ada asks bob.", ["has 11 tokens, and block_size=32 needs 33", "--block_size=10"]),
         ("a.txt", b"a", ["a.txt is too short"]),
+        (
+            "long.jsonl",
+            (json.dumps({"prompt": "ada asks " * 9, "completion": "bob"}) + "\n").encode() * 40,
+            ["40 of 40 examples were longer than a row of 32 tokens", "--block_size="],
+        ),
         ("foreign.txt", "ada asks Ørsted. ".encode() * 99, ["'Ø'"]),
     ],
 )
