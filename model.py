@@ -533,6 +533,9 @@ class GPT(nn.Module):
                 continue
             # A view into the parameter, transposed where Conv1D is.
             mine.copy_(_take(tensors, name, tuple(mine.shape), source))
+        head, tied = tensors.get("lm_head.weight"), tensors["wte.weight"]
+        if head is not None and not (head[: len(tied)].shape == tied.shape and bool((head[: len(tied)] == tied).all())):
+            raise WeightsError(f"{source}: lm_head.weight is another than wte.weight: an untied head is not supported")
         self.lm_head.weight[self.config.vocab_size :].zero_()
 
     @torch.no_grad()
@@ -999,6 +1002,9 @@ def find_pretrained(path_or_name: str | Path) -> Path:
     name = str(path_or_name)
     if Path(name).is_dir():
         return Path(name)
+    if os.path.isfile(name):  # noqa: PTH113 (as above)
+        folder = Path(name).parent
+        raise WeightsError(f"{name} is a file, and a model is a folder with its config.json: try --init_from={folder}")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.txt", "*.safetensors"]
@@ -1014,6 +1020,8 @@ def find_pretrained(path_or_name: str | Path) -> Path:
 
 def _read_nanogpt(file: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     """nanoGPT's ckpt.pt, through torch's reader that refuses everything but tensors and plain values."""
+    if not os.path.exists(file):  # noqa: PTH110 (unlike Path.exists, False for a name that no system allows)
+        raise WeightsError(f"{str(file)!a:.200} does not exist: pass the path of a ckpt.pt as --init_from=")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         args, weights = content["model_args"], content["model"]

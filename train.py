@@ -541,7 +541,7 @@ class Run:
             )
         self.model = check_start(start, tokenizer, self.dataset, config)
         if resumed and run_folder.read_run(self.out_dir).get("data", {}).get("sha256") != self.dataset.source_sha256:
-            self.dataset.warnings.append("the data are not those that this run began with: its windows are others now")
+            self.forget_best()
         self.machine = open_machine(config, self.model.blocks[0], worth_compiling(self.model, config))
         self.master = self.machine.rank == 0
         # What auto became: by this memory is counted.
@@ -574,6 +574,15 @@ class Run:
         self.drawing: threading.Thread | None = None
         self.told_time = False
 
+    def forget_best(self) -> None:
+        """Other data than before: losses on them cannot be compared with those that went before."""
+        p = self.progress
+        p.best_val_loss, p.best_step, p.worse_evaluations = None, 0, 0
+        self.dataset.warnings.append(
+            "the data are not those that this run began with: its windows are others now, and its best loss counts no more. "
+            f"Copy {self.out_dir / 'best'} if you want to keep it: the best on the new data takes its place"
+        )
+
     # -- telling
 
     def say(self, text: str) -> None:
@@ -591,8 +600,10 @@ class Run:
             f"model: {self.model.num_params():,} parameters ({shape.n_layer} layers, {shape.n_head} heads, "
             f"{shape.n_embd} wide, block {shape.block_size}, vocabulary {shape.vocab_size})"
         )
+        count = self.dataset.documents
+        documents = f"{count:,} document{'s' * (count != 1)}, " if count is not None else ""
         self.say(
-            f"data: {self.dataset.name}, {self.train_tokens:,} training and {len(self.dataset.val):,} validation tokens"
+            f"data: {self.dataset.name}, {documents}{self.train_tokens:,} training and {len(self.dataset.val):,} validation tokens"
         )
         self.say(
             f"step: {self.batch_size} x {c.block_size} x {c.gradient_accumulation_steps} = {per_step:,} tokens; "
@@ -1011,7 +1022,8 @@ def prepare_model(model: GPT, config: Any, machine: Machine) -> None:
     if config.lora_rank and not config.eval_only:
         targets = [] if config.lora_targets == "all" else config.lora_targets.split(",")
         model.to(machine.dtype)  # frozen weights need no fp32 master either
-        model.add_lora(config.lora_rank, config.lora_alpha or 2 * config.lora_rank, config.lora_dropout, targets)
+        config.lora_alpha = config.lora_alpha or 2.0 * config.lora_rank
+        model.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout, targets)
     if config.quantize == "int8":
         model.quantize()
     model.to(machine.device)
@@ -1181,7 +1193,7 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
     if config.init_from != "resume":
         return config, given, False
     saved = run_folder.read_run(Path(config.out_dir))
-    for key in ("n_layer", "n_head", "n_embd", "bias", "lora_rank", "lora_targets", "optimizer"):
+    for key in ("n_layer", "n_head", "n_embd", "bias", "lora_rank", "lora_alpha", "lora_targets", "optimizer"):
         if key in given and getattr(config, key) != saved["config"].get(key):
             raise UserError(
                 f"{key}={getattr(config, key)}, but the run in {config.out_dir} has {saved['config'].get(key)}"
@@ -1201,7 +1213,7 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
 
 
 def evaluate_only(run: Run) -> None:
-    for note in run.machine.notes:
+    for note in [*run.machine.notes, *run.dataset.warnings]:
         run.say(note)
     loss = evaluate(run.model, run.val, run.eval_count, run.batch_size, run.machine)
     run.say(

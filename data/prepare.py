@@ -113,7 +113,13 @@ def prepare_texts(
                 tokens, cut = _write_rows(encoded, in_val, folder, tokenizer, block_size)
                 meta |= {"kind": documents.kind, "row": block_size, "cut": cut}
         if min(tokens) < 2:
-            raise UserError(f"{name} is too short to train on and to validate: it has {sum(tokens)} tokens.")
+            message = f"{name} is too short to train on and to validate: it has {sum(tokens)} tokens."
+            if meta.get("cut"):
+                message += (
+                    f" {meta['cut']} of {note.documents} examples were longer than a row of {block_size} tokens, and left out "
+                    "where nothing of the answer remained: shorten them, or pass a larger --block_size=."
+                )
+            raise UserError(message)
         meta |= {"documents": note.documents, "source_sha256": note.source_sha256}
         write_whole(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
         (folder / "progress.json").unlink(missing_ok=True)

@@ -114,7 +114,7 @@ class Documents:
 
     def _file_rows(self, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if file.suffix.lower() == ".csv":
-            return _csv_rows(file)
+            return _csv_rows(file, (self.text_column, "prompt", "completion"))
         if file.suffix.lower() == ".jsonl":
             return _jsonl_rows(file)
         if self.text_column == "line":
@@ -202,13 +202,24 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(file: Path, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)  # of the whole process; its default refuses texts over 131,072 characters
     # Strict: else one quotation mark that is never closed swallows the rest of the file in silence.
     reader = csv.DictReader(_lines(file), strict=True)
     try:
+        names = list(reader.fieldnames or ())
+        if twice := next((name for name in wanted if names.count(name) > 1), None):
+            raise UserError(
+                f"{file} has {names.count(twice)} columns named {twice!r}: rename those that are not meant, or name "
+                "another with --text_column=."
+            )
         for row in reader:
-            yield f"{file}, line {reader.line_num}", row
+            where = f"{file}, line {reader.line_num}"
+            if any(row.get(None, ())):
+                raise UserError(
+                    f"{where} has more fields than the header: a text with a comma in it should stand in quotation marks."
+                )
+            yield where, row
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num + 1} begins a row of broken CSV: {error}.") from None
 

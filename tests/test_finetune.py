@@ -156,6 +156,15 @@ def test_a_lora_run_resumes_bit_for_bit(start, text, tmp_path, capsys):
     assert f"val loss {final:.4f}" in capsys.readouterr().out  # the adapted model, not its base
 
 
+def test_adapters_keep_their_scale_when_resuming(start, text, tmp_path):
+    """Another alpha would turn what is trained up or down at once."""
+    finetune(start, text, tmp_path, "--lora_rank=4", "--max_iters=1")
+    resume = ["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=2"]
+    with pytest.raises(UserError, match=r"lora_alpha=2\.0, but the run in .* has 8\.0"):
+        train.main([*resume, "--lora_alpha=2"])
+    assert train.main([*resume, "--lora_alpha=8"]) == 0  # what it is without being said
+
+
 @pytest.mark.parametrize("inside", ["", "best"])
 def test_adapters_for_a_model_that_the_run_replaces_are_refused(start, text, tmp_path, inside):
     """Resuming would put them, a second time, on the model into which best/ has merged them."""
@@ -195,12 +204,25 @@ def test_instruction_data_train_answers_alone(start, instructions, tmp_path):
     assert min(row["val_loss"] for row in evaluations) < 0.5 * evaluations[0]["val_loss"]
 
 
+def test_how_many_documents_there_are_is_told(start, instructions, text, tmp_path, capsys):
+    finetune(start, instructions, tmp_path / "a", "--max_iters=1")
+    assert f"data: {instructions}, 26 documents, " in capsys.readouterr().out
+    finetune(start, text, tmp_path / "b", "--max_iters=1")
+    assert f"data: {text}, 1 document, " in capsys.readouterr().out
+
+
 def test_answers_without_an_end_of_text_are_told(start, instructions, text, tmp_path, capsys):
     told = "no end of text: answers will not end by themselves; sample with --stop='\\n'"
     finetune(start, instructions, tmp_path / "a", "--max_iters=1")
     assert capsys.readouterr().out.count(told) == 1
     finetune(start, text, tmp_path / "b", "--max_iters=1")
     assert told not in capsys.readouterr().out
+
+
+def test_evaluation_alone_tells_what_is_doubtful(bare, text, tmp_path, capsys):
+    options = [f"--init_from={bare}", f"--dataset={text}", "--tokenizer=bytes", f"--out_dir={tmp_path / 'out'}"]
+    assert train.main([*QUICK, *options, "--eval_only"]) == 0
+    assert "has no tokenizer: its 300 ids are taken" in capsys.readouterr().out
 
 
 def test_what_is_shown_of_instruction_data_is_a_question_and_its_answer(start, instructions, tmp_path, capsys):
@@ -262,6 +284,24 @@ def test_batch_size_by_measuring_keeps_the_step(start, text, tmp_path, capsys):
     assert json.loads((tmp_path / "run.json").read_text())["config"]["batch_size"] == chosen["batch_size"]
 
 
+def test_losses_on_other_data_are_not_compared(start, text, tmp_path, capsys):
+    """What is the best on one text says nothing of another: best/ would never be written again, and patience run out."""
+    finetune(start, text, tmp_path / "out", "--learning_rate=1e-2")
+    other = tmp_path / "other.txt"
+    other.write_text("".join(np.random.default_rng(0).choice(list("xyz,. "), 9000)))
+    resume = [
+        "--init_from=resume",
+        f"--out_dir={tmp_path / 'out'}",
+        "--max_iters=62",
+        "--eval_interval=1",
+        "--patience=1",
+    ]
+    assert train.main([*resume, f"--dataset={other}", "--learning_rate=1e-4"]) == 0
+    assert "its best loss counts no more" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/best/trainer.json").read_text())["best_step"] > 60
+    assert json.loads((tmp_path / "out/best.prev/trainer.json").read_text())["best_step"] > 0
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is optional and not installed")
 def test_8_bit_moments_resume_bit_for_bit(start, text, tmp_path):
     fixed = ["--optimizer=adamw8bit", "--dtype=bfloat16", "--decay_lr=False"]
@@ -297,6 +337,11 @@ def refused(capsys, out_dir, *options) -> str:
         ("empty", None, ["empty holds no text", ".txt, .csv, .jsonl"]),
         ("short.txt", b"ada asks bob.", ["has 11 tokens, and block_size=32 needs 33", "--block_size=10"]),
         ("a.txt", b"a", ["a.txt is too short"]),
+        (
+            "long.jsonl",
+            (json.dumps({"prompt": "ada asks " * 9, "completion": "bob"}) + "\n").encode() * 40,
+            ["40 of 40 examples were longer than a row of 32 tokens", "--block_size="],
+        ),
         ("foreign.txt", "ada asks Ørsted. ".encode() * 99, ["'Ø'"]),
     ],
 )
@@ -355,6 +400,9 @@ FC = "transformer.h.1.mlp.c_fc.weight"
         ("pickle", ["pytorch_model.bin is a pickle", "never read"]),
         ("disguised pickle", ["model.safetensors is damaged or no safetensors file"]),
         ("ckpt.pt", ["ckpt.pt is no nanoGPT checkpoint that loads without running code"]),
+        ("none.pt", ["none.pt' does not exist"]),
+        ("the file itself", ["model.safetensors is a file", "--init_from={folder}"]),
+        ("untied", ["lm_head.weight", "another than wte.weight", "is not supported"]),
     ],
 )
 def test_weights_that_cannot_be_started_from(start, text, tmp_path, capsys, change, words):
@@ -373,11 +421,16 @@ def test_weights_that_cannot_be_started_from(start, text, tmp_path, capsys, chan
         torch.save(Trap(trap), folder / "pytorch_model.bin")
     elif change == "disguised pickle":
         file.write_bytes(pickle.dumps(Trap(trap)))
+    elif change == "untied":
+        save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 0.1}, file)
+    elif change == "the file itself":
+        source = file
     else:
         source = folder / change
+    if change == "ckpt.pt":
         torch.save({"model": Trap(trap), "model_args": {}}, source)
     message = refused(capsys, tmp_path / "out", f"--init_from={source}", f"--dataset={text}")
-    assert [word for word in [str(folder), *words] if word not in message] == []
+    assert [word for word in [str(folder), *words] if word.format(folder=folder) not in message] == []
     assert not trap.exists()
 
 

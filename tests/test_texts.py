@@ -187,6 +187,8 @@ def test_memory_is_flat(tmp_path):
         ("a.csv", b"id,body\n1,x\n", r"line 2 has no 'text', only 'id', 'body'. Name .*--text_column="),
         ("a.csv", b'text\n"never closed\n', "line 2 begins a row of broken CSV: unexpected end"),
         ("a.csv", b"id,text\n1,x\n2\n", "line 3: 'text' should be a text and is None"),
+        ("a.csv", b"id,text\n1,x\n2,well, then\n", r"line 3 has more fields than the header.* in quotation marks"),
+        ("a.csv", b"text,id,text\nx,1,y\n", r"has 2 columns named 'text'.*--text_column="),
         ("a.csv", b"text\n\xff\n", "line 2 holds the byte 0xff at offset 5"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is broken JSON: Expecting value, column 10"),
         ("a.jsonl", b'{"text": "a"}\n\n["b"]\n', r"line 3 should be an object .* and is \[\"b\"\]"),
