@@ -208,8 +208,13 @@ def print_samples(model: GPT, tokenizer: Any, prompt: str, config: SampleConfig,
 def show(text: str) -> None:
     # A terminal in another encoding (cp1252 on Windows) gets a question mark, not a traceback.
     encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise UserError(f"the text cannot be written: {e.strerror or e}") from None
 
 
 def encode(tokenizer: Any, prompt: str, model: GPT) -> list[int]:

@@ -579,7 +579,11 @@ class Run:
         if self.master:
             from tqdm import tqdm
 
-            tqdm.write(text)
+            # Nobody reads (the Ctrl-C that ends a run ends `| tee` first), the log's disk is full, or a signal came amid
+            # another line: no reason to lose what is trained.
+            with contextlib.suppress(OSError, RuntimeError):
+                tqdm.write(text)
+                sys.stdout.flush()  # a file or a pipe would get it kilobytes later
 
     def introduce(self) -> None:
         c, shape = self.config, self.model.config

@@ -5,10 +5,13 @@ import copy
 import io
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
 import sys
 from itertools import zip_longest
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -543,6 +546,29 @@ def test_ctrl_c_while_a_text_is_shown_does_not_end_the_loop(start, scripted, mon
 def test_ctrl_c_outside_of_a_conversation_ends_with_130(start, scripted):
     scripted.script[:] = [[*b"ab", None]]
     assert start("--start=q", "--num_samples=1")[:2] == (130, "qab")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_reader_that_has_enough_is_no_error(out_dir, unbuffered, both):
+    """`| head -c 10`, or `2>&1 | head -c 10`."""
+    argv = [sys.executable, "sample.py", f"--out_dir={out_dir}", "--device=cpu", "--num_samples=3"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": unbuffered}
+    err = subprocess.STDOUT if both else subprocess.PIPE
+    with subprocess.Popen(argv, cwd=Path(__file__).parent.parent, stdout=-1, stderr=err, env=env) as process:
+        process.stdout.close()
+        told = b"" if both else process.stderr.read()
+        assert process.wait() == 141
+    assert b"Traceback" not in told
+    assert b"Exception" not in told
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
+def test_a_full_disk_under_the_texts_is_told(start, monkeypatch):
+    full = io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", full)
+    status, _, err = start("--start=q", "--num_samples=1", "--max_new_tokens=3")
+    assert (status, err.rpartition("error: ")[2]) == (2, "the text cannot be written: No space left on device\n")
 
 
 def test_a_mistake_in_a_conversation_is_told_and_the_loop_goes_on(start, scripted):
