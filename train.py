@@ -974,9 +974,27 @@ def load_start(config: TrainConfig, given: set[str], last: Path | None) -> tuple
         source = find_pretrained(config.init_from if source == Path(config.init_from) else source)
     asked = last is not None or "block_size" in given
     model = GPT.from_pretrained(source, config.block_size if asked else None, config.dropout)
+    if last is not None and source != last:
+        check_base(model, last, config)
     config.block_size = model.config.block_size
     tokenizer = load_tokenizer(source) if source.is_dir() else None
     return model, tokenizer
+
+
+def check_base(model: GPT, last: Path, config: TrainConfig) -> None:
+    """Refuse to resume adapters on another model than theirs. Its positions, which no adapter changes, tell the two apart."""
+    import safetensors
+
+    with safetensors.safe_open(last / "model.safetensors", framework="pt") as content:
+        then = content.get_tensor("transformer.wpe.weight").float()
+    now = model.get_parameter("transformer.wpe.weight").detach()
+    rows = min(len(then), len(now))  # resuming may have made block_size smaller
+    # They may have been saved in 16 bits.
+    if then.size(1) != now.size(1) or not torch.allclose(then[:rows], now[:rows], rtol=1e-2, atol=1e-6):
+        raise UserError(
+            f"{config.init_from}, which the adapters in {config.out_dir} began with, is another model now. Put back the one "
+            f"that it was, or begin a new run with the adapted one: --init_from={last}"
+        )
 
 
 def check_start(model: GPT | None, tokenizer: Any, dataset: Any, config: TrainConfig) -> GPT:
