@@ -568,6 +568,7 @@ class Run:
         if last is not None:
             load_trainer(last, self.step)
         self.clock, self.stop_signal, self.skipped = Clock(self.machine, self.progress.elapsed_s), 0, 0.0
+        self.signalled = -math.inf  # when the signal came
         self.flag = torch.zeros((), dtype=torch.int64, device=self.machine.device)  # the stop signal of all ranks
         self.saved_step = self.progress.step if resumed else -1
         self.drawing: threading.Thread | None = None
@@ -690,9 +691,11 @@ class Run:
         return status
 
     def on_signal(self, number: int, frame: Any) -> None:
-        if self.stop_signal:  # a second Ctrl-C means now
-            raise KeyboardInterrupt
-        self.stop_signal = number
+        if self.stop_signal:
+            if time.monotonic() - self.signalled < 0.3:  # one and the same: `timeout` sends its own twice
+                return
+            raise KeyboardInterrupt  # a second Ctrl-C means now
+        self.stop_signal, self.signalled = number, time.monotonic()
         self.say(f"\n{signal.Signals(number).name}: finishing this step, then saving (again to quit at once)")
 
     def watch_for_lost_ranks(self) -> None:

@@ -675,6 +675,19 @@ def test_a_log_on_a_full_disk_is_told_when_all_is_saved(dataset, tmp_path):
     assert json.loads((tmp_path / "last/trainer.json").read_text())["step"] == 2
 
 
+def test_one_signal_that_is_sent_twice_still_saves(dataset, tmp_path, monkeypatch):
+    """`timeout` signals the process and then its whole group; a second wish, by hand, comes later."""
+    run = train.Run(*train.load_config([*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}"]))
+    now = 5.0
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+    run.on_signal(signal.SIGTERM, None)
+    run.on_signal(signal.SIGTERM, None)
+    assert run.stop_signal == signal.SIGTERM
+    now += 0.5
+    with pytest.raises(KeyboardInterrupt):
+        run.on_signal(signal.SIGINT, None)
+
+
 @pytest.mark.parametrize("step", [0, 20, 30])
 def test_a_signal_leaves_a_long_evaluation_early(dataset, tmp_path, monkeypatch, step):
     """At the beginning, on the way and at the end: no figure of half a split is kept, and resuming makes it anew."""
