@@ -684,7 +684,8 @@ def sample_token(logits: Tensor, draw: Tensor, how: Sampling, seen: Tensor | Non
     # Selecting is cheapest in the logits' own precision and without sorting, which only the nucleus asks for.
     scores, ids = logits.topk(k, sorted=how.top_p < 1)  # (B, k)
     scores = scores.float()
-    scores = (scores - scores.amax(1, keepdim=True)) / how.temperature  # at most 0: nothing overflows when it is small
+    # At most 0, so that nothing overflows when the temperature is small; smaller ones would be 0 in fp32.
+    scores = (scores - scores.amax(1, keepdim=True)) / max(how.temperature, 1e-30)
     probs = scores.softmax(1)
     keep = scores >= math.log(how.min_p) if how.min_p else torch.ones_like(probs, dtype=torch.bool)
     if how.top_p < 1:

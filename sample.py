@@ -24,7 +24,7 @@ import config as configuration
 from config import SampleConfig, UserError
 from config.machine import CARDS, Machine, open_machine
 from data import run as run_folder
-from data.texts import chat_pieces
+from data.texts import CHAT_TEMPLATE, chat_pieces
 from data.tokenizers import load_tokenizer
 from model import GPT, Sampling, WeightsError, find_pretrained
 
@@ -56,6 +56,9 @@ def load(config: SampleConfig) -> tuple[GPT, Any, Machine]:
         raise UserError(
             f"{folder} has no tokenizer, so its ids cannot be turned into text. Put vocab.json and merges.txt beside it"
         )
+    if tokenizer.chat_template and tokenizer.chat_template.strip() != CHAT_TEMPLATE.strip():
+        say(f"{folder}: its chat template is not one of train.py's: texts go in as they are")
+        tokenizer.chat_template = None
     machine = open_machine(config, long=config.max_new_tokens >= COMPILE_FROM_STEPS)
     for note in machine.notes:
         say(note)
@@ -207,8 +210,13 @@ def print_samples(model: GPT, tokenizer: Any, prompt: str, config: SampleConfig,
 def show(text: str) -> None:
     # A terminal in another encoding (cp1252 on Windows) gets a question mark, not a traceback.
     encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise UserError(f"the text cannot be written: {e.strerror or e}") from None
 
 
 def encode(tokenizer: Any, prompt: str, model: GPT) -> list[int]:
@@ -260,7 +268,9 @@ def converse(model: GPT, tokenizer: Any, config: SampleConfig, machine: Machine)
             for _, piece in write(model, context, config, machine, [text]):
                 show(piece)
         show("\n")
-        context += text.ids + ([tokenizer.eot] if text.reason == "end" else [])
+        # An answer that was cut off ends, too: the model has seen no question in the midst of one.
+        ends = text.reason == "end" or (tokenizer.chat_template and tokenizer.eot is not None)
+        context += text.ids + ([tokenizer.eot] if ends else [])
 
 
 def main() -> None:

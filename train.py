@@ -569,6 +569,7 @@ class Run:
         if last is not None:
             load_trainer(last, self.step)
         self.clock, self.stop_signal, self.skipped = Clock(self.machine, self.progress.elapsed_s), 0, 0.0
+        self.signalled = -math.inf  # when the signal came
         self.flag = torch.zeros((), dtype=torch.int64, device=self.machine.device)  # the stop signal of all ranks
         self.saved_step = self.progress.step if resumed else -1
         self.drawing: threading.Thread | None = None
@@ -589,7 +590,11 @@ class Run:
         if self.master:
             from tqdm import tqdm
 
-            tqdm.write(text)
+            # Nobody reads (the Ctrl-C that ends a run ends `| tee` first), the log's disk is full, or a signal came amid
+            # another line: no reason to lose what is trained.
+            with contextlib.suppress(OSError, RuntimeError):
+                tqdm.write(text)
+                sys.stdout.flush()  # a file or a pipe would get it kilobytes later
 
     def introduce(self) -> None:
         c, shape = self.config, self.model.config
@@ -698,9 +703,11 @@ class Run:
         return status
 
     def on_signal(self, number: int, frame: Any) -> None:
-        if self.stop_signal:  # a second Ctrl-C means now
-            raise KeyboardInterrupt
-        self.stop_signal = number
+        if self.stop_signal:
+            if time.monotonic() - self.signalled < 0.3:  # one and the same: `timeout` sends its own twice
+                return
+            raise KeyboardInterrupt  # a second Ctrl-C means now
+        self.stop_signal, self.signalled = number, time.monotonic()
         self.say(f"\n{signal.Signals(number).name}: finishing this step, then saving (again to quit at once)")
 
     def watch_for_lost_ranks(self) -> None:
@@ -982,9 +989,27 @@ def load_start(config: TrainConfig, given: set[str], last: Path | None) -> tuple
         source = find_pretrained(config.init_from if source == Path(config.init_from) else source)
     asked = last is not None or "block_size" in given
     model = GPT.from_pretrained(source, config.block_size if asked else None, config.dropout)
+    if last is not None and source != last:
+        check_base(model, last, config)
     config.block_size = model.config.block_size
     tokenizer = load_tokenizer(source) if source.is_dir() else None
     return model, tokenizer
+
+
+def check_base(model: GPT, last: Path, config: TrainConfig) -> None:
+    """Refuse to resume adapters on another model than theirs. Its positions, which no adapter changes, tell the two apart."""
+    import safetensors
+
+    with safetensors.safe_open(last / "model.safetensors", framework="pt") as content:
+        then = content.get_tensor("transformer.wpe.weight").float()
+    now = model.get_parameter("transformer.wpe.weight").detach()
+    rows = min(len(then), len(now))  # resuming may have made block_size smaller
+    # They may have been saved in 16 bits.
+    if then.size(1) != now.size(1) or not torch.allclose(then[:rows], now[:rows], rtol=1e-2, atol=1e-6):
+        raise UserError(
+            f"{config.init_from}, which the adapters in {config.out_dir} began with, is another model now. Put back the one "
+            f"that it was, or begin a new run with the adapted one: --init_from={last}"
+        )
 
 
 def check_start(model: GPT | None, tokenizer: Any, dataset: Any, config: TrainConfig) -> GPT:

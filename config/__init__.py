@@ -10,6 +10,7 @@ import ast
 import builtins
 import difflib
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -267,6 +268,8 @@ as_dict = asdict  # every key and its value, ready for JSON
 def run_main(main: Callable[[], int | None], *also: type[Exception], page: str | None = None) -> NoReturn:
     """Run a script's main: its status; 2 and a message for UserError or `also`; 130 for Ctrl-C; a bug's traceback.
 
+    141 where what reads its output has ended, as a program in C would (`| head`).
+
     page: what --help prints, of a script that takes no other argument.
     """
     mistakes: tuple[type[Exception], ...] = (UserError, *also)
@@ -282,6 +285,19 @@ def run_main(main: Callable[[], int | None], *also: type[Exception], page: str |
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    finally:
+        status = getattr(sys.exc_info()[1], "code", 1)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError as error:
+                # Else Python's own attempt, when it ends, would fail as well.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                if not isinstance(error, BrokenPipeError) and not status:
+                    print(f"error: not all of the output could be written: {error.strerror}", file=sys.stderr)
+                    sys.exit(2)
 
 
 class _Loader:

@@ -165,6 +165,25 @@ def test_adapters_keep_their_scale_when_resuming(start, text, tmp_path):
     assert train.main([*resume, "--lora_alpha=8"]) == 0  # what it is without being said
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_whose_model_has_changed_are_not_resumed(start, text, tmp_path, dtype):
+    """The run that they began with has been trained on, or begun anew, in another shape even."""
+    base, adapted = tmp_path / "base", tmp_path / "adapted"
+    finetune(start, text, base, "--max_iters=2")
+    finetune(base, text, adapted, "--lora_rank=4", f"--dtype={dtype}", "--max_iters=2", "--block_size=16")
+    assert train.main(["--init_from=resume", f"--out_dir={adapted}", "--max_iters=3", "--block_size=8"]) == 0
+    resume = ["--init_from=resume", f"--out_dir={adapted}", "--max_iters=4"]
+    assert train.main(["--init_from=resume", f"--out_dir={base}", "--max_iters=3"]) == 0
+    with pytest.raises(UserError, match=f"{base}, which .* began with, is another .* --init_from={adapted / 'last'}"):
+        train.main(resume)
+    finetune(
+        "scratch", text, base, "--tokenizer=char", "--max_iters=2", "--n_layer=1", "--n_embd=12", "--block_size=32"
+    )
+    with pytest.raises(UserError, match="is another"):
+        train.main(resume)
+    assert train.main([*resume, "--eval_only"]) == 0
+
+
 @pytest.mark.parametrize("inside", ["", "best"])
 def test_adapters_for_a_model_that_the_run_replaces_are_refused(start, text, tmp_path, inside):
     """Resuming would put them, a second time, on the model into which best/ has merged them."""

@@ -5,10 +5,13 @@ import copy
 import io
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
 import sys
 from itertools import zip_longest
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +25,7 @@ from transformers.generation import logits_process as theirs_process
 import config as configuration
 import sample
 from data.run import save_checkpoint
+from data.texts import CHAT_TEMPLATE
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from model import GPT, Decoder, GPTConfig, Sampling, WeightsError, sample_token, uniform
 from tests.harmless import FEW, harmless
@@ -235,7 +239,9 @@ def test_the_distribution_is_exact(how):
         assert not count[np.array(expected) == 0].any()
 
 
-@pytest.mark.parametrize("how", [Sampling(), Sampling(0), Sampling(1e-30), Sampling(top_p=1e-9), Sampling(min_p=0.99)])
+@pytest.mark.parametrize(
+    "how", [Sampling(), *map(Sampling, (0, 1e-30, 1e-99)), Sampling(top_p=1e-9), Sampling(min_p=0.99)]
+)
 def test_the_extreme_draws_and_logits_stay_in_the_distribution(how):
     below_one = 1 - 2.0**-24
     logits = torch.tensor([[3.0, -torch.inf, 2.0, -1e30], [0.0, 0.0, 0.0, 0.0], [-5.0, 1e30, 0.0, 0.0]])
@@ -517,6 +523,38 @@ def test_a_full_context_forgets_its_older_half_but_never_the_prompt(start, scrip
     assert [bytes(call).decode() for call in scripted.calls] == ["a" * 10, history[-16:], "d" * 30]
 
 
+@pytest.fixture
+def chat(tmp_path):
+    """Make a folder of a random model of bytes, with room for a conversation, that bears this chat template."""
+
+    def make(template: str) -> str:
+        tokenizer = ByteTokenizer()
+        tokenizer.chat_template = template
+        GPT(GPTConfig(256, tokenizer.vocab_size, 1, 1, 8)).save_pretrained(tmp_path, tokenizer.eot)
+        tokenizer.save(tmp_path)
+        return f"--init_from={tmp_path}"
+
+    return make
+
+
+def test_every_answer_in_the_context_ends_as_those_it_was_trained_on(start, scripted, chat):
+    """By itself, by a stop string or by Ctrl-C: the next message never stands in the midst of an answer."""
+    options = (chat(CHAT_TEMPLATE), "--interactive", "--stop=.")
+    scripted.script[:] = [[*b"a", 256], b"b.", [*b"cc", None], b""]
+    assert start(*options, stdin=b"q\nr\ns\nt\n")[0] == 0
+    ask = [[*f"### User:\n{c}\n\n### Assistant:\n".encode()] for c in "qrst"]
+    first = [*ask[0], *b"a", 256, *ask[1]]
+    assert scripted.calls[1:3] == [first, [*first, *b"b.", 256, *ask[2]]]
+    assert scripted.calls[3] == [*scripted.calls[2], *b"cc", 256, *ask[3]]
+
+
+def test_a_template_that_is_not_ours_is_told_and_not_replaced_by_ours(start, scripted, chat):
+    scripted.script[:] = [b"!"]
+    status, _, err = start(chat("{{ messages[0].content }}<|endoftext|>"), "--interactive", stdin=b"hello\n")
+    assert (status, scripted.calls) == (0, [[*b"hello"]])
+    assert "chat template is not one of train.py's: texts go in as they are" in err
+
+
 @pytest.mark.parametrize("before", [b"", b"par"])
 def test_ctrl_c_ends_a_text_and_not_the_loop(start, scripted, before):
     scripted.script[:] = [[*before, None, *b"tial"], b"again"]
@@ -543,6 +581,29 @@ def test_ctrl_c_while_a_text_is_shown_does_not_end_the_loop(start, scripted, mon
 def test_ctrl_c_outside_of_a_conversation_ends_with_130(start, scripted):
     scripted.script[:] = [[*b"ab", None]]
     assert start("--start=q", "--num_samples=1")[:2] == (130, "qab")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_reader_that_has_enough_is_no_error(out_dir, unbuffered, both):
+    """`| head -c 10`, or `2>&1 | head -c 10`."""
+    argv = [sys.executable, "sample.py", f"--out_dir={out_dir}", "--device=cpu", "--num_samples=3"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": unbuffered}
+    err = subprocess.STDOUT if both else subprocess.PIPE
+    with subprocess.Popen(argv, cwd=Path(__file__).parent.parent, stdout=-1, stderr=err, env=env) as process:
+        process.stdout.close()
+        told = b"" if both else process.stderr.read()
+        assert process.wait() == 141
+    assert b"Traceback" not in told
+    assert b"Exception" not in told
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
+def test_a_full_disk_under_the_texts_is_told(start, monkeypatch):
+    full = io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", full)
+    status, _, err = start("--start=q", "--num_samples=1", "--max_new_tokens=3")
+    assert (status, err.rpartition("error: ")[2]) == (2, "the text cannot be written: No space left on device\n")
 
 
 def test_a_mistake_in_a_conversation_is_told_and_the_loop_goes_on(start, scripted):

@@ -651,6 +651,54 @@ def test_sigterm_saves_and_ends_with_143(dataset, tmp_path):
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", f"--max_iters={step + 2}"]) == 0
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_ctrl_c_that_ends_the_reader_of_the_log_too_saves(dataset, tmp_path, unbuffered):
+    """`python train.py | tee log`: the terminal interrupts both, and what train.py still has to say, nobody reads."""
+    argv = [sys.executable, "train.py", *QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=100000"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(argv, cwd=Path(__file__).parent.parent, stdout=-1, stderr=-1, text=True, env=env) as process:
+        assert any(line.startswith("step 12:") for line in process.stdout)
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert (process.stderr.read(), process.wait()) == ("", 130)
+    assert json.loads((tmp_path / "last/trainer.json").read_text())["step"] >= 12
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("reentrant call")])
+def test_a_line_that_cannot_be_written_costs_no_run(dataset, tmp_path, monkeypatch, error):
+    """The log's disk is full, or a signal comes amid the writing of a line."""
+
+    def write(text):
+        raise error
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=lambda: None))
+    assert run(dataset, tmp_path, "--max_iters=2") == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
+def test_a_log_on_a_full_disk_is_told_when_all_is_saved(dataset, tmp_path):
+    argv = [sys.executable, "train.py", *QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(argv, cwd=Path(__file__).parent.parent, stdout=full, stderr=-1, text=True, env=env)
+    told = "error: not all of the output could be written: No space left on device\n"
+    assert (ended.returncode, ended.stderr) == (2, told)
+    assert json.loads((tmp_path / "last/trainer.json").read_text())["step"] == 2
+
+
+def test_one_signal_that_is_sent_twice_still_saves(dataset, tmp_path, monkeypatch):
+    """`timeout` signals the process and then its whole group; a second wish, by hand, comes later."""
+    run = train.Run(*train.load_config([*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}"]))
+    now = 5.0
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+    run.on_signal(signal.SIGTERM, None)
+    run.on_signal(signal.SIGTERM, None)
+    assert run.stop_signal == signal.SIGTERM
+    now += 0.5
+    with pytest.raises(KeyboardInterrupt):
+        run.on_signal(signal.SIGINT, None)
+
+
 @pytest.mark.parametrize("step", [0, 20, 30])
 def test_a_signal_leaves_a_long_evaluation_early(dataset, tmp_path, monkeypatch, step):
     """At the beginning, on the way and at the end: no figure of half a split is kept, and resuming makes it anew."""
