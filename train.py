@@ -1197,7 +1197,7 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
 
 
 def evaluate_only(run: Run) -> None:
-    for note in run.machine.notes:
+    for note in [*run.machine.notes, *run.dataset.warnings]:
         run.say(note)
     loss = evaluate(run.model, run.val, run.eval_count, run.batch_size, run.machine)
     run.say(

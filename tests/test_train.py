@@ -624,6 +624,13 @@ def test_eval_only_evaluates_and_writes_nothing(dataset, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def test_eval_only_tells_what_makes_its_figure_doubtful(dataset, tmp_path, capsys):
+    shutil.copy(dataset / "val_000000.bin", tmp_path)
+    (tmp_path / "meta.pkl").touch()
+    assert run(tmp_path, tmp_path / "none", "--eval_only") == 0
+    assert "Its vocabulary is taken to be 13, the largest id plus one" in capsys.readouterr().out
+
+
 def test_sigterm_saves_and_ends_with_143(dataset, tmp_path):
     argv = [sys.executable, "train.py", *QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=100000"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
