@@ -22,6 +22,7 @@ from transformers.generation import logits_process as theirs_process
 import config as configuration
 import sample
 from data.run import save_checkpoint
+from data.texts import CHAT_TEMPLATE
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from model import GPT, Decoder, GPTConfig, Sampling, WeightsError, sample_token, uniform
 from tests.harmless import FEW, harmless
@@ -490,6 +491,23 @@ def test_where_a_prompt_comes_from(start, scripted, tmp_path):
         status, out, err = start(option, "--num_samples=1", stdin=stdin)
         assert (status, out) == (0, f"{prompt}!\n{sample.RULE}\n"), err
         assert bytes(scripted.calls[-1]).decode() == prompt
+
+
+def test_the_end_of_text_in_a_start_is_the_token_as_in_nanogpt(start, scripted):
+    for prompt, ids in (("<|endoftext|>", [256]), ("a<|endoftext|>b", [97, 256, 98])):
+        scripted.script[:] = [b"!"]
+        assert start(f"--start={prompt}", "--num_samples=1")[0] == 0
+        assert scripted.calls[-1] == ids
+
+
+def test_a_start_is_a_question_to_a_model_of_conversations(start, out_dir, scripted, tmp_path):
+    shutil.copytree(out_dir / "best", tmp_path / "chat")
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save(tmp_path / "chat")
+    scripted.script[:] = [b"42"]
+    assert start(f"--init_from={tmp_path / 'chat'}", "--start=Hi", "--num_samples=1")[0] == 0
+    assert bytes(scripted.calls[-1]) == b"### User:\nHi\n\n### Assistant:\n"
 
 
 def test_int8_from_the_command_line(start):
