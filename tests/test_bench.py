@@ -282,6 +282,12 @@ def test_under_torchrun_all_ranks_are_one_table(tmp_path):
 # Sweep, ladder, batch size
 
 
+def test_speeds_are_multiples_of_the_first_that_was_measured(capsys):
+    bench.show([{"label": "a", "error": "out of memory"}, *({"label": n, "tokens_per_s": n} for n in (4, 10))])
+    first, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert (first, rows) == (["tokens/s", "x"], [["a"], ["4", "4", "1.00"], ["10", "10", "2.50"]])
+
+
 def test_sweep(run, tmp_path):
     result, text = run("--sweep=batch_size:1,2")
     for row, size in zip(result["sweep"], (1, 2), strict=True):

@@ -233,6 +233,15 @@ def test_few_targets_or_none(targets, known):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("targets", [1023, 1024, 1025, 2047])
+def test_masked_rows_that_are_left_out_of_many_change_nothing(targets):
+    model, (x, y) = small(), torch.randint(0, 13, (2, 256, 8), generator=torch.Generator().manual_seed(2))
+    y.view(-1)[torch.randperm(2048, generator=torch.Generator().manual_seed(3))[targets:]] = MASKED
+    known, asked = (torch.autograd.grad(model(x, y, rows=n)[1], list(model.parameters())) for n in (targets, None))
+    assert model(x, y, rows=targets)[1].item() == pytest.approx(model(x, y)[1].item(), rel=1e-5)
+    assert all(relative(a, b) < 1e-4 for a, b in zip(known, asked, strict=True))
+
+
 @pytest.mark.parametrize("recompute", ["none", "pointwise", "block"])
 def test_dropout_lies_where_transformers_has_it(theirs, batch, recompute):
     """From one seed both draw the same numbers for the same four places, and recomputing draws them once more."""

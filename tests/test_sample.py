@@ -490,6 +490,12 @@ def test_the_bound_is_a_reading_of_the_weights_for_all_texts_at_once(start, out_
     assert bounds == pytest.approx([3e9 / size, 4 * 3e9 / size])
 
 
+@pytest.mark.parametrize(("options", "texts"), [([], 1), (["--num_samples=2"], 2)])
+def test_greedy_texts_which_are_all_the_same_are_one_unless_asked_for(start, options, texts):
+    status, out, _ = start("--temperature=0", "--max_new_tokens=2", "--json", *options)
+    assert (status, len(out.splitlines())) == (0, texts)
+
+
 def test_tokens_appear_as_they_come(start, scripted, monkeypatch):
     scripted.script[:] = ["a\u20acb\n\nc".encode(), b"second\n\n"]
     seen = []
