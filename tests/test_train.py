@@ -65,6 +65,13 @@ def evaluations(out_dir) -> list[int]:
     return [row["step"] for row in rows if "val_loss" in row]
 
 
+def perplexities(said: str) -> list[float]:
+    """Those that are told, each e to the loss before it."""
+    pairs = [(float(a), float(b)) for a, b in re.findall(r"val loss ([\d.]+),? \(?perplexity ([\d.]+)", said)]
+    assert [b for _, b in pairs] == pytest.approx([math.exp(a) for a, _ in pairs], abs=0.01)
+    return [b for _, b in pairs]
+
+
 def weights(out_dir, name="last"):
     return load_file(Path(out_dir) / name / "model.safetensors")
 
@@ -92,6 +99,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(dataset, tmp_path, m
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'broken'}"]) == 0
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert losses(tmp_path / "broken", "tokens") == {step: step * 2 * 4 * 16 for step in range(21)}
+    for step, lr in losses(tmp_path / "whole", "lr").items():  # of 20 steps two are warm-up
+        cosine = 6e-5 + (1e-2 - 6e-5) * (1 + math.cos(math.pi * (step - 3) / 18)) / 2
+        assert lr == pytest.approx(1e-2 * step / 3 if step <= 2 else cosine), step
     elapsed = list(losses(tmp_path / "broken", "elapsed_s").values())
     assert elapsed == sorted(elapsed) and elapsed[6] > 0  # the clock goes on, too
     whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
@@ -186,8 +196,40 @@ def test_a_run_learns_and_leaves_what_it_promises(dataset, tmp_path, capsys):
     assert facts["config"]["learning_rate"] == 1e-2
     assert facts["versions"]["torch"]
     said = capsys.readouterr().out
+    assert len(perplexities(said)) == 4
     assert re.search(r"memory: about [1-9]\d MiB at the peak", said)  # not 0.0 GiB
     assert f"; curves: {tmp_path / 'loss.png'}\nread what it writes:" in said
+
+
+def test_the_clock_runs_while_steps_are_made(dataset, tmp_path, monkeypatch):
+    """A step takes a second by this clock, an evaluation 100, a checkpoint 1,000; the first step compiles."""
+    now = [0.0]
+
+    def taking(seconds, function):
+        def call(*args, **options):
+            now[0] += seconds
+            return function(*args, **options)
+
+        return call
+
+    read = lambda: now[0]  # noqa: E731
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=read, monotonic=read, sleep=None))
+    for owner, name, seconds in ((train.Step, "__call__", 1), (train, "evaluate", 100), (train.Run, "write", 1000)):
+        monkeypatch.setattr(owner, name, taking(seconds, getattr(owner, name)))
+    monkeypatch.setattr(train.run_folder, "draw_losses", lambda *args: None)
+    options = ["--max_iters=6", "--eval_interval=3", "--save_interval_s=2", "--always_save_checkpoint=False"]
+    assert run(dataset, tmp_path, *options) == 0
+    assert losses(tmp_path, "elapsed_s") == {0: 0, 1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5}
+    assert losses(tmp_path, "tokens_per_s") == {1: None} | dict.fromkeys(range(2, 7), 2 * 4 * 16)
+
+
+def test_the_seed_is_that_of_weights_and_windows(dataset, tmp_path):
+    argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
+    runs = [train.Run(*train.load_config([*argv, f"--seed={seed}"])) for seed in (1, 1, 2)]
+    starts = [r.windows.starts(np.arange(9)).tolist() for r in runs]
+    assert starts[0] == starts[1] != starts[2]
+    head, again, other = (r.model.lm_head.weight for r in runs)
+    assert torch.equal(head, again) and not torch.equal(head, other)
 
 
 @pytest.mark.parametrize(("always", "steps"), [(True, [2, 4, 5]), (False, [5])])
@@ -759,11 +801,13 @@ def test_patience_ends_the_run_and_best_is_kept(dataset, tmp_path, capsys):
 
 def test_patience_counts_the_evaluations_since_the_best(dataset, tmp_path, monkeypatch):
     values = {0: 9.0, 5: 4.0, 10: 5.0, 15: 3.0, 20: 4.0, 25: 3.5, 30: 3.4}
-    told = iter([loss for value in values.values() for loss in (0.0, value)])  # of the training split, of validation
-    monkeypatch.setattr(train, "evaluate", lambda *args: next(told))
+    told, splits = iter(values.values()), {2600: "training", 400: "validation"}
+    loss_of = {"training": lambda: 0.0, "validation": lambda: next(told)}
+    monkeypatch.setattr(train, "evaluate", lambda model, windows, *rest: loss_of[splits[len(windows.tokens)]]())
     monkeypatch.setattr(train.run_folder, "draw_losses", lambda *args: None)
     assert run(dataset, tmp_path, "--max_iters=30", "--eval_interval=5", "--patience=2") == 0
     assert evaluations(tmp_path) == [0, 5, 10, 15, 20, 25]
+    assert set(losses(tmp_path, "train_loss").values()) == {0.0}
     assert json.loads((tmp_path / "best/trainer.json").read_text())["step"] == 15
     config, given, _ = train.load_config([*QUICK, f"--init_from={tmp_path}"])
     start, _ = train.load_start(config, given, None)  # what another run starts from
@@ -779,7 +823,7 @@ def test_epochs_in_place_of_max_iters(dataset, tmp_path):
 
 def test_eval_only_evaluates_and_writes_nothing(dataset, tmp_path, capsys):
     assert run(dataset, tmp_path / "none", "--eval_only") == 0
-    assert "perplexity" in capsys.readouterr().out
+    assert len(perplexities(capsys.readouterr().out)) == 1
     assert not (tmp_path / "none").exists()
 
 
