@@ -162,6 +162,8 @@ def test_a_lora_run_resumes_bit_for_bit(start, text, tmp_path, capsys):
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'parts'}", "--max_iters=60"]) == 0
     a, b = (GPT.from_pretrained(tmp_path / name / "last").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+    adapter = json.loads((tmp_path / "whole/best/adapter/adapter_config.json").read_text())
+    assert adapter["lora_dropout"] == 0.1
     capsys.readouterr()
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'whole'}", "--eval_only"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
