@@ -25,7 +25,7 @@ from config import SampleConfig, UserError
 from config.machine import CARDS, Machine, open_machine
 from data import run as run_folder
 from data.texts import CHAT_TEMPLATE, chat_pieces
-from data.tokenizers import load_tokenizer
+from data.tokenizers import END_OF_TEXT, load_tokenizer
 from model import GPT, Sampling, WeightsError, find_pretrained
 
 # Compiling takes 10 to 20 seconds the first time and saves less than a millisecond a step: for very long texts only.
@@ -220,7 +220,9 @@ def show(text: str) -> None:
 
 
 def encode(tokenizer: Any, prompt: str, model: GPT) -> list[int]:
-    ids = [int(token) for token in tokenizer.encode(prompt)]
+    """The ids of a prompt. `<|endoftext|>` in it is the token, as in nanoGPT, where the tokenizer has one."""
+    parts = [prompt] if tokenizer.eot is None else prompt.split(END_OF_TEXT)
+    ids = [int(token) for part in parts for token in (*tokenizer.encode(part), tokenizer.eot or 0)][:-1]
     if len(ids) > model.config.block_size:
         raise UserError(
             f"the prompt has {len(ids)} tokens, the model's context only {model.config.block_size}: shorten it"

@@ -227,6 +227,10 @@ def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypat
     assert folder("my text.txt") == (first, 0)
     (house / "my text.txt").write_text("some text, long enough for all of that " * 3)
     assert folder("my text.txt")[1]
+    (house / "table.txt").write_text("text\n" + "a row of some words\n" * 30)
+    assert folder("table.txt")[1]
+    (house / "table.txt").rename(house / "table.csv")
+    assert folder("table.csv")[1]  # the same bytes, read as something else
     rows, fresh = folder("rows.jsonl")
     assert fresh and folder("rows.jsonl") == (rows, 0)
     assert folder("rows.jsonl", block_size=9)[1]

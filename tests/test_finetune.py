@@ -29,7 +29,7 @@ from data import open_dataset
 from data.shards import Tokens
 from data.tokenizers import CharTokenizer
 from data.windows import EvalWindows, TrainWindows
-from model import GPT, GPTConfig, LoRALinear, Sampling, WeightsError
+from model import GPT, GPTConfig, Linear, LoRALinear, Sampling, WeightsError
 
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
 QUICK = ["--device=cpu", "--dtype=float32", "--batch_size=4", "--gradient_accumulation_steps=1"]
@@ -118,8 +118,19 @@ def test_a_model_without_a_tokenizer_gets_that_of_the_data(bare, text, tmp_path,
     sample.main()
     assert "\ufffd" in capsys.readouterr().out
     assert len(AutoTokenizer.from_pretrained(tmp_path / "best")) == known
+    end = json.loads((tmp_path / "best/config.json").read_text())["eos_token_id"]
+    assert end == {"char": None, "bytes": 256}[tokenizer]  # where transformers' generate() stops
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=21"]) == 0
     assert "has no tokenizer" not in capsys.readouterr().out
+
+
+def test_the_context_is_the_models_unless_another_is_asked_for(bare):
+    """And dropout is the configuration's, whatever the model's file says."""
+    for options, block_size in ([], 32), (["--block_size=16"], 16):
+        config, given, _ = train.load_config([f"--init_from={bare}", "--dropout=0.25", *options])
+        model, _ = train.load_start(config, given, None)
+        assert (model.config.block_size, config.block_size) == (block_size, block_size)
+        assert (model.config.dropout, model.blocks[0].attn.dropout) == (0.25, 0.25)
 
 
 def test_a_model_without_a_tokenizer_and_with_fewer_ids_than_the_data(bare, tmp_path, capsys):
@@ -133,6 +144,8 @@ def test_a_model_without_a_tokenizer_and_with_fewer_ids_than_the_data(bare, tmp_
 def test_lora_learns_is_merged_in_best_and_opens_in_peft(start, text, tmp_path):
     evaluations = finetune(start, text, tmp_path, "--lora_rank=4", "--lora_targets=c_attn,c_fc", "--learning_rate=1e-2")
     assert evaluations[-1]["val_loss"] < 0.93 * evaluations[0]["val_loss"]  # a random base cannot be bent much
+    adapter = json.loads((tmp_path / "best/adapter/adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (4, 8)  # by default twice the rank
     x = torch.randint(0, len(CHARS), (2, 20))
     merged = GPT2LMHeadModel.from_pretrained(tmp_path / "best").eval()(x).logits
     base = GPT2LMHeadModel.from_pretrained(start).eval()
@@ -149,6 +162,8 @@ def test_a_lora_run_resumes_bit_for_bit(start, text, tmp_path, capsys):
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'parts'}", "--max_iters=60"]) == 0
     a, b = (GPT.from_pretrained(tmp_path / name / "last").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+    adapter = json.loads((tmp_path / "whole/best/adapter/adapter_config.json").read_text())
+    assert adapter["lora_dropout"] == 0.1
     capsys.readouterr()
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'whole'}", "--eval_only"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
@@ -191,6 +206,20 @@ def test_adapters_for_a_model_that_the_run_replaces_are_refused(start, text, tmp
     with pytest.raises(UserError, match="choose another --out_dir="):
         finetune(tmp_path / inside, text, tmp_path, "--lora_rank=4")
     finetune(tmp_path / inside, text, tmp_path.with_name("adapted"), "--lora_rank=4", "--max_iters=1")
+
+
+def test_an_adapter_is_its_formula():
+    """W x + b + (alpha / rank) B A dropout(x), by Hu et al. 2021; merged the same without dropout."""
+    torch.manual_seed(0)
+    x, layer = torch.randn(5, 8), LoRALinear(Linear(8, 12), 4, 6.0, 0.5)
+    torch.nn.init.normal_(layer.lora_B)
+    plain, update = x @ layer.weight.T + layer.bias, 6.0 / 4 * layer.lora_A.T @ layer.lora_B.T
+    torch.manual_seed(1)
+    adapted = layer.train()(x)
+    torch.manual_seed(1)
+    assert torch.allclose(adapted, plain + torch.nn.functional.dropout(x, 0.5) @ update, atol=1e-5)
+    assert torch.allclose(layer.eval()(x), plain + x @ update, atol=1e-5)
+    assert torch.allclose(x @ layer.merged().T + layer.bias, plain + x @ update, atol=1e-5)
 
 
 def test_only_adapters_are_trained(start):
@@ -301,6 +330,8 @@ def test_batch_size_by_measuring_keeps_the_step(start, text, tmp_path, capsys):
     assert json.loads((tmp_path / "last/trainer.json").read_text())["position"] == 4 * 6
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=5"]) == 0
     assert json.loads((tmp_path / "run.json").read_text())["config"]["batch_size"] == chosen["batch_size"]
+    anew, _, _ = train.load_config(["--init_from=resume", f"--out_dir={tmp_path}", "--batch_size=auto"])
+    assert anew.gradient_accumulation_steps == 6  # rows, again
 
 
 def test_losses_on_other_data_are_not_compared(start, text, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """model.py against `transformers`, against the loop-written reference, and against what causality and masks demand."""
 
+import copy
 import json
 
 import pytest
@@ -125,12 +126,14 @@ def test_initial_weights_have_gpt2s_deviations():
     block = model.blocks[3]
     for weight, expected in (
         (model.transformer["wte"].weight[:1000], 0.02),
+        (model.transformer["wpe"].weight, 0.02),
         (block.attn.c_attn.weight, 0.02),
         (block.mlp.c_proj.weight, 0.02 / 4),
         (block.attn.c_proj.weight, 0.02 / 4),
     ):
         assert weight.std().item() == pytest.approx(expected, rel=0.02)
     assert not model.transformer["wte"].weight[1000:].any()
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
     # A fresh model knows nothing: its loss is that of a uniform guess.
     x = torch.randint(0, 1000, (4, 64))
     assert model(x, x.roll(1, 1))[1].item() == pytest.approx(torch.log(torch.tensor(1000.0)).item(), abs=0.1)
@@ -230,6 +233,33 @@ def test_few_targets_or_none(targets, known):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("targets", [1023, 1024, 1025, 2047])
+def test_masked_rows_that_are_left_out_of_many_change_nothing(targets):
+    model, (x, y) = small(), torch.randint(0, 13, (2, 256, 8), generator=torch.Generator().manual_seed(2))
+    y.view(-1)[torch.randperm(2048, generator=torch.Generator().manual_seed(3))[targets:]] = MASKED
+    known, asked = (torch.autograd.grad(model(x, y, rows=n)[1], list(model.parameters())) for n in (targets, None))
+    assert model(x, y, rows=targets)[1].item() == pytest.approx(model(x, y)[1].item(), rel=1e-5)
+    assert all(relative(a, b) < 1e-4 for a, b in zip(known, asked, strict=True))
+
+
+@pytest.mark.parametrize("recompute", ["none", "pointwise", "block"])
+def test_dropout_lies_where_transformers_has_it(theirs, batch, recompute):
+    """From one seed both draw the same numbers for the same four places, and recomputing draws them once more."""
+    (model, folder), (x, y) = theirs, batch
+    ours, model = GPT.from_pretrained(folder, dropout=0.1).train(), copy.deepcopy(model).train()
+    ours.set_recompute(recompute)
+    torch.manual_seed(6)
+    logits = model(x).logits
+    torch.nn.functional.cross_entropy(logits.view(-1, 97), y.view(-1), ignore_index=MASKED).backward()
+    torch.manual_seed(6)
+    assert relative(ours(x)[0], logits) < 1e-5
+    torch.manual_seed(6)
+    ours(x, y)[1].backward()
+    grads = published_gradients(ours)
+    for name, p in model.named_parameters():
+        assert relative(grads[name], p.grad) < 1e-5, name
+
+
 def test_dropout_only_while_training():
     model, x = small(dropout=0.5), torch.randint(0, 13, (4, 8))
     model.eval()
@@ -251,8 +281,9 @@ def test_compiled_equals_eager():
     assert all("_orig_mod" not in name for name in model.state_dict())
 
 
-def test_lower_precision_stays_near_fp32(batch):
+def test_lower_precision_stays_near_fp32(batch, monkeypatch):
     """bf16 autocast: every parameter's gradient within 3% of fp32's in norm, on a CPU without fused kernels."""
+    monkeypatch.setattr("model.LOSS_CHUNK_ROWS", 40)  # of 96: all three chunks count
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, **SHAPE))
     exact = torch.autograd.grad(model(*batch)[1], list(model.parameters()))
@@ -281,6 +312,10 @@ def test_crop_keeps_the_first_positions(theirs, batch):
         ({"n_inner": 100}, "n_inner=100"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"scale_attn_weights": False}, "scale_attn_weights"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
+        ({"bias": False}, '"bias": false, but h.0.ln_1.bias is not zero'),
         ({"model_type": "llama"}, "model_type='llama'"),
         ({"n_head": 7}, "impossible shape"),
         ({"n_layer": 4}, "h.3.* is missing"),
@@ -348,3 +383,12 @@ def test_nanogpts_checkpoint(theirs, tmp_path, batch):
     args = {"block_size": 32, "bias": True, "dropout": 0.0, **SHAPE}
     torch.save({"model": state, "model_args": args, "iter_num": 7, "config": {}}, tmp_path / "ckpt.pt")
     assert torch.equal(GPT.from_pretrained(tmp_path / "ckpt.pt")(batch[0])[0], ours(batch[0])[0])
+
+
+def test_nanogpts_padded_vocabulary_of_gpt2_is_cut_to_its_ids(tmp_path):
+    shape = {"block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 2}
+    padded = GPT(GPTConfig(vocab_size=50304, **shape))
+    torch.save({"model": padded.state_dict(), "model_args": shape | {"vocab_size": 50304}}, tmp_path / "ckpt.pt")
+    ours, x = GPT.from_pretrained(tmp_path / "ckpt.pt"), torch.arange(50249, 50257).view(1, 8)
+    assert ours.config.bias  # checkpoints from before nanoGPT had the key have them
+    assert torch.equal(ours(x)[0], padded(x)[0][..., :50257])

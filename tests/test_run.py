@@ -537,6 +537,8 @@ def earlier_run(out_dir: Path, version: int) -> None:
 
 def test_an_earlier_run_is_set_aside_whole(tmp_path):
     earlier_run(tmp_path, 1)
+    for name in ("best", "best.prev"):  # else readers would take the old run's for the new one's
+        (tmp_path / name).mkdir()
     (tmp_path / "notes.txt").write_text("the user's own")
     set_aside(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "previous"]

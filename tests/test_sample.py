@@ -24,6 +24,7 @@ from transformers.generation import logits_process as theirs_process
 
 import config as configuration
 import sample
+from config.machine import Card
 from data.run import save_checkpoint
 from data.texts import CHAT_TEMPLATE
 from data.tokenizers import ByteTokenizer, CharTokenizer
@@ -253,6 +254,11 @@ def test_the_extreme_draws_and_logits_stay_in_the_distribution(how):
             assert chosen[0] == 0
 
 
+def test_the_nucleus_ends_with_the_token_that_reaches_top_p():
+    halves = torch.tensor([[0.0, 0.0, -torch.inf]]).expand(5, -1)
+    assert len(sample_token(halves, torch.arange(5) / 5, Sampling(top_p=0.5)).unique()) == 1
+
+
 def test_penalty_counts_prompt_and_text(both):
     """A penalty that forbids what was seen: 57 different tokens follow a prompt of 40 different ones."""
     how = Sampling(temperature=0, repetition_penalty=1e9)
@@ -428,10 +434,12 @@ def start(out_dir, monkeypatch, capsys):
 def scripted(monkeypatch):
     """The model says what we want: each call of stream yields the next of these texts, to the byte; None is Ctrl-C."""
     calls: list[list[int]] = []
+    hows: list[Sampling] = []
     script: list[list[str | bytes | None]] = []
 
     def stream(self, prompts, count, how, *, seeds, compiled):
         calls.extend(list(prompt) for prompt in prompts)
+        hows.append(how)
         texts = [script.pop(0) for _ in prompts]
         rows = [[*(t or b"")] if t is None or isinstance(t, bytes) else t for t in texts]
         for step in zip_longest(*rows, fillvalue=256):
@@ -440,7 +448,7 @@ def scripted(monkeypatch):
             yield list(step)
 
     monkeypatch.setattr(GPT, "stream", stream)
-    return SimpleNamespace(calls=calls, script=script)
+    return SimpleNamespace(calls=calls, hows=hows, script=script)
 
 
 def test_texts_are_equal_across_batch_sizes(start):
@@ -453,7 +461,7 @@ def test_texts_are_equal_across_batch_sizes(start):
         again = [json.loads(line) for line in start(*options, f"--num_samples={count}")[1].splitlines()]
         assert again == rows[:count]
     other = json.loads(start(*options[:-1], "--seed=6", "--num_samples=1")[1])
-    assert other["text"] != rows[0]["text"]
+    assert other["text"] not in {row["text"] for row in rows}  # the next seed is not the next sample's
 
 
 def test_what_goes_where(start):
@@ -466,6 +474,31 @@ def test_what_goes_where(start):
     assert "last, step 7, best val loss 1.5" in err
     assert "27 tokens, first after" in err
     assert "tokens/s" in err
+
+
+def test_pace_counts_from_the_first_token(monkeypatch):
+    clock = iter([10.0, 12.0, 16.0])  # begun, first tokens, told
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
+    timing = sample.Timing(started=next(clock))
+    for _ in range(5):
+        timing.tick(2)
+    told = "10 tokens, first after 2.00 s, then 2 tokens/s"
+    assert timing.tell(8.0) == f"{told}, 25% of what the memory's speed allows (8)"
+
+
+def test_the_bound_is_a_reading_of_the_weights_for_all_texts_at_once(start, out_dir, monkeypatch):
+    bounds, size = [], GPT.from_pretrained(out_dir / "best").decode_bytes()
+    monkeypatch.setattr(sample, "CARDS", SimpleNamespace(get=lambda name: Card(1.0, 3.0, 1.0, 1.0)))
+    monkeypatch.setattr(sample.Timing, "tell", lambda self, bound: str(bounds.append(bound)))
+    for count in (1, 4):
+        assert start(f"--num_samples={count}", "--max_new_tokens=1")[0] == 0
+    assert bounds == pytest.approx([3e9 / size, 4 * 3e9 / size])
+
+
+@pytest.mark.parametrize(("options", "texts"), [([], 1), (["--num_samples=2"], 2)])
+def test_greedy_texts_which_are_all_the_same_are_one_unless_asked_for(start, options, texts):
+    status, out, _ = start("--temperature=0", "--max_new_tokens=2", "--json", *options)
+    assert (status, len(out.splitlines())) == (0, texts)
 
 
 def test_tokens_appear_as_they_come(start, scripted, monkeypatch):
@@ -485,6 +518,13 @@ def test_ends_are_told_apart(start, scripted):
     assert [row["tokens"] for row in rows] == [4, 3, 2]
 
 
+def test_every_option_of_sampling_reaches_it(start, scripted):
+    for options in ([], ["--temperature=0.7", "--top_k=12", "--top_p=0.8", "--min_p=0.15", "--repetition_penalty=1.3"]):
+        scripted.script[:] = [b"!"]
+        assert start("--num_samples=1", *options)[0] == 0
+    assert scripted.hows == [Sampling(0.8, top_k=200), Sampling(0.7, 12, 0.8, 0.15, 1.3)]
+
+
 def test_where_a_prompt_comes_from(start, scripted, tmp_path):
     (tmp_path / "prompt.txt").write_text("f\u00e9e\n", "utf-8")
     for option, stdin, prompt in (
@@ -496,6 +536,23 @@ def test_where_a_prompt_comes_from(start, scripted, tmp_path):
         status, out, err = start(option, "--num_samples=1", stdin=stdin)
         assert (status, out) == (0, f"{prompt}!\n{sample.RULE}\n"), err
         assert bytes(scripted.calls[-1]).decode() == prompt
+
+
+def test_the_end_of_text_in_a_start_is_the_token_as_in_nanogpt(start, scripted):
+    for prompt, ids in (("<|endoftext|>", [256]), ("a<|endoftext|>b", [97, 256, 98])):
+        scripted.script[:] = [b"!"]
+        assert start(f"--start={prompt}", "--num_samples=1")[0] == 0
+        assert scripted.calls[-1] == ids
+
+
+def test_a_start_is_a_question_to_a_model_of_conversations(start, out_dir, scripted, tmp_path):
+    shutil.copytree(out_dir / "best", tmp_path / "chat")
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save(tmp_path / "chat")
+    scripted.script[:] = [b"42"]
+    assert start(f"--init_from={tmp_path / 'chat'}", "--start=Hi", "--num_samples=1")[0] == 0
+    assert bytes(scripted.calls[-1]) == b"### User:\nHi\n\n### Assistant:\n"
 
 
 def test_int8_from_the_command_line(start):

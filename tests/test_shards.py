@@ -39,6 +39,16 @@ def test_written_bytes_are_llm_cs(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a power cut may leave a name without its tokens."""
+    done = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, n=name, f=original: (done.append(n), f(*args)))
+    write_shard(tmp_path / "one.bin", np.arange(9, dtype=UINT16))
+    assert done == ["fsync", "replace"]
+
+
 def test_vocabulary_size_picks_the_type():
     assert [token_dtype(n) for n in (2, 50257, 65535, 65536, 128256)] == [UINT16, UINT16, UINT16, UINT32, UINT32]
 

@@ -56,14 +56,21 @@ def run(dataset, out_dir, *options) -> int:
     return train.main([*QUICK, f"--dataset={dataset}", f"--out_dir={out_dir}", *options])
 
 
-def losses(out_dir) -> dict[int, float]:
+def losses(out_dir, key="loss") -> dict[int, float]:
     rows = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+    return {row["step"]: row[key] for row in rows if key in row}
 
 
 def evaluations(out_dir) -> list[int]:
     rows = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
     return [row["step"] for row in rows if "val_loss" in row]
+
+
+def perplexities(said: str) -> list[float]:
+    """Those that are told, each e to the loss before it."""
+    pairs = [(float(a), float(b)) for a, b in re.findall(r"val loss ([\d.]+),? \(?perplexity ([\d.]+)", said)]
+    assert [b for _, b in pairs] == pytest.approx([math.exp(a) for a, _ in pairs], abs=0.01)
+    return [b for _, b in pairs]
 
 
 def weights(out_dir, name="last"):
@@ -92,6 +99,12 @@ def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(dataset, tmp_path, m
     assert (state["step"], state["position"]) == (7, 7 * 8)
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'broken'}"]) == 0
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "broken", "tokens") == {step: step * 2 * 4 * 16 for step in range(21)}
+    for step, lr in losses(tmp_path / "whole", "lr").items():  # of 20 steps two are warm-up
+        cosine = 6e-5 + (1e-2 - 6e-5) * (1 + math.cos(math.pi * (step - 3) / 18)) / 2
+        assert lr == pytest.approx(1e-2 * step / 3 if step <= 2 else cosine), step
+    elapsed = list(losses(tmp_path / "broken", "elapsed_s").values())
+    assert elapsed == sorted(elapsed) and elapsed[6] > 0  # the clock goes on, too
     whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert whole.keys() == broken.keys()
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
@@ -109,6 +122,17 @@ def test_resuming_a_finished_run_with_more_steps_goes_on(dataset, tmp_path, opti
         torch.equal(a, b)
         for a, b in zip(weights(tmp_path / "a").values(), weights(tmp_path / "b").values(), strict=True)
     )
+
+
+def test_each_rank_draws_its_own_dropout_and_none_twice(dataset, tmp_path, monkeypatch):
+    """Random numbers of rank 0 alone are saved; another rank takes new ones when it is resumed."""
+    assert run(dataset, tmp_path, "--max_iters=2") == 0
+    fresh, drawn = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}"], set()
+    for rank, argv in (("0", fresh), ("1", fresh), ("1", ["--init_from=resume", f"--out_dir={tmp_path}"])):
+        monkeypatch.setenv("RANK", rank)
+        train.Run(*train.load_config(argv))
+        drawn.add(torch.rand(()).item())
+    assert len(drawn) == 3
 
 
 def test_resuming_a_finished_run_says_that_it_is_complete(dataset, tmp_path, capsys):
@@ -143,6 +167,19 @@ def test_evaluating_more_often_does_not_move_training(dataset, tmp_path):
     assert {"step", "tokens", "train_loss", "val_loss", "elapsed_s"} == set(rows[0])
 
 
+def test_an_evaluation_is_the_mean_over_every_target_once(dataset):
+    """Of 400 tokens: 50 windows, the last one short, in batches of 6, the last one short too."""
+    model, tokens = set_weights(GPT(GPTConfig(8, 13, 2, 2, 8, dropout=0.5))), Tokens.open(dataset, "val")
+    ids = torch.from_numpy(tokens.gather(np.array([0]), 400)[0].astype(np.int64))
+    model.eval()
+    with torch.no_grad():
+        log_probs = torch.cat([model(ids[None, i : i + 8])[0][0].log_softmax(1) for i in range(0, 399, 8)])[:399]
+    model.train()
+    expected = -log_probs.gather(1, ids[1:, None]).double().mean().item()
+    assert train.evaluate(model, EvalWindows(tokens, 8), 0, 3, CPU) == pytest.approx(expected, rel=1e-5)
+    assert model.training
+
+
 def test_a_run_learns_and_leaves_what_it_promises(dataset, tmp_path, capsys):
     assert run(dataset, tmp_path, "--max_iters=60", "--eval_interval=20") == 0
     curve = losses(tmp_path)
@@ -160,8 +197,58 @@ def test_a_run_learns_and_leaves_what_it_promises(dataset, tmp_path, capsys):
     assert facts["config"]["learning_rate"] == 1e-2
     assert facts["versions"]["torch"]
     said = capsys.readouterr().out
+    assert len(perplexities(said)) == 4
     assert re.search(r"memory: about [1-9]\d MiB at the peak", said)  # not 0.0 GiB
     assert f"; curves: {tmp_path / 'loss.png'}\nread what it writes:" in said
+
+
+def test_the_clock_runs_while_steps_are_made(dataset, tmp_path, monkeypatch):
+    """A step takes a second by this clock, an evaluation 100, a checkpoint 1,000; the first step compiles."""
+    now = [0.0]
+
+    def taking(seconds, function):
+        def call(*args, **options):
+            now[0] += seconds
+            return function(*args, **options)
+
+        return call
+
+    read = lambda: now[0]  # noqa: E731
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=read, monotonic=read, sleep=None))
+    for owner, name, seconds in ((train.Step, "__call__", 1), (train, "evaluate", 100), (train.Run, "write", 1000)):
+        monkeypatch.setattr(owner, name, taking(seconds, getattr(owner, name)))
+    monkeypatch.setattr(train.run_folder, "draw_losses", lambda *args: None)
+    options = ["--max_iters=6", "--eval_interval=3", "--save_interval_s=2", "--always_save_checkpoint=False"]
+    assert run(dataset, tmp_path, *options) == 0
+    assert losses(tmp_path, "elapsed_s") == {0: 0, 1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5}
+    assert losses(tmp_path, "tokens_per_s") == {1: None} | dict.fromkeys(range(2, 7), 2 * 4 * 16)
+
+
+def test_the_seed_is_that_of_weights_and_windows(dataset, tmp_path):
+    argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
+    runs = [train.Run(*train.load_config([*argv, f"--seed={seed}"])) for seed in (1, 1, 2)]
+    starts = [r.windows.starts(np.arange(9)).tolist() for r in runs]
+    assert starts[0] == starts[1] != starts[2]
+    head, again, other = (r.model.lm_head.weight for r in runs)
+    assert torch.equal(head, again) and not torch.equal(head, other)
+
+
+@pytest.mark.parametrize(("always", "steps"), [(True, [2, 4, 5]), (False, [5])])
+def test_when_a_run_logs_and_saves(dataset, tmp_path, monkeypatch, always, steps):
+    save, saved = train.Run.save, []
+    record = lambda self, name: (saved.append((name, self.progress.step)), save(self, name))[1]  # noqa: E731
+    monkeypatch.setattr(train.Run, "save", record)
+    monkeypatch.setattr(train.run_folder, "draw_losses", lambda *args: None)
+    options = ["--max_iters=5", "--eval_interval=2", "--log_interval=3", f"--always_save_checkpoint={always}"]
+    assert run(dataset, tmp_path, *options) == 0
+    assert list(losses(tmp_path)) == [3, 5]
+    assert [step for name, step in saved if name == "last"] == steps
+
+
+@pytest.mark.parametrize(("eval_iters", "windows"), [(2, 8), (6, 24), (7, 25), (0, 25)])
+def test_eval_iters_are_batches_and_at_most_one_pass(dataset, tmp_path, eval_iters, windows):
+    argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}", f"--eval_iters={eval_iters}"]
+    assert train.Run(*train.load_config(argv)).eval_count == windows
 
 
 def test_starting_anew_sets_the_old_run_aside(dataset, tmp_path):
@@ -285,6 +372,19 @@ def test_a_step_without_a_target_changes_nothing_and_tells_no_old_norm(dtype):
         trained = bool((targets != MASKED).any())
         assert (step.grad_norm.item() > 0, step.loss.item() > 0, step.bad.item()) == (trained, trained, 0)
         assert trained != all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_loss_scale_is_gone_on_with(tmp_path):
+    x, y = torch.randint(0, 13, (2, 2, 8), generator=torch.Generator().manual_seed(3))
+    half = Machine(CPU.device, torch.float16, compiled=False)
+    first, second = (train.Step(GPT(GPTConfig(8, 13, 2, 2, 8)), step_config(), half) for _ in range(2))
+    first.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    first(1e-2, fill(first, x, y))
+    train.save_trainer(tmp_path, first)
+    train.load_trainer(tmp_path, second)
+    assert second.scaler.state_dict() == first.scaler.state_dict()
+    second(1e-2, fill(second, x, y))
+    assert (second.scaler.get_scale(), second.scaler.state_dict()["_growth_tracker"]) == (256.0, 2)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw8bit"])
@@ -422,6 +522,58 @@ def test_parameters_are_counted_without_building_the_model():
             assert train.parameter_count(shape) == sum(p.numel() for p in GPT(shape).parameters())
 
 
+@pytest.mark.parametrize(("free", "chosen"), [(12, "none"), (5, "pointwise"), (3, "block")])
+def test_the_cheapest_recomputation_that_fits_is_chosen(monkeypatch, free, chosen):
+    """124M with 12 rows of 1,024: with none it needs over 5 GiB, with pointwise 4.3 (measured, see the README)."""
+    monkeypatch.setattr(train, "device_memory", lambda machine: free * 2**30)
+    model = GPT(GPTConfig(8, 13, 1, 1, 8))
+    model.config = GPTConfig()
+    config = step_config(batch_size=12, block_size=1024, dtype="bfloat16")
+    gpu = Machine(torch.device("cuda"), torch.bfloat16, compiled=True)
+    assert train.choose_recompute(model, config, gpu) == chosen
+    assert train.choose_recompute(model, config, CPU) == "none"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_smallest_batch_within_2_percent_of_the_fastest_row_is_taken(monkeypatch, world):
+    seconds = {1: 1.5, 2: 2.0, 3: 2.97, 6: 5.94}  # a row takes 1.5, 1.0, 0.99, 0.99
+    monkeypatch.setattr(train, "Step", lambda model, config, machine: config.batch_size)
+    monkeypatch.setattr(train, "_time_step", seconds.__getitem__)
+    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda chosen: None)
+    config = step_config(batch_size="auto", gradient_accumulation_steps=6 * world, eval_only=False)
+    machine = Machine(CPU.device, CPU.dtype, compiled=False, world=world)
+    assert train.settle_batch_size(GPT(GPTConfig(8, 13, 1, 1, 8)), config, machine) == config.batch_size == 2
+    assert config.gradient_accumulation_steps == 3 * world  # as many rows as before
+
+
+def test_only_a_step_that_asks_the_host_nothing_is_recorded():
+    gpu, model = torch.device("cuda"), GPT(GPTConfig(8, 13, 2, 2, 8))
+    plain, half = Machine(gpu, torch.bfloat16, compiled=False), Machine(gpu, torch.float16, compiled=False)
+    dropped = GPT(GPTConfig(8, 13, 2, 2, 8, dropout=0.1))
+    many = {"gradient_accumulation_steps": train.GRAPH_UP_TO_LAYERS // 2}
+    for expected, model_, changes, machine_ in (
+        (True, model, {}, plain),
+        (True, model, many, plain),
+        (False, model, {"gradient_accumulation_steps": train.GRAPH_UP_TO_LAYERS // 2 + 1}, plain),
+        (False, model, {}, CPU),
+        (False, model, {}, half),
+        (False, model, {}, Machine(gpu, torch.bfloat16, compiled=False, world=2)),
+        (False, model, {"optimizer": "adamw8bit"}, plain),
+        (True, dropped, {}, plain),
+        (False, dropped, {"recompute": "block"}, plain),
+        (True, dropped, {"recompute": "block"}, Machine(gpu, torch.bfloat16, compiled=True)),
+    ):
+        assert train.wants_graph(model_, step_config(**changes), machine_) == expected, (changes, machine_)
+
+
+def test_compiling_is_worth_it_from_a_number_of_operations():
+    model = GPT(GPTConfig(8, 13, 1, 1, 8))
+    steps = math.ceil(6e15 / (model.flops_per_token() * 3 * 2 * 8))
+    for max_iters, worth in ((steps, True), (steps - 1, False)):
+        config = step_config(gradient_accumulation_steps=3, max_iters=max_iters, eval_only=False, num_epochs=0)
+        assert train.worth_compiling(model, config) == worth
+
+
 def test_a_run_that_compiles_nothing_does_not_import_the_compiler(dataset, tmp_path):
     """It is 1 to 3 seconds of a newcomer's first run."""
     code = "import sys, train; status = train.main(sys.argv[1:]); sys.exit(status or 'torch._dynamo' in sys.modules)"
@@ -473,6 +625,13 @@ def test_muon_is_torchs_muon_on_every_matrix():
     mine = [part for p in ours for part in (p.chunk(3) if p.size(0) == 24 else [p])]
     for a, b in zip(mine, theirs.param_groups[0]["params"], strict=True):
         assert (a - b).abs().max() < 4e-4  # torch's works in bf16; the two steps moved each by up to 2e-2
+
+
+def test_muon_leaves_adapters_to_adamw():
+    model = GPT(GPTConfig(8, 13, 2, 2, 8))
+    model.add_lora(2, 4.0)
+    (adamw,) = train.Step(model, step_config(optimizer="muon"), CPU).optimizers
+    assert isinstance(adamw, AdamW)
 
 
 @pytest.mark.parametrize(
@@ -564,6 +723,17 @@ def test_only_training_speaks_of_autocast_and_loss_scaling(monkeypatch, bf16, tr
     assert trained not in notes[1]
 
 
+def test_resuming_on_other_data_is_told(dataset, tmp_path, capsys):
+    data, resume = shutil.copytree(dataset, tmp_path / "data"), ["--init_from=resume", f"--out_dir={tmp_path / 'out'}"]
+    assert run(data, tmp_path / "out", "--max_iters=1", "--eval_interval=99") == 0
+    for digit, told in (("0", False), ("1", True)):
+        meta = json.loads((data / "meta.json").read_text()) | {"source_sha256": digit * 64}
+        (data / "meta.json").write_text(json.dumps(meta))
+        capsys.readouterr()
+        train.Run(*train.load_config(resume)).introduce()
+        assert ("the data are not those that this run began with" in capsys.readouterr().out) == told
+
+
 def test_the_precision_found_is_told_counted_and_kept(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "step_memory", lambda shape, config, *rest: asked.append(config.dtype) or {})
     asked: list[str] = []
@@ -577,6 +747,23 @@ def test_the_precision_found_is_told_counted_and_kept(dataset, tmp_path, monkeyp
         (tmp_path / "run.json").write_text(json.dumps(facts | {"dtype": dtype}))
         with pytest.raises(UserError, match="dtype"):
             train.main([*resume, "--max_iters=4"])
+
+
+@pytest.mark.parametrize(
+    ("bf16", "chosen", "why"),
+    [(0.5, "bfloat16", "best here"), (0.95, "float32", "gains too little"), (2.0, "float32", "best here")],
+)
+def test_a_cpu_takes_bfloat16_where_it_gains_a_tenth(monkeypatch, bf16, chosen, why):
+    monkeypatch.setattr(machine, "_time_layer", lambda layer, dtype: bf16 if dtype == torch.bfloat16 else 1.0)
+    notes: list[str] = []
+    found = machine.choose_dtype("auto", torch.device("cpu"), torch.nn.Linear(1, 1), notes)
+    assert found == getattr(torch, chosen) and why in notes[0]
+
+
+@pytest.mark.parametrize(("supported", "chosen"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_takes_bfloat16_where_it_has_it(monkeypatch, supported, chosen):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
+    assert machine.choose_dtype("auto", torch.device("cuda"), None, []) == chosen
 
 
 def test_data_without_a_line_end_can_be_trained(tmp_path):
@@ -623,6 +810,22 @@ def test_patience_ends_the_run_and_best_is_kept(dataset, tmp_path, capsys):
     assert json.loads((tmp_path / "best/trainer.json").read_text())["step"] == 5
 
 
+def test_patience_counts_the_evaluations_since_the_best(dataset, tmp_path, monkeypatch):
+    values = {0: 9.0, 5: 4.0, 10: 5.0, 15: 3.0, 20: 4.0, 25: 3.5, 30: 3.4}
+    told, splits = iter(values.values()), {2600: "training", 400: "validation"}
+    loss_of = {"training": lambda: 0.0, "validation": lambda: next(told)}
+    monkeypatch.setattr(train, "evaluate", lambda model, windows, *rest: loss_of[splits[len(windows.tokens)]]())
+    monkeypatch.setattr(train.run_folder, "draw_losses", lambda *args: None)
+    assert run(dataset, tmp_path, "--max_iters=30", "--eval_interval=5", "--patience=2") == 0
+    assert evaluations(tmp_path) == [0, 5, 10, 15, 20, 25]
+    assert set(losses(tmp_path, "train_loss").values()) == {0.0}
+    assert json.loads((tmp_path / "best/trainer.json").read_text())["step"] == 15
+    config, given, _ = train.load_config([*QUICK, f"--init_from={tmp_path}"])
+    start, _ = train.load_start(config, given, None)  # what another run starts from
+    assert torch.equal(start.transformer["wpe"].weight, weights(tmp_path, "best")["transformer.wpe.weight"])
+    assert not torch.equal(start.transformer["wpe"].weight, weights(tmp_path, "last")["transformer.wpe.weight"])
+
+
 def test_epochs_in_place_of_max_iters(dataset, tmp_path):
     assert run(dataset, tmp_path, "--num_epochs=1.5", "--eval_interval=500") == 0
     windows = (2600 - 16) // 16
@@ -631,8 +834,15 @@ def test_epochs_in_place_of_max_iters(dataset, tmp_path):
 
 def test_eval_only_evaluates_and_writes_nothing(dataset, tmp_path, capsys):
     assert run(dataset, tmp_path / "none", "--eval_only") == 0
-    assert "perplexity" in capsys.readouterr().out
+    assert len(perplexities(capsys.readouterr().out)) == 1
     assert not (tmp_path / "none").exists()
+
+
+def test_eval_only_tells_what_makes_its_figure_doubtful(dataset, tmp_path, capsys):
+    shutil.copy(dataset / "val_000000.bin", tmp_path)
+    (tmp_path / "meta.pkl").touch()
+    assert run(tmp_path, tmp_path / "none", "--eval_only") == 0
+    assert "Its vocabulary is taken to be 13, the largest id plus one" in capsys.readouterr().out
 
 
 def test_sigterm_saves_and_ends_with_143(dataset, tmp_path):
@@ -861,13 +1071,16 @@ def torchrun(*argv) -> subprocess.Popen:
 
 def test_two_ranks_are_one_step_in_two_halves(dataset, tmp_path):
     """torchrun with two processes over gloo: the same windows, the same step, and the checkpoint resumes alone."""
-    argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path / 'two'}", "--max_iters=6", "--eval_interval=3"]
-    two_ranks = torchrun(*argv)
+    # Two micro-batches a rank: gradients travel after the last alone.
+    options = ["--max_iters=6", "--eval_interval=3", "--gradient_accumulation_steps=4", "--eval_iters=0"]
+    two_ranks = torchrun(*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path / 'two'}", *options)
     said, _ = two_ranks.communicate()
     assert two_ranks.returncode == 0, said
-    assert run(dataset, tmp_path / "one", "--max_iters=6", "--eval_interval=3") == 0
+    assert run(dataset, tmp_path / "one", *options) == 0
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-5)
+    one, two = losses(tmp_path / "one", "val_loss"), losses(tmp_path / "two", "val_loss")
+    assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-5)  # 25 windows: 16 and 9
     for name, t in weights(tmp_path / "one").items():
         assert torch.allclose(t, weights(tmp_path / "two")[name], atol=1e-5), name
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'two'}", "--max_iters=8"]) == 0
