@@ -221,8 +221,10 @@ def show(text: str) -> None:
 
 def encode(tokenizer: Any, prompt: str, model: GPT) -> list[int]:
     """The ids of a prompt. `<|endoftext|>` in it is the token, as in nanoGPT, where the tokenizer has one."""
-    parts = [prompt] if tokenizer.eot is None else prompt.split(END_OF_TEXT)
-    ids = [int(token) for part in parts for token in (*tokenizer.encode(part), tokenizer.eot or 0)][:-1]
+    first, *rest = [prompt] if tokenizer.eot is None else prompt.split(END_OF_TEXT)
+    ids = [int(token) for token in tokenizer.encode(first)]
+    for part in rest:
+        ids += [tokenizer.eot, *map(int, tokenizer.encode(part))]
     if len(ids) > model.config.block_size:
         raise UserError(
             f"the prompt has {len(ids)} tokens, the model's context only {model.config.block_size}: shorten it"

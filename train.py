@@ -886,7 +886,7 @@ class Run:
                     self.out_dir / name, lambda folder: self.write(folder, name), vars(self.progress), size
                 )
             except OSError as e:
-                self.say(f"could not save {self.out_dir / name}: {e}. The one before it is untouched; make room")
+                self.say(f"could not save {self.out_dir / name}: {e}. What was there before is untouched; make room")
                 saved = False
         if name == "last":
             self.last_save = time.monotonic()

@@ -321,7 +321,7 @@ def test_a_file_system_that_is_full(dataset, disk, tmp_path, capsys, left):
     filler.write_bytes(bytes(shutil.disk_usage(disk).free - left))
     assert resume(disk / "out", "--max_iters=8") == 1
     out = capsys.readouterr().out
-    assert "could not save" in out and "The one before it is untouched; make room" in out
+    assert "could not save" in out and "What was there before is untouched; make room" in out
     assert ("are free" if left < 50_000 else "No space left on device") in out
     assert find_checkpoint(disk / "out", ("last",))[1]["step"] == 4
     assert [row["step"] for row in rows_of(disk / "out") if "loss" in row][:8] == [*range(1, 9)]

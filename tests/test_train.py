@@ -539,7 +539,7 @@ def test_the_smallest_batch_within_2_percent_of_the_fastest_row_is_taken(monkeyp
     seconds = {1: 1.5, 2: 2.0, 3: 2.97, 6: 5.94}  # a row takes 1.5, 1.0, 0.99, 0.99
     monkeypatch.setattr(train, "Step", lambda model, config, machine: config.batch_size)
     monkeypatch.setattr(train, "_time_step", seconds.__getitem__)
-    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda chosen: None)
+    monkeypatch.setattr(train.dist, "all_gather_object", lambda everyone, mine: None)
     config = step_config(batch_size="auto", gradient_accumulation_steps=6 * world, eval_only=False)
     machine = Machine(CPU.device, CPU.dtype, compiled=False, world=world)
     assert train.settle_batch_size(GPT(GPTConfig(8, 13, 1, 1, 8)), config, machine) == config.batch_size == 2
