@@ -1076,13 +1076,17 @@ def settle_batch_size(model: GPT, config: Any, machine: Machine) -> int:
     alone = replace(machine, rank=0, world=1)
     for batch_size in (b for b in range(1, min(rows, 128) + 1) if rows % b == 0):
         trial = copy.copy(config)
-        trial.batch_size, trial.gradient_accumulation_steps, trial.cuda_graph = batch_size, 2, False
+        trial.batch_size, trial.gradient_accumulation_steps = batch_size, rows // batch_size * machine.world
+        trial.cuda_graph = wants_graph(model, trial, machine)  # as the run would: small steps gain the most by it
+        trial.gradient_accumulation_steps = 2  # enough to measure
         if recompute == "auto":
             trial.recompute = choose_recompute(model, trial, machine)
         model.set_recompute(trial.recompute)
         try:
             seconds[batch_size, trial.recompute] = _time_step(Step(model, trial, alone)) / batch_size
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not memory_ran_out(error):
+                raise
             break
         finally:
             model.zero_grad(set_to_none=True)
@@ -1112,13 +1116,13 @@ def _time_step(step: Step) -> float:
     step.x.random_(0, step.model.config.vocab_size)
     step.y.copy_(step.x)
     seconds = []
-    for _ in range(5):
+    for _ in range(step.warmup + 4):
         step.machine.synchronize()
         start = time.perf_counter()
         step(0.0)
         step.machine.synchronize()
         seconds.append(time.perf_counter() - start)
-    return min(seconds[2:])
+    return min(seconds[-3:])
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -992,6 +992,20 @@ def test_the_rank_on_which_the_fewest_batch_sizes_fit_decides(monkeypatch):
         settle(two)
 
 
+def test_batch_sizes_are_measured_with_the_graph_that_the_run_would_have(monkeypatch):
+    asked, measured = {}, {}
+    monkeypatch.setattr(
+        train,
+        "wants_graph",
+        lambda model, c, machine: asked.setdefault(c.batch_size, c.gradient_accumulation_steps) < 3,
+    )
+    monkeypatch.setattr(train, "Step", lambda model, c, machine: measured.setdefault(c.batch_size, c.cuda_graph) or 1)
+    monkeypatch.setattr(train, "_time_step", lambda step: 1.0)
+    settle(Machine(CPU.device, CPU.dtype, compiled=False))
+    assert asked == {1: 6, 2: 3, 3: 2, 6: 1}
+    assert measured == {1: False, 2: False, 3: True, 6: True}
+
+
 def test_every_batch_size_is_measured_compiled(monkeypatch):
     """torch compiles a function for a few shapes, then runs it as it is: the sizes tried last must not meet that."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # which nn.Module.compile calls, too
