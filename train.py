@@ -348,8 +348,11 @@ def step_memory(shape: GPTConfig, config: Any, recompute: str, trainable: int | 
         "gradients": float(master * trained) if config.gradient_accumulation_steps > 1 else 0.0,
     }
     unit = number / 2 * C * tokens
-    # Selective recomputation keeps the adapters' products as well, 9 C wide in all: more than "none" does.
-    kept = KEPT[recompute] + (0 if full or recompute != "pointwise" else 18)
+    kept = KEPT[recompute]
+    if recompute == "none":  # dropout's masks, a byte a number: 2 C wide in all, and 7 C for the adapters' inputs
+        kept += 2 * (shape.dropout > 0) + (0 if full else 9 * (config.lora_dropout > 0))
+    if recompute == "pointwise" and not full:  # the adapters' products, 9 C wide in all: more than "none" keeps
+        kept += 18
     narrowed = full and number < master  # fp32 weights are cast for each product, and with "none" the casts are kept
     casts = number * (params - C * V) if recompute == "none" and narrowed else 0.0
     loss = base | {

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -990,6 +991,37 @@ def test_the_rank_on_which_the_fewest_batch_sizes_fit_decides(monkeypatch):
     other.clear()
     with pytest.raises(torch.OutOfMemoryError):
         settle(two)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "dropout", "lora_dropout"),
+    [("none", 0, None), ("none", 0.1, None), ("pointwise", 0, None), ("pointwise", 0.1, None), ("none", 0, 0.1)],
+)
+def test_the_memory_formula_counts_what_a_layer_keeps(recompute, dropout, lora_dropout):
+    """Against the tensors that the compiler's own partition of a layer saves for the backward pass."""
+    B, T, C = 3, 33, 64
+    model, kept = GPT(GPTConfig(T, 13, 1, 2, C, dropout)).train(), {}
+    if lora_dropout is not None:
+        model.bfloat16().add_lora(2, 4.0, lora_dropout)
+    model.set_recompute(recompute)
+    [block] = model.blocks
+    block.attn.dropout = 0.0  # a GPU's kernels draw it again, a CPU's formula keeps a whole matrix
+    block.compile(backend="aot_eager_decomp_partition")
+
+    def note(t):
+        if t.numel() >= B * T * C and t.numel() % (B * T) == 0:  # no weight, no row's mean or variance
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    x = torch.randn(B, T, C, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        block(x)
+    config = step_config(batch_size=B, block_size=T, dtype="bfloat16", lora_dropout=lora_dropout)
+    trained = None if lora_dropout is None else 1
+    one, two = (
+        train.step_memory(replace(model.config, n_layer=n), config, recompute, trained)["activations"] for n in (1, 2)
+    )
+    assert two - one == sum(kept.values())
 
 
 def test_batch_sizes_are_measured_with_the_graph_that_the_run_would_have(monkeypatch):
