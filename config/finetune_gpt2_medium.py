@@ -5,7 +5,7 @@
 #
 # Result  on Shakespeare, which it takes without --dataset: not measured yet
 # Time    55 steps on Shakespeare: 154,000 tokens/s on an H200, 45 s on a 4070 Ti (predicted)
-# VRAM    9.6 GiB of 12 GB and what dropout adds (predicted); trained in a run held to 11 GiB
+# VRAM    9.9 GiB at most in a run held to 11 GiB
 
 out_dir = "out-finetune-gpt2-medium"
 init_from = "gpt2-medium"

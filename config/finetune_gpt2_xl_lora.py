@@ -5,7 +5,7 @@
 #
 # Result  on Shakespeare, which it takes without --dataset: not measured yet
 # Time    41,000 tokens/s on an H200
-# VRAM    8.1 GiB of 12 GB (predicted); trained in a run held to 11 GiB
+# VRAM    9.6 GiB at most in a run held to 11 GiB
 
 out_dir = "out-finetune-gpt2-xl-lora"
 init_from = "gpt2-xl"

@@ -5,7 +5,7 @@
 #
 # Result  not measured yet
 # Time    5,700 tokens/s on an H200; 17,700 at micro-batch 4 (--batch_size=4 --gradient_accumulation_steps=8)
-# VRAM    9.3 GiB of 12 GB with recompute=block, which it chooses (predicted); trained in a run held to 11 GiB
+# VRAM    9.9 GiB at most in a run held to 11 GiB, with recompute=block, which it chooses
 #
 # nanoGPT's AdamW in float32 wants 25 GB for 1.5 billion weights: 8 bits a moment and bfloat16 weights fit into 12.
 # Without torchao: --optimizer=adamw --init_from=gpt2-medium.
