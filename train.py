@@ -519,6 +519,14 @@ class Clock:
         self.started = now
 
 
+def stop_signals() -> list[int]:
+    """What ends a run after its step: Ctrl-C, a scheduler's SIGTERM and, but under nohup, a terminal that is closed."""
+    numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
 class Run:
     """A training run: builds what it needs from the configuration, then trains until done, stopped or hopeless."""
 
@@ -661,7 +669,7 @@ class Run:
             return 0
         self.introduce()
         self.open_folder()
-        handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.signal(number, self.on_signal) for number in stop_signals()}
         if self.machine.world > 1:
             self.watch_for_lost_ranks()
         bar = self.open_bar()

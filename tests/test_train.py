@@ -862,6 +862,30 @@ def test_sigterm_saves_and_ends_with_143(dataset, tmp_path):
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", f"--max_iters={step + 2}"]) == 0
 
 
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_closed_saves_and_under_nohup_goes_on(dataset, tmp_path, nohup):
+    fcntl, termios = (pytest.importorskip(name) for name in ("fcntl", "termios"))
+    window, theirs = os.openpty()
+
+    def open_in_window():
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        if nohup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    argv = [sys.executable, "train.py", *QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=100"]
+    ways = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True, "preexec_fn": open_in_window}
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    with subprocess.Popen(argv, cwd=Path(__file__).parent.parent, **streams, **ways) as process:
+        os.close(theirs)
+        shown = b""
+        while b"step 0: train loss" not in shown:
+            shown += os.read(window, 4096)
+        os.close(window)
+        assert process.wait() == (0 if nohup else 129)
+    step = json.loads((tmp_path / "last/trainer.json").read_text())["step"]
+    assert step == 100 if nohup else step < 100
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_ctrl_c_that_ends_the_reader_of_the_log_too_saves(dataset, tmp_path, unbuffered):
     """`python train.py | tee log`: the terminal interrupts both, and what train.py still has to say, nobody reads."""
