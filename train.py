@@ -936,6 +936,9 @@ class Run:
                 self.say(
                     f"{p.step:,} steps in {self.elapsed():.1f} s of training{best}; curves: {self.out_dir}/loss.png"
                 )
+                start = [row["val_loss"] for row in self.metrics.rows if row["step"] == 0 and row.get("val_loss")]
+                if not self.resumed and p.best_val_loss and start and start[0] <= p.best_val_loss:
+                    self.say(f"no better than what it began with, val loss {start[0]:.4f}: try a lower learning_rate")
                 if self.dataset.tokenizer is not None:
                     self.say(f"read what it writes: python sample.py --out_dir={self.out_dir}")
         return status
@@ -1233,10 +1236,12 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
     if config.init_from != "resume":
         return config, given, False
     saved = run_folder.read_run(Path(config.out_dir))
-    for key in ("n_layer", "n_head", "n_embd", "bias", "lora_rank", "lora_alpha", "lora_targets", "optimizer"):
+    adapters = ("lora_rank", "lora_alpha", "lora_targets")
+    for key in ("n_layer", "n_head", "n_embd", "bias", *adapters, "optimizer", "val_fraction"):
         if key in given and getattr(config, key) != saved["config"].get(key):
             raise UserError(
-                f"{key}={getattr(config, key)}, but the run in {config.out_dir} has {saved['config'].get(key)}"
+                f"{key}={getattr(config, key)}, but the run in {config.out_dir} has {saved['config'].get(key)}: leave "
+                f"--{key} out, or begin a new run"
             )
     folder = config.out_dir
     # What dtype=auto became then holds: another precision would be another run.

@@ -709,7 +709,7 @@ def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path, capsys):
 def test_what_is_given_on_resuming_is_checked_with_what_was_saved(dataset, tmp_path):
     assert run(dataset, tmp_path, "--max_iters=2") == 0
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=4", "--min_lr=5e-3"]) == 0
-    for option in ("--optimizer=muon", "--n_layer=3", "--min_lr=5e-2"):
+    for option in ("--optimizer=muon", "--n_layer=3", "--min_lr=5e-2", "--val_fraction=0.3"):
         with pytest.raises(UserError, match=option.split("=")[0].strip("-")):
             train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=5", option])
 
@@ -860,6 +860,14 @@ def test_sigterm_saves_and_ends_with_143(dataset, tmp_path):
     step = json.loads((tmp_path / "last/trainer.json").read_text())["step"]
     assert step >= 12
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", f"--max_iters={step + 2}"]) == 0
+
+
+@pytest.mark.parametrize(("after", "told"), [(1.9, False), (2.1, True)])
+def test_a_run_that_improves_nothing_says_so(dataset, tmp_path, monkeypatch, capsys, after, told):
+    losses = iter((2.5, 2.0, 2.5, after))  # training and validation, before and after
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    assert run(dataset, tmp_path, "--max_iters=2") == 0
+    assert ("no better than what it began with, val loss 2.0" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("nohup", [False, True])
