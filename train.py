@@ -670,8 +670,6 @@ class Run:
         self.introduce()
         self.open_folder()
         handlers = {number: signal.signal(number, self.on_signal) for number in stop_signals()}
-        if self.machine.world > 1:
-            self.watch_for_lost_ranks()
         bar = self.open_bar()
         self.model.train()
         self.last_save, status, warm = time.monotonic(), 0, p.step + self.step.warmup
@@ -721,7 +719,8 @@ class Run:
         self.stop_signal, self.signalled = number, time.monotonic()
         self.say(f"\n{signal.Signals(number).name}: finishing this step, then saving (again to quit at once)")
 
-    def watch_for_lost_ranks(self) -> None:
+    @contextlib.contextmanager
+    def watch_for_lost_ranks(self) -> Iterator[None]:
         """End this process, with a message, when a signal finds it waiting for a rank that is no more.
 
         The neighbour of a killed rank waits inside NCCL, where Python's handlers never run, until torchrun, which
@@ -729,19 +728,30 @@ class Run:
         it writes into this socket. A rank also waits while rank 0 saves or another's step is long, and a signal of
         the user's finds it so: therefore most of the 30 s are left to it.
         """
-        reader, self.wakeup = socket.socketpair()
-        self.wakeup.setblocking(False)
-        signal.set_wakeup_fd(self.wakeup.fileno())
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        over = threading.Event()
 
         def wait() -> None:
-            reader.recv(1)
-            step = self.progress.step
-            time.sleep(max(25, 3 * self.clock.total / max(1, step)))  # of a first step there is no time yet
+            signalled, step = reader.recv(1), self.progress.step
+            # Of a first step there is no time yet.
+            if not signalled or over.wait(max(25, 3 * self.clock.total / max(1, step))):
+                return
             if self.progress.step == step and self.clock.started is not None:
                 print(f"error: {lost_ranks(self.config)}", file=sys.stderr, flush=True)
                 os._exit(2)
 
-        threading.Thread(target=wait, daemon=True).start()
+        watcher = threading.Thread(target=wait, daemon=True)
+        watcher.start()
+        before = signal.set_wakeup_fd(writer.fileno())
+        try:
+            yield
+        finally:  # a thread that outlives the run would keep the process group alive when Python ends, which can abort
+            signal.set_wakeup_fd(before)
+            over.set()
+            writer.close()
+            watcher.join()
+            reader.close()
 
     def agree_to_stop(self) -> bool:
         """A signal that reached any rank stops all of them after the same step, one later than the signal came.
@@ -1296,6 +1306,11 @@ def lost_ranks(config: TrainConfig) -> str:
     )
 
 
+def train_watched(run: Run) -> int:
+    with run.watch_for_lost_ranks() if run.machine.world > 1 else contextlib.nullcontext():
+        return run.train()
+
+
 def main(argv: list[str] | None = None) -> int:
     config, given, resumed = load_config(sys.argv[1:] if argv is None else argv)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -1316,7 +1331,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         master = int(os.environ.get("RANK", "0")) == 0
         with run_folder.lock(Path(config.out_dir)) if master else contextlib.nullcontext():
-            return Run(config, given, resumed).train()
+            return train_watched(Run(config, given, resumed))
     except RuntimeError as error:
         if memory_ran_out(error):
             raise out_of_memory(config) from None

@@ -1232,33 +1232,38 @@ def test_a_rank_that_waits_for_a_silent_one_ends_with_a_message(dataset, tmp_pat
     assert "exitcode  : 2" in said
 
 
+def watched_run(started: float | None) -> SimpleNamespace:
+    run = SimpleNamespace(progress=SimpleNamespace(step=9), config=SimpleNamespace(out_dir="out"))
+    run.clock = SimpleNamespace(total=0.0, started=started)
+    return run
+
+
 @pytest.mark.parametrize("started", [1.0, None])
 def test_a_signal_leaves_a_slow_rank_most_of_the_time_that_torchrun_does(monkeypatch, started):
     """Its step may be long, and so may rank 0 be saving: neither is known here, least of all before the first lap."""
-    slept, ended, over = [], [], threading.Event()
-    run = SimpleNamespace(progress=SimpleNamespace(step=9), config=SimpleNamespace(out_dir="out"))
-    run.clock = SimpleNamespace(total=0.0, started=started)
+    waited, ended = [], []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(train.time, "sleep", slept.append)
     monkeypatch.setattr(train.os, "_exit", ended.append)
-    monkeypatch.setattr(train, "threading", SimpleNamespace(Thread=lambda target, daemon: Ending(target, over)))
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        train.Run.watch_for_lost_ranks(run)
+    over = SimpleNamespace(wait=waited.append, set=lambda: None)
+    monkeypatch.setattr(train, "threading", SimpleNamespace(Thread=threading.Thread, Event=lambda: over))
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with train.Run.watch_for_lost_ranks(watched_run(started)):
         signal.raise_signal(signal.SIGTERM)
-        assert over.wait(10)
-    finally:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, before)
-    assert (len(slept), ended) == (1, [2] if started else [])
-    assert 20 <= slept[0] < 30
+    assert (len(waited), ended) == (1, [2] if started else [])
+    assert 20 <= waited[0] < 30
 
 
-class Ending(threading.Thread):
-    """A thread that tells when it is over."""
-
-    def __init__(self, target, over):
-        super().__init__(target=lambda: (target(), over.set()), daemon=True)
+@pytest.mark.parametrize("signalled", [False, True])
+def test_the_watch_for_lost_ranks_ends_with_the_run(signalled):
+    """A thread left over holds the process group, whose own threads can abort Python as it ends."""
+    before = threading.enumerate()
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with train.Run.watch_for_lost_ranks(watched_run(1.0)):
+        assert len(threading.enumerate()) == len(before) + 1
+        if signalled:
+            signal.raise_signal(signal.SIGTERM)
+    assert threading.enumerate() == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_a_lost_rank_is_told_to_go_on_only_from_what_is_there(dataset, tmp_path, monkeypatch):
