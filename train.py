@@ -349,7 +349,8 @@ def step_memory(shape: GPTConfig, config: Any, recompute: str, trainable: int | 
     }
     unit = number / 2 * C * tokens
     kept = KEPT[recompute]
-    if recompute == "none":  # dropout's masks, a byte a number: 2 C wide in all, and 7 C for the adapters' inputs
+    # Dropout's masks, a byte a number: 2 C wide in all; of the adapters' inputs 7 C, and one such input, 2 bytes a number.
+    if recompute == "none":
         kept += 2 * (shape.dropout > 0) + (0 if full else 9 * (config.lora_dropout > 0))
     if recompute == "pointwise" and not full:  # the adapters' products, 9 C wide in all: more than "none" keeps
         kept += 18
@@ -580,7 +581,7 @@ class Run:
         if last is not None:
             load_trainer(last, self.step)
         self.clock, self.stop_signal, self.skipped = Clock(self.machine, self.progress.elapsed_s), 0, 0.0
-        self.signalled = -math.inf  # when the signal came
+        self.signalled_at = -math.inf
         self.flag = torch.zeros((), dtype=torch.int64, device=self.machine.device)  # the stop signal of all ranks
         self.saved_step = self.progress.step if resumed else -1
         self.drawing: threading.Thread | None = None
@@ -713,10 +714,10 @@ class Run:
 
     def on_signal(self, number: int, frame: Any) -> None:
         if self.stop_signal:
-            if time.monotonic() - self.signalled < 0.3:  # one and the same: `timeout` sends its own twice
+            if time.monotonic() - self.signalled_at < 0.3:  # one and the same: `timeout` sends its own twice
                 return
             raise KeyboardInterrupt  # a second Ctrl-C means now
-        self.stop_signal, self.signalled = number, time.monotonic()
+        self.stop_signal, self.signalled_at = number, time.monotonic()
         self.say(f"\n{signal.Signals(number).name}: finishing this step, then saving (again to quit at once)")
 
     @contextlib.contextmanager
