@@ -189,13 +189,15 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Ten
     d loss / d logits = softmax(logits) - onehot(target): the forward pass holds all that the gradient needs.
     """
     logits[:, vocab_size:] = -math.inf
-    log_probs = logits.log_softmax(1, dtype=torch.float32)  # (n, V)
-    valid = (targets != MASKED)[:, None]  # (n, 1)
-    picked = log_probs.gather(1, targets.clamp(min=0)[:, None])  # (n, 1)
-    onehot = torch.arange(logits.size(1), device=logits.device) == targets[:, None]  # (n, V)
-    gradient = log_probs.exp_().sub_(onehot.float())  # in place: in fp32 a chunk is twice as large as its logits
-    logits.copy_(gradient.masked_fill_(~valid, 0.0))
-    return -torch.where(valid, picked, 0.0).sum()
+    x = logits.float()  # (n, V), from here on in place: in fp32 a chunk is twice as large as its logits
+    x -= x.amax(1, keepdim=True)
+    masked, target = (targets == MASKED)[:, None], targets.clamp(min=0)[:, None]  # (n, 1) each
+    picked = x.gather(1, target)
+    total = x.exp_().sum(1, keepdim=True)
+    x /= total
+    x.scatter_(1, target, x.gather(1, target) - 1)
+    logits.copy_(x.masked_fill_(masked, 0.0))
+    return (total.log() - picked).masked_fill_(masked, 0.0).sum()
 
 
 if triton is not None:
@@ -303,7 +305,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # type: ignore[union-attr, assignment]  # tied: Press and Wolf 2017, arXiv:1608.05859
-        self.loss_chunk = cross_entropy_chunk  # compile_parts() puts its compiled form here
+        self.loss_chunk = cross_entropy_chunk  # compile_parts() puts its fused form here
         self.init_weights()
 
     @property
@@ -351,8 +353,8 @@ class GPT(nn.Module):
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for module in (*self.blocks, self.transformer["ln_f"]):
             module.compile(dynamic=False)
-        on_gpu = self.lm_head.weight.is_cuda and triton is not None
-        self.loss_chunk = fused_cross_entropy_chunk if on_gpu else torch.compile(cross_entropy_chunk, dynamic=False)
+        if self.lm_head.weight.is_cuda and triton is not None:
+            self.loss_chunk = fused_cross_entropy_chunk
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) -> the last layer's normalized output (B, T, C). A cache is read and extended."""

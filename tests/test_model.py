@@ -2,14 +2,17 @@
 
 import copy
 import json
+import math
 
 import pytest
 import reference
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT, MASKED, GPTConfig, WeightsError
+from model import GPT, MASKED, GPTConfig, WeightsError, cross_entropy_chunk
 
 SHAPE = {"vocab_size": 97, "n_layer": 3, "n_head": 4, "n_embd": 48}
 
@@ -183,6 +186,54 @@ def test_no_position_sees_the_future():
         (grad,) = torch.autograd.grad(model(x)[0][0, t].sum(), embedded)
         seen = grad[0].abs().sum(1) > 0
         assert seen.tolist() == [True] * (t + 1) + [False] * (7 - t)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Notes every storage of so many numbers that is made inside, and keeps it, so that no address comes twice."""
+
+    def __init__(self, numel: int):
+        super().__init__()
+        self.numel = numel
+        self.made: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.numel() >= self.numel:
+                self.made[t.untyped_storage().data_ptr()] = t
+        return out
+
+
+@pytest.mark.parametrize(("dtype", "more"), [(torch.float32, 0), (torch.bfloat16, 4)])
+def test_the_loss_holds_its_logits_in_fp32_and_nothing_else_so_large(dtype, more):
+    logits, targets = torch.randn(64, 128).to(dtype), torch.randint(100, (64,))
+    with LargeTensors(64 * 100) as large:
+        cross_entropy_chunk(logits, targets, 100)
+    large.made.pop(logits.data_ptr(), None)
+    assert sum(t.untyped_storage().nbytes() for t in large.made.values()) == more * logits.numel()
+
+
+@pytest.mark.parametrize("scale", [3.0, 30.0])
+def test_the_loss_and_its_gradient_are_those_of_float64(scale):
+    """GPT-2's number of columns: sums of so many have to be summed well."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 50304, generator=generator) * scale
+    targets = torch.randint(50257, (64,), generator=generator)
+    targets[::7] = MASKED
+    exact = logits.double()[:, :50257].requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(exact, targets, ignore_index=MASKED, reduction="sum")
+    wanted.backward()
+    logits[3, 50257:] = math.inf  # whatever stands in the padding
+    assert cross_entropy_chunk(logits, targets, 50257).item() == pytest.approx(wanted.item(), rel=3e-7)
+    assert (logits[:, :50257] - exact.grad).abs().max() < 1e-6
+    assert not logits[:, 50257:].any()
+
+
+def test_a_masked_row_takes_no_part_whatever_its_logits():
+    logits, targets = torch.full((2, 4), math.inf), torch.tensor([MASKED, 1])
+    logits[1] = 0.0
+    assert cross_entropy_chunk(logits, targets, 4).item() == pytest.approx(math.log(4))
+    assert logits.tolist() == [[0.0] * 4, [0.25, -0.75, 0.25, 0.25]]
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
