@@ -38,7 +38,7 @@ import config as configuration
 import model as gpt
 import train
 from config import BenchConfig, UserError
-from config.machine import CARDS, Card, Machine, choose_device, open_machine
+from config.machine import CARDS, Card, Machine, choose_device, join_ranks, open_machine
 from data import DATA, open_dataset
 from data import run as run_folder
 from data.shards import find
@@ -372,7 +372,8 @@ def predict(config: Any, recompute: str, card: Card | None = None) -> Row:
         wide = {"c_attn": 4, "c_proj": 7, "c_fc": 5}
         chosen = wide if config.lora_targets == "all" else config.lora_targets.split(",")
         trainable = config.lora_rank * shape.n_layer * shape.n_embd * sum(wide[name] for name in chosen)
-    memory = {kind: n / GiB for kind, n in train.step_memory(shape, config, recompute, trainable).items()}
+    parts = train.step_memory(shape, config, recompute, trainable, compiled=config.compile is not False)
+    memory = {kind: n / GiB for kind, n in parts.items()}
     row = {"batch_size": config.batch_size, "recompute": recompute, "gib": sum(memory.values()), "memory_gib": memory}
     if card is None:
         return row
@@ -721,10 +722,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.plan:
         result["plan"] = plan(config, argv)
     else:
+        join_ranks(config)
         machine = open_machine(config, Block(shape_of(config)))
         name, config.compile, config.dtype = machine.name, machine.compiled, str(machine.dtype).removeprefix("torch.")
-        if WORLD > 1:
-            dist.init_process_group(config.backend if machine.on_gpu else "gloo")
         say("\n".join([f"{name}, torch {torch.__version__}", *machine.notes]))
         if config.vram_gb and not machine.on_gpu:
             raise UserError(f"vram_gb={config.vram_gb:g} needs a GPU, whose memory it limits; --plan needs none")

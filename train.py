@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import config as configuration
 from config import TrainConfig, UserError
-from config.machine import Machine, open_machine
+from config.machine import Machine, join_ranks, open_machine
 from data import run as run_folder
 from model import GPT, LOSS_CHUNK_ROWS, MASKED, GPTConfig, Sampling, WeightsError, find_pretrained
 
@@ -316,6 +316,8 @@ def worth_compiling(model: GPT, config: TrainConfig) -> bool:
 # two norms 4, qkv 6, attention 2, its projection 2, the MLP's inside 16; pointwise: 12 less, the norms and the GELU's
 # output, which is half of the MLP's inside; block: its input.
 KEPT = {"none": 32, "pointwise": 20, "block": 2}
+# Uncompiled: autocast hands both norms their input in fp32; a recomputation also holds what the MLP adds.
+EAGER = {"none": 4, "pointwise": 2, "block": 0}
 
 
 def parameter_count(shape: GPTConfig) -> int:
@@ -325,8 +327,10 @@ def parameter_count(shape: GPTConfig) -> int:
     return (shape.padded_vocab_size + shape.block_size) * C + shape.n_layer * block + norm
 
 
-def step_memory(shape: GPTConfig, config: Any, recompute: str, trainable: int | None = None) -> dict[str, float]:
-    """Bytes of device memory at the peak of a step, by kind; their sum is the allocator's high-water mark.
+def step_memory(
+    shape: GPTConfig, config: Any, recompute: str, trainable: int | None = None, compiled: bool = True
+) -> dict[str, float]:
+    """Bytes of a GPU's memory at the peak of a step, by kind; their sum is the allocator's high-water mark.
 
     trainable: parameters with gradients and moments, if not all (LoRA). The peak is the largest of three moments: in
     the loss, with all activations alive and a chunk of logits beside them; in the backward pass of the last layer,
@@ -354,11 +358,14 @@ def step_memory(shape: GPTConfig, config: Any, recompute: str, trainable: int | 
         kept += 2 * (shape.dropout > 0) + (0 if full else 9 * (config.lora_dropout > 0))
     if recompute == "pointwise" and not full:  # the adapters' products, 9 C wide in all: more than "none" keeps
         kept += 18
+    if not compiled and number == 2:
+        kept += EAGER[recompute]
     narrowed = full and number < master  # fp32 weights are cast for each product, and with "none" the casts are kept
     casts = number * (params - C * V) if recompute == "none" and narrowed else 0.0
     loss = base | {
         "activations": (kept * L + 8) * unit,
-        "logits": number * min(tokens, LOSS_CHUNK_ROWS) * V + head,
+        # Uncompiled, the loss holds them in fp32, too.
+        "logits": (number if compiled or number == 4 else number + 4) * min(tokens, LOSS_CHUNK_ROWS) * V + head,
         "workspace": casts + (number * C * V if narrowed else 0.0) + 2.0**25,
     }
     backward = base | {
@@ -375,7 +382,7 @@ def choose_recompute(model: GPT, config: Any, machine: Machine) -> str:
         return "none"
     room = 0.9 * device_memory(machine)
     for recompute in ("none", "pointwise"):
-        if sum(step_memory(model.config, config, recompute, trainable(model)).values()) < room:
+        if sum(step_memory(model.config, config, recompute, trainable(model), machine.compiled).values()) < room:
             return recompute
     return "block"
 
@@ -627,7 +634,7 @@ class Run:
             f"an epoch is {self.windows.per_epoch / self.step_windows:,.1f} steps; {c.max_iters:,} steps are "
             f"{c.max_iters * self.step_windows / self.windows.per_epoch:,.2f} epochs"
         )
-        gib = sum(step_memory(shape, c, c.recompute, trainable(self.model)).values()) / 2**30
+        gib = sum(step_memory(shape, c, c.recompute, trainable(self.model), self.machine.compiled).values()) / 2**30
         size = f"{gib:.1f} GiB" if gib >= 0.05 else f"{1024 * gib:.0f} MiB"
         self.say(f"memory: about {size} at the peak of a step (recompute={c.recompute})")
         if self.resumed:
@@ -1321,11 +1328,7 @@ def main(argv: list[str] | None = None) -> int:
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not a multiple of {world} ranks: "
             f"pass --gradient_accumulation_steps={near}"
         )
-    if world > 1:
-        gpu = torch.cuda.is_available() and config.device != "cpu"
-        if gpu:  # before the first collective, which else has to guess
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group(config.backend if gpu else "gloo")
+    join_ranks(config)
     try:
         if config.eval_only:
             evaluate_only(Run(config, given, resumed))

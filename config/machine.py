@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from config import UserError
@@ -94,6 +95,16 @@ class Machine:
             torch.mps.synchronize()
 
 
+def join_ranks(config: Any) -> None:
+    """Join the ranks that torchrun started, if it did: they choose dtype=auto together in open_machine, which follows."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    gpu = torch.cuda.is_available() and config.device != "cpu"
+    if gpu:  # before the first collective, which else has to guess
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group(config.backend if gpu else "gloo")
+
+
 def open_machine(config: Any, layer: nn.Module | None = None, long: bool = True) -> Machine:
     """Resolve device, dtype and compile. Raises UserError for what was asked for and is not there.
 
@@ -172,6 +183,10 @@ def choose_dtype(asked: str, device: torch.device, layer: nn.Module | None, note
         seconds: dict[torch.dtype, float] = {}
         for dtype in both * 3:  # in turns, so that what else the machine does meets both
             seconds[dtype] = min(_time_layer(layer, dtype), seconds.get(dtype, 1e9))
+        if dist.is_initialized():  # one precision for all ranks: the first one's clock decides
+            shared = [seconds]
+            dist.broadcast_object_list(shared, 0)
+            [seconds] = shared
         # A tenth and more: nothing less is worth the lost digits, and a noisy clock shall not decide.
         best = torch.bfloat16 if seconds[torch.bfloat16] < 0.9 * seconds[torch.float32] else torch.float32
         figures = ", ".join(f"{str(d).removeprefix('torch.')} {1e3 * s:.1f} ms" for d, s in seconds.items())

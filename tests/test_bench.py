@@ -582,7 +582,7 @@ def test_accumulation_keeps_a_gradient_of_every_weight():
 def test_plan_for_the_4070_ti(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
     shape = {"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257}
-    result, text = run("--plan", **shape, dtype="auto")
+    result, text = run("--plan", **shape, dtype="auto", compile="auto")
     found = result["plan"]
     assert (found["card"], found["tflops"], found["room_gib"]) == ("NVIDIA GeForce RTX 4070 Ti", 80.2, 11)
     # The table has all candidates, the JSON the fastest of each: a terminal's user need not scroll past it.

@@ -114,21 +114,24 @@ def test_200_steps_of_the_final_path_end_where_the_plain_path_ends():
     assert ends[0] == pytest.approx(ends[1], abs=0.01)
 
 
-@pytest.mark.parametrize(("n_layer", "n_head", "n_embd"), [(12, 12, 768), (24, 16, 1024), (36, 20, 1280)])
+@pytest.mark.parametrize(
+    ("n_layer", "n_head", "n_embd", "compiled"),
+    [(12, 12, 768, True), (12, 12, 768, False), (24, 16, 1024, True), (36, 20, 1280, True)],
+)
 @pytest.mark.parametrize(("recompute", "batch_size"), [("none", 4), ("pointwise", 8), ("block", 8)])
-def test_memory_is_as_predicted(n_layer, n_head, n_embd, recompute, batch_size):
+def test_memory_is_as_predicted(n_layer, n_head, n_embd, compiled, recompute, batch_size):
     shape = GPTConfig(1024, 50257, n_layer, n_head, n_embd)
     gc.collect()  # what an earlier test left would be freed, and subtracted, while this one measures
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    step = make_step(shape, recompute=recompute, batch_size=batch_size)
+    step = make_step(shape, compiled=compiled, recompute=recompute, batch_size=batch_size)
     for _ in range(2):
         step.x.random_(0, 50257)
         step.y.random_(0, 50257)
         step(1e-4)
     measured = torch.cuda.max_memory_allocated() - before
-    predicted = sum(train.step_memory(shape, step.config, recompute).values())
+    predicted = sum(train.step_memory(shape, step.config, recompute, compiled=compiled).values())
     print(
         f"{n_layer} layers, {recompute}, {batch_size}: predicted {predicted / 2**30:.2f}, measured {measured / 2**30:.2f} GiB"
     )

@@ -761,6 +761,17 @@ def test_a_cpu_takes_bfloat16_where_it_gains_a_tenth(monkeypatch, bf16, chosen, 
     assert found == getattr(torch, chosen) and why in notes[0]
 
 
+def test_all_ranks_take_the_precision_that_the_first_one_found(monkeypatch):
+    def broadcast(mine, source):
+        assert mine == [{torch.float32: 1.0, torch.bfloat16: 0.5}] and source == 0
+        mine[0] = {torch.float32: 1.0, torch.bfloat16: 2.0}
+
+    monkeypatch.setattr(machine, "_time_layer", lambda layer, dtype: 0.5 if dtype == torch.bfloat16 else 1.0)
+    monkeypatch.setattr(machine.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(machine.dist, "broadcast_object_list", broadcast)
+    assert machine.choose_dtype("auto", torch.device("cpu"), torch.nn.Linear(1, 1), []) == torch.float32
+
+
 @pytest.mark.parametrize(("supported", "chosen"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_a_gpu_takes_bfloat16_where_it_has_it(monkeypatch, supported, chosen):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
