@@ -5,8 +5,7 @@
 #   python sample.py --out_dir=out-finetune-gpt2-large
 #
 # Result  on Shakespeare, which it takes without --dataset: not measured yet
-# Time    39,200 tokens/s on an H200, 28,500 with a busy host; 63,600 at 32 rows
-#         (--batch_size=32 --gradient_accumulation_steps=1)
+# Time    39,200 tokens/s on an H200; 63,600 at 32 rows (--batch_size=32 --gradient_accumulation_steps=1)
 # VRAM    8.7 GiB at most in a run held to 11 GiB
 
 out_dir = "out-finetune-gpt2-large"
