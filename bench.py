@@ -409,7 +409,8 @@ def plan(config: Any, argv: list[str]) -> Row:
             rows.append(candidates[-1])  # the largest is the fastest, and all that the line of JSON needs
     name = "this card" if config.peak_tflops else config.card
     method = f"LoRA of rank {config.lora_rank}" if config.lora_rank else f"all weights, {config.optimizer}"
-    say(f"predicted: {config.n_layer} layers, {config.n_embd} wide, {method}, in {room:g} GiB of {name}")
+    said = f"predicted: {config.n_layer} layers, {config.n_embd} wide, {method}, in {room:g} GiB of {name}"
+    say(said + "; uncompiled it takes that memory, but more than that time" * (config.compile is False))
     best = max(rows, key=lambda row: row["tokens_per_s"], default={})
     columns = {"recompute": "{recompute}", "micro-batch": "{batch_size}"}
     columns |= {kind: f"{{memory_gib[{kind}]:.2f}}" for row in candidates for kind in row["memory_gib"]}

@@ -604,6 +604,13 @@ def test_plan_for_the_4070_ti(run, monkeypatch):
     assert found["best"]["tokens_per_s"] == pytest.approx(65_000, rel=0.01)
 
 
+def test_the_plan_knows_what_an_uncompiled_step_takes(run):
+    same = {"dtype": "bfloat16", "recompute": "none"}  # 1,024 rows of this small model, all of which fit either way
+    (one, said), (other, warned) = (run("--plan", compile=compiled, **same) for compiled in (True, False))
+    assert other["plan"]["best"]["gib"] > one["plan"]["best"]["gib"]
+    assert "more than that time" in warned and "more than that time" not in said
+
+
 def test_the_plan_ends_in_the_command_that_measures_it(run, tmp_path):
     (tmp_path / "mine.py").write_text("lora_rank = 4")
     said = run("mine.py", "--plan", "--card=NVIDIA H200", "--lora-alpha=8", "--batch-size=5")[1].splitlines()[-1]
