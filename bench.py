@@ -38,7 +38,7 @@ import config as configuration
 import model as gpt
 import train
 from config import BenchConfig, UserError
-from config.machine import CARDS, Card, Machine, choose_device, join_ranks, open_machine
+from config.machine import CARDS, Card, Machine, choose_device, join_ranks, open_machine, torchrun_ranks
 from data import DATA, open_dataset
 from data import run as run_folder
 from data.shards import find
@@ -56,7 +56,7 @@ COLUMNS |= {"tokens/s": "{tokens_per_s:,.0f}", "x": "{times:.2f}", "MFU": "{mfu:
 NOTHING_FITS = "nothing fits, not even one row: try --lora_rank=16, --optimizer=adamw8bit or a smaller model"
 KEYS = "--batch_size={batch_size} --recompute={recompute}"
 FASTEST = f"fastest: {KEYS}, {{tokens_per_s:,.0f}} tokens/s"
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun sets them
+RANK, WORLD, _ = torchrun_ranks()
 Row = dict[str, Any]  # of a table and of the JSON
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import config as configuration
 from config import TrainConfig, UserError
-from config.machine import Machine, join_ranks, open_machine
+from config.machine import Machine, join_ranks, open_machine, torchrun_ranks
 from data import run as run_folder
 from model import GPT, LOSS_CHUNK_ROWS, MASKED, GPTConfig, Sampling, WeightsError, find_pretrained
 
@@ -316,7 +316,7 @@ def worth_compiling(model: GPT, config: TrainConfig) -> bool:
 # two norms 4, qkv 6, attention 2, its projection 2, the MLP's inside 16; pointwise: 12 less, the norms and the GELU's
 # output, which is half of the MLP's inside; block: its input.
 KEPT = {"none": 32, "pointwise": 20, "block": 2}
-# Uncompiled: autocast hands both norms their input in fp32; a recomputation also holds what the MLP adds.
+# Uncompiled under autocast: that hands both norms their input in fp32, and pointwise also keeps what the MLP adds.
 EAGER = {"none": 4, "pointwise": 2, "block": 0}
 
 
@@ -352,20 +352,18 @@ def step_memory(
         "gradients": float(master * trained) if config.gradient_accumulation_steps > 1 else 0.0,
     }
     unit = number / 2 * C * tokens
-    kept = KEPT[recompute]
+    eager = not compiled and number == 2  # then some of what is computed in fp32 is also kept in it
+    kept = KEPT[recompute] + eager * EAGER[recompute]
     # Dropout's masks, a byte a number: 2 C wide in all; of the adapters' inputs 7 C, and one such input, 2 bytes a number.
     if recompute == "none":
         kept += 2 * (shape.dropout > 0) + (0 if full else 9 * (config.lora_dropout > 0))
     if recompute == "pointwise" and not full:  # the adapters' products, 9 C wide in all: more than "none" keeps
         kept += 18
-    if not compiled and number == 2:
-        kept += EAGER[recompute]
     narrowed = full and number < master  # fp32 weights are cast for each product, and with "none" the casts are kept
     casts = number * (params - C * V) if recompute == "none" and narrowed else 0.0
     loss = base | {
         "activations": (kept * L + 8) * unit,
-        # Uncompiled, the loss holds them in fp32, too.
-        "logits": (number if compiled or number == 4 else number + 4) * min(tokens, LOSS_CHUNK_ROWS) * V + head,
+        "logits": (number + 4 * eager) * min(tokens, LOSS_CHUNK_ROWS) * V + head,
         "workspace": casts + (number * C * V if narrowed else 0.0) + 2.0**25,
     }
     backward = base | {
@@ -1321,7 +1319,7 @@ def train_watched(run: Run) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     config, given, resumed = load_config(sys.argv[1:] if argv is None else argv)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world, _ = torchrun_ranks()
     if rest := config.gradient_accumulation_steps % world:
         near = config.gradient_accumulation_steps + world - rest
         raise UserError(
@@ -1333,8 +1331,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.eval_only:
             evaluate_only(Run(config, given, resumed))
             return 0
-        master = int(os.environ.get("RANK", "0")) == 0
-        with run_folder.lock(Path(config.out_dir)) if master else contextlib.nullcontext():
+        with run_folder.lock(Path(config.out_dir)) if rank == 0 else contextlib.nullcontext():
             return train_watched(Run(config, given, resumed))
     except RuntimeError as error:
         if memory_ran_out(error):

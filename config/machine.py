@@ -95,13 +95,20 @@ class Machine:
             torch.mps.synchronize()
 
 
+def torchrun_ranks() -> tuple[int, int, int]:
+    """This process's rank, how many there are, and its rank on this machine, as torchrun sets them."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    return rank, world, local
+
+
 def join_ranks(config: Any) -> None:
     """Join the ranks that torchrun started, if it did: they choose dtype=auto together in open_machine, which follows."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    _, world, local = torchrun_ranks()
+    if world == 1:
         return
     gpu = torch.cuda.is_available() and config.device != "cpu"
     if gpu:  # before the first collective, which else has to guess
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(local % torch.cuda.device_count())
     dist.init_process_group(config.backend if gpu else "gloo")
 
 
@@ -112,7 +119,7 @@ def open_machine(config: Any, layer: nn.Module | None = None, long: bool = True)
         which it runs faster.
     long: whether there is enough to do for compiling to pay; if not, compile=auto is off.
     """
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = torchrun_ranks()
     notes: list[str] = []
     kind = choose_device(config.device, notes)
     device = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)  # cuda:0 unless torchrun says else

@@ -225,7 +225,7 @@ def test_the_loss_and_its_gradient_are_those_of_float64(scale):
     wanted.backward()
     logits[3, 50257:] = math.inf  # whatever stands in the padding
     assert cross_entropy_chunk(logits, targets, 50257).item() == pytest.approx(wanted.item(), rel=3e-7)
-    assert (logits[:, :50257] - exact.grad).abs().max() < 1e-6
+    assert (logits[:, :50257] - exact.grad).abs().max() < 3e-7
     assert not logits[:, 50257:].any()
 
 

@@ -1083,7 +1083,7 @@ def test_batch_sizes_are_measured_with_the_graph_that_the_run_would_have(monkeyp
 
 def test_every_batch_size_is_measured_compiled(monkeypatch):
     """torch compiles a function for a few shapes, then runs it as it is: the sizes tried last must not meet that."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # which nn.Module.compile calls, too
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # which nn.Module.compile calls
     torch.compiler.reset()  # what other tests have compiled counts, too
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
         settle(Machine(CPU.device, CPU.dtype, compiled=True))
