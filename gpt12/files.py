@@ -1,0 +1,89 @@
+"""File helpers: atomic writes, checksums, fsync, and one writer per folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from gpt12.errors import UserError
+
+BLOCK_BYTES = 1 << 20  # read this much at a time when hashing
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves either the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    remove_link(temporary)
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as a hexadecimal string."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk. Windows cannot open a folder, so it is skipped there."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_link(path: Path) -> None:
+    """Remove `path` if it is a symbolic link.
+
+    A run folder from a stranger may contain links that lead out of it; we must not write through them.
+    """
+    if path.is_symlink():
+        path.unlink()
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, if_locked: str) -> Iterator[None]:
+    """Let only one process write to a folder. A crash releases the lock.
+
+    if_locked: the message of the UserError if another process holds the lock.
+    Raises OSError if the folder cannot be created or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock_file = folder / ".lock"
+    remove_link(lock_file)
+    lock = filelock.FileLock(lock_file, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(if_locked) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        _remove_if_empty(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing but its lock file: the run was refused before it wrote anything."""
+    with contextlib.suppress(OSError):  # the user may have deleted the folder
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            folder.rmdir()
