@@ -276,6 +276,7 @@ class GPT(nn.Module):
     def set_recompute(self, recompute: str) -> None:
         """Set the `recompute` of every block: "none", "pointwise" or "block"."""
         for block in self.transformer.h:
+            assert isinstance(block, Block)
             block.recompute = recompute
 
 

@@ -63,8 +63,8 @@ def linear_cross_entropy(
 def _drop_ignored_rows(x: Tensor, targets: Tensor, target_count: int) -> tuple[Tensor, Tensor]:
     """Move the rows with a target to the front and cut off most of the others.
 
-    The sort needs no answer from the GPU, so the host does not wait. What remains is a multiple of 1,024 rows, which keeps the number
-    of shapes small.
+    The sort needs no answer from the GPU, so the host does not wait. What remains is a multiple of
+    1,024 rows, which keeps the number of different shapes small.
     """
     order = (targets == IGNORE_INDEX).argsort(stable=True)
     rounded = (target_count + 1023) // 1024 * 1024
