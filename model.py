@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from gpt12.errors import UserError
+
 try:  # comes with torch's CUDA builds; without it the loss is the same formula in several kernels
     import triton
     import triton.language as tl
@@ -40,7 +42,7 @@ MASKED = -1  # a target that is not trained
 LINEARS = ("c_attn", "c_proj", "c_fc")  # the names of a block's linear layers
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """Weights or a prompt that this model cannot take; the message says what is wrong and what to do."""
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import data.prepare
-from config import UserError
 from data.download import Wheel, fetch, open_wheel
 from data.fineweb_edu import prepare as fineweb_edu
 from data.openwebtext import prepare as openwebtext
@@ -22,6 +21,7 @@ from data.prepare import val_documents
 from data.shakespeare_char import prepare as shakespeare_char
 from data.shards import Tokens
 from data.texts import Documents
+from gpt12.errors import UserError
 from tests.tiny_bpe import encode_slowly, tiny
 
 REPOSITORY = Path(__file__).parent.parent
