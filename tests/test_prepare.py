@@ -177,7 +177,7 @@ def test_shakespeare_from_nowhere(shelf, make_wheel):
 
 
 def test_the_script_runs_from_anywhere(tmp_path):
-    for folder in ("config", "data"):
+    for folder in ("gpt12", "data"):
         ignore = shutil.ignore_patterns("*.bin", "meta.json", "cache", "input.txt")
         shutil.copytree(REPOSITORY / folder, tmp_path / "house" / folder, ignore=ignore)
     script = tmp_path / "house/data/shakespeare_char/prepare.py"
@@ -192,7 +192,7 @@ def test_the_script_runs_from_anywhere(tmp_path):
 @pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char", "openwebtext", "fineweb_edu"])
 def test_help_prints_the_page_and_prepares_nothing(name, tmp_path):
     ignore = shutil.ignore_patterns("*.bin", "meta.json", "cache", "input.txt")
-    for folder in ("config", "data"):
+    for folder in ("gpt12", "data"):
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=ignore)
     files = sorted(tmp_path.rglob("*"))
     for argument, status in ("--help", 0), ("--tokenz=5", 2):
