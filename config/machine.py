@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from config import UserError
+from gpt12.errors import UserError
 
 
 class Card(NamedTuple):
