@@ -26,7 +26,9 @@ def run_main(main: Callable[[], int | None], help_page: str | None = None) -> No
             print(help_page.strip())
             status = 0
         elif help_page is not None and sys.argv[1:]:
-            raise UserError(f"unknown argument {sys.argv[1]!r}: this script has no options, only --help")
+            raise UserError(
+                f"unknown argument {sys.argv[1]!r}: this script has no options, only --help"
+            )
         else:
             status = main() or 0
     except UserError as error:
@@ -51,6 +53,9 @@ def _flush_output(status: int) -> int:
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             if status == 0 and not isinstance(error, BrokenPipeError):
-                print(f"error: not all of the output could be written: {error.strerror}", file=sys.stderr)
+                print(
+                    f"error: not all of the output could be written: {error.strerror}",
+                    file=sys.stderr,
+                )
                 status = 2
     return status
