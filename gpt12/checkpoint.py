@@ -32,7 +32,7 @@ FORMAT = 1
 
 @dataclass
 class Progress:
-    """How far a run has come. trainer.json holds exactly these values, `format` and the checksums."""
+    """How far a run has come: the values in trainer.json beside `format` and the checksums."""
 
     step: int = 0  # finished updates
     position: int = 0  # training windows consumed
@@ -46,7 +46,7 @@ class Progress:
 
     @classmethod
     def from_trainer_json(cls, content: dict[str, Any]) -> Progress:
-        """Take over the values of a trainer.json; values that an older file lacks keep their default."""
+        """Take the values from a trainer.json; what an older file lacks keeps its default."""
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in content.items() if key in known})
 
@@ -162,7 +162,7 @@ def _no_checkpoint(out_dir: Path, names: tuple[str, ...]) -> str:
 
 
 def _resumable_runs() -> list[str]:
-    """Return the run folders in the working directory that have a last/, newest first, at most three."""
+    """Return up to three run folders in the working directory that can be resumed, newest first."""
     found = []
     for file in Path().glob("*/last/trainer.json"):
         found.append((file.stat().st_mtime, str(file.parent.parent)))
@@ -179,7 +179,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     for name, expected in content["sha256"].items():
         if not _is_intact(folder, name, expected):
             raise UserError(
-                f"{folder / name} is damaged or missing: it is not what was saved. {_advice(folder)}"
+                f"{folder / name} is damaged or missing: it is not what was saved. "
+                f"{_advice(folder)}"
             )
     return content
 
@@ -223,7 +224,7 @@ def is_number_or_none(value: Any) -> bool:
 
 
 def _is_intact(folder: Path, name: str, expected: str) -> bool:
-    """Tell whether a file of the checkpoint has the expected SHA-256. Names that lead outside are refused."""
+    """Tell whether a file of the checkpoint has this SHA-256 and lies inside the folder."""
     file = folder / name
     try:
         inside = file.is_file() and file.resolve().is_relative_to(folder.resolve())

@@ -36,7 +36,7 @@ def record(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def use_graph_for_training(config: TrainConfig, n_layer: int, machine: Machine) -> bool:
-    """Decide whether the training step is recorded. config: with recompute and cuda_graph as the run uses them.
+    """Decide whether the training step is recorded.
 
     Not possible with several ranks, with float16 (its loss scale lives on the host), with torchao's
     optimizer, and with uncompiled recomputation under dropout (torch then asks the host for the

@@ -30,7 +30,10 @@ class Muon(Optimizer):
         momentum: float,
         weight_decay: float,
     ):
-        """stacked: for each parameter the number of matrices in it (3 for c_attn); they are orthogonalized apart."""
+        """stacked: for each parameter the number of matrices in it, 3 for c_attn.
+
+        They are orthogonalized separately.
+        """
         super().__init__(parameters, lr)
         self.momentum = momentum
         self.weight_decay = weight_decay

@@ -1,4 +1,4 @@
-"""AdamW with 8-bit state (Dettmers et al. 2021, arXiv:2110.02861) through torchao, which is optional.
+"""AdamW with 8-bit state, through torchao, which is optional (Dettmers et al. 2021).
 
 Weights are bfloat16 without a float32 copy: torchao rounds the updated weight up or down at random,
 so that small updates are not lost. Weights, gradients and state together take 6 bytes per parameter
@@ -39,7 +39,7 @@ class AdamW8bit(Optimizer):
 
 
 def is_8bit(value: Any) -> bool:
-    """Tell whether an optimizer's tensor is torchao's 8-bit subclass, which consists of several tensors."""
+    """Tell whether a state is torchao's 8-bit tensor subclass, made of several tensors."""
     return hasattr(value, "__tensor_flatten__")
 
 

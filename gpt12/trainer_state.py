@@ -1,4 +1,4 @@
-"""The tensors that resuming needs beside the weights: optimizer state, adapters, loss scale, random numbers.
+"""What resuming needs beside the weights: optimizer state, adapters, loss scale, random numbers.
 
 trainer.safetensors holds them under these names:
     optimizer.<parameter>.<key>   state of the optimizer, for example exp_avg
@@ -10,37 +10,54 @@ trainer.safetensors holds them under these names:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gpt12 import optim8bit
+from gpt12.device import Machine
+from gpt12.optimizer import Optimizer
+from model import GPT
 
-if TYPE_CHECKING:
-    from train import TrainStep
+
+@dataclass(frozen=True)
+class TrainerState:
+    """The objects whose tensors are saved."""
+
+    model: GPT
+    optimizers: list[Optimizer]
+    scaler: torch.amp.GradScaler
+    machine: Machine
+
+    def owner(self, parameter: Tensor) -> Optimizer:
+        """Return the optimizer that updates a parameter."""
+        for optimizer in self.optimizers:
+            if any(parameter is p for p in optimizer.parameters):
+                return optimizer
+        raise KeyError("no optimizer updates this parameter")
 
 
-def save_trainer_state(folder: Path, step: TrainStep) -> None:
+def save_trainer_state(folder: Path, trainer: TrainerState) -> None:
     """Write trainer.safetensors."""
     from safetensors.torch import save_file
 
     tensors = {}
-    for name, tensor in trainer_tensors(step).items():
+    for name, tensor in trainer_tensors(trainer).items():
         tensors[name] = tensor.detach().contiguous()
     save_file(tensors, folder / "trainer.safetensors")
 
 
-def trainer_tensors(step: TrainStep) -> dict[str, Tensor]:
+def trainer_tensors(trainer: TrainerState) -> dict[str, Tensor]:
     """Return all tensors of trainer.safetensors by name."""
     tensors: dict[str, Tensor] = {}
     names = {}
-    for name, parameter in step.model.named_parameters():
+    for name, parameter in trainer.model.named_parameters():
         names[parameter] = name
         if "lora_" in name:
             tensors[f"adapter.{name}"] = parameter
-    for optimizer in step.optimizers:
+    for optimizer in trainer.optimizers:
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
                 name = f"optimizer.{names[parameter]}.{key}"
@@ -50,23 +67,23 @@ def trainer_tensors(step: TrainStep) -> dict[str, Tensor]:
                 else:
                     tensors[name] = value
     tensors["rng.cpu"] = torch.get_rng_state()
-    if step.machine.on_gpu:
+    if trainer.machine.on_gpu:
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    if step.scaler.is_enabled():
-        state = step.scaler.state_dict()
+    if trainer.scaler.is_enabled():
+        state = trainer.scaler.state_dict()
         values = [state["scale"], state["_growth_tracker"]]
         tensors["scaler"] = torch.tensor(values, dtype=torch.float64)
     return tensors
 
 
-def state_bytes(step: TrainStep) -> int:
+def state_bytes(trainer: TrainerState) -> int:
     """Return the size of trainer.safetensors in bytes."""
-    return sum(t.numel() * t.element_size() for t in trainer_tensors(step).values())
+    return sum(t.numel() * t.element_size() for t in trainer_tensors(trainer).values())
 
 
 @torch.no_grad()
-def load_trainer_state(folder: Path, step: TrainStep) -> None:
-    """Read trainer.safetensors into the step's optimizers, adapters, loss scale and random generators.
+def load_trainer_state(folder: Path, trainer: TrainerState) -> None:
+    """Read trainer.safetensors back into model, optimizers, loss scale and random generators.
 
     The file is memory-mapped and copied tensor by tensor, so resuming needs no more memory than
     training.
@@ -74,27 +91,27 @@ def load_trainer_state(folder: Path, step: TrainStep) -> None:
     import safetensors
 
     with safetensors.safe_open(folder / "trainer.safetensors", framework="pt") as content:
-        for name in content.keys():  # noqa: SIM118 (not a dictionary)
+        for name in content.keys():
             tensor = content.get_tensor(name)
             kind, _, rest = name.partition(".")
             if kind == "adapter":
-                step.model.get_parameter(rest).copy_(tensor)
+                trainer.model.get_parameter(rest).copy_(tensor)
             elif kind == "optimizer":
-                _load_optimizer_tensor(step, rest, tensor)
+                _load_optimizer_tensor(trainer, rest, tensor)
             elif kind == "scaler":
-                _load_scaler(step, tensor)
+                _load_scaler(trainer, tensor)
             elif kind == "rng":
-                _load_random_state(step, rest, tensor)
-    for optimizer in step.optimizers:
+                _load_random_state(trainer, rest, tensor)
+    for optimizer in trainer.optimizers:
         optim8bit.assemble_states(optimizer.state)
 
 
-def _load_optimizer_tensor(step: TrainStep, name: str, tensor: Tensor) -> None:
+def _load_optimizer_tensor(trainer: TrainerState, name: str, tensor: Tensor) -> None:
     """name: <parameter>.<key> or <parameter>.<key>:<part>."""
     parameter_name, _, key = name.rpartition(".")
     key, _, part = key.partition(":")
-    parameter = step.model.get_parameter(parameter_name)
-    state = step.owner(parameter).state.setdefault(parameter, {})
+    parameter = trainer.model.get_parameter(parameter_name)
+    state = trainer.owner(parameter).state.setdefault(parameter, {})
     if part:
         state.setdefault(key, {})[part] = tensor.to(step.machine.device)
         return
@@ -104,19 +121,19 @@ def _load_optimizer_tensor(step: TrainStep, name: str, tensor: Tensor) -> None:
     state[key] = tensor.to(step.machine.device)
 
 
-def _load_scaler(step: TrainStep, tensor: Tensor) -> None:
-    if step.scaler.is_enabled():
-        state = step.scaler.state_dict()
+def _load_scaler(trainer: TrainerState, tensor: Tensor) -> None:
+    if trainer.scaler.is_enabled():
+        state = trainer.scaler.state_dict()
         state["scale"] = tensor[0].item()
         state["_growth_tracker"] = int(tensor[1])
-        step.scaler.load_state_dict(state)
+        trainer.scaler.load_state_dict(state)
 
 
-def _load_random_state(step: TrainStep, generator: str, tensor: Tensor) -> None:
+def _load_random_state(trainer: TrainerState, generator: str, tensor: Tensor) -> None:
     """Only rank 0 saved its state. The other ranks keep the state that they started with."""
-    if step.machine.rank != 0:
+    if trainer.machine.rank != 0:
         return
     if generator == "cpu":
         torch.set_rng_state(tensor)
-    elif step.machine.on_gpu:
+    elif trainer.machine.on_gpu:
         torch.cuda.set_rng_state(tensor)
