@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt12.config_loader import load
-from gpt12.errors import UserError, run_main
+from gpt12.errors import UserError
 from gpt12.settings import BenchConfig, SampleConfig, TrainConfig, as_dict
 from tests.harmless import harmless
 
@@ -463,39 +463,6 @@ def test_presets_that_nanogpt_has_do_what_they_did():
     theirs = {"dataset": "shakespeare", "init_from": "gpt2-xl", "batch_size": 1, "gradient_accumulation_steps": 32}
     theirs |= {"max_iters": 20, "learning_rate": 3e-5, "decay_lr": False, "eval_interval": 5, "eval_iters": 40}
     assert made("finetune_shakespeare").items() >= theirs.items()
-
-
-# ---------------------------------------------------------------------------------------------------------- run_main
-
-
-class KnownError(UserError):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("raised", "status", "said"),
-    [
-        (UserError("two\nlines"), 2, "error: two\nlines\n"),
-        (KnownError("weights"), 2, "error: weights\n"),
-        (KeyboardInterrupt(), 130, ""),
-    ],
-)
-def test_run_main_on_a_mistake(raised, status, said, capsys):
-    def main():
-        raise raised
-
-    with pytest.raises(SystemExit) as done:
-        run_main(main)
-    assert (done.value.code, capsys.readouterr().err) == (status, said)
-
-
-def test_run_main_otherwise():
-    for returned, status in ((None, 0), (0, 0), (143, 143)):
-        with pytest.raises(SystemExit) as done:
-            run_main(lambda value=returned: value)
-        assert done.value.code == status
-    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
-        run_main(lambda: 1 // 0)
 
 
 def test_importing_it_is_light():
