@@ -29,10 +29,7 @@ Schema = TypeVar("Schema", bound=TrainConfig | SampleConfig)
 
 
 def load(
-    schema: type[Schema],
-    argv: Sequence[str],
-    base: Mapping[str, Any] | None = None,
-    check: bool = True,
+    schema: type[Schema], argv: Sequence[str], base: Mapping[str, Any] | None = None, check: bool = True
 ) -> tuple[Schema, set[str]]:
     """The configuration that argv (without the program's name) asks for, and the keys that it sets.
 
@@ -74,9 +71,7 @@ class _Loader:
         self.given.pop(key, None)
         self.given[key] = source
         for value in readings:
-            with suppress(
-                Exception
-            ):  # a config file's value may be any object, and comparing it raise anything
+            with suppress(Exception):  # a config file's value may be any object, and comparing it raise anything
                 setattr(self.config, key, _convert(value, self.kinds[key]))
                 return
         self.doubtful.add(key)
@@ -84,9 +79,7 @@ class _Loader:
 
     def unknown(self, key: str, said: str) -> None:
         near = difflib.get_close_matches(key[:80], self.kinds, 1)
-        self.problems.append(
-            f"{said}: unknown key; " + (f"did you mean {near[0]}?" if near else "--help lists them")
-        )
+        self.problems.append(f"{said}: unknown key; " + (f"did you mean {near[0]}?" if near else "--help lists them"))
 
     def flag(self, word: str, following: list[str]) -> None:
         """One --key=value, or --key alone for True."""
@@ -103,9 +96,7 @@ class _Loader:
             self.set(key, _readings(text) if equals else [True], said, "command line")
         else:
             text = following.pop(0) if following and not following[0].startswith("-") else "VALUE"
-            self.problems.append(
-                f"{said} needs its value after an equals sign: {said}={_show(text, str)}"
-            )
+            self.problems.append(f"{said} needs its value after an equals sign: {said}={_show(text, str)}")
             self.doubtful.add(key)
 
     def file(self, name: str) -> None:
@@ -117,9 +108,7 @@ class _Loader:
             self.doubtful.update(self.kinds)
             return
         names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-        read = {
-            node.id for node in names if isinstance(node.ctx, ast.Load)
-        }  # helpers, not misspelt keys
+        read = {node.id for node in names if isinstance(node.ctx, ast.Load)}  # helpers, not misspelt keys
         line_of = {node.id: node.lineno for node in names if isinstance(node.ctx, ast.Store)}
         for key, value in space.items():
             said = f"{name}:{line_of.get(key, 1)}: {key}={_show(value)}"
@@ -161,11 +150,7 @@ def _execute(name: str, present: Mapping[str, Any]) -> tuple[ast.Module, dict[st
         tree = ast.parse(source, name)
         exec(compile(tree, name, "exec"), space)  # noqa: S102  (a config file is code, as --help says)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == name
-        ]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
         line = lines[-1] if lines else getattr(error, "lineno", None) or 1
         raise UserError(f"{name}:{line}: {type(error).__name__}: {_show(error, str)}") from error
     return tree, space
@@ -183,9 +168,7 @@ def _convert(value: Any, kind: Any) -> Any:
         if args[2](value):
             return value
     elif origin is tuple:
-        return tuple(
-            _convert(part, args[0]) for part in ([value] if isinstance(value, str) else value)
-        )
+        return tuple(_convert(part, args[0]) for part in ([value] if isinstance(value, str) else value))
     elif origin is Literal:
         if isinstance(value, str) and value in args:
             return value
@@ -231,20 +214,13 @@ def _show(value: Any, form: Callable[[Any], str] = repr) -> str:
 def _presets() -> dict[str, str]:
     """Path of each preset in config/, and its title: the comment that it begins with."""
     files = {str(path): path.read_text(encoding="utf-8") for path in sorted(PRESETS.glob("*.py"))}
-    return {
-        path: text.splitlines()[0].lstrip("# ")
-        for path, text in files.items()
-        if text.startswith("#")
-    }
+    return {path: text.splitlines()[0].lstrip("# ") for path, text in files.items() if text.startswith("#")}
 
 
 def help_page(schema: type) -> str:
     """What --help prints: the schema's docstring, its fields with their comments, and the presets."""
     page = [inspect.cleandoc(schema.__doc__ or "")]
-    page += [
-        "",
-        "Config files are applied in order, then --key=value; the later one wins; --key alone means True.",
-    ]
+    page += ["", "Config files are applied in order, then --key=value; the later one wins; --key alone means True."]
     page += ["A config file is Python and is executed: read a stranger's before you use it."]
     page += ["", "Keys and their defaults:"]
     kinds, defaults = get_type_hints(schema, include_extras=True), vars(schema())
@@ -254,13 +230,7 @@ def help_page(schema: type) -> str:
         elif field := re.match(r"    (\w+): .*  # (.*)", line):
             kind, default = kinds[field[1]], defaults[field[1]]
             head = f"  --{field[1]}={default if str(default).isprintable() else repr(default)}"
-            body = textwrap.wrap(
-                field[2] + (f" ({_words(kind)})" if "Literal" in str(kind) else ""), 62
-            )
+            body = textwrap.wrap(field[2] + (f" ({_words(kind)})" if "Literal" in str(kind) else ""), 62)
             page += [f"{head:<36}  {body[0]}", *(" " * 38 + more for more in body[1:])]
-    page += [
-        "",
-        "presets",
-        *(f"  config/{Path(path).name:<29}{title}" for path, title in _presets().items()),
-    ]
+    page += ["", "presets", *(f"  config/{Path(path).name:<29}{title}" for path, title in _presets().items())]
     return "\n".join(page)

@@ -113,12 +113,12 @@ def _load_optimizer_tensor(trainer: TrainerState, name: str, tensor: Tensor) -> 
     parameter = trainer.model.get_parameter(parameter_name)
     state = trainer.owner(parameter).state.setdefault(parameter, {})
     if part:
-        state.setdefault(key, {})[part] = tensor.to(step.machine.device)
+        state.setdefault(key, {})[part] = tensor.to(trainer.machine.device)
         return
     if parameter_name.endswith("wpe.weight") and tensor.ndim == parameter.ndim:
         # The run may have been resumed with a smaller block_size, which has fewer positions.
         tensor = tensor[: len(parameter)]
-    state[key] = tensor.to(step.machine.device)
+    state[key] = tensor.to(trainer.machine.device)
 
 
 def _load_scaler(trainer: TrainerState, tensor: Tensor) -> None:
