@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gpt12.checkpoint import Progress
 from gpt12.errors import UserError
 from gpt12.generate import Sampling, generate
 from gpt12.memory import step_gib
@@ -316,7 +315,7 @@ class RunLog:
         return tokenizer.decode(ids).strip()
 
     def _sample_prompt(self) -> list[int]:
-        """Return the ids to begin with: a question of instruction data, the end-of-text token, or a line end."""
+        """Return the ids to begin with: a question, the end-of-text token, or a line end."""
         tokenizer = self.run.dataset.tokenizer
         x, y = self.run.val_windows.batch(np.array([0]))
         if self.run.dataset.val.mask is not None:
