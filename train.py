@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from config.machine import Machine, join_ranks, open_machine, torchrun_ranks
 from data import run as run_folder
 from gpt12 import config_loader
 from gpt12.errors import UserError, run_main
-from gpt12.settings import TrainConfig, as_dict
+from gpt12.settings import TrainConfig
 from model import GPT, LOSS_CHUNK_ROWS, MASKED, GPTConfig, Sampling, find_pretrained
 
 # compile=auto: a run of fewer operations than this is over before compiling, some 10 s, has paid. Recorded as a CUDA
@@ -709,7 +709,8 @@ class Run:
             if self.agree_to_stop():
                 status = 128 + self.stop_signal
                 break
-            if time.monotonic() - self.last_save >= c.save_interval_s:
+            save_interval = 600.0 if c.save_interval_s == "auto" else float(c.save_interval_s)
+            if time.monotonic() - self.last_save >= save_interval:
                 self.save("last")
         bar.close()
         self.clock.stop()  # nobody waits for another rank from here on
@@ -885,7 +886,7 @@ class Run:
         shape = self.model.config
         c.n_layer, c.n_head, c.n_embd, c.bias = shape.n_layer, shape.n_head, shape.n_embd, shape.bias
         facts = run_folder.describe(
-            as_dict(c),
+            asdict(c),
             device=self.machine.name,
             dtype=c.dtype,
             compile=self.machine.compiled,
@@ -1247,10 +1248,11 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
             f"no preset given: training config/{preset}.py, which suits this machine (--help shows what else there is)"
         )
         argv = [str(run_folder.REPOSITORY / "config" / f"{preset}.py")]
-    # What is given on resuming is checked together with what was saved, not with the defaults.
-    resuming = "--init_from=resume" in [word.replace("-from", "_from") for word in argv]
-    config, given = config_loader.load(TrainConfig, argv, check=not resuming)
-    if config.init_from != "resume":
+    reading = config_loader.read(TrainConfig, argv)
+    resuming = reading.config.init_from == "resume"
+    # A run that continues is checked below, together with its saved values.
+    config, given = reading.finish(check=not resuming)
+    if not resuming:
         return config, given, False
     saved = run_folder.read_run(Path(config.out_dir))
     adapters = ("lora_rank", "lora_alpha", "lora_targets")
