@@ -17,7 +17,7 @@ import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -43,7 +43,7 @@ from data.shards import find
 from data.windows import TrainWindows
 from gpt12 import config_loader
 from gpt12.errors import UserError, run_main
-from gpt12.settings import BenchConfig, as_dict
+from gpt12.settings import BenchConfig
 from model import GPT, LOSS_CHUNK_ROWS, MASKED, Block, GPTConfig, Sampling
 
 GiB = 2**30
@@ -460,7 +460,7 @@ def sweep(config: Any, machine: Machine) -> list[Row]:
     if not values:
         raise UserError(f"sweep={config.sweep} is no KEY:VALUE,VALUE such as --sweep=batch_size:4,8,16")
     settings = [f"{key}={value}" for value in values.split(",")]
-    base = as_dict(config)  # all are read before the first is measured: a misspelt one costs no time
+    base = asdict(config)  # all are read before the first is measured: a misspelt one costs no time
     configs = [config_loader.load(BenchConfig, [f"--{setting}"], base)[0] for setting in settings]
     return show([attempt(setting, c) for setting, c in zip(settings, configs)])
 

@@ -17,8 +17,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +42,8 @@ from gpt12.cuda_graph import record, use_graph_for_training
 from gpt12.device import Machine, open_machine
 from gpt12.distributed import is_lost_rank, process_group, rank_0_first
 from gpt12.errors import UserError, run_main
-from gpt12.loader import Loader
-from gpt12.memory import choose_batch_size, out_of_memory_advice, ran_out_of_memory
-from gpt12.muon import Muon
-from gpt12.optim8bit import AdamW8bit
-from gpt12.optimizer import Optimizer, divide_gradients
-from gpt12.run_folder import lock_run
-from gpt12.run_log import RunLog, perplexity, remaining_checkpoint
 from gpt12.settings import TrainConfig
-from gpt12.signals import StopSignal
-from gpt12.targets import IGNORE_INDEX
-from gpt12.trainer_state import (
-    TrainerState,
-    load_trainer_state,
-    save_trainer_state,
-    state_bytes,
-)
-from model import GPT, layer_matrices
+from model import GPT, LOSS_CHUNK_ROWS, MASKED, GPTConfig, Sampling, find_pretrained
 
 # --------------------------------------------------------------------------------------------------
 # Optimizer and learning rate
@@ -455,78 +440,27 @@ class Trainer:
                     self.say_hopeless()
                     status = 1
                     break
-                if progress.step == warm:  # everything is compiled and recorded
-                    self.clock.start()
-                if self.stop.agreed():
-                    status = 128 + self.stop.number
-                    break
-                if self.timer.is_due():
-                    self.save("last")
-            return self.finish(status)
-
-    def load(self) -> list[int] | None:
-        """Load the next step's windows, unless the run is over."""
-        if self.progress.step >= self.config.max_iters:
-            return None
-        return self.loader.load(self.progress.position)
-
-    def logging_is_due(self) -> bool:
-        """Tell whether this step is logged."""
-        step = self.progress.step
-        return step % self.config.log_interval == 0 or step == self.config.max_iters
-
-    def log_step(self, lr: float) -> float:
-        """Log the step and return the number of bad updates in a row. Waits for the device."""
-        step = self.step
-        values = torch.stack([step.loss, step.grad_norm, step.bad, step.skipped])
-        loss, grad_norm, bad, skipped = values.tolist()
-        steps_per_s = self.clock.steps_per_second()
-        self.note_time()
-        self.log.log_step(loss, lr, grad_norm, bad, skipped, steps_per_s)
-        return bad
-
-    def say_hopeless(self) -> None:
-        """Explain why training stops after too many updates that were not finite."""
-        self.log.say(
-            f"stopping at step {self.progress.step}: the last {self.config.max_bad_steps} updates "
-            "had a loss or gradient that is not finite. The weights are as before the first of "
-            f"them. Training window {self.progress.position}; try a lower learning_rate or "
-            "--dtype=float32"
-        )
-
-    def evaluation_is_due(self) -> bool:
-        """Tell whether to evaluate now: at step 0, at every eval_interval, and at the end."""
-        step = self.progress.step
-        due = step % self.config.eval_interval == 0 or step >= self.config.max_iters
-        return due and self.progress.evaluated_step != step
-
-    def evaluate(self) -> None:
-        """Evaluate both splits, show a sample, and save the model if it is the best so far.
-
-        A signal ends the evaluation early, as if it had not begun. With several ranks it does not:
-        a rank cannot tell the others without waiting for them at every batch.
-        """
-        progress = self.progress
-        with self.clock_stopped():
-            train_loss = self.split_loss(self.run.train_eval_windows)
-            val_loss = self.split_loss(self.run.val_windows)
-            if self.evaluation_is_cut_short():
-                return
-            progress.evaluated_step = progress.step
-            better = self.is_better(val_loss)
-            previous_best = (progress.best_val_loss, progress.best_step)
-            if better:
-                progress.best_val_loss = val_loss
-                progress.best_step = progress.step
-                progress.worse_evaluations = 0
-            elif progress.step > 0:
-                progress.worse_evaluations += 1
-            self.log.log_evaluation(train_loss, val_loss, better)
-            self.log.show_sample()
-            if better and not self.rank_0_says(self.save("best")):
-                # best/ still holds the model of before.
-                progress.best_val_loss, progress.best_step = previous_best
-            if progress.step > 0 and self.config.always_save_checkpoint:
+            if p.step >= c.max_iters:
+                break
+            lr = learning_rate(p.step, c)
+            self.step(lr, rows)
+            self.clock.tick()
+            p.step += 1
+            p.position += self.step_windows
+            p.tokens += self.step_windows * c.block_size
+            if p.step < c.max_iters:
+                rows = self.loader.load(p.position)  # the host gathers while the device computes
+            bar.update()
+            if (p.step % c.log_interval == 0 or p.step == c.max_iters) and self.log_step(bar, lr):
+                status = 1
+                break
+            if p.step == warm:  # compiling and recording are over
+                self.clock.start()
+            if self.agree_to_stop():
+                status = 128 + self.stop_signal
+                break
+            save_interval = 600.0 if c.save_interval_s == "auto" else float(c.save_interval_s)
+            if time.monotonic() - self.last_save >= save_interval:
                 self.save("last")
             self.log.draw()
 
@@ -560,13 +494,39 @@ class Trainer:
         dist.broadcast(said, 0)
         return bool(said)
 
-    def patience_is_over(self) -> bool:
-        """Tell whether there were too many evaluations without a new best."""
-        patience = self.config.patience
-        if patience == 0 or self.progress.worse_evaluations < patience:
-            return False
-        self.log.say(f"stopping: no better validation loss in {patience} evaluations")
-        return True
+    def elapsed(self) -> float:
+        return round(self.clock.total, 3)
+
+    # -- the run's folder
+
+    def draw(self) -> None:
+        """loss.png, drawn beside the training: importing and running a plotting library takes longer than a small step."""
+        if self.drawing is not None:
+            self.drawing.join()
+        rows, file = list(self.metrics.rows), self.out_dir / "loss.png"
+        self.drawing = threading.Thread(target=run_folder.draw_losses, args=(rows, file))
+        self.drawing.start()
+
+    def open_folder(self) -> None:
+        c, self.wandb = self.config, None
+        if not self.master:
+            return
+        shape = self.model.config
+        c.n_layer, c.n_head, c.n_embd, c.bias = shape.n_layer, shape.n_head, shape.n_embd, shape.bias
+        facts = run_folder.describe(
+            asdict(c),
+            device=self.machine.name,
+            dtype=c.dtype,
+            compile=self.machine.compiled,
+            world_size=self.machine.world,
+            data={"name": self.dataset.name, "sha256": self.dataset.source_sha256, "tokens": self.train_tokens},
+        )
+        if c.wandb_log:
+            self.wandb = start_wandb(c, facts, self.progress)
+        if not self.resumed and (previous := run_folder.set_aside(self.out_dir)):
+            self.say(f"the run that was in {self.out_dir} lies in {previous} now; delete what you no longer need")
+        run_folder.write_json(self.out_dir / "run.json", facts)
+        self.metrics = run_folder.Metrics(self.out_dir / "metrics.jsonl", self.progress.step if self.resumed else None)
 
     def save(self, name: str) -> bool:
         """Write the checkpoint best/ or last/ and tell whether that worked.
@@ -756,6 +716,33 @@ def open_data(config: TrainConfig, tokenizer: Any) -> Dataset:
             text_column=config.text_column,
             block_size=config.block_size,
         )
+        argv = [str(run_folder.REPOSITORY / "config" / f"{preset}.py")]
+    reading = config_loader.read(TrainConfig, argv)
+    resuming = reading.config.init_from == "resume"
+    # A run that continues is checked below, together with its saved values.
+    config, given = reading.finish(check=not resuming)
+    if not resuming:
+        return config, given, False
+    saved = run_folder.read_run(Path(config.out_dir))
+    adapters = ("lora_rank", "lora_alpha", "lora_targets")
+    for key in ("n_layer", "n_head", "n_embd", "bias", *adapters, "optimizer", "val_fraction"):
+        if key in given and getattr(config, key) != saved["config"].get(key):
+            raise UserError(
+                f"{key}={getattr(config, key)}, but the run in {config.out_dir} has {saved['config'].get(key)}: leave "
+                f"--{key} out, or begin a new run"
+            )
+    folder = config.out_dir
+    # What dtype=auto became then holds: another precision would be another run.
+    config, given = config_loader.load(TrainConfig, argv, saved["config"] | {"dtype": saved.get("dtype", "auto")})
+    # The folder that was read: its name may have changed since, or run.json be a stranger's and lead elsewhere.
+    config.init_from, config.out_dir = saved["config"]["init_from"], folder
+    if (
+        config.batch_size == "auto"
+        and saved["config"]["batch_size"] != "auto"
+        and "gradient_accumulation_steps" not in given
+    ):
+        config.gradient_accumulation_steps *= saved["config"]["batch_size"]  # auto counts rows
+    return config, given, True
 
 
 def evaluate_only(run: Run) -> int:
