@@ -39,8 +39,8 @@ import model as gpt
 import train
 from config import BenchConfig, UserError
 from config.machine import CARDS, Card, Machine, choose_device, join_ranks, open_machine, torchrun_ranks
-from data import DATA, open_dataset
 from data import run as run_folder
+from data.dataset import DATA, open_dataset
 from data.shards import find
 from data.windows import TrainWindows
 from model import GPT, LOSS_CHUNK_ROWS, MASKED, Block, GPTConfig, Sampling

