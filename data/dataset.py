@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare import FEW, prepare_texts
-from data.shards import UINT16, Tokens, find
+from data.shards import UINT16, Tokens, find_shards
 from data.texts import CHAT_TEMPLATE, Documents
 from data.tokenizers import CharTokenizer, Tokenizer, from_meta, get_tokenizer
 from gpt12.errors import UserError
@@ -67,7 +67,7 @@ def open_dataset(
         if folder.name == name != "" and (DATA / name).is_dir():
             folder = DATA / name
             _prepare_named(folder)
-        elif not find(folder, "val"):
+        elif not find_shards(folder, "val"):
             tokenizer = "gpt2" if tokenizer == "auto" else tokenizer
             folder = _prepare_cache(name, tokenizer, val_fraction, text_column, block_size, progress)
     except OSError as error:  # a full disk, no right to write, the network
@@ -110,7 +110,7 @@ def check_exists(name: str) -> None:
 
 def _prepare_named(folder: Path) -> None:
     """Run data/<name>/prepare.py if its shards are missing; UserError if that takes more than a moment."""
-    if find(folder, "val"):
+    if find_shards(folder, "val"):
         return
     if not (folder / "prepare.py").exists():
         raise UserError(f"{folder} holds neither val shards (val_*.bin, *_val_*.bin, val.bin) nor a prepare.py.")
@@ -163,7 +163,7 @@ def _open(name: str, folder: Path) -> Dataset:
         raise UserError(
             f"The preparation of {folder} is not finished: begin it again to go on, or delete progress.json."
         )
-    val, train = Tokens.open(folder, "val"), Tokens.open(folder, "train") if find(folder, "train") else None
+    val, train = Tokens.open(folder, "val"), Tokens.open(folder, "train") if find_shards(folder, "train") else None
     splits = [split for split in (val, train) if split is not None]
     meta: dict[str, Any] = {}
     tokenizer, warnings = None, []

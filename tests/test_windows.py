@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.shards import MASK, UINT16, Tokens, write_shard
+from data.shards import UINT8, UINT16, Tokens, write_shard
 from data.windows import EvalWindows, TrainWindows, permute
 from gpt12.errors import UserError
 
@@ -14,7 +14,7 @@ def split(folder, size, shard=100, mask=None):
     for i, start in enumerate(range(0, size, shard)):
         write_shard(folder / f"train_{i:06d}.bin", ids[start : start + shard])
         if mask is not None:
-            write_shard(folder / f"train_mask_{i:06d}.bin", np.array(mask[start : start + shard], MASK))
+            write_shard(folder / f"train_mask_{i:06d}.bin", np.array(mask[start : start + shard], UINT8))
     return Tokens.open(folder, "train")
 
 
