@@ -37,9 +37,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import model as gpt
 import train
 from config.machine import CARDS, Card, Machine, choose_device, join_ranks, open_machine, torchrun_ranks
-from data import DATA, open_dataset
 from data import run as run_folder
-from data.shards import find
+from data.dataset import DATA, open_dataset
+from data.shards import find_shards
 from data.windows import TrainWindows
 from gpt12 import config_loader
 from gpt12.errors import UserError, run_main
@@ -71,7 +71,7 @@ def shape_of(config: Any) -> GPTConfig:
 def open_data(config: Any) -> tuple[Any, Any]:
     """The configuration with its data set's vocabulary, and that data set; None where random ids stand in for it."""
     named, dataset = DATA / config.dataset, None
-    ready = find(named if named.is_dir() else Path(config.dataset), "train")
+    ready = find_shards(named if named.is_dir() else Path(config.dataset), "train")
     if config.real_data is True or (config.real_data == "auto" and ready):
         dataset = open_dataset(config.dataset, block_size=config.block_size, tokenizer=config.tokenizer)
         config = replace(config, vocab_size=dataset.vocab_size)

@@ -386,25 +386,193 @@ def evaluate(
 class Trainer:
     """Trains until all steps are made, patience is over, a signal arrives, or the loss is lost."""
 
-    def __init__(self, run: Run):
-        self.run = run
-        self.config = run.config
-        self.progress = run.progress
-        self.model = run.model
-        self.machine = run.machine
-        self.step = TrainStep(run.model, run.config, run.machine)
-        self.loader = Loader(run.train_windows, self.step.x, self.step.y, run.machine)
-        # Each rank draws its own dropout masks, and a resumed run does not draw its first ones
-        # again.
-        seed = run.config.seed + run.machine.rank + 1_000_003 * run.progress.step
-        torch.manual_seed(seed)
-        if run.checkpoint is not None:
-            load_trainer_state(run.checkpoint, self.step.trainer_state())
-        self.log = RunLog(run)
-        self.clock = Clock(run.machine, run.progress.elapsed_s)
-        self.stop = StopSignal(run.machine, self.log.say)
-        self.timer = SaveTimer(run.config.save_interval_s, self.checkpoint_bytes("last"))
-        self.saved_step = run.progress.step if run.request.resumed else -1
+    step: int = 0  # finished updates
+    position: int = 0  # training windows consumed
+    tokens: int = 0
+    elapsed_s: float = 0.0  # training alone: evaluation, saving and compiling stop the clock
+    best_val_loss: float | None = None
+    best_step: int = 0
+    worse_evaluations: int = 0  # in a row, for patience
+    evaluated_step: int = -1
+    wandb_id: str | None = None
+
+
+class Clock:
+    """Seconds and steps of training alone. Stopped for evaluation and saving; a stop waits for the device."""
+
+    def __init__(self, machine: Machine, total: float):
+        self.machine, self.total, self.seconds, self.steps = machine, total, 0.0, 0
+        self.started: float | None = None
+
+    def start(self) -> None:
+        self.machine.synchronize()
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self.started is not None:
+            self.machine.synchronize()
+            self._take()
+            self.started = None
+
+    def tick(self) -> None:
+        self.steps += self.started is not None
+
+    def lap(self) -> float | None:
+        """Steps a second since the last lap; the caller has just waited for the device."""
+        if self.started is not None:
+            self._take()
+        rate = self.steps / self.seconds if self.steps and self.seconds else None
+        self.seconds, self.steps = 0.0, 0
+        return rate
+
+    def _take(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self.started  # type: ignore[operator]
+        self.total += now - self.started  # type: ignore[operator]
+        self.started = now
+
+
+def stop_signals() -> list[int]:
+    """What ends a run after its step: Ctrl-C, a scheduler's SIGTERM and, but under nohup, a terminal that is closed."""
+    numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
+class Run:
+    """A training run: builds what it needs from the configuration, then trains until done, stopped or hopeless."""
+
+    def __init__(self, config: TrainConfig, given: set[str], resumed: bool = False):
+        from data.dataset import check_exists, open_dataset
+        from data.windows import EvalWindows, TrainWindows
+
+        self.config, self.out_dir, self.resumed = config, Path(config.out_dir), resumed
+        torch.manual_seed(config.seed)  # the initial weights, alike on every rank
+        self.progress, last = Progress(), None
+        if resumed:
+            last, state = run_folder.find_checkpoint(self.out_dir, ("last",))
+            self.progress = Progress(**{key: state[key] for key in vars(self.progress) if key in state})
+        check_exists(config.dataset)
+        start, tokenizer = load_start(config, given, last)
+        with first_rank_first():  # it prepares what is not there yet; the others find it ready
+            self.dataset = open_dataset(
+                config.dataset,
+                tokenizer=tokenizer if tokenizer and config.tokenizer == "auto" else config.tokenizer,
+                val_fraction=config.val_fraction,
+                text_column=config.text_column,
+                block_size=config.block_size,
+            )
+        self.model = check_start(start, tokenizer, self.dataset, config)
+        if resumed and run_folder.read_run(self.out_dir).get("data", {}).get("sha256") != self.dataset.source_sha256:
+            self.forget_best()
+        self.machine = open_machine(config, self.model.blocks[0], worth_compiling(self.model, config))
+        self.master = self.machine.rank == 0
+        # What auto became: by this memory is counted.
+        config.dtype = str(self.machine.dtype).removeprefix("torch.")  # type: ignore[assignment]
+        prepare_model(self.model, config, self.machine)
+        self.batch_size = settle_batch_size(self.model, config, self.machine)
+        self.val = EvalWindows(self.dataset.val, config.block_size)
+        self.eval_count = min(config.eval_iters * self.batch_size or self.val.count, self.val.count)
+        if config.eval_only:
+            return
+        if self.dataset.train is None:
+            raise UserError(
+                f"{self.dataset.folder} holds no training shards (train_*.bin): only --eval_only works with it"
+            )
+        self.train_tokens = len(self.dataset.train)
+        self.windows = TrainWindows(self.dataset.train, config.block_size, config.seed)
+        self.train_eval = EvalWindows(self.dataset.train, config.block_size)
+        self.step_windows = self.batch_size * config.gradient_accumulation_steps
+        if config.num_epochs:
+            config.max_iters = math.ceil(config.num_epochs * self.windows.per_epoch / self.step_windows)
+        self.step = Step(self.model, config, self.machine)
+        self.loader = Loader(self.windows, self.step, self.machine)
+        # Dropout's random numbers: a rank's own, and not the first ones over again after resuming.
+        torch.manual_seed(config.seed + self.machine.rank + 1_000_003 * self.progress.step)
+        if last is not None:
+            load_trainer(last, self.step)
+        self.clock, self.stop_signal, self.skipped = Clock(self.machine, self.progress.elapsed_s), 0, 0.0
+        self.signalled_at = -math.inf
+        self.flag = torch.zeros((), dtype=torch.int64, device=self.machine.device)  # the stop signal of all ranks
+        self.saved_step = self.progress.step if resumed else -1
+        self.drawing: threading.Thread | None = None
+        self.told_time = False
+
+    def forget_best(self) -> None:
+        """Other data than before: losses on them cannot be compared with those that went before."""
+        p = self.progress
+        p.best_val_loss, p.best_step, p.worse_evaluations = None, 0, 0
+        self.dataset.warnings.append(
+            "the data are not those that this run began with: its windows are others now, and its best loss counts no more. "
+            f"Copy {self.out_dir / 'best'} if you want to keep it: the best on the new data takes its place"
+        )
+
+    # -- telling
+
+    def say(self, text: str) -> None:
+        if self.master:
+            from tqdm import tqdm
+
+            # Nobody reads (the Ctrl-C that ends a run ends `| tee` first), the log's disk is full, or a signal came amid
+            # another line: no reason to lose what is trained.
+            with contextlib.suppress(OSError, RuntimeError):
+                tqdm.write(text)
+                sys.stdout.flush()  # a file or a pipe would get it kilobytes later
+
+    def introduce(self) -> None:
+        c, shape = self.config, self.model.config
+        for note in [*self.machine.notes, *self.dataset.warnings]:
+            self.say(note)
+        per_step = self.step_windows * c.block_size
+        self.say(
+            f"model: {self.model.num_params():,} parameters ({shape.n_layer} layers, {shape.n_head} heads, "
+            f"{shape.n_embd} wide, block {shape.block_size}, vocabulary {shape.vocab_size})"
+        )
+        count = self.dataset.documents
+        documents = f"{count:,} document{'s' * (count != 1)}, " if count is not None else ""
+        self.say(
+            f"data: {self.dataset.name}, {documents}{self.train_tokens:,} training and {len(self.dataset.val):,} validation tokens"
+        )
+        self.say(
+            f"step: {self.batch_size} x {c.block_size} x {c.gradient_accumulation_steps} = {per_step:,} tokens; "
+            f"an epoch is {self.windows.per_epoch / self.step_windows:,.1f} steps; {c.max_iters:,} steps are "
+            f"{c.max_iters * self.step_windows / self.windows.per_epoch:,.2f} epochs"
+        )
+        gib = sum(step_memory(shape, c, c.recompute, trainable(self.model), self.machine.compiled).values()) / 2**30
+        size = f"{gib:.1f} GiB" if gib >= 0.05 else f"{1024 * gib:.0f} MiB"
+        self.say(f"memory: about {size} at the peak of a step (recompute={c.recompute})")
+        if self.resumed:
+            self.say(f"resuming at step {self.progress.step:,}")
+
+    def show_sample(self) -> None:
+        """A text from the model as it is: the newcomer's progress bar."""
+        if not self.master or (tokenizer := self.dataset.tokenizer) is None:
+            return
+        start: list[int] = [] if tokenizer.eot is None else [tokenizer.eot]
+        if masked := self.val.tokens.mask is not None:  # questions and answers: the first question
+            x, y = self.val.batch(np.array([0]))
+            start = x[0, : 1 + int((y[0] != MASKED).argmax())].tolist()
+        elif not start:
+            try:
+                start = list(tokenizer.encode("\n"))
+            except UserError:  # a vocabulary of characters that has no line end
+                start = self.val.batch(np.array([0]))[0][0, :1].tolist()
+        count = min(SAMPLE_TOKENS, 2 * self.config.block_size)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.machine.autocast():
+                [ids] = self.model.generate([start], count, sampling=Sampling(0.8, top_k=200), seeds=[self.config.seed])
+            if masked:
+                ids = start + ids[: ids.index(tokenizer.eot) if tokenizer.eot in ids else None]
+            text = tokenizer.decode(ids).strip()
+        except torch.OutOfMemoryError:  # what is shown shall not end what is earned
+            text = "(no text: too little memory beside the training step)"
+        self.model.train(was_training)
+        self.say("".join(f"    | {line}\n" for line in text.splitlines()))
+
+    # -- the loop
 
     def train(self) -> int:
         """Train to the end and return the exit status."""
