@@ -207,6 +207,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf 2017, arXiv:1608.05859)
         self.fused_loss = False  # use the loss's Triton kernel, on GPUs that have Triton
+        self.compiled = False  # whoever compiles the blocks sets this
         self.init_weights()
 
     @torch.no_grad()
