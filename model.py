@@ -1,14 +1,16 @@
-"""The GPT-2 transformer: one layer (attention, MLP, block), the whole model, and counts of its size and work.
+"""The GPT-2 transformer: one layer, the whole model, and counts of its size and work.
 
 Shapes are noted at the line with these letters:
     B batch   T time (tokens in a row)   C channels (n_embd)   H heads   D = C / H (head size)
     V vocabulary, padded   S slots of the key/value cache
 
-What is not here: reading and writing weights (from_pretrained, save_pretrained) is in gpt12/weights.py, writing text
-(generate) in gpt12/generate.py, LoRA in gpt12/lora.py, 8-bit weights in gpt12/int8.py, the loss in gpt12/loss.py.
+What is not here: reading and writing weights (from_pretrained, save_pretrained) is in
+gpt12/weights.py, writing text (generate) in gpt12/generate.py, LoRA in gpt12/lora.py, 8-bit weights
+in gpt12/int8.py, the loss in gpt12/loss.py.
 
-Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3 (the architecture);
-Vaswani et al. 2017, "Attention Is All You Need" (attention); Hendrycks and Gimpel 2016 (GELU).
+Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3
+(the architecture); Vaswani et al. 2017, "Attention Is All You Need" (attention); Hendrycks and
+Gimpel 2016 (GELU).
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class GPTConfig:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Normalize each token's channels (Ba et al. 2016, arXiv:1607.06450) and keep the input's dtype.
+    """Normalize each token's channels and keep the input's dtype (Ba et al. 2016).
 
     Under autocast torch computes LayerNorm in float32 and would also return float32.
     """
@@ -62,7 +64,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and earlier tokens (Vaswani et al., section 3.2)."""
+    """Multi-head attention: each token reads from itself and from earlier tokens.
+
+    Vaswani et al. 2017, sections 3.2.1 and 3.2.2.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -109,13 +114,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP. Each reads a normalized copy of the residual stream and adds to it.
+    """One layer: attention, then the MLP.
 
-    `recompute` decides what the backward pass computes again instead of keeping it in memory (gradient checkpointing,
-    Chen et al. 2016, arXiv:1604.06174):
+    Each reads a normalized copy of the residual stream and adds its result to the stream.
+
+    `recompute` decides what the backward pass computes again instead of keeping it in memory
+    (gradient checkpointing, Chen et al. 2016, arXiv:1604.06174):
         "none"       keep everything
-        "pointwise"  compute GELU and LayerNorm again; keep the results of matrix products and attention
-        "block"      keep only the layer's input and compute everything again
+        "pointwise"  compute GELU and LayerNorm again; keep the results of matrix products and
+        attention "block"      keep only the layer's input and compute everything again
     """
 
     def __init__(self, config: GPTConfig):
@@ -143,7 +150,7 @@ class Block(nn.Module):
 
 
 def keep_matrix_products() -> tuple[Any, Any]:
-    """Return the checkpoint policy of recompute="pointwise": keep matrix products and attention, drop the rest.
+    """Return the policy of recompute="pointwise": keep matrix products, compute the rest again.
 
     torch names operations only by their internal `aten` names.
     """
@@ -167,7 +174,7 @@ def keep_matrix_products() -> tuple[Any, Any]:
 
 
 class Transformer(nn.Module):
-    """Everything below the output head. The modules have the names of GPT-2's published checkpoint."""
+    """Everything below the output head, with the module names of GPT-2's published checkpoint."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -188,7 +195,8 @@ class Transformer(nn.Module):
             raise UserError(f"{T} tokens do not fit into block_size={self.wpe.num_embeddings}")
         x = self.wte(idx) + self.wpe(position)  # (B, T, C)
         x = self.drop(x)
-        # Keep the residual stream in autocast's dtype, not in the embedding's float32: half the memory.
+        # Keep the residual stream in autocast's dtype, not in the embedding's float32: half the
+        # memory.
         x = x.to(compute_dtype(x))
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache.layer(i))
@@ -196,7 +204,7 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2: the transformer, and an output head that shares its weights with the token embedding."""
+    """GPT-2: the transformer and an output head whose weights are the token embedding's."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -205,7 +213,8 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf 2017, arXiv:1608.05859)
+        # Tied weights: Press and Wolf 2017, arXiv:1608.05859.
+        self.lm_head.weight = self.transformer.wte.weight
         self.fused_loss = False  # use the loss's Triton kernel, on GPUs that have Triton
         self.compiled = False  # whoever compiles the blocks sets this
         self.init_weights()
@@ -214,8 +223,8 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Draw weights from N(0, 0.02) and set biases to zero (Radford et al. 2019, section 2.3).
 
-        Layers that write into the residual stream get a standard deviation smaller by sqrt(2 n_layer), because
-        2 n_layer of them add up there.
+        Layers that write into the residual stream get a standard deviation smaller by sqrt(2
+        n_layer), because 2 n_layer of them add up there.
         """
         for name, module in self.named_modules():
             if module is self.lm_head:
@@ -241,9 +250,12 @@ class GPT(nn.Module):
 
         idx: (B, T) token ids.
         targets: (B, T), the next token of each position; IGNORE_INDEX (-1) where it is not trained.
-        divisor: what the summed loss is divided by; by default the number of targets, which gives the mean in nats per
-            token. With gradient accumulation it is the number of targets of all micro-batches together.
-        target_count: the number of targets that are not ignored, if the caller knows it. It saves computing the head
+        divisor: what the summed loss is divided by; by default the number of targets, which gives
+        the mean in nats per
+            token. With gradient accumulation it is the number of targets of all micro-batches
+            together.
+        target_count: the number of targets that are not ignored, if the caller knows it. It saves
+        computing the head
             for ignored rows.
         Returns (logits (B, T, vocab_size), None) or (None, loss), the loss a scalar in float32.
         """
@@ -263,8 +275,9 @@ class GPT(nn.Module):
         return None, loss
 
     def set_recompute(self, recompute: str) -> None:
-        """Set what every block computes again in the backward pass: "none", "pointwise" or "block"."""
+        """Set the `recompute` of every block: "none", "pointwise" or "block"."""
         for block in self.transformer.h:
+            assert isinstance(block, Block)
             block.recompute = recompute
 
 
@@ -276,8 +289,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Counts. The matrices of a layer are described once; sizes, FLOPs, memory, Muon and LoRA read them here.
+# --------------------------------------------------------------------------------------------------
+# Counts. The matrices of a layer are described once; sizes, FLOPs, memory, Muon and LoRA read them
+# here.
 
 
 class Matrix(NamedTuple):
@@ -301,7 +315,10 @@ def layer_matrices(config: GPTConfig) -> list[Matrix]:
 
 
 def parameter_count(config: GPTConfig, padded: bool = False) -> int:
-    """Count the parameters; the tied head counts once. padded: with the padding rows that exist only in memory."""
+    """Count the parameters; the tied head counts once.
+
+    padded: count the padding rows of the vocabulary too, which exist only in memory.
+    """
     C = config.n_embd
     norm = 2 * C if config.bias else C
     layer = 2 * norm
@@ -314,9 +331,11 @@ def parameter_count(config: GPTConfig, padded: bool = False) -> int:
 
 
 def flops_per_token(config: GPTConfig) -> int:
-    """Count the floating-point operations of training on one token: 6N + 12LCT (Chowdhery et al. 2022, appendix B).
+    """Count the floating-point operations of training on one token: 6N + 12LCT.
 
-    N leaves out the position table, which is only looked up. Attention is counted in full, not halved for causality.
+    Chowdhery et al. 2022 (PaLM), appendix B, with L layers and N parameters.
+    N leaves out the position table, which is only looked up. Attention is counted in full, not
+    halved for causality.
     """
     multiplied = parameter_count(config) - config.block_size * config.n_embd
     attention = 12 * config.n_layer * config.n_embd * config.block_size

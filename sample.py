@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import config as configuration
-from config import SampleConfig, UserError
 from config.machine import CARDS, Machine, open_machine
 from data import run as run_folder
 from data.texts import CHAT_TEMPLATE, chat_pieces
 from data.tokenizers import END_OF_TEXT, load_tokenizer
-from model import GPT, Sampling, WeightsError, find_pretrained
+from gpt12 import config_loader
+from gpt12.errors import UserError, run_main
+from gpt12.settings import SampleConfig
+from model import GPT, Sampling, find_pretrained
 
 # Compiling takes 10 to 20 seconds the first time and saves less than a millisecond a step: for very long texts only.
 COMPILE_FROM_STEPS = 20_000
@@ -278,7 +279,7 @@ def converse(model: GPT, tokenizer: Any, config: SampleConfig, machine: Machine)
 
 
 def main() -> None:
-    config, given = configuration.load(SampleConfig, sys.argv[1:])
+    config, given = config_loader.load(SampleConfig, sys.argv[1:])
     if config.temperature == 0 and "num_samples" not in given:
         config.num_samples = 1  # greedy texts are all the same
     prompt = "" if config.interactive else read_prompt(config.start)
@@ -297,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    configuration.run_main(main, WeightsError)
+    run_main(main)

@@ -32,11 +32,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import config as configuration
-from config import TrainConfig, UserError
 from config.machine import Machine, join_ranks, open_machine, torchrun_ranks
 from data import run as run_folder
-from model import GPT, LOSS_CHUNK_ROWS, MASKED, GPTConfig, Sampling, WeightsError, find_pretrained
+from gpt12 import config_loader
+from gpt12.errors import UserError, run_main
+from gpt12.settings import TrainConfig, as_dict
+from model import GPT, LOSS_CHUNK_ROWS, MASKED, GPTConfig, Sampling, find_pretrained
 
 # compile=auto: a run of fewer operations than this is over before compiling, some 10 s, has paid. Recorded as a CUDA
 # graph, the plain step of a small model takes 1.3 times as long as the compiled one (measured, see the README).
@@ -884,7 +885,7 @@ class Run:
         shape = self.model.config
         c.n_layer, c.n_head, c.n_embd, c.bias = shape.n_layer, shape.n_head, shape.n_embd, shape.bias
         facts = run_folder.describe(
-            configuration.as_dict(c),
+            as_dict(c),
             device=self.machine.name,
             dtype=c.dtype,
             compile=self.machine.compiled,
@@ -1248,7 +1249,7 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
         argv = [str(run_folder.REPOSITORY / "config" / f"{preset}.py")]
     # What is given on resuming is checked together with what was saved, not with the defaults.
     resuming = "--init_from=resume" in [word.replace("-from", "_from") for word in argv]
-    config, given = configuration.load(TrainConfig, argv, check=not resuming)
+    config, given = config_loader.load(TrainConfig, argv, check=not resuming)
     if config.init_from != "resume":
         return config, given, False
     saved = run_folder.read_run(Path(config.out_dir))
@@ -1261,7 +1262,7 @@ def load_config(argv: list[str]) -> tuple[TrainConfig, set[str], bool]:
             )
     folder = config.out_dir
     # What dtype=auto became then holds: another precision would be another run.
-    config, given = configuration.load(TrainConfig, argv, saved["config"] | {"dtype": saved.get("dtype", "auto")})
+    config, given = config_loader.load(TrainConfig, argv, saved["config"] | {"dtype": saved.get("dtype", "auto")})
     # The folder that was read: its name may have changed since, or run.json be a stranger's and lead elsewhere.
     config.init_from, config.out_dir = saved["config"]["init_from"], folder
     if (
@@ -1347,4 +1348,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    configuration.run_main(main, WeightsError)
+    run_main(main)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import UserError
 from data.prepare import FEW, prepare_texts
 from data.run import sha256
 from data.shards import UINT16, Tokens, find
 from data.texts import CHAT_TEMPLATE, Documents
 from data.tokenizers import CharTokenizer, Tokenizer, from_meta, get_tokenizer
+from gpt12.errors import UserError
 
 __all__ = ["Dataset", "check_exists", "open_dataset", "prepare_texts"]
 

@@ -15,7 +15,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError
+from gpt12.errors import UserError
 
 CONNECT_SECONDS = 5  # and at most so long between two blocks: without network the offline way should come soon
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from config import UserError
 from data.download import write_whole
 from data.run import lock
 from data.shards import CHUNK, MASK, ShardWriter, Tokens, token_dtype
 from data.texts import Documents, Piece, chat_pieces
 from data.tokenizers import CharTokenizer, Tokenizer
+from gpt12.errors import UserError
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -22,8 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from config import UserError
 from data.download import write_whole
+from gpt12.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
 KEPT_ROWS = 4000  # training steps that loss.png shows: it is 770 pixels wide

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from config import UserError
+from gpt12.errors import UserError
 
 HEADER_BYTES = 1024
 UINT16, UINT32, MASK = np.dtype("<u2"), np.dtype("<u4"), np.dtype("u1")

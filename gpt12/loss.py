@@ -1,7 +1,8 @@
 """The output head and cross-entropy in one function that never holds all logits in memory.
 
-Logits are the largest tensor of a training step: B x T x V numbers, 0.8 GB in bf16 for 8,192 tokens of GPT-2. Here
-they exist only in chunks of rows, and each chunk is turned into its own gradient in place.
+Logits are the largest tensor of a training step: B x T x V numbers, 0.8 GB in bf16 for 8,192 tokens
+of GPT-2. Here they exist only in chunks of rows, and each chunk is turned into its own gradient in
+place.
 
 Shapes: N = B * T rows, C channels, V padded vocabulary, n rows of one chunk.
 """
@@ -34,11 +35,13 @@ def linear_cross_entropy(
     target_count: int | None = None,
     fused: bool = False,
 ) -> Tensor:
-    """Compute the cross-entropy of the logits x @ weight.T, summed over all targets and divided by `divisor`.
+    """Compute the cross-entropy of the logits x @ weight.T, summed and divided by `divisor`.
 
-    x: (B, T, C) in the dtype of matrix products. weight: (V, C). targets: (B, T) ids below vocab_size, or IGNORE_INDEX.
+    x: (B, T, C) in the dtype of matrix products. weight: (V, C). targets: (B, T) ids below
+    vocab_size, or IGNORE_INDEX.
     divisor: by default the number of targets that are not ignored.
-    target_count: that number, if the caller knows it: then ignored rows are not multiplied with the weight.
+    target_count: that number, if the caller knows it: then ignored rows are not multiplied with the
+    weight.
     fused: use the Triton kernel (GPU only).
     Returns a scalar in float32.
     """
@@ -49,7 +52,8 @@ def linear_cross_entropy(
     if target_count is not None and target_count < len(targets):
         x, targets = _drop_ignored_rows(x, targets, target_count)
     if not torch.is_grad_enabled():
-        # An autograd.Function sees whether its inputs require a gradient, but not that no_grad is on.
+        # An autograd.Function sees whether its inputs require a gradient, but not that no_grad is
+        # on.
         x = x.detach()
         weight = weight.detach()
     total = LinearCrossEntropy.apply(x, weight, targets, vocab_size, fused)
@@ -57,9 +61,10 @@ def linear_cross_entropy(
 
 
 def _drop_ignored_rows(x: Tensor, targets: Tensor, target_count: int) -> tuple[Tensor, Tensor]:
-    """Move the rows with a target to the front and cut off the others, up to a multiple of 1,024 rows.
+    """Move the rows with a target to the front and cut off most of the others.
 
-    The sort needs no answer from the GPU, so the host does not wait. The multiple keeps the number of shapes small.
+    The sort needs no answer from the GPU, so the host does not wait. What remains is a multiple of
+    1,024 rows, which keeps the number of different shapes small.
     """
     order = (targets == IGNORE_INDEX).argsort(stable=True)
     rounded = (target_count + 1023) // 1024 * 1024
@@ -68,7 +73,7 @@ def _drop_ignored_rows(x: Tensor, targets: Tensor, target_count: int) -> tuple[T
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The summed loss. Its gradients are computed in the forward pass, chunk by chunk, while the logits exist.
+    """The summed loss, with its gradients computed in the forward pass while the logits exist.
 
     The backward pass only scales them. The loss and the weight's gradient are summed in float32.
     """
@@ -99,13 +104,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """grad: scalar. Scale the saved gradients in place: they belong to this function and are read once."""
+        """Scale the saved gradients by `grad`, a scalar. They are read once, so in place."""
         dx, dw = ctx.saved_tensors
         if dx is not None:
             for start in range(0, len(dx), CHUNK_ROWS):
                 chunk = dx[start : start + CHUNK_ROWS]
-                # torch rounds a scalar factor to the tensor's dtype. In bf16 that would change every gradient below
-                # the head by up to 0.4%, so the product is computed in float32.
+                # torch rounds a scalar factor to the tensor's dtype. In bf16 that would change
+                # every gradient below the head by up to 0.4%, so the product is computed in
+                # float32.
                 torch.mul(chunk.float(), grad, out=chunk)
         if dw is not None:
             dw.mul_(grad)
@@ -116,7 +122,8 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Ten
     """Return the summed cross-entropy of one chunk and replace the logits by their gradient.
 
     logits: (n, V), overwritten. targets: (n,) ids below vocab_size, or IGNORE_INDEX.
-    The gradient of a row is softmax(logits) - onehot(target). Columns from vocab_size on are padding and take no part.
+    The gradient of a row is softmax(logits) - onehot(target). Columns from vocab_size on are
+    padding and take no part.
     """
     logits[:, vocab_size:] = -math.inf  # a padding logit of 0 would count as exp(0)
     ignored = (targets == IGNORE_INDEX)[:, None]  # (n, 1)
@@ -145,11 +152,19 @@ if triton is not None:
 
     @triton.jit
     # Triton reads annotations as types of its own, so the parameters have none.
-    def _cross_entropy_row(logits, targets, losses, vocab_size, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def _cross_entropy_row(  # type: ignore[no-untyped-def]  # noqa: ANN202
+        logits,  # noqa: ANN001
+        targets,  # noqa: ANN001
+        losses,  # noqa: ANN001
+        vocab_size,  # noqa: ANN001
+        V,  # noqa: ANN001
+        BLOCK: tl.constexpr,
+    ):
         """Compute loss and gradient of one row; each program works on one row.
 
-        The first loop is an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3). The second
-        writes the gradient; it finds the row in the L2 cache, so memory is read once and written once.
+        The first loop is an online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867,
+        algorithm 3). The second writes the gradient; it finds the row in the L2 cache, so memory is
+        read once and written once.
         """
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)
@@ -176,7 +191,10 @@ if triton is not None:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to `total`, which is float32. On a GPU the product of bf16 matrices is not rounded before the sum."""
+    """Add a @ b to `total`, which is float32.
+
+    On a GPU the product of bf16 matrices is not rounded to bf16 before it is added.
+    """
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     elif total.is_cuda:

@@ -34,9 +34,9 @@ import torch._dynamo  # noqa: F401 (the first optimizer imports it, which takes 
 import data.tokenizers
 import data.windows  # noqa: F401
 import train
-from config import UserError
 from data import run as run_folder
 from data.shards import write_shard
+from gpt12.errors import UserError
 
 SHAPE = (
     "--block_size=16 --n_layer=1 --n_head=2 --n_embd=16 --batch_size=4 --gradient_accumulation_steps=1 --dropout=0.1"

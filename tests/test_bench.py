@@ -18,13 +18,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-import config as configuration
 import model as gpt
 import train
 from bench import GiB, find_card, predict
-from config import BenchConfig, UserError
 from config.machine import CARDS, Card, Machine
 from data.shards import write_shard
+from gpt12 import config_loader
+from gpt12.errors import UserError
+from gpt12.settings import BenchConfig
 from model import GPT, GPTConfig
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, "batch_size": 3}
@@ -37,7 +38,7 @@ def arguments(**keys):
 
 
 def make(**keys):
-    return configuration.load(BenchConfig, arguments(**keys))[0]
+    return config_loader.load(BenchConfig, arguments(**keys))[0]
 
 
 @pytest.fixture(autouse=True)
@@ -245,13 +246,13 @@ def test_real_data_are_used_where_they_are_prepared(run, tmp_path):
 
 
 def test_a_cpu_gets_a_small_model_unless_a_shape_is_given(capsys):
-    config, given = configuration.load(BenchConfig, ["--device=cpu"])
+    config, given = config_loader.load(BenchConfig, ["--device=cpu"])
     assert bench.settle(config, given) == {"step"}
     assert (config.n_layer, config.n_embd, config.block_size) == (4, 128, 64) and "small" in capsys.readouterr().out
-    config, given = configuration.load(BenchConfig, ["--device=cpu", "--n_layer=3"])
+    config, given = config_loader.load(BenchConfig, ["--device=cpu", "--n_layer=3"])
     bench.settle(config, given)
     assert (config.n_layer, config.n_embd, config.block_size) == (3, 768, 1024)
-    config, given = configuration.load(BenchConfig, ["--device=cpu", "--init_from=gpt2-xl"])
+    config, given = config_loader.load(BenchConfig, ["--device=cpu", "--init_from=gpt2-xl"])
     bench.settle(config, given)
     assert (config.n_layer, config.n_head, config.n_embd, config.bias) == (48, 25, 1600, True)
 
@@ -535,7 +536,7 @@ def test_decoding_beside_transformers(run):
 
 
 def make_124m(**keys):
-    return configuration.load(BenchConfig, [f"--{key}={value}" for key, value in keys.items()])[0]
+    return config_loader.load(BenchConfig, [f"--{key}={value}" for key, value in keys.items()])[0]
 
 
 @pytest.mark.parametrize(
@@ -567,7 +568,7 @@ def test_the_constants_are_what_was_fitted(batch_size, recompute, ms):
 def test_predicted_memory_is_what_was_measured(init_from, recompute, keys, gib):
     """On a H200 at T=1024 (the README's tables)."""
     options = {"init_from": init_from, "dtype": "bfloat16", **keys}
-    config, given = configuration.load(BenchConfig, [f"--{key}={value}" for key, value in options.items()])
+    config, given = config_loader.load(BenchConfig, [f"--{key}={value}" for key, value in options.items()])
     bench.settle(config, given)
     assert predict(config, recompute)["gib"] == pytest.approx(gib, rel=0.03)
 

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import config
-from config import BenchConfig, SampleConfig, TrainConfig, UserError, load
+from gpt12.config_loader import load
+from gpt12.errors import UserError
+from gpt12.settings import BenchConfig, SampleConfig, TrainConfig, as_dict
 from tests.harmless import harmless
 
 REPOSITORY = Path(__file__).parents[1]
@@ -62,11 +63,11 @@ def refusal(argv, schema=TrainConfig, base=None):
 
 
 def test_defaults_are_nanogpts():
-    train, sample = config.as_dict(TrainConfig()), config.as_dict(SampleConfig())
+    train, sample = as_dict(TrainConfig()), as_dict(SampleConfig())
     assert {key: train[key] for key in NANOGPT_TRAIN} == NANOGPT_TRAIN
     assert {key: sample[key] for key in NANOGPT_SAMPLE} == NANOGPT_SAMPLE
     bench = {"batch_size": 12, "block_size": 1024, "bias": False, "profile": False, "seed": 1337}
-    assert config.as_dict(BenchConfig()).items() >= bench.items()
+    assert as_dict(BenchConfig()).items() >= bench.items()
 
 
 def test_nanogpts_cpu_line():
@@ -75,7 +76,7 @@ def test_nanogpts_cpu_line():
     said = dict(pair.lstrip("-").split("=") for pair in NANOGPT_CPU_LINE.split())
     assert {key: str(getattr(made, key)) for key in said} == said
     alone, from_file = load(TrainConfig, [preset])
-    rest = config.as_dict(alone).keys() - said.keys()
+    rest = as_dict(alone).keys() - said.keys()
     assert {key: getattr(made, key) for key in rest} == {key: getattr(alone, key) for key in rest}
     assert given == said.keys() | from_file
     assert (made.dataset, made.out_dir) == ("shakespeare_char", "out-shakespeare-char")
@@ -401,7 +402,7 @@ def test_epochs_or_steps_whichever_was_said_last(write):
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_a_saved_configuration_comes_back(schema, write):
     first, _ = load(schema, [write("seed = 3\nout_dir = 'b'\nstop = ('a', 'b')\nlr_decay_iters = 7")])
-    saved = json.loads(json.dumps(config.as_dict(first)))
+    saved = json.loads(json.dumps(as_dict(first)))
     again, given = load(schema, [], saved)
     assert again == first and given == set()
 
@@ -451,7 +452,7 @@ def test_every_preset_of_the_plan_is_there():
 
 def test_presets_that_nanogpt_has_do_what_they_did():
     def made(name):
-        return config.as_dict(load(TrainConfig, [str(REPOSITORY / f"config/{name}.py")])[0])
+        return as_dict(load(TrainConfig, [str(REPOSITORY / f"config/{name}.py")])[0])
 
     for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         theirs = {"batch_size": 8, "eval_iters": 500, "eval_only": True, "wandb_log": False, "init_from": name}
@@ -464,47 +465,14 @@ def test_presets_that_nanogpt_has_do_what_they_did():
     assert made("finetune_shakespeare").items() >= theirs.items()
 
 
-# ---------------------------------------------------------------------------------------------------------- run_main
-
-
-class KnownError(Exception):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("raised", "status", "said"),
-    [
-        (UserError("two\nlines"), 2, "error: two\nlines\n"),
-        (KnownError("weights"), 2, "error: weights\n"),
-        (KeyboardInterrupt(), 130, ""),
-    ],
-)
-def test_run_main_on_a_mistake(raised, status, said, capsys):
-    def main():
-        raise raised
-
-    with pytest.raises(SystemExit) as done:
-        config.run_main(main, KnownError)
-    assert (done.value.code, capsys.readouterr().err) == (status, said)
-
-
-def test_run_main_otherwise():
-    for returned, status in ((None, None), (0, 0), (143, 143)):
-        with pytest.raises(SystemExit) as done:
-            config.run_main(lambda value=returned: value)
-        assert done.value.code == status
-    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
-        config.run_main(lambda: 1 // 0)
-
-
 def test_importing_it_is_light():
-    code = "import sys, config; assert not {'torch', 'numpy'} & sys.modules.keys()"
+    code = "import sys, gpt12.config_loader; assert not {'torch', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- fuzz
 
-KEYS = sorted({key for schema in SCHEMAS for key in config.as_dict(schema())})
+KEYS = sorted({key for schema in SCHEMAS for key in as_dict(schema())})
 WORDS = [
     "",
     "0",
@@ -550,7 +518,7 @@ def accepts_or_refuses(schema, argv, folder):
     except SystemExit as done:
         assert {"-h", "--help"} & set(argv) and done.code == 0
     else:
-        saved = json.loads(json.dumps(config.as_dict(made), allow_nan=False))
+        saved = json.loads(json.dumps(as_dict(made), allow_nan=False))
         assert load(schema, [], saved)[0] == made
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import data
-from config import UserError
 from data import open_dataset, prepare, prepare_texts
 from data.prepare import val_documents
 from data.run import lock
@@ -22,6 +21,7 @@ from data.shards import UINT16, ShardWriter, Tokens, write_shard
 from data.texts import CHAT_TEMPLATE, Documents, Piece
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from data.windows import TrainWindows
+from gpt12.errors import UserError
 from tests.tiny_bpe import tiny
 
 EOT = 256

@@ -15,9 +15,9 @@ from kill_loop import OPTIONS, make_dataset
 from safetensors.torch import load_file
 
 import train
-from config import UserError
 from data import run as run_folder
 from data.run import Metrics, find_checkpoint, read_run
+from gpt12.errors import UserError
 from model import GPT, GPTConfig, WeightsError
 from tests.harmless import FEW, harmless
 

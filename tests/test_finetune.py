@@ -19,16 +19,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
-import config as configuration
 import data
 import sample
 import train
-from config import UserError
 from config.machine import Machine
 from data import open_dataset
 from data.shards import Tokens
 from data.tokenizers import CharTokenizer
 from data.windows import EvalWindows, TrainWindows
+from gpt12 import config_loader
+from gpt12.errors import UserError, run_main
+from gpt12.settings import TrainConfig
 from model import GPT, GPTConfig, Linear, LoRALinear, Sampling, WeightsError
 
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
@@ -301,7 +302,7 @@ def test_targets_of_prompts_change_no_bit_of_any_gradient(start, instructions, m
     Without the mask they change the gradients, so that the first half of the test can fail.
     """
     dataset = open_dataset(str(instructions), tokenizer=CharTokenizer(CHARS), block_size=32)
-    config, _ = configuration.load(configuration.TrainConfig, [*QUICK[2:], "--block_size=32"])
+    config, _ = config_loader.load(TrainConfig, [*QUICK[2:], "--block_size=32"])
     machine = Machine(torch.device("cpu"), torch.float32, compiled=False)
     tokens, mask, gather = dataset.train, dataset.train.mask, Tokens.gather
     tokens.mask = mask if masked else None
@@ -369,7 +370,7 @@ def refused(capsys, out_dir, *options) -> str:
     """The message with which `python train.py` turns a fine-tuning down."""
     argv = [*QUICK, f"--out_dir={out_dir}", "--max_iters=1", *options]
     with pytest.raises(SystemExit) as end:
-        configuration.run_main(lambda: train.main(argv), WeightsError)
+        run_main(lambda: train.main(argv))
     captured = capsys.readouterr()
     assert end.value.code == 2
     assert captured.err.startswith("error: ")

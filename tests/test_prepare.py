@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import data.prepare
-from config import UserError
 from data.download import Wheel, fetch, open_wheel
 from data.fineweb_edu import prepare as fineweb_edu
 from data.openwebtext import prepare as openwebtext
@@ -22,6 +21,7 @@ from data.prepare import val_documents
 from data.shakespeare_char import prepare as shakespeare_char
 from data.shards import Tokens
 from data.texts import Documents
+from gpt12.errors import UserError
 from tests.tiny_bpe import encode_slowly, tiny
 
 REPOSITORY = Path(__file__).parent.parent
@@ -177,7 +177,7 @@ def test_shakespeare_from_nowhere(shelf, make_wheel):
 
 
 def test_the_script_runs_from_anywhere(tmp_path):
-    for folder in ("config", "data"):
+    for folder in ("gpt12", "data"):
         ignore = shutil.ignore_patterns("*.bin", "meta.json", "cache", "input.txt")
         shutil.copytree(REPOSITORY / folder, tmp_path / "house" / folder, ignore=ignore)
     script = tmp_path / "house/data/shakespeare_char/prepare.py"
@@ -192,7 +192,7 @@ def test_the_script_runs_from_anywhere(tmp_path):
 @pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char", "openwebtext", "fineweb_edu"])
 def test_help_prints_the_page_and_prepares_nothing(name, tmp_path):
     ignore = shutil.ignore_patterns("*.bin", "meta.json", "cache", "input.txt")
-    for folder in ("config", "data"):
+    for folder in ("gpt12", "data"):
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=ignore)
     files = sorted(tmp_path.rglob("*"))
     for argument, status in ("--help", 0), ("--tokenz=5", 2):

@@ -33,8 +33,10 @@ from torch.distributed.run import get_args_parser
 import bench
 import sample
 import train
-from config import ANY_KEY, BenchConfig, SampleConfig, TrainConfig, UserError, load
 from data.shards import write_shard
+from gpt12.config_loader import load
+from gpt12.errors import UserError
+from gpt12.settings import ANY_KEY, BenchConfig, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -16,11 +16,10 @@ from kill_loop import OPTIONS, make_dataset
 from matplotlib.image import imread
 from safetensors.numpy import load_file
 
-import config as configuration
 import train
-from config import UserError
 from data import run as run_folder
 from data.run import Metrics, draw_losses, find_checkpoint, lock, save_checkpoint, set_aside, write_json
+from gpt12.errors import UserError, run_main
 
 ROOT = Path(__file__).parent.parent
 needs_a_limit = pytest.mark.skipif(sys.platform == "win32", reason="a limit of a file's size is POSIX")
@@ -325,7 +324,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(dataset, tmp_pa
     (tmp_path / "file").write_text("")
     for out_dir in (tmp_path / "file", tmp_path / "file" / "out"):
         with pytest.raises(SystemExit) as end:
-            configuration.run_main(lambda out_dir=out_dir: run(dataset, out_dir))
+            run_main(lambda out_dir=out_dir: run(dataset, out_dir))
         assert end.value.code == 2
         err = capsys.readouterr().err
         assert f"out_dir={out_dir} cannot be written" in err

@@ -22,12 +22,14 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation import logits_process as theirs_process
 
-import config as configuration
 import sample
 from config.machine import Card
 from data.run import save_checkpoint
 from data.texts import CHAT_TEMPLATE
 from data.tokenizers import ByteTokenizer, CharTokenizer
+from gpt12 import config_loader
+from gpt12.errors import run_main
+from gpt12.settings import SampleConfig
 from model import GPT, Decoder, GPTConfig, Sampling, WeightsError, sample_token, uniform
 from tests.harmless import FEW, harmless
 
@@ -424,7 +426,7 @@ def start(out_dir, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", argv)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
         with pytest.raises(SystemExit) as end:
-            configuration.run_main(sample.main, WeightsError)
+            run_main(sample.main)
         return (end.value.code or 0, *capsys.readouterr())
 
     return call
@@ -742,7 +744,7 @@ def test_the_compiler_is_tried_only_for_texts_that_it_serves(out_dir, monkeypatc
     argv = [f"--out_dir={out_dir}", "--device=cpu", "--dtype=float32", *options]
     asked = []
     monkeypatch.setattr("config.machine.choose_compile", lambda asked_for, device, long, notes: asked.append(long))
-    sample.load(configuration.load(configuration.SampleConfig, argv)[0])
+    sample.load(config_loader.load(SampleConfig, argv)[0])
     assert asked == [bool(options)]
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError
 from data.shards import MASK, UINT16, UINT32, ShardWriter, Tokens, find, token_dtype, write_shard
+from gpt12.errors import UserError
 from tests.harmless import FEW, harmless
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from config import UserError
 from data import texts
 from data.texts import CHAT_TEMPLATE, Documents, Piece, chat_pieces
 from data.tokenizers import get_tokenizer
+from gpt12.errors import UserError
 from tests.harmless import FEW, harmless
 from tests.tiny_bpe import tiny
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from config import UserError
 from data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_meta, get_tokenizer, load_tokenizer
+from gpt12.errors import UserError
 from tests.tiny_bpe import END, MERGES, TINY, encode_slowly, tiny
 
 TEXT = "  The cat's   bath\n\n\tcan't 123four\r\n <|endoftext|> naïve 猫🙂\u3000½  \n"

@@ -21,14 +21,14 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import config as configuration
 import train
-from config import UserError, machine
+from config import machine
 from config.machine import Machine
 from data.run import read_checkpoint
 from data.shards import Tokens, write_shard
 from data.windows import EvalWindows, TrainWindows
-from model import GPT, MASKED, GPTConfig, WeightsError
+from gpt12.errors import UserError, run_main
+from model import GPT, MASKED, GPTConfig
 from train import AdamW
 
 CPU = Machine(torch.device("cpu"), torch.float32, compiled=False)
@@ -666,7 +666,7 @@ def test_a_users_mistake_ends_with_a_message_and_status_2(dataset, tmp_path, cap
     out_dir = tmp_path / "out"
     argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={out_dir}", *options]
     with pytest.raises(SystemExit) as end:
-        configuration.run_main(lambda: train.main(argv), WeightsError)
+        run_main(lambda: train.main(argv))
     assert end.value.code == 2
     captured = capsys.readouterr()
     assert message in captured.err

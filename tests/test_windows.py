@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from config import UserError
 from data.shards import MASK, UINT16, Tokens, write_shard
 from data.windows import EvalWindows, TrainWindows, permute
+from gpt12.errors import UserError
 
 
 def split(folder, size, shard=100, mask=None):

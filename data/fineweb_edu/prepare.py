@@ -16,8 +16,8 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder is searched for `config` and `data`, not the repository
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from config import run_main
 from data.openwebtext.prepare import prepare_corpus
+from gpt12.errors import run_main
 
 HERE = Path(__file__).parent
 TOKENS = 9_950_000_000  # of GPT-2's; the sample's name counts them so as well

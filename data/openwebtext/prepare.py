@@ -14,11 +14,11 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder is searched for `config` and `data`, not the repository
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from config import UserError, run_main
 from data.prepare import prepare_texts
 from data.shards import Tokens
 from data.texts import Documents
 from data.tokenizers import get_tokenizer
+from gpt12.errors import UserError, run_main
 
 HERE = Path(__file__).parent
 TOKENS = 9_040_000_000
@@ -46,4 +46,4 @@ def prepare() -> None:
 
 
 if __name__ == "__main__":
-    run_main(prepare, page=__doc__)
+    run_main(prepare, help_page=__doc__)

@@ -13,9 +13,9 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder is searched for `config` and `data`, not the repository
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from config import run_main
 from data.shakespeare_char import prepare as shakespeare_char
 from data.tokenizers import get_tokenizer
+from gpt12.errors import run_main
 
 HERE = Path(__file__).parent
 
@@ -26,4 +26,4 @@ def prepare(folder: Path = HERE) -> None:
 
 
 if __name__ == "__main__":
-    run_main(prepare, page=__doc__)
+    run_main(prepare, help_page=__doc__)

