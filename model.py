@@ -216,6 +216,7 @@ class GPT(nn.Module):
         # Tied weights: Press and Wolf 2017, arXiv:1608.05859.
         self.lm_head.weight = self.transformer.wte.weight
         self.fused_loss = False  # use the loss's Triton kernel, on GPUs that have Triton
+        self.compiled = False  # whoever compiles the blocks sets this
         self.init_weights()
 
     @torch.no_grad()
