@@ -17,8 +17,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from gpt12.weights import save_pretrained
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from data import Dataset, check_exists, open_dataset
+from data.dataset import Dataset, check_exists, open_dataset
 from data.windows import EvalWindows, TrainWindows
 from gpt12 import start
 from gpt12.checkpoint import Progress, SaveTimer, find_checkpoint, save_checkpoint
@@ -42,8 +42,23 @@ from gpt12.cuda_graph import record, use_graph_for_training
 from gpt12.device import Machine, open_machine
 from gpt12.distributed import is_lost_rank, process_group, rank_0_first
 from gpt12.errors import UserError, run_main
+from gpt12.loader import Loader
+from gpt12.memory import choose_batch_size, out_of_memory_advice, ran_out_of_memory
+from gpt12.muon import Muon
+from gpt12.optim8bit import AdamW8bit
+from gpt12.optimizer import Optimizer, divide_gradients
+from gpt12.run_folder import lock_run
+from gpt12.run_log import RunLog, perplexity, remaining_checkpoint
 from gpt12.settings import TrainConfig
-from model import GPT, LOSS_CHUNK_ROWS, MASKED, GPTConfig, Sampling, find_pretrained
+from gpt12.signals import StopSignal
+from gpt12.targets import IGNORE_INDEX
+from gpt12.trainer_state import (
+    TrainerState,
+    load_trainer_state,
+    save_trainer_state,
+    state_bytes,
+)
+from model import GPT, layer_matrices
 
 # --------------------------------------------------------------------------------------------------
 # Optimizer and learning rate
@@ -386,193 +401,25 @@ def evaluate(
 class Trainer:
     """Trains until all steps are made, patience is over, a signal arrives, or the loss is lost."""
 
-    step: int = 0  # finished updates
-    position: int = 0  # training windows consumed
-    tokens: int = 0
-    elapsed_s: float = 0.0  # training alone: evaluation, saving and compiling stop the clock
-    best_val_loss: float | None = None
-    best_step: int = 0
-    worse_evaluations: int = 0  # in a row, for patience
-    evaluated_step: int = -1
-    wandb_id: str | None = None
-
-
-class Clock:
-    """Seconds and steps of training alone. Stopped for evaluation and saving; a stop waits for the device."""
-
-    def __init__(self, machine: Machine, total: float):
-        self.machine, self.total, self.seconds, self.steps = machine, total, 0.0, 0
-        self.started: float | None = None
-
-    def start(self) -> None:
-        self.machine.synchronize()
-        self.started = time.perf_counter()
-
-    def stop(self) -> None:
-        if self.started is not None:
-            self.machine.synchronize()
-            self._take()
-            self.started = None
-
-    def tick(self) -> None:
-        self.steps += self.started is not None
-
-    def lap(self) -> float | None:
-        """Steps a second since the last lap; the caller has just waited for the device."""
-        if self.started is not None:
-            self._take()
-        rate = self.steps / self.seconds if self.steps and self.seconds else None
-        self.seconds, self.steps = 0.0, 0
-        return rate
-
-    def _take(self) -> None:
-        now = time.perf_counter()
-        self.seconds += now - self.started  # type: ignore[operator]
-        self.total += now - self.started  # type: ignore[operator]
-        self.started = now
-
-
-def stop_signals() -> list[int]:
-    """What ends a run after its step: Ctrl-C, a scheduler's SIGTERM and, but under nohup, a terminal that is closed."""
-    numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    return numbers
-
-
-class Run:
-    """A training run: builds what it needs from the configuration, then trains until done, stopped or hopeless."""
-
-    def __init__(self, config: TrainConfig, given: set[str], resumed: bool = False):
-        from data.dataset import check_exists, open_dataset
-        from data.windows import EvalWindows, TrainWindows
-
-        self.config, self.out_dir, self.resumed = config, Path(config.out_dir), resumed
-        torch.manual_seed(config.seed)  # the initial weights, alike on every rank
-        self.progress, last = Progress(), None
-        if resumed:
-            last, state = run_folder.find_checkpoint(self.out_dir, ("last",))
-            self.progress = Progress(**{key: state[key] for key in vars(self.progress) if key in state})
-        check_exists(config.dataset)
-        start, tokenizer = load_start(config, given, last)
-        with first_rank_first():  # it prepares what is not there yet; the others find it ready
-            self.dataset = open_dataset(
-                config.dataset,
-                tokenizer=tokenizer if tokenizer and config.tokenizer == "auto" else config.tokenizer,
-                val_fraction=config.val_fraction,
-                text_column=config.text_column,
-                block_size=config.block_size,
-            )
-        self.model = check_start(start, tokenizer, self.dataset, config)
-        if resumed and run_folder.read_run(self.out_dir).get("data", {}).get("sha256") != self.dataset.source_sha256:
-            self.forget_best()
-        self.machine = open_machine(config, self.model.blocks[0], worth_compiling(self.model, config))
-        self.master = self.machine.rank == 0
-        # What auto became: by this memory is counted.
-        config.dtype = str(self.machine.dtype).removeprefix("torch.")  # type: ignore[assignment]
-        prepare_model(self.model, config, self.machine)
-        self.batch_size = settle_batch_size(self.model, config, self.machine)
-        self.val = EvalWindows(self.dataset.val, config.block_size)
-        self.eval_count = min(config.eval_iters * self.batch_size or self.val.count, self.val.count)
-        if config.eval_only:
-            return
-        if self.dataset.train is None:
-            raise UserError(
-                f"{self.dataset.folder} holds no training shards (train_*.bin): only --eval_only works with it"
-            )
-        self.train_tokens = len(self.dataset.train)
-        self.windows = TrainWindows(self.dataset.train, config.block_size, config.seed)
-        self.train_eval = EvalWindows(self.dataset.train, config.block_size)
-        self.step_windows = self.batch_size * config.gradient_accumulation_steps
-        if config.num_epochs:
-            config.max_iters = math.ceil(config.num_epochs * self.windows.per_epoch / self.step_windows)
-        self.step = Step(self.model, config, self.machine)
-        self.loader = Loader(self.windows, self.step, self.machine)
-        # Dropout's random numbers: a rank's own, and not the first ones over again after resuming.
-        torch.manual_seed(config.seed + self.machine.rank + 1_000_003 * self.progress.step)
-        if last is not None:
-            load_trainer(last, self.step)
-        self.clock, self.stop_signal, self.skipped = Clock(self.machine, self.progress.elapsed_s), 0, 0.0
-        self.signalled_at = -math.inf
-        self.flag = torch.zeros((), dtype=torch.int64, device=self.machine.device)  # the stop signal of all ranks
-        self.saved_step = self.progress.step if resumed else -1
-        self.drawing: threading.Thread | None = None
-        self.told_time = False
-
-    def forget_best(self) -> None:
-        """Other data than before: losses on them cannot be compared with those that went before."""
-        p = self.progress
-        p.best_val_loss, p.best_step, p.worse_evaluations = None, 0, 0
-        self.dataset.warnings.append(
-            "the data are not those that this run began with: its windows are others now, and its best loss counts no more. "
-            f"Copy {self.out_dir / 'best'} if you want to keep it: the best on the new data takes its place"
-        )
-
-    # -- telling
-
-    def say(self, text: str) -> None:
-        if self.master:
-            from tqdm import tqdm
-
-            # Nobody reads (the Ctrl-C that ends a run ends `| tee` first), the log's disk is full, or a signal came amid
-            # another line: no reason to lose what is trained.
-            with contextlib.suppress(OSError, RuntimeError):
-                tqdm.write(text)
-                sys.stdout.flush()  # a file or a pipe would get it kilobytes later
-
-    def introduce(self) -> None:
-        c, shape = self.config, self.model.config
-        for note in [*self.machine.notes, *self.dataset.warnings]:
-            self.say(note)
-        per_step = self.step_windows * c.block_size
-        self.say(
-            f"model: {self.model.num_params():,} parameters ({shape.n_layer} layers, {shape.n_head} heads, "
-            f"{shape.n_embd} wide, block {shape.block_size}, vocabulary {shape.vocab_size})"
-        )
-        count = self.dataset.documents
-        documents = f"{count:,} document{'s' * (count != 1)}, " if count is not None else ""
-        self.say(
-            f"data: {self.dataset.name}, {documents}{self.train_tokens:,} training and {len(self.dataset.val):,} validation tokens"
-        )
-        self.say(
-            f"step: {self.batch_size} x {c.block_size} x {c.gradient_accumulation_steps} = {per_step:,} tokens; "
-            f"an epoch is {self.windows.per_epoch / self.step_windows:,.1f} steps; {c.max_iters:,} steps are "
-            f"{c.max_iters * self.step_windows / self.windows.per_epoch:,.2f} epochs"
-        )
-        gib = sum(step_memory(shape, c, c.recompute, trainable(self.model), self.machine.compiled).values()) / 2**30
-        size = f"{gib:.1f} GiB" if gib >= 0.05 else f"{1024 * gib:.0f} MiB"
-        self.say(f"memory: about {size} at the peak of a step (recompute={c.recompute})")
-        if self.resumed:
-            self.say(f"resuming at step {self.progress.step:,}")
-
-    def show_sample(self) -> None:
-        """A text from the model as it is: the newcomer's progress bar."""
-        if not self.master or (tokenizer := self.dataset.tokenizer) is None:
-            return
-        start: list[int] = [] if tokenizer.eot is None else [tokenizer.eot]
-        if masked := self.val.tokens.mask is not None:  # questions and answers: the first question
-            x, y = self.val.batch(np.array([0]))
-            start = x[0, : 1 + int((y[0] != MASKED).argmax())].tolist()
-        elif not start:
-            try:
-                start = list(tokenizer.encode("\n"))
-            except UserError:  # a vocabulary of characters that has no line end
-                start = self.val.batch(np.array([0]))[0][0, :1].tolist()
-        count = min(SAMPLE_TOKENS, 2 * self.config.block_size)
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self.machine.autocast():
-                [ids] = self.model.generate([start], count, sampling=Sampling(0.8, top_k=200), seeds=[self.config.seed])
-            if masked:
-                ids = start + ids[: ids.index(tokenizer.eot) if tokenizer.eot in ids else None]
-            text = tokenizer.decode(ids).strip()
-        except torch.OutOfMemoryError:  # what is shown shall not end what is earned
-            text = "(no text: too little memory beside the training step)"
-        self.model.train(was_training)
-        self.say("".join(f"    | {line}\n" for line in text.splitlines()))
-
-    # -- the loop
+    def __init__(self, run: Run):
+        self.run = run
+        self.config = run.config
+        self.progress = run.progress
+        self.model = run.model
+        self.machine = run.machine
+        self.step = TrainStep(run.model, run.config, run.machine)
+        self.loader = Loader(run.train_windows, self.step.x, self.step.y, run.machine)
+        # Each rank draws its own dropout masks, and a resumed run does not draw its first ones
+        # again.
+        seed = run.config.seed + run.machine.rank + 1_000_003 * run.progress.step
+        torch.manual_seed(seed)
+        if run.checkpoint is not None:
+            load_trainer_state(run.checkpoint, self.step.trainer_state())
+        self.log = RunLog(run)
+        self.clock = Clock(run.machine, run.progress.elapsed_s)
+        self.stop = StopSignal(run.machine, self.log.say)
+        self.timer = SaveTimer(run.config.save_interval_s, self.checkpoint_bytes("last"))
+        self.saved_step = run.progress.step if run.request.resumed else -1
 
     def train(self) -> int:
         """Train to the end and return the exit status."""
@@ -608,27 +455,78 @@ class Run:
                     self.say_hopeless()
                     status = 1
                     break
-            if p.step >= c.max_iters:
-                break
-            lr = learning_rate(p.step, c)
-            self.step(lr, rows)
-            self.clock.tick()
-            p.step += 1
-            p.position += self.step_windows
-            p.tokens += self.step_windows * c.block_size
-            if p.step < c.max_iters:
-                rows = self.loader.load(p.position)  # the host gathers while the device computes
-            bar.update()
-            if (p.step % c.log_interval == 0 or p.step == c.max_iters) and self.log_step(bar, lr):
-                status = 1
-                break
-            if p.step == warm:  # compiling and recording are over
-                self.clock.start()
-            if self.agree_to_stop():
-                status = 128 + self.stop_signal
-                break
-            save_interval = 600.0 if c.save_interval_s == "auto" else float(c.save_interval_s)
-            if time.monotonic() - self.last_save >= save_interval:
+                if progress.step == warm:  # everything is compiled and recorded
+                    self.clock.start()
+                if self.stop.agreed():
+                    status = 128 + self.stop.number
+                    break
+                if self.timer.is_due():
+                    self.save("last")
+            return self.finish(status)
+
+    def load(self) -> list[int] | None:
+        """Load the next step's windows, unless the run is over."""
+        if self.progress.step >= self.config.max_iters:
+            return None
+        return self.loader.load(self.progress.position)
+
+    def logging_is_due(self) -> bool:
+        """Tell whether this step is logged."""
+        step = self.progress.step
+        return step % self.config.log_interval == 0 or step == self.config.max_iters
+
+    def log_step(self, lr: float) -> float:
+        """Log the step and return the number of bad updates in a row. Waits for the device."""
+        step = self.step
+        values = torch.stack([step.loss, step.grad_norm, step.bad, step.skipped])
+        loss, grad_norm, bad, skipped = values.tolist()
+        steps_per_s = self.clock.steps_per_second()
+        self.note_time()
+        self.log.log_step(loss, lr, grad_norm, bad, skipped, steps_per_s)
+        return bad
+
+    def say_hopeless(self) -> None:
+        """Explain why training stops after too many updates that were not finite."""
+        self.log.say(
+            f"stopping at step {self.progress.step}: the last {self.config.max_bad_steps} updates "
+            "had a loss or gradient that is not finite. The weights are as before the first of "
+            f"them. Training window {self.progress.position}; try a lower learning_rate or "
+            "--dtype=float32"
+        )
+
+    def evaluation_is_due(self) -> bool:
+        """Tell whether to evaluate now: at step 0, at every eval_interval, and at the end."""
+        step = self.progress.step
+        due = step % self.config.eval_interval == 0 or step >= self.config.max_iters
+        return due and self.progress.evaluated_step != step
+
+    def evaluate(self) -> None:
+        """Evaluate both splits, show a sample, and save the model if it is the best so far.
+
+        A signal ends the evaluation early, as if it had not begun. With several ranks it does not:
+        a rank cannot tell the others without waiting for them at every batch.
+        """
+        progress = self.progress
+        with self.clock_stopped():
+            train_loss = self.split_loss(self.run.train_eval_windows)
+            val_loss = self.split_loss(self.run.val_windows)
+            if self.evaluation_is_cut_short():
+                return
+            progress.evaluated_step = progress.step
+            better = self.is_better(val_loss)
+            previous_best = (progress.best_val_loss, progress.best_step)
+            if better:
+                progress.best_val_loss = val_loss
+                progress.best_step = progress.step
+                progress.worse_evaluations = 0
+            elif progress.step > 0:
+                progress.worse_evaluations += 1
+            self.log.log_evaluation(train_loss, val_loss, better)
+            self.log.show_sample()
+            if better and not self.rank_0_says(self.save("best")):
+                # best/ still holds the model of before.
+                progress.best_val_loss, progress.best_step = previous_best
+            if progress.step > 0 and self.config.always_save_checkpoint:
                 self.save("last")
             self.log.draw()
 
@@ -662,39 +560,13 @@ class Run:
         dist.broadcast(said, 0)
         return bool(said)
 
-    def elapsed(self) -> float:
-        return round(self.clock.total, 3)
-
-    # -- the run's folder
-
-    def draw(self) -> None:
-        """loss.png, drawn beside the training: importing and running a plotting library takes longer than a small step."""
-        if self.drawing is not None:
-            self.drawing.join()
-        rows, file = list(self.metrics.rows), self.out_dir / "loss.png"
-        self.drawing = threading.Thread(target=run_folder.draw_losses, args=(rows, file))
-        self.drawing.start()
-
-    def open_folder(self) -> None:
-        c, self.wandb = self.config, None
-        if not self.master:
-            return
-        shape = self.model.config
-        c.n_layer, c.n_head, c.n_embd, c.bias = shape.n_layer, shape.n_head, shape.n_embd, shape.bias
-        facts = run_folder.describe(
-            asdict(c),
-            device=self.machine.name,
-            dtype=c.dtype,
-            compile=self.machine.compiled,
-            world_size=self.machine.world,
-            data={"name": self.dataset.name, "sha256": self.dataset.source_sha256, "tokens": self.train_tokens},
-        )
-        if c.wandb_log:
-            self.wandb = start_wandb(c, facts, self.progress)
-        if not self.resumed and (previous := run_folder.set_aside(self.out_dir)):
-            self.say(f"the run that was in {self.out_dir} lies in {previous} now; delete what you no longer need")
-        run_folder.write_json(self.out_dir / "run.json", facts)
-        self.metrics = run_folder.Metrics(self.out_dir / "metrics.jsonl", self.progress.step if self.resumed else None)
+    def patience_is_over(self) -> bool:
+        """Tell whether there were too many evaluations without a new best."""
+        patience = self.config.patience
+        if patience == 0 or self.progress.worse_evaluations < patience:
+            return False
+        self.log.say(f"stopping: no better validation loss in {patience} evaluations")
+        return True
 
     def save(self, name: str) -> bool:
         """Write the checkpoint best/ or last/ and tell whether that worked.
@@ -884,33 +756,6 @@ def open_data(config: TrainConfig, tokenizer: Any) -> Dataset:
             text_column=config.text_column,
             block_size=config.block_size,
         )
-        argv = [str(run_folder.REPOSITORY / "config" / f"{preset}.py")]
-    reading = config_loader.read(TrainConfig, argv)
-    resuming = reading.config.init_from == "resume"
-    # A run that continues is checked below, together with its saved values.
-    config, given = reading.finish(check=not resuming)
-    if not resuming:
-        return config, given, False
-    saved = run_folder.read_run(Path(config.out_dir))
-    adapters = ("lora_rank", "lora_alpha", "lora_targets")
-    for key in ("n_layer", "n_head", "n_embd", "bias", *adapters, "optimizer", "val_fraction"):
-        if key in given and getattr(config, key) != saved["config"].get(key):
-            raise UserError(
-                f"{key}={getattr(config, key)}, but the run in {config.out_dir} has {saved['config'].get(key)}: leave "
-                f"--{key} out, or begin a new run"
-            )
-    folder = config.out_dir
-    # What dtype=auto became then holds: another precision would be another run.
-    config, given = config_loader.load(TrainConfig, argv, saved["config"] | {"dtype": saved.get("dtype", "auto")})
-    # The folder that was read: its name may have changed since, or run.json be a stranger's and lead elsewhere.
-    config.init_from, config.out_dir = saved["config"]["init_from"], folder
-    if (
-        config.batch_size == "auto"
-        and saved["config"]["batch_size"] != "auto"
-        and "gradient_accumulation_steps" not in given
-    ):
-        config.gradient_accumulation_steps *= saved["config"]["batch_size"]  # auto counts rows
-    return config, given, True
 
 
 def evaluate_only(run: Run) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data import Dataset
+from data.dataset import Dataset
 from data.windows import TrainWindows
 from gpt12 import config_loader, lora
 from gpt12.checkpoint import Progress, find_checkpoint
