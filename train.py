@@ -16,9 +16,7 @@ import contextlib
 import math
 import os
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +26,29 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import numpy as np
 import torch
 import torch.distributed as dist
-from gpt12.lora import save_adapter
-from gpt12.weights import save_pretrained
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from data.dataset import Dataset, check_exists, open_dataset
-from data.windows import EvalWindows, TrainWindows
-from gpt12 import start
-from gpt12.checkpoint import Progress, SaveTimer, find_checkpoint, save_checkpoint
+from data.windows import EvalWindows
 from gpt12.clock import Clock
 from gpt12.cuda_graph import record, use_graph_for_training
-from gpt12.device import Machine, open_machine
-from gpt12.distributed import is_lost_rank, process_group, rank_0_first
+from gpt12.device import Machine
+from gpt12.distributed import data_parallel, is_lost_rank, is_rank_0, process_group
 from gpt12.errors import UserError, run_main
 from gpt12.loader import Loader
-from gpt12.memory import choose_batch_size, out_of_memory_advice, ran_out_of_memory
+from gpt12.memory import out_of_memory_advice, ran_out_of_memory
 from gpt12.muon import Muon
 from gpt12.optim8bit import AdamW8bit
 from gpt12.optimizer import Optimizer, divide_gradients
+from gpt12.run import Run, build_run, check_has_training_data, is_complete
 from gpt12.run_folder import lock_run
 from gpt12.run_log import RunLog, perplexity, remaining_checkpoint
+from gpt12.saver import Saver
 from gpt12.settings import TrainConfig
 from gpt12.signals import StopSignal
+from gpt12.start import Request, read_request
 from gpt12.targets import IGNORE_INDEX
-from gpt12.trainer_state import (
-    TrainerState,
-    load_trainer_state,
-    save_trainer_state,
-    state_bytes,
-)
+from gpt12.trainer_state import TrainerState, load_trainer_state
 from model import GPT, layer_matrices
 
 # --------------------------------------------------------------------------------------------------
@@ -205,7 +196,7 @@ class TrainStep:
         self.model = model
         self.config = config
         self.machine = machine
-        self.forward = data_parallel(model, machine)
+        self.forward = data_parallel(model, machine.world, machine.device)
         self.optimizers = build_optimizers(model, config, machine)
         self.lr = self.optimizers[0].lr
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -328,19 +319,6 @@ class TrainStep:
         return TrainerState(self.model, self.optimizers, self.scaler, self.machine)
 
 
-def data_parallel(model: GPT, machine: Machine) -> nn.Module:
-    """Return the model, wrapped so that the gradients of several ranks are averaged."""
-    if machine.world == 1:
-        return model
-    return nn.parallel.DistributedDataParallel(
-        model,
-        device_ids=[machine.device.index] if machine.on_gpu else None,
-        gradient_as_bucket_view=True,
-        # Few large messages disturb the computation beside them less than many small ones.
-        bucket_cap_mb=100,
-    )
-
-
 # --------------------------------------------------------------------------------------------------
 # Evaluation
 
@@ -418,8 +396,7 @@ class Trainer:
         self.log = RunLog(run)
         self.clock = Clock(run.machine, run.progress.elapsed_s)
         self.stop = StopSignal(run.machine, self.log.say)
-        self.timer = SaveTimer(run.config.save_interval_s, self.checkpoint_bytes("last"))
-        self.saved_step = run.progress.step if run.request.resumed else -1
+        self.saver = Saver(run, self.step.trainer_state(), self.log.say)
 
     def train(self) -> int:
         """Train to the end and return the exit status."""
@@ -460,7 +437,7 @@ class Trainer:
                 if self.stop.agreed():
                     status = 128 + self.stop.number
                     break
-                if self.timer.is_due():
+                if self.saver.timer.is_due():
                     self.save("last")
             return self.finish(status)
 
@@ -569,74 +546,16 @@ class Trainer:
         return True
 
     def save(self, name: str) -> bool:
-        """Write the checkpoint best/ or last/ and tell whether that worked.
-
-        If it did not, training goes on and the older checkpoint stays.
-        """
+        """Write the checkpoint best/ or last/ and tell whether that worked."""
         with self.clock_stopped():
-            began = time.perf_counter()
-            saved = self.write_checkpoint(name)
-            if name == "last":
-                self.timer.saved(time.perf_counter() - began)
-                if saved:
-                    self.saved_step = self.progress.step
-        return saved
-
-    def write_checkpoint(self, name: str) -> bool:
-        """Write a checkpoint on rank 0, unless the weights are not finite."""
-        folder = self.run.out_dir / name
-        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()])
-        if not finite.all():
-            self.log.say(f"not saving {folder}: weights are not finite. Try a lower learning_rate")
-            return False
-        if self.machine.rank != 0:
-            return True
-        write = self.write_best if name == "best" else self.write_last
-        try:
-            save_checkpoint(folder, write, self.progress, self.checkpoint_bytes(name))
-        except OSError as error:
-            self.log.say(
-                f"could not save {folder}: {error}. What was there before is untouched; make room"
-            )
-            return False
-        return True
-
-    def write_best(self, folder: Path) -> None:
-        """Write the model as a Hugging Face folder; for LoRA also the adapter alone."""
-        self.write_model(folder)
-        if self.config.lora_rank:
-            save_adapter(self.model, folder / "adapter", self.config.init_from)
-
-    def write_last(self, folder: Path) -> None:
-        """Write the model as a Hugging Face folder, and what resuming needs."""
-        self.write_model(folder)
-        save_trainer_state(folder, self.step.trainer_state())
-
-    def write_model(self, folder: Path) -> None:
-        """Write weights, config.json and the tokenizer's files."""
-        tokenizer = self.run.dataset.tokenizer
-        save_pretrained(self.model, folder, eot=None if tokenizer is None else tokenizer.eot)
-        if tokenizer is not None:
-            tokenizer.save(folder)
-
-    def checkpoint_bytes(self, name: str) -> int:
-        """Return about how many bytes a checkpoint takes."""
-        size = 0
-        for parameter_name, parameter in self.model.named_parameters():
-            if "lora_" not in parameter_name:
-                # LoRA's merged weights are written in float32.
-                bytes_each = 4 if self.config.lora_rank else parameter.element_size()
-                size += bytes_each * parameter.numel()
-        if name == "last":
-            size += state_bytes(self.step.trainer_state())
-        return size
+            return self.saver.save(name)
 
     def finish(self, status: int) -> int:
         """Save what is not saved yet, say what came out, and return the exit status."""
         self.log.bar.close()
         self.clock.stop()
         self.note_time()
-        saved = self.saved_step == self.progress.step or self.save("last")
+        saved = self.saver.saved_step == self.progress.step or self.save("last")
         if not saved:
             status = status or 1
         self.log.close(status, saved)
@@ -658,104 +577,7 @@ class Trainer:
 
 
 # --------------------------------------------------------------------------------------------------
-# A run and its parts
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that a run works with. Nothing in it changes but the progress and the weights."""
-
-    request: start.Request  # what the user asked for
-    config: TrainConfig  # the same with every "auto" decided, but compile and cuda_graph
-    out_dir: Path
-    machine: Machine
-    model: GPT
-    dataset: Dataset
-    val_windows: EvalWindows
-    eval_count: int  # windows in an evaluation
-    progress: Progress
-    checkpoint: Path | None  # the folder that the run is resumed from
-
-    @property
-    def windows_per_step(self) -> int:
-        """Return the number of windows in a step, over all micro-batches and ranks."""
-        return int(self.config.batch_size) * self.config.gradient_accumulation_steps
-
-    @property
-    def train_windows(self) -> TrainWindows:
-        """Return the training windows in the order of the run's seed."""
-        assert self.dataset.train is not None
-        return TrainWindows(self.dataset.train, self.config.block_size, self.config.seed)
-
-    @property
-    def train_eval_windows(self) -> EvalWindows:
-        """Return the training split's fixed windows for evaluation."""
-        assert self.dataset.train is not None
-        return EvalWindows(self.dataset.train, self.config.block_size)
-
-
-def build_run(request: start.Request) -> Run:
-    """Open the data, load or make the model, choose the machine, and decide every "auto"."""
-    config = request.config
-    out_dir = Path(config.out_dir)
-    torch.manual_seed(config.seed)  # all ranks draw the same initial weights
-    progress = Progress()
-    checkpoint = None
-    if request.resumed:
-        checkpoint, state = find_checkpoint(out_dir, ("last",))
-        progress = Progress.from_trainer_json(state)
-
-    check_exists(config.dataset)
-    loaded, tokenizer = start.load_start(request, checkpoint)
-    if loaded is not None:
-        config = replace(config, block_size=loaded.config.block_size)
-    dataset = open_data(config, tokenizer)
-    if request.resumed:
-        start.forget_best_on_other_data(request, dataset, progress)
-    model = start.model_for_data(loaded, tokenizer, dataset, config)
-
-    machine = open_machine(
-        config.device,
-        config.dtype,
-        config.compile,
-        training=True,
-        long=start.is_worth_compiling(model.config, config),
-        deterministic=config.deterministic,
-    )
-    config = start.resolve(config, model.config, dataset, machine)
-    config = choose_batch_size(model.config, config, machine)
-    config = start.count_epochs(config, dataset)
-    start.prepare_model(model, config, machine)
-
-    val_windows = EvalWindows(dataset.val, config.block_size)
-    eval_count = config.eval_iters * int(config.batch_size)
-    if eval_count == 0 or eval_count > val_windows.count:
-        eval_count = val_windows.count
-    return Run(
-        request=request,
-        config=config,
-        out_dir=out_dir,
-        machine=machine,
-        model=model,
-        dataset=dataset,
-        val_windows=val_windows,
-        eval_count=eval_count,
-        progress=progress,
-        checkpoint=checkpoint,
-    )
-
-
-def open_data(config: TrainConfig, tokenizer: Any) -> Dataset:
-    """Open the data set, preparing it if it is not there yet. tokenizer: the loaded model's."""
-    use_models = tokenizer is not None and config.tokenizer == "auto"
-    with rank_0_first():
-        return open_dataset(
-            config.dataset,
-            tokenizer=tokenizer if use_models else config.tokenizer,
-            val_fraction=config.val_fraction,
-            text_column=config.text_column,
-            block_size=config.block_size,
-        )
+# The commands
 
 
 def evaluate_only(run: Run) -> int:
@@ -773,25 +595,20 @@ def evaluate_only(run: Run) -> int:
     return 0
 
 
-def train(request: start.Request) -> int:
+def train(request: Request) -> int:
     """Train, or say that the run is complete. Only one process may write to the run's folder."""
     lock = lock_run(Path(request.config.out_dir)) if is_rank_0() else contextlib.nullcontext()
     with lock:
         run = build_run(request)
-        start.check_has_training_data(run.dataset)
-        if start.is_complete(run.progress, run.config, run.request):
+        check_has_training_data(run.dataset)
+        if is_complete(run):
             return 0
         return Trainer(run).train()
 
 
-def is_rank_0() -> bool:
-    """Tell whether this process is the one that writes files and prints."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def main(argv: list[str] | None = None) -> int:
     """Read the configuration, join the other ranks, build the run, train; return the status."""
-    request = start.read_request(sys.argv[1:] if argv is None else argv)
+    request = read_request(sys.argv[1:] if argv is None else argv)
     config = request.config
     try:
         with process_group(config.device, config.backend):

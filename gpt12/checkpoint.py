@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -243,42 +242,3 @@ def _advice(folder: Path) -> str:
     if other.exists():
         return f"Delete it or restore it; {other} may still be good"
     return "Delete it or restore it"
-
-
-# --------------------------------------------------------------------------------------------------
-# When
-
-
-class SaveTimer:
-    """Decides when last/ is due: save_interval_s seconds after the last save, or "auto".
-
-    "auto" saves as often as costs at most 1% of the time, but at least once a minute during the
-    first ten minutes of a run and every ten minutes later.
-    """
-
-    SHORTEST = 5.0
-    FIRST_MINUTES = 600.0  # seconds
-    BYTES_PER_SECOND = 1e9  # a guess at the disk's speed, until a save was measured
-
-    def __init__(self, interval: float | str, size: int):
-        """size: bytes of a checkpoint."""
-        self.interval = interval
-        self.cost = size / self.BYTES_PER_SECOND  # seconds of one save
-        self.started = time.monotonic()
-        self.last = self.started
-
-    def is_due(self) -> bool:
-        """Tell whether it is time to save."""
-        now = time.monotonic()
-        return now - self.last >= self._seconds(now - self.started)
-
-    def _seconds(self, running: float) -> float:
-        if not isinstance(self.interval, str):
-            return self.interval
-        longest = 60.0 if running < self.FIRST_MINUTES else 600.0
-        return min(longest, max(self.SHORTEST, 100 * self.cost))
-
-    def saved(self, seconds: float) -> None:
-        """Note that a save has just ended, which took so long."""
-        self.last = time.monotonic()
-        self.cost = seconds

@@ -13,11 +13,12 @@ import torch
 from gpt12.device import Machine
 from gpt12.errors import UserError
 from gpt12.loss import CHUNK_ROWS
+from gpt12.option_types import Recompute
 from gpt12.settings import TrainConfig
 from model import GPTConfig, Matrix, layer_matrices, parameter_count
 
 GIB = 2**30
-RECOMPUTE = ("none", "pointwise", "block")  # from the fastest to the one that needs least memory
+RECOMPUTE: tuple[Recompute, ...] = ("none", "pointwise", "block")  # from the fastest to the one that needs least memory
 # What a layer keeps for the backward pass, in numbers per token and channel.
 KEPT = {
     # input 1, LayerNorm 1, query, key and value 3, attention 1, stream 1, LayerNorm 1, MLP inside
@@ -187,7 +188,7 @@ def available_memory(machine: Machine) -> float:
     return min(free + torch.cuda.memory_reserved(machine.device), share * total)
 
 
-def choose_recompute(shape: GPTConfig, config: TrainConfig, machine: Machine) -> str:
+def choose_recompute(shape: GPTConfig, config: TrainConfig, machine: Machine) -> Recompute:
     """Return the cheapest recomputation that fits config.batch_size rows, else "block"."""
     if not machine.on_gpu:
         return "none"
@@ -214,7 +215,7 @@ def choose_batch_size(shape: GPTConfig, config: TrainConfig, machine: Machine) -
     sizes = [size for size in range(1, rows + 1) if rows % size == 0]
     if config.eval_only or not machine.on_gpu:
         fitting = [size for size in sizes if size <= CPU_BATCH_SIZE]
-        recompute = "none" if config.recompute == "auto" else config.recompute
+        recompute: Recompute = "none" if config.recompute == "auto" else config.recompute
         return _with_batch_size(config, fitting[-1], rows, recompute, machine)
     recompute = config.recompute
     if recompute == "auto":
@@ -231,7 +232,7 @@ def choose_batch_size(shape: GPTConfig, config: TrainConfig, machine: Machine) -
 
 
 def _with_batch_size(
-    config: TrainConfig, batch_size: int, rows: int, recompute: str, machine: Machine
+    config: TrainConfig, batch_size: int, rows: int, recompute: Recompute, machine: Machine
 ) -> TrainConfig:
     """Return the configuration with this micro-batch and the same rows per step."""
     return replace(

@@ -9,7 +9,7 @@ import contextlib
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,11 @@ from gpt12.errors import UserError
 from gpt12.generate import Sampling, generate
 from gpt12.memory import step_gib
 from gpt12.metrics import Metrics, Picture, start_wandb
+from gpt12.run import Run
 from gpt12.run_folder import describe_run, set_aside, write_json
 from gpt12.start import as_dict
 from gpt12.targets import IGNORE_INDEX
 from model import parameter_count
-
-if TYPE_CHECKING:
-    from train import Run
 
 SAMPLE_TOKENS = 160  # length of the text written at each evaluation
 
@@ -297,6 +295,7 @@ class RunLog:
     def _sample_text(self) -> str:
         run = self.run
         tokenizer = run.dataset.tokenizer
+        assert tokenizer is not None
         start = self._sample_prompt()
         count = min(SAMPLE_TOKENS, 2 * run.config.block_size)
         with run.machine.autocast():
@@ -317,6 +316,7 @@ class RunLog:
     def _sample_prompt(self) -> list[int]:
         """Return the ids to begin with: a question, the end-of-text token, or a line end."""
         tokenizer = self.run.dataset.tokenizer
+        assert tokenizer is not None
         x, y = self.run.val_windows.batch(np.array([0]))
         if self.run.dataset.val.mask is not None:
             answer = int((y[0] != IGNORE_INDEX).argmax())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import torch
 from torch import nn
 
 from data.dataset import Dataset
-from data.windows import TrainWindows
 from gpt12 import config_loader, lora
-from gpt12.checkpoint import Progress, find_checkpoint
+from gpt12.checkpoint import find_checkpoint
 from gpt12.device import Machine
 from gpt12.distributed import torchrun_ranks
 from gpt12.errors import UserError
@@ -365,78 +363,3 @@ def warn_of_long_run(shape: GPTConfig, config: TrainConfig, cores: int) -> str |
 def as_dict(config: TrainConfig) -> dict[str, Any]:
     """Return every key and its value, ready for JSON."""
     return asdict(config)
-
-
-# --------------------------------------------------------------------------------------------------
-# Small decisions of a run
-
-
-def resolve(
-    config: TrainConfig, shape: GPTConfig, dataset: Dataset, machine: Machine
-) -> TrainConfig:
-    """Return the configuration with the model's real shape, the chosen dtype, and LoRA's scale."""
-    lora_alpha = config.lora_alpha
-    if config.lora_rank and lora_alpha is None:
-        lora_alpha = 2.0 * config.lora_rank
-    return replace(
-        config,
-        n_layer=shape.n_layer,
-        n_head=shape.n_head,
-        n_embd=shape.n_embd,
-        bias=shape.bias,
-        dtype=str(machine.dtype).removeprefix("torch."),
-        lora_alpha=lora_alpha,
-    )
-
-
-def count_epochs(config: TrainConfig, dataset: Dataset) -> TrainConfig:
-    """Return the configuration with max_iters set from num_epochs, if that is given."""
-    if config.num_epochs == 0 or dataset.train is None:
-        return config
-    per_epoch = TrainWindows(dataset.train, config.block_size, config.seed).per_epoch
-    per_step = int(config.batch_size) * config.gradient_accumulation_steps
-    return replace(config, max_iters=math.ceil(config.num_epochs * per_epoch / per_step))
-
-
-def forget_best_on_other_data(request: Request, dataset: Dataset, progress: Progress) -> None:
-    """Reset the best loss if a resumed run gets other data: its losses cannot be compared."""
-    assert request.saved is not None
-    if request.saved.get("data", {}).get("sha256") == dataset.source_sha256:
-        return
-    progress.best_val_loss = None
-    progress.best_step = 0
-    progress.worse_evaluations = 0
-    best = Path(request.config.out_dir) / "best"
-    dataset.warnings.append(
-        "the data are not those that this run began with: its windows are others now, and its best "
-        f"loss no longer counts. Copy {best} to keep it: the best on the new data replaces it"
-    )
-
-
-def check_has_training_data(dataset: Dataset) -> None:
-    """Raise UserError if there is only a validation split."""
-    if dataset.train is None:
-        raise UserError(
-            f"{dataset.folder} holds no training shards (train_*.bin): only --eval_only works"
-        )
-
-
-def is_complete(progress: Progress, config: TrainConfig, request: Request) -> bool:
-    """Tell whether a resumed run has nothing left to do, and say so.
-
-    Raises UserError if it already has more steps than it is asked for.
-    """
-    if not request.resumed or progress.step < config.max_iters:
-        return False
-    if progress.step > config.max_iters:
-        raise UserError(
-            f"this run has {progress.step} finished steps, more than max_iters={config.max_iters}: "
-            f"go on with a larger one, for example --max_iters={2 * progress.step}"
-        )
-    if progress.evaluated_step != progress.step:
-        return False  # it was stopped before its last evaluation
-    print(
-        f"this run is complete ({progress.step} of {config.max_iters} steps); go on with "
-        f"--max_iters={2 * progress.step}"
-    )
-    return True

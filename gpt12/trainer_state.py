@@ -52,15 +52,15 @@ def save_trainer_state(folder: Path, trainer: TrainerState) -> None:
 def trainer_tensors(trainer: TrainerState) -> dict[str, Tensor]:
     """Return all tensors of trainer.safetensors by name."""
     tensors: dict[str, Tensor] = {}
-    names = {}
+    names: dict[Tensor, str] = {}
     for name, parameter in trainer.model.named_parameters():
         names[parameter] = name
         if "lora_" in name:
             tensors[f"adapter.{name}"] = parameter
     for optimizer in trainer.optimizers:
-        for parameter, state in optimizer.state.items():
+        for owner, state in optimizer.state.items():
             for key, value in state.items():
-                name = f"optimizer.{names[parameter]}.{key}"
+                name = f"optimizer.{names[owner]}.{key}"
                 if optim8bit.is_8bit(value):
                     for part, tensor in optim8bit.parts(value).items():
                         tensors[f"{name}:{part}"] = tensor
