@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kill_loop import OPTIONS, make_dataset
 from safetensors.torch import load_file
 
 import train
@@ -20,11 +19,7 @@ from data import run as run_folder
 from data.run import Metrics, find_checkpoint, read_run
 from model import GPT, GPTConfig, WeightsError
 from tests.harmless import FEW, harmless
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "letters")
+from tests.helpers import OPTIONS, losses, read_rows
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +319,7 @@ def test_a_file_system_that_is_full(dataset, disk, tmp_path, capsys, left):
     assert "could not save" in out and "What was there before is untouched; make room" in out
     assert ("are free" if left < 50_000 else "No space left on device") in out
     assert find_checkpoint(disk / "out", ("last",))[1]["step"] == 4
-    assert [row["step"] for row in rows_of(disk / "out") if "loss" in row][:8] == [*range(1, 9)]
+    assert list(losses(disk / "out"))[:8] == [*range(1, 9)]
     filler.unlink()
     assert resume(disk / "out", "--max_iters=8") == 0
     assert run(dataset, tmp_path / "whole", "--max_iters=8", *plan) == 0
@@ -341,12 +336,10 @@ def test_a_file_system_that_is_read_only(dataset, disk):
     assert find_checkpoint(disk / "out", ("last",))[1]["step"] == 2
 
 
-def rows_of(out_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Numbers that blow up
+
+SAVE_ONCE = ["--eval_interval=12", "--save_interval_s=1e9"]  # at the end; a save costs more than a step
 
 
 def test_updates_skipped_between_two_logs_are_told(dataset, tmp_path, monkeypatch, capsys):
@@ -357,7 +350,7 @@ def test_updates_skipped_between_two_logs_are_told(dataset, tmp_path, monkeypatc
         return logits, loss * math.nan if self.training and next(calls) in (1, 2) else loss
 
     monkeypatch.setattr(GPT, "forward", poisoned)
-    assert run(dataset, tmp_path, "--max_iters=12", "--log_interval=4") == 0
+    assert run(dataset, tmp_path, "--max_iters=12", "--log_interval=4", *SAVE_ONCE) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
     assert len(told) == 1 and told[0].startswith("step 4: loss or gradient not finite; skipped 2 update(s)")
 
@@ -372,10 +365,10 @@ def test_a_loss_that_is_not_finite_is_told_skipped_and_survived(dataset, tmp_pat
         return logits, loss * value if self.training and next(calls) in (4, 5) else loss
 
     monkeypatch.setattr(GPT, "forward", poisoned)
-    assert run(dataset, tmp_path, "--max_iters=12", "--eval_interval=4") == 0
+    assert run(dataset, tmp_path, "--max_iters=12", *SAVE_ONCE) == 0
     out = capsys.readouterr().out
     assert "step 5: loss or gradient not finite" in out and "step 6: loss or gradient not finite" in out
-    assert [row["step"] for row in rows_of(tmp_path) if row.get("loss", 0) is None] == [5, 6]
+    assert [row["step"] for row in read_rows(tmp_path) if row.get("loss", 0) is None] == [5, 6]
     steps = {t.item() for n, t in load_file(tmp_path / "last" / "trainer.safetensors").items() if n.endswith(".step")}
     assert steps == {10.0}
     for file in ("model.safetensors", "trainer.safetensors"):

@@ -6,13 +6,11 @@ import math
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from kill_loop import OPTIONS, make_dataset
 from matplotlib.image import imread
 from safetensors.numpy import load_file
 
@@ -21,8 +19,8 @@ import train
 from config import UserError
 from data import run as run_folder
 from data.run import Metrics, draw_losses, find_checkpoint, lock, save_checkpoint, set_aside, write_json
+from tests.helpers import OPTIONS, ROOT, losses
 
-ROOT = Path(__file__).parent.parent
 needs_a_limit = pytest.mark.skipif(sys.platform == "win32", reason="a limit of a file's size is POSIX")
 
 
@@ -216,26 +214,12 @@ def test_a_checkpoint_does_not_make_us_read_outside_of_it(tmp_path, name, monkey
 # A disk that is full or cannot be written, under a real run
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "letters")
-
-
 def run(dataset, out_dir, *options) -> int:
     return train.main([*OPTIONS, f"--dataset={dataset}", f"--out_dir={out_dir}", "--eval_interval=6", *options])
 
 
 def steps(out_dir: Path) -> list[int]:
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row["step"] for row in rows if "loss" in row]
+    return list(losses(out_dir))
 
 
 class Disk:
@@ -397,9 +381,9 @@ def test_a_disk_without_locks_is_no_other_run(tmp_path, monkeypatch):
         pass
 
 
-def test_four_kills():
-    """The short form of `python -m tests.kill_loop --kills=200`: two at random instants, two inside a save."""
-    command = [sys.executable, "-m", "tests.kill_loop", "--kills=4", "--seed=6"]
+def test_a_run_that_is_killed_four_times_ends_like_the_unbroken_run():
+    """The short form of tests/manual/kill_loop.py: two kills at random calls, two inside a save, none at a time."""
+    command = [sys.executable, "-m", "tests.manual.kill_loop", "--kills=4", "--seed=6", "--by_calls"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "kills 4 (2 inside" in result.stdout
