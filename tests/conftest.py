@@ -45,6 +45,15 @@ def signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """loss.png is not drawn, which takes as long as a tiny run. A test with the mark `picture` gets it all the same."""
+    import train
+
+    if not request.node.get_closest_marker("picture"):
+        monkeypatch.setattr(train.run_folder, "draw_losses", lambda rows, file: None)
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny data set of tests/helpers.py. A test that changes a file copies the folder first."""
