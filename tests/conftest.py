@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Models this small are slower on two threads than on one, and another process on the machine makes it worse.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -52,6 +53,18 @@ def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
     if not request.node.get_closest_marker("picture"):
         monkeypatch.setattr(train.run_folder, "draw_losses", lambda rows, file: None)
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> Any:
+    """GPT-2's tokenizer. Its files are in the cache or come from the network; a machine that has neither skips the test."""
+    from config import UserError
+    from data.tokenizers import get_tokenizer
+
+    try:
+        return get_tokenizer("gpt2")
+    except UserError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,7 @@ No test looks at how long anything took: a shared machine would make it fail or 
 """
 
 import json
-import os
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +24,7 @@ from config import BenchConfig, UserError
 from config.machine import CARDS, Card, Machine
 from data.shards import write_shard
 from model import GPT, GPTConfig
+from tests.helpers import environment
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, "batch_size": 3}
 PLAIN = {"device": "cpu", "dtype": "float32", "compile": False, "real_data": False, "steps": 2}
@@ -257,20 +256,14 @@ def test_a_cpu_gets_a_small_model_unless_a_shape_is_given(capsys):
 
 
 def test_under_torchrun_all_ranks_are_one_table(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    ranks = []
-    for rank in range(2):
-        env = (
-            os.environ
-            | address
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        )
-        command = [sys.executable, BENCH, *arguments(dtype="bfloat16", peak_tflops=0.5, bandwidth_gbs=20)]
-        ranks.append(subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True))
-    first, second = (rank.communicate(timeout=120)[0] for rank in ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0] and second == ""
+    """torchrun finds a port by itself, and puts what each rank prints into a file."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    start += ["--redirects=1", f"--log-dir={tmp_path / 'logs'}"]
+    bench_command = [BENCH, *arguments(dtype="bfloat16", peak_tflops=0.5, bandwidth_gbs=20)]
+    done = subprocess.run([*start, *bench_command], env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (next((tmp_path / "logs").glob(f"*/attempt_0/{rank}/stdout.log")).read_text() for rank in (0, 1))
+    assert second == ""
     row = json.loads(first.splitlines()[-1])["step"]
     check_step(row, 2 * 48)
     assert [rank["tokens"] for rank in row["ranks"]] == [48, 48]

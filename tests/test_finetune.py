@@ -31,6 +31,7 @@ from data.tokenizers import CharTokenizer
 from data.windows import EvalWindows, TrainWindows
 from model import GPT, GPTConfig, Linear, LoRALinear, Sampling, WeightsError
 
+pytestmark = pytest.mark.usefixtures("no_picture")
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
 QUICK = ["--device=cpu", "--dtype=float32", "--batch_size=4", "--gradient_accumulation_steps=1"]
 QUICK += ["--eval_iters=4", "--warmup_iters=2"]
@@ -523,6 +524,7 @@ def empty_hub():
 
 def test_a_model_that_the_hub_does_not_know(text, tmp_path, capsys, empty_hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", empty_hub)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     message = refused(capsys, tmp_path / "out", "--init_from=nobody/nothing", f"--dataset={text}")
     for words in ("'nobody/nothing' is no local folder", "RepositoryNotFound", "--init_from=FOLDER"):
         assert words in message

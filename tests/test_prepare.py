@@ -197,7 +197,7 @@ def test_help_prints_the_page_and_prepares_nothing(name, tmp_path):
     files = sorted(tmp_path.rglob("*"))
     for argument, status in ("--help", 0), ("--tokenz=5", 2):
         command = [sys.executable, "-B", f"data/{name}/prepare.py", argument]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, "Traceback" in done.stderr) == (status, False)
         assert (f"python data/{name}/prepare.py" in done.stdout) == (status == 0)
         assert (argument in done.stderr) == (status == 2)

@@ -10,18 +10,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from config import UserError
-from data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_meta, get_tokenizer, load_tokenizer
+from data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_meta, load_tokenizer
 from tests.tiny_bpe import END, MERGES, TINY, encode_slowly, tiny
 
 TEXT = "  The cat's   bath\n\n\tcan't 123four\r\n <|endoftext|> naïve 猫🙂\u3000½  \n"
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    try:
-        return get_tokenizer("gpt2")
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 chars = CharTokenizer("".join(sorted(set(TEXT))))
