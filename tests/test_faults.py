@@ -51,7 +51,7 @@ def regions(content: bytes, name: str) -> dict[str, int]:
     return places
 
 
-def test_every_region_of_every_file_of_a_real_checkpoint(finished, tmp_path):
+def test_damage_in_any_region_of_any_file_of_a_checkpoint_is_refused(finished, tmp_path):
     """Damaged in turn, cut at fifty places, or gone: refused by its name, and the one before is offered."""
     shutil.copytree(finished, tmp_path / "out")
     last = tmp_path / "out" / "last"
@@ -307,7 +307,7 @@ def disk(tmp_path):
 
 
 @pytest.mark.parametrize("left", [10_000, 70_000], ids=["no room for the estimate", "ends within a file"])
-def test_a_file_system_that_is_full(dataset, disk, tmp_path, capsys, left):
+def test_a_run_on_a_full_file_system_keeps_its_old_checkpoint_and_goes_on(dataset, disk, tmp_path, capsys, left):
     plan = ["--lr_decay_iters=8", "--eval_interval=100"]
     assert run(dataset, disk / "out", "--max_iters=4", *plan) == 0
     shutil.rmtree(disk / "out" / "last.prev")
@@ -327,7 +327,7 @@ def test_a_file_system_that_is_full(dataset, disk, tmp_path, capsys, left):
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
-def test_a_file_system_that_is_read_only(dataset, disk):
+def test_a_run_on_a_read_only_file_system_is_refused(dataset, disk):
     assert run(dataset, disk / "out", "--max_iters=2") == 0
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     for begin in (lambda: resume(disk / "out", "--max_iters=4"), lambda: run(dataset, disk / "new")):
@@ -342,7 +342,7 @@ def test_a_file_system_that_is_read_only(dataset, disk):
 SAVE_ONCE = ["--eval_interval=12", "--save_interval_s=1e9"]  # at the end; a save costs more than a step
 
 
-def test_updates_skipped_between_two_logs_are_told(dataset, tmp_path, monkeypatch, capsys):
+def test_updates_skipped_between_two_logs_are_reported(dataset, tmp_path, monkeypatch, capsys):
     forward, calls = GPT.forward, iter(range(10**6))
 
     def poisoned(self, *args, **kwargs):
@@ -356,7 +356,7 @@ def test_updates_skipped_between_two_logs_are_told(dataset, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_told_skipped_and_survived(dataset, tmp_path, monkeypatch, capsys, value):
+def test_a_loss_that_is_not_finite_is_reported_and_its_update_skipped(dataset, tmp_path, monkeypatch, capsys, value):
     """At steps 5 and 6 of 12: those two updates do not happen, the others do, and no file holds a NaN."""
     forward, calls = GPT.forward, iter(range(10**6))
 

@@ -474,7 +474,7 @@ def test_a_mistake_in_a_readme_is_seen(text, message):
         "```\ngit clone https://example.org/a\n```\n`python -m pytest tests/test_model.py -k x`, `Step`, `GPT.forward`",
     ],
 )
-def test_what_is_right_is_left_alone(text, monkeypatch):
+def test_a_correct_readme_has_no_problems(text, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "README", "git clone https://example.org/gpt12\n")
     assert problems(text) == []
 
@@ -510,7 +510,7 @@ def tiny_run(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("command", FAST)
-def test_it_runs(command, tiny_run, tmp_path, monkeypatch, capsys):
+def test_a_quick_command_of_the_readme_runs(command, tiny_run, tmp_path, monkeypatch, capsys):
     script, words = started(shlex.split(command))
     monkeypatch.chdir(tmp_path)
     for name in out_dirs(README):

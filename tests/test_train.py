@@ -106,7 +106,7 @@ def test_resuming_a_finished_run_with_more_steps_goes_on(dataset, tmp_path, opti
     )
 
 
-def test_each_rank_draws_its_own_dropout_and_none_twice(dataset, tmp_path, monkeypatch):
+def test_each_rank_draws_its_own_dropout_numbers_and_none_twice(dataset, tmp_path, monkeypatch):
     """Random numbers of rank 0 alone are saved; another rank takes new ones when it is resumed."""
     assert run(dataset, tmp_path, "--max_iters=2") == 0
     fresh, drawn = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}"], set()
@@ -127,7 +127,7 @@ def test_resuming_a_finished_run_says_that_it_is_complete(dataset, tmp_path, cap
 
 
 @pytest.mark.parametrize(("max_iters", "told"), [(101, []), (100 + 60 * 100, ["1 h 40 min"]), (220, ["2 min"])])
-def test_without_a_bar_the_first_rate_says_how_long_it_will_take(
+def test_a_run_without_a_progress_bar_says_once_how_long_it_will_take(
     dataset, tmp_path, capsys, monkeypatch, max_iters, told
 ):
     monkeypatch.setattr(train.Clock, "lap", lambda self: 1.0 if self.steps else None)
@@ -185,7 +185,7 @@ def test_a_run_learns_and_leaves_what_it_promises(dataset, tmp_path, capsys):
     assert f"; curves: {tmp_path / 'loss.png'}\nread what it writes:" in said
 
 
-def test_the_clock_runs_while_steps_are_made(dataset, tmp_path, monkeypatch):
+def test_the_clock_counts_steps_and_neither_evaluations_nor_saves(dataset, tmp_path, monkeypatch):
     """A step takes a second by this clock, an evaluation 100, a checkpoint 1,000; the first step compiles."""
     now = [0.0]
 
@@ -206,7 +206,7 @@ def test_the_clock_runs_while_steps_are_made(dataset, tmp_path, monkeypatch):
     assert losses(tmp_path, "tokens_per_s") == {1: None} | dict.fromkeys(range(2, 7), 2 * 4 * 16)
 
 
-def test_the_seed_is_that_of_weights_and_windows(dataset, tmp_path):
+def test_the_seed_decides_the_weights_and_the_windows(dataset, tmp_path):
     argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
     runs = [train.Run(*train.load_config([*argv, f"--seed={seed}"])) for seed in (1, 1, 2)]
     starts = [r.windows.starts(np.arange(9)).tolist() for r in runs]
@@ -227,7 +227,7 @@ def test_a_run_logs_and_saves_at_its_intervals_and_at_its_end(dataset, tmp_path,
 
 
 @pytest.mark.parametrize(("eval_iters", "windows"), [(2, 8), (6, 24), (7, 25), (0, 25)])
-def test_eval_iters_are_batches_and_at_most_one_pass(dataset, tmp_path, eval_iters, windows):
+def test_eval_iters_counts_batches_and_ends_after_one_pass(dataset, tmp_path, eval_iters, windows):
     argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}", f"--eval_iters={eval_iters}"]
     assert train.Run(*train.load_config(argv)).eval_count == windows
 
@@ -278,7 +278,7 @@ def fill(step: train.Step, x: torch.Tensor, y: torch.Tensor) -> list[int]:
     return (step.y != MASKED).sum((1, 2)).tolist()
 
 
-def test_accumulation_is_a_mean_over_targets_not_a_mean_of_means():
+def test_accumulated_micro_batches_give_the_mean_over_all_targets():
     """One micro-batch of 8 rows equals four of 2, although one of the four has a single target and one none."""
     x, y = torch.randint(0, 13, (2, 8, 8), generator=torch.Generator().manual_seed(3))
     y[0:2], y[2, :], y[3, 1:] = MASKED, MASKED, MASKED
@@ -297,7 +297,7 @@ def test_accumulation_is_a_mean_over_targets_not_a_mean_of_means():
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
 
-def test_ten_golden_steps_that_the_reference_reproduces():
+def test_ten_training_steps_give_the_golden_losses_and_those_of_the_reference():
     ids = (np.cumsum(np.arange(200) % 7) % 13).astype(np.int64)
     batches = [torch.from_numpy(np.stack([ids[i : i + 9], ids[i + 50 : i + 59]])) for i in range(0, 50, 5)]
     step, curve = make_step(), []
@@ -355,7 +355,7 @@ def test_a_step_without_a_target_changes_nothing_and_tells_no_old_norm(dtype):
         assert trained != all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_the_loss_scale_is_gone_on_with(tmp_path):
+def test_resuming_restores_the_loss_scale(tmp_path):
     x, y = torch.randint(0, 13, (2, 2, 8), generator=torch.Generator().manual_seed(3))
     half = Machine(CPU.device, torch.float16, compiled=False)
     first, second = (train.Step(GPT(GPTConfig(8, 13, 2, 2, 8)), step_config(), half) for _ in range(2))
@@ -434,7 +434,7 @@ class NoFloat64(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_device_without_foreach_fused_clipping_and_float64(dataset, monkeypatch, optimizer):
+def test_a_device_without_fused_kernels_and_float64_trains_the_same(dataset, monkeypatch, optimizer):
     """As a Mac's: the same steps, clipped and skipped, the same evaluation; there is none here, so its lacks are acted."""
     x, y = torch.randint(0, 13, (2, 2, 8), generator=torch.Generator().manual_seed(3))
     steps = [make_step(grad_clip=0.1, optimizer=optimizer)]
@@ -488,7 +488,7 @@ def test_learning_rate_follows_its_closed_form():
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.4, 1.0])
-def test_wsd_is_the_lower_of_its_three_lines(fraction):
+def test_the_wsd_schedule_is_the_lowest_of_its_three_lines(fraction):
     """Over every step: the warm-up's, the plateau's and the decay's line, whichever is lowest; then min_lr."""
     wsd = schedule(schedule="wsd", decay_fraction=fraction, learning_rate=2.0)
     for step in range(120):
@@ -547,7 +547,7 @@ def test_only_a_step_that_asks_the_host_nothing_is_recorded():
         assert train.wants_graph(model_, step_config(**changes), machine_) == expected, (changes, machine_)
 
 
-def test_compiling_is_worth_it_from_a_number_of_operations():
+def test_a_run_is_compiled_from_a_number_of_operations_on():
     model = GPT(GPTConfig(8, 13, 1, 1, 8))
     steps = math.ceil(6e15 / (model.flops_per_token() * 3 * 2 * 8))
     for max_iters, worth in ((steps, True), (steps - 1, False)):
@@ -562,7 +562,7 @@ def test_a_run_that_compiles_nothing_does_not_import_the_compiler(dataset, tmp_p
     subprocess.run([sys.executable, "-c", code, *QUICK, *options], cwd=ROOT, check=True)
 
 
-def test_orthogonalize_brings_singular_values_near_one():
+def test_orthogonalize_brings_all_singular_values_near_one():
     g = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
     for x in (g, g.mT.contiguous()):
         u, _, vh = torch.linalg.svd(x, full_matrices=False)
@@ -575,7 +575,7 @@ def test_orthogonalize_brings_singular_values_near_one():
         assert torch.allclose(inner, torch.diag_embed(inner.diagonal(dim1=1, dim2=2)), atol=1e-4)
 
 
-def test_muon_is_torchs_muon_on_every_matrix():
+def test_muon_makes_the_step_of_torchs_muon_on_every_matrix():
     """Our stacked step equals torch.optim.Muon on q, k, v and every other matrix one at a time."""
     step = make_step(optimizer="muon", weight_decay=0.1, grad_clip=0.0)
     muon = step.optimizers[1]
@@ -654,7 +654,7 @@ def test_a_users_mistake_ends_with_a_message_and_status_2(dataset, tmp_path, cap
     assert not out_dir.exists()
 
 
-def test_micro_batches_that_the_ranks_cannot_share(dataset, tmp_path, monkeypatch):
+def test_micro_batches_that_the_ranks_cannot_share_are_refused(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for micro_steps, near in ((1, 2), (3, 4)):
         said = f"={micro_steps} is not a multiple of 2 ranks: pass --gradient_accumulation_steps={near}$"
@@ -686,7 +686,7 @@ def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path, capsys):
     assert not (tmp_path / "last").exists()
 
 
-def test_what_is_given_on_resuming_is_checked_with_what_was_saved(dataset, tmp_path):
+def test_options_given_on_resuming_are_checked_against_the_saved_run(dataset, tmp_path):
     assert run(dataset, tmp_path, "--max_iters=2") == 0
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=4", "--min_lr=5e-3"]) == 0
     for option in ("--optimizer=muon", "--n_layer=3", "--min_lr=5e-2", "--val_fraction=0.3"):
@@ -716,7 +716,7 @@ def test_a_run_that_is_resumed_on_other_data_says_so(dataset, tmp_path, capsys):
         assert ("the data are not those that this run began with" in capsys.readouterr().out) == told
 
 
-def test_the_precision_found_is_told_counted_and_kept(dataset, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_the_precision_that_was_found(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "step_memory", lambda shape, config, *rest: asked.append(config.dtype) or {})
     asked: list[str] = []
     assert run(dataset, tmp_path, "--max_iters=2", "--dtype=auto") == 0
@@ -819,7 +819,7 @@ def test_patience_counts_the_evaluations_since_the_best(dataset, tmp_path, monke
     assert not torch.equal(start.transformer["wpe"].weight, weights(tmp_path, "last")["transformer.wpe.weight"])
 
 
-def test_epochs_in_place_of_max_iters(dataset, tmp_path):
+def test_num_epochs_sets_the_number_of_steps(dataset, tmp_path):
     assert run(dataset, tmp_path, "--num_epochs=1.5", "--eval_interval=500") == 0
     windows = (2600 - 16) // 16
     assert json.loads((tmp_path / "last/trainer.json").read_text())["step"] == math.ceil(1.5 * windows / 8)
@@ -831,7 +831,7 @@ def test_eval_only_evaluates_and_writes_nothing(dataset, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_eval_only_tells_what_makes_its_figure_doubtful(dataset, tmp_path, capsys):
+def test_eval_only_says_what_makes_its_figure_doubtful(dataset, tmp_path, capsys):
     shutil.copy(dataset / "val_000000.bin", tmp_path)
     (tmp_path / "meta.pkl").touch()
     assert run(tmp_path, tmp_path / "none", "--eval_only") == 0
@@ -948,7 +948,7 @@ def test_a_line_that_cannot_be_written_costs_no_run(dataset, tmp_path, monkeypat
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
-def test_a_log_on_a_full_disk_is_told_when_all_is_saved(dataset, tmp_path):
+def test_a_log_on_a_full_disk_is_reported_after_all_is_saved(dataset, tmp_path):
     argv = command("train.py", *QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=2")
     env = environment(PYTHONUNBUFFERED="")
     with open("/dev/full", "w") as full:
@@ -958,7 +958,7 @@ def test_a_log_on_a_full_disk_is_told_when_all_is_saved(dataset, tmp_path):
     assert json.loads((tmp_path / "last/trainer.json").read_text())["step"] == 2
 
 
-def test_one_signal_that_is_sent_twice_still_saves(dataset, tmp_path, monkeypatch):
+def test_a_signal_that_arrives_twice_at_once_still_lets_the_run_save(dataset, tmp_path, monkeypatch):
     """`timeout` signals the process and then its whole group; a second wish, by hand, comes later."""
     run = train.Run(*train.load_config([*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}"]))
     now = 5.0
@@ -972,7 +972,7 @@ def test_one_signal_that_is_sent_twice_still_saves(dataset, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("step", [0, 20, 30])
-def test_a_signal_leaves_a_long_evaluation_early(dataset, tmp_path, monkeypatch, step):
+def test_a_signal_ends_a_long_evaluation_early(dataset, tmp_path, monkeypatch, step):
     """At the beginning, on the way and at the end: no figure of half a split is kept, and resuming makes it anew."""
     batch, began = EvalWindows.batch, []
 
@@ -1005,7 +1005,7 @@ def test_resuming_reads_each_file_of_the_checkpoint_once_to_verify_it(dataset, t
     assert read == [tmp_path / "last"]
 
 
-def test_wandb_goes_on_with_the_same_run(dataset, tmp_path, monkeypatch):
+def test_a_resumed_run_goes_on_with_the_same_wandb_run(dataset, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -1022,7 +1022,7 @@ def exhausted(*args, **options):
 
 
 @pytest.mark.parametrize("options", [[], ["--batch_size=auto"]])
-def test_a_model_that_does_not_fit_at_all_is_a_message(dataset, tmp_path, monkeypatch, options):
+def test_a_model_that_does_not_fit_into_memory_ends_with_a_message(dataset, tmp_path, monkeypatch, options):
     """Memory that ends before recompute=auto and batch_size=auto have become something."""
     monkeypatch.setattr(train, "prepare_model", exhausted)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (2**30, 12 * 2**30))
@@ -1130,7 +1130,7 @@ def exhausted_while_recording(*args, **options):
 
 
 @pytest.mark.parametrize("how", [exhausted, exhausted_while_recording])
-def test_out_of_memory_names_the_knobs(dataset, tmp_path, monkeypatch, how):
+def test_running_out_of_memory_names_the_options_that_help(dataset, tmp_path, monkeypatch, how):
     monkeypatch.setattr(train.Step, "run", how)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (2**30, 12 * 2**30))
     with pytest.raises(UserError, match="12.0 GiB") as error:
@@ -1162,7 +1162,7 @@ def test_ranks_together_draw_every_window_of_an_epoch_once(tmp_path, world):
         assert sorted(drawn) == [min(drawn) + i * 5 for i in range(48)]
 
 
-def test_a_copy_is_left_unwaited_only_where_an_event_tells_when_it_is_over(dataset):
+def test_a_batch_is_copied_without_waiting_only_where_an_event_marks_its_end(dataset):
     """A Mac's GPU would copy after the host has filled the buffer anew."""
     said = []
     buffer = SimpleNamespace(shape=(1, 2, 8), copy_=lambda source, non_blocking: said.append(non_blocking))

@@ -67,7 +67,7 @@ def test_an_epoch_draws_every_window_once(tmp_path, size, block):
         assert len(ranks) == 40
 
 
-def test_seeds_differ_and_repeat(tmp_path):
+def test_equal_seeds_give_equal_windows_and_others_give_others(tmp_path):
     tokens = split(tmp_path, 1000)
     one, again, other = (TrainWindows(tokens, 8, seed).starts(np.arange(50)).tolist() for seed in (1, 1, 2))
     assert one == again != other
@@ -121,7 +121,7 @@ def test_chosen_evaluation_windows_are_fixed_spread_and_nested(tmp_path):
     assert min(more) < 50 and max(more) > 950
 
 
-def test_too_little_text_says_what_would_fit(tmp_path):
+def test_a_text_too_short_for_a_window_is_refused_with_a_size_that_fits(tmp_path):
     tokens = split(tmp_path, 8)
     assert TrainWindows(tokens, 7, 0).per_epoch == 1
     with pytest.raises(UserError, match="--block_size=7"):
