@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, settings
 
 # HYPOTHESIS_PROFILE=long is the slow search, for before a release. Neither profile looks at the clock: on a busy machine
 # a deadline, or the check that data come fast enough, would fail by chance.
-NO_CLOCK = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("ci", max_examples=300, derandomize=True, database=None, **NO_CLOCK)
-settings.register_profile("long", max_examples=10_000, **NO_CLOCK)
+NO_CLOCK = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", NO_CLOCK, max_examples=300, derandomize=True, database=None)
+settings.register_profile("long", NO_CLOCK, max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # A job in the background of a script inherits an ignored Ctrl-C, and so would every process that a test starts.

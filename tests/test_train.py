@@ -838,13 +838,13 @@ def test_eval_only_says_what_makes_its_figure_doubtful(dataset, tmp_path, capsys
     assert "Its vocabulary is taken to be 13, the largest id plus one" in capsys.readouterr().out
 
 
-def endless_run(dataset, out_dir, **streams) -> subprocess.Popen:
+def endless_run(dataset, out_dir, **streams):
     """train.py as typed, in a process of its own that a test has to end."""
     argv = command("train.py", *QUICK, *ENDLESS, f"--dataset={dataset}", f"--out_dir={out_dir}")
     return subprocess.Popen(argv, **{"cwd": ROOT, "text": True, "env": environment()} | streams)
 
 
-def wait_for_line(process: subprocess.Popen, beginning: str) -> None:
+def wait_for_line(process, beginning):
     """Read what a process prints up to a line that begins so."""
     assert any(line.startswith(beginning) for line in process.stdout), "it ended before"
 
@@ -1171,7 +1171,7 @@ def test_a_batch_is_copied_without_waiting_only_where_an_event_marks_its_end(dat
     assert said == [False, False]
 
 
-def torchrun(*argv) -> subprocess.Popen:
+def torchrun(*argv):
     """Two ranks of a script, on a port that torchrun finds."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
