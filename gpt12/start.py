@@ -81,7 +81,10 @@ def read_request(argv: list[str]) -> Request:
 
 def _default_preset() -> str:
     preset = "train_shakespeare_char" if torch.cuda.is_available() else "train_shakespeare_cpu"
-    print(f"no preset given: using config/{preset}.py, which suits this machine (--help: others)")
+    if torchrun_ranks().rank == 0:
+        print(
+            f"no preset given: using config/{preset}.py, which suits this machine (--help: others)"
+        )
     return str(REPOSITORY / "config" / f"{preset}.py")
 
 
