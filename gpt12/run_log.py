@@ -126,7 +126,7 @@ class RunLog:
         config = run.config
         facts = describe_run(
             as_dict(config),
-            requested=as_dict(run.request.config),
+            requested=run.request.requested,
             device=run.machine.name,
             device_memory_gib=_rounded(run.machine.memory_gib()),
             dtype=config.dtype,
