@@ -275,7 +275,8 @@ class RunLog:
         row["elapsed_s"] = round(self.progress.elapsed_s, 3)
         self.metrics.append(row)
         if self.wandb:
-            self.wandb.log(values, step=self.progress.step)
+            del row["step"]  # Weights & Biases keeps it apart
+            self.wandb.log(row, step=self.progress.step)
 
     def draw(self) -> None:
         """Draw loss.png anew."""
