@@ -137,9 +137,7 @@ def _read_resumed(argv: list[str], out_dir: Path) -> Request:
     return Request(config, given, saved, notes)
 
 
-def _decide_memory_again(
-    base: dict[str, Any], saved: dict[str, Any], given: set[str]
-) -> list[str]:
+def _decide_memory_again(base: dict[str, Any], saved: dict[str, Any], given: set[str]) -> list[str]:
     """Go back to "auto" for recompute and batch_size if the run moved to another GPU.
 
     What fitted the old card may not fit this one. The tokens of a step stay the same. What the user
