@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread, hypothesis' profiles, the mark `gpu`, and fixtures."""
+"""What all tests share: no network, one thread, hypothesis profiles, the mark `gpu`, fixtures."""
 
 import os
 import signal
