@@ -490,7 +490,7 @@ def test_weights_that_cannot_be_started_from_are_refused(start, text, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--lora_rank=0", "--lora_alpha=8"], ["--lora_rank=0", "no LoRA without a rank"]),
+        (["--lora_rank=0", "--lora_alpha=8"], ["--lora_rank=0", "no adapters without a rank"]),
         (["--lora_rank=-1"], ["--lora_rank=-1", "a whole number >= 0"]),
         (["--lora_rank=33"], ["lora_rank=33", "between 1 and the layer's width, 32"]),
     ],
