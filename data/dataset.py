@@ -147,7 +147,7 @@ def _prepare_cache(
             as_text = folder
     documents = documents or Documents(name, text_column)
     if tokenizer == "char":
-        apart = "" if documents.whole else "\n"
+        apart = "" if documents.is_one_text else "\n"
         tokenizer = CharTokenizer("".join(sorted(set(apart).union(*(piece.text for piece in documents)))))
     elif isinstance(tokenizer, str):
         tokenizer = get_tokenizer(tokenizer)

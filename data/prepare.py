@@ -157,7 +157,7 @@ def _encoded(
     """All that comes after `note`, which is kept up to date."""
     tokens, estimate = note.train + note.val, bar.total is None
     end = [] if tokenizer.eot is None else [tokenizer.eot]
-    if tokenizer.eot is None and "\n" in tokenizer.names and not documents.whole:
+    if tokenizer.eot is None and "\n" in tokenizer.names and not documents.is_one_text:
         end = tokenizer.encode("\n").tolist()  # among characters no end token keeps texts apart
     for piece, ids in _encode(itertools.islice(documents.skip(note.documents), note.pieces, None), tokenizer, end):
         if max_tokens and tokens >= max_tokens and not note.pieces:

@@ -169,7 +169,7 @@ def test_too_little_text_is_refused_and_leaves_no_data_set(house, text):
 
 
 def test_max_tokens_ends_with_the_document_that_reaches_it(house, monkeypatch):
-    monkeypatch.setattr("data.texts.PIECE", 7)
+    monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 7)
     name = jsonl(house / "a.jsonl", [{"text": "x" * i} for i in range(40)])
     for limit in (60, 61, 65, 66, 67, 10**9):
         prepare_texts("a", Documents(name), ByteTokenizer(), house / f"{limit}", 0.5, max_tokens=limit, progress=False)
@@ -283,7 +283,7 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
     monkeypatch.setattr(prepare, "ShardWriter", functools.partial(ShardWriter, shard_tokens=1000))
     monkeypatch.setattr(prepare, "BATCH", 900)
     monkeypatch.setattr(prepare, "SAVE_TOKENS", 1100)
-    monkeypatch.setattr("data.texts.PIECE", 300)
+    monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 300)
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcd \n"), rng.integers(0, 600))) for _ in range(24)]
     if kind == "one text":
