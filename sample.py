@@ -160,7 +160,8 @@ def nanogpt_tokenizer(file: Path) -> Any:
         script = f": python data/{name}/prepare.py" if (folder / "prepare.py").is_file() else ""
         raise UserError(
             f"{file} was trained on the data set {name!r}, which is not prepared in {DATA}, so its "
-            f"tokenizer is not known. Prepare it{script}. Or: {advice}"
+            f"tokenizer is not known. Prepare it{script}. Or put the tokenizer.json of its "
+            f"{vocab_size:,} tokens into {file.parent}"
         )
     tokenizer = dataset_tokenizer(folder)
     if tokenizer is None or tokenizer.vocab_size != vocab_size:
@@ -331,7 +332,8 @@ class Speed:
         """Describe the speed. bound: the tokens/s that memory bandwidth allows, if it is known."""
         if self.first is None:
             return "no token"
-        text = f"{self.tokens} tokens, first after {self.first - self.started:.2f} s"
+        unit = "token" if self.tokens == 1 else "tokens"
+        text = f"{self.tokens} {unit}, first after {self.first - self.started:.2f} s"
         tokens = self.tokens - self.tokens_at_first
         seconds = self.last - self.first
         if tokens == 0 or seconds == 0:

@@ -338,7 +338,7 @@ def test_sampled_tokens_follow_the_models_distribution(both):
 
 
 def test_a_prompt_of_one_token_works_under_autocast(both):
-    """Keys and values have to be bf16 then, whether the bias is added in the product or after it."""
+    """Keys and values have to be bf16 then, whether the bias is part of the product or not."""
     model = copy.deepcopy(both[1])
     with torch.autocast("cpu", torch.bfloat16):
         assert len(generate(model, [[1]], 3)[0]) == 3

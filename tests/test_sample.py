@@ -19,9 +19,12 @@ from hypothesis import strategies as st
 import sample
 from data.texts import CHAT_TEMPLATE
 from data.tokenizers import ByteTokenizer, CharTokenizer
+from gpt12 import config_loader
 from gpt12.cards import Card
-from gpt12.checkpoint import save_checkpoint
-from gpt12.generate import Sampling
+from gpt12.checkpoint import Progress, save_checkpoint
+from gpt12.errors import run_main
+from gpt12.generate import Sampling, decode_bytes
+from gpt12.settings import SampleConfig
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 from tests.harmless import FEW, harmless
@@ -43,7 +46,7 @@ def out_dir(tmp_path_factory):
             save_pretrained(model, target, tokenizer.eot)
             tokenizer.save(target)
 
-        save_checkpoint(folder / name, write, {"step": 7, "best_val_loss": 1.5}, 0)
+        save_checkpoint(folder / name, write, Progress(step=7, best_val_loss=1.5), size=0)
     return folder
 
 
@@ -56,7 +59,7 @@ def start(out_dir, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", argv)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
         with pytest.raises(SystemExit) as end:
-            configuration.run_main(sample.main, UserError)
+            run_main(sample.main)
         return (end.value.code or 0, *capsys.readouterr())
 
     return call
@@ -64,14 +67,14 @@ def start(out_dir, monkeypatch, capsys):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """The model says what we want: each call of stream yields the next of these texts, to the byte; None is Ctrl-C."""
+    """Replace the model: each call of stream yields the next of these texts; None is Ctrl-C."""
     calls: list[list[int]] = []
-    hows: list[Sampling] = []
+    samplings: list[Sampling] = []
     script: list[list[str | bytes | None]] = []
 
-    def stream(self, prompts, count, how, *, seeds, compiled):
+    def stream(model, prompts, count, sampling, *, seeds, compiled):
         calls.extend(list(prompt) for prompt in prompts)
-        hows.append(how)
+        samplings.append(sampling)
         texts = [script.pop(0) for _ in prompts]
         rows = [[*(t or b"")] if t is None or isinstance(t, bytes) else t for t in texts]
         for step in zip_longest(*rows, fillvalue=256):
@@ -79,8 +82,8 @@ def scripted(monkeypatch):
                 signal.raise_signal(signal.SIGINT)
             yield list(step)
 
-    monkeypatch.setattr(GPT, "stream", stream)
-    return SimpleNamespace(calls=calls, hows=hows, script=script)
+    monkeypatch.setattr(sample, "stream", stream)
+    return SimpleNamespace(calls=calls, samplings=samplings, script=script)
 
 
 def test_texts_are_equal_across_batch_sizes(start):
@@ -103,7 +106,7 @@ def test_texts_are_equal_across_batch_sizes(start):
 
 
 def test_texts_go_to_standard_output_and_figures_to_standard_error(start):
-    """Standard output holds the texts between nanoGPT's rules and nothing else; the figures are on standard error."""
+    """Standard output holds only the texts and nanoGPT's separators."""
     options = ("--max_new_tokens=9", "--checkpoint=last", "--start=abc")
     rows = [
         json.loads(line) for line in start(*options, "--num_samples=3", "--json")[1].splitlines()
@@ -117,19 +120,40 @@ def test_texts_go_to_standard_output_and_figures_to_standard_error(start):
 
 
 def test_the_pace_counts_from_the_first_token(monkeypatch):
-    clock = iter([10.0, 12.0, 16.0])  # begun, first tokens, told
+    clock = iter([10.0, 12.0, 13.0, 14.0, 15.0, 16.0])  # begun, then one for each step
     monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
-    timing = sample.Timing(started=next(clock))
+    speed = sample.Speed()
     for _ in range(5):
-        timing.tick(2)
-    told = "10 tokens, first after 2.00 s, then 2 tokens/s"
-    assert timing.tell(8.0) == f"{told}, 25% of what the memory's speed allows (8)"
+        speed.count(2)
+    text = "10 tokens, first after 2.00 s, then 2 tokens/s"
+    assert speed.summary(8.0) == f"{text}, 25% of what the memory's speed allows (8)"
+    assert speed.summary(None) == text
+
+
+def test_a_text_of_one_step_has_no_pace(monkeypatch):
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
+    speed = sample.Speed()
+    assert speed.summary(8.0) == "no token"
+    speed.count(3)
+    assert speed.summary(8.0) == "3 tokens, first after 2.00 s"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_speed_is_reported_once_after_the_last_sample(start, monkeypatch, count):
+    order = []
+    monkeypatch.setattr(sample, "show", lambda text: order.append("text"))
+    monkeypatch.setattr(sample, "say", order.append)
+    assert start(f"--num_samples={count}", "--max_new_tokens=5")[0] == 0
+    assert ["tokens/s" in entry for entry in order].count(True) == 1
+    assert "tokens/s" in order[-1]
 
 
 def test_the_speed_bound_is_one_reading_of_the_weights_for_all_texts(start, out_dir, monkeypatch):
-    bounds, size = [], from_pretrained(out_dir / "best").decode_bytes()
+    bounds = []
+    size = decode_bytes(from_pretrained(out_dir / "best"))
     monkeypatch.setattr(sample, "CARDS", SimpleNamespace(get=lambda name: Card(1.0, 3.0, 1.0, 1.0)))
-    monkeypatch.setattr(sample.Timing, "tell", lambda self, bound: str(bounds.append(bound)))
+    monkeypatch.setattr(sample.Speed, "summary", lambda self, bound: str(bounds.append(bound)))
     for count in (1, 4):
         assert start(f"--num_samples={count}", "--max_new_tokens=1")[0] == 0
     assert bounds == pytest.approx([3e9 / size, 4 * 3e9 / size])
@@ -175,7 +199,7 @@ def test_every_sampling_option_reaches_the_model(start, scripted):
     ):
         scripted.script[:] = [b"!"]
         assert start("--num_samples=1", *options)[0] == 0
-    assert scripted.hows == [Sampling(0.8, top_k=200), Sampling(0.7, 12, 0.8, 0.15, 1.3)]
+    assert scripted.samplings == [Sampling(0.8, top_k=200), Sampling(0.7, 12, 0.8, 0.15, 1.3)]
 
 
 def test_a_prompt_comes_from_the_option_a_file_or_standard_input(start, scripted, tmp_path):
@@ -187,7 +211,7 @@ def test_a_prompt_comes_from_the_option_a_file_or_standard_input(start, scripted
     ):
         scripted.script[:] = [b"!"]
         status, out, err = start(option, "--num_samples=1", stdin=stdin)
-        assert (status, out) == (0, f"{prompt}!\n{sample.RULE}\n"), err
+        assert (status, out) == (0, f"{prompt}!\n{sample.SEPARATOR}\n"), err
         assert bytes(scripted.calls[-1]).decode() == prompt
 
 
@@ -225,7 +249,7 @@ def test_a_conversation_keeps_its_context(start, scripted):
         [*one[:-1], *b"two"],
         [*one[:-1], *b"two", *b"yo", 256, *b"three"],
     ]
-    assert err.count("tokens/s") == 3
+    assert err.count(", first after") == 3
     assert "press Enter, and the model continues it. Ctrl-C" in err
 
 
@@ -239,7 +263,7 @@ def test_a_full_context_forgets_its_older_half_but_never_the_prompt(start, scrip
 
 @pytest.fixture
 def chat(tmp_path):
-    """Make a folder of a random model of bytes, with room for a conversation, that bears this chat template."""
+    """Make a folder with a random model of bytes and this chat template; it has room to talk."""
 
     def make(template: str) -> str:
         tokenizer = ByteTokenizer()
@@ -252,7 +276,7 @@ def chat(tmp_path):
 
 
 def test_every_answer_in_the_context_ends_as_those_it_was_trained_on(start, scripted, chat):
-    """By itself, by a stop string or by Ctrl-C: the next message never stands in the midst of an answer."""
+    """However it ended: by itself, by a stop string or by Ctrl-C."""
     options = (chat(CHAT_TEMPLATE), "--interactive", "--stop=.")
     scripted.script[:] = [[*b"a", 256], b"b.", [*b"cc", None], b""]
     assert start(*options, stdin=b"q\nr\ns\nt\n")[0] == 0
@@ -301,13 +325,13 @@ def test_ctrl_c_outside_of_a_conversation_ends_with_130(start, scripted):
 
 def test_sample_ends_quietly_when_nobody_reads_any_more(out_dir):
     """`| head -c 10`, or `2>&1 | head -c 10`: the reader is gone before the first text."""
-    argv = command("sample.py", f"--out_dir={out_dir}", "--device=cpu", "--num_samples=3")
+    argv = [sys.executable, "sample.py", f"--out_dir={out_dir}", "--device=cpu", "--num_samples=3"]
     processes = []
     for unbuffered in ("", "1"):
         for err in (subprocess.PIPE, subprocess.STDOUT):
             reader, writer = os.pipe()
             os.close(reader)
-            env = environment(PYTHONUNBUFFERED=unbuffered)
+            env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": unbuffered}
             processes.append(subprocess.Popen(argv, cwd=ROOT, stdout=writer, stderr=err, env=env))
             os.close(writer)
     for process in processes:
@@ -387,39 +411,121 @@ def test_an_adapter_without_its_model_is_told_where_it_is_merged(start, out_dir,
     assert err.endswith(f"pass {tmp_path / 'best'}, where the adapter is merged\n")
 
 
+def save_nanogpt(file: Path, model: GPT, vocab_size: int, dataset: str | None = None) -> None:
+    """Write a model as nanoGPT's train.py does, which has no tokenizer."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        has_padding = name.endswith(("wte.weight", "lm_head.weight"))
+        state[name] = tensor[:vocab_size].clone() if has_padding else tensor
+    keys = ("n_layer", "n_head", "n_embd", "block_size", "bias")
+    arguments = {key: getattr(model.config, key) for key in keys}
+    arguments["vocab_size"] = vocab_size
+    content = {"model": state, "model_args": arguments, "config": {}}
+    if dataset is not None:
+        content["config"] = {"dataset": dataset}
+    torch.save(content, file)
+
+
+ONE_TEXT = ("--start=ab", "--num_samples=1", "--max_new_tokens=9")
+
+
 def test_nanogpts_checkpoint_writes_with_the_tokenizer_beside_it(start, out_dir, tmp_path):
-    model = from_pretrained(out_dir / "best")
-    state = {
-        name: t[:257] if name.endswith(("wte.weight", "lm_head.weight")) else t
-        for name, t in model.state_dict().items()
-    }
-    args = {
-        key: getattr(model.config, key)
-        for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
-    }
-    torch.save({"model": state, "model_args": args}, tmp_path / "ckpt.pt")
-    options = (
-        f"--init_from={tmp_path / 'ckpt.pt'}",
-        "--start=ab",
-        "--num_samples=1",
-        "--max_new_tokens=9",
-    )
-    status, _, err = start(*options)
-    assert (status, "Put vocab.json and merges.txt beside it" in err) == (2, True)
+    save_nanogpt(tmp_path / "ckpt.pt", from_pretrained(out_dir / "best"), 257)
     ByteTokenizer().save(tmp_path)
-    status, out, _ = start(*options)
-    assert (status, out) == (0, start("--checkpoint=best", *options[1:])[1])
+    status, out, _ = start(f"--init_from={tmp_path / 'ckpt.pt'}", *ONE_TEXT)
+    assert (status, out) == (0, start("--checkpoint=best", *ONE_TEXT)[1])
+
+
+@pytest.mark.parametrize("vocab_size", [50257, 50304])
+def test_nanogpts_checkpoint_of_gpt2s_vocabulary_has_gpt2s_tokenizer(
+    start, tmp_path, monkeypatch, vocab_size
+):
+    save_nanogpt(tmp_path / "ckpt.pt", GPT(GPTConfig(16, vocab_size, 1, 1, 2)), vocab_size)
+    asked = []
+
+    class Stub(ByteTokenizer):
+        def token_bytes(self, token):
+            return b"x"
+
+    monkeypatch.setattr(sample, "get_tokenizer", lambda name: asked.append(name) or Stub())
+    status, out, err = start(f"--init_from={tmp_path / 'ckpt.pt'}", *ONE_TEXT)
+    assert (status, asked) == (0, ["gpt2"]), err
+    assert out == f"abxxxxxxxxx\n{sample.SEPARATOR}\n"
+
+
+def prepare(folder: Path, chars: str) -> None:
+    folder.mkdir()
+    meta = {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def test_nanogpts_checkpoint_takes_the_tokenizer_of_its_data_set(
+    start, out_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sample, "DATA", tmp_path)
+    save_nanogpt(tmp_path / "ckpt.pt", from_pretrained(out_dir / "last"), 11, "letters")
+    prepare(tmp_path / "letters", "\nabcdefghij")
+    status, out, err = start(f"--init_from={tmp_path / 'ckpt.pt'}", *ONE_TEXT)
+    assert status == 0, err
+    assert out == start("--checkpoint=last", *ONE_TEXT)[1]
+    assert f"tokenizer: that of {tmp_path / 'letters'}" in err
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (None, "does not name the data set"),
+        ("unknown", "the data set 'unknown', which is not prepared in"),
+        ("scripted", "Prepare it: python data/scripted/prepare.py"),
+        ("../outside", "the data set '../outside', which is not prepared in"),
+        ("fewer", "fewer/meta.json has 3 tokens"),
+        ("damaged", "damaged/meta.json is damaged"),
+    ],
+)
+def test_nanogpts_checkpoint_without_a_known_tokenizer_names_the_file_it_needs(
+    start, out_dir, tmp_path, monkeypatch, dataset, message
+):
+    monkeypatch.setattr(sample, "DATA", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    save_nanogpt(tmp_path / "ckpt.pt", from_pretrained(out_dir / "last"), 11, dataset)
+    prepare(tmp_path / "outside", "\nabcdefghij")
+    prepare(tmp_path / "data/fewer", "abc")
+    (tmp_path / "data/scripted").mkdir()
+    (tmp_path / "data/scripted/prepare.py").write_text("raise SystemExit('executed')")
+    (tmp_path / "data/damaged").mkdir()
+    (tmp_path / "data/damaged/meta.json").write_text("{")
+    status, out, err = start(f"--init_from={tmp_path / 'ckpt.pt'}", *ONE_TEXT)
+    assert (status, out) == (2, "")
+    assert message in err
+    if dataset != "damaged":
+        assert str(tmp_path / "ckpt.pt") in err
+        assert f"ut the tokenizer.json of its 11 tokens into {tmp_path}" in err
 
 
 @pytest.mark.parametrize("options", [[], ["--max_new_tokens=20000"]])
 def test_the_compiler_is_tried_only_for_texts_that_it_serves(out_dir, monkeypatch, options):
     argv = [f"--out_dir={out_dir}", "--device=cpu", "--dtype=float32", *options]
     asked = []
-    monkeypatch.setattr(
-        "config.machine.choose_compile", lambda asked_for, device, long, notes: asked.append(long)
-    )
-    sample.load(configuration.load(configuration.SampleConfig, argv)[0])
+    open_machine = sample.open_machine
+
+    def spy(*args, long):
+        asked.append(long)
+        return open_machine(*args, long=long)
+
+    monkeypatch.setattr(sample, "open_machine", spy)
+    sample.load(config_loader.load(SampleConfig, argv)[0])
     assert asked == [bool(options)]
+
+
+@pytest.mark.parametrize(("option", "compiled"), [("True", 1), ("False", 0), ("auto", 0)])
+def test_compiling_on_a_cpu_happens_if_it_is_asked_for(start, monkeypatch, option, compiled):
+    """Compiling itself is tested in test_generate.py, and trying it takes seconds."""
+    compiled_models = []
+    monkeypatch.setattr("gpt12.device._try_compiler", lambda device: None)
+    monkeypatch.setattr("gpt12.generate.compile_for_decoding", compiled_models.append)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    status, _, err = start(f"--compile={option}", *ONE_TEXT)
+    assert (status, len(compiled_models)) == (0, compiled), err
 
 
 def test_standard_input_that_is_no_text_is_refused(start):
@@ -510,7 +616,7 @@ OPTIONS = st.one_of(
 )
 @settings(FEW, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_options_give_texts_or_a_message(start, monkeypatch, options, stdin):
-    """Texts of at most seven tokens, of both models; no network: the hub has no model of any such name."""
+    """Texts of at most seven tokens, of both models, without a network."""
 
     def no_hub(*args, **kwargs):
         raise OSError("no network")
@@ -525,3 +631,42 @@ def test_any_options_give_texts_or_a_message(start, monkeypatch, options, stdin)
 def test_a_text_too_long_for_memory_ends_with_a_message(start):
     status, _, err = start("--start=ab", f"--max_new_tokens={10**15}")
     assert (status, "out of memory" in err, "Traceback" in err) == (2, True, False)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("expected memory format channels_last"), False),
+    ],
+    ids=["cuda", "python", "mps", "illegal access", "memory format"],
+)
+def test_only_a_lack_of_memory_is_called_out_of_memory(start, monkeypatch, error, is_memory):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(sample, "stream", fail)
+    if is_memory:
+        status, _, err = start(*ONE_TEXT)
+        assert (status, "error: out of memory" in err) == (2, True)
+    else:
+        with pytest.raises(RuntimeError, match=str(error)):
+            start(*ONE_TEXT)
+
+
+def test_a_start_is_the_first_message_of_a_conversation(start, scripted):
+    scripted.script[:] = [b"hi", b"yo"]
+    status, out, err = start("--interactive", "--start=one", stdin=b"two\n")
+    assert (status, out) == (0, "hi\nyo\n")
+    assert [bytes(call) for call in scripted.calls] == [b"one", b"onehitwo"]
+    assert "> one" in err
+
+
+def test_a_conversation_without_a_start_waits_for_the_keyboard(start, scripted):
+    """The default of --start is for single texts."""
+    scripted.script[:] = [b"hi"]
+    assert start("--interactive", stdin=b"one\n")[:2] == (0, "hi\n")
+    assert [bytes(call) for call in scripted.calls] == [b"one"]
