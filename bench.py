@@ -17,7 +17,7 @@ import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -37,13 +37,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import model as gpt
 import train
 from config.machine import CARDS, Card, Machine, choose_device, join_ranks, open_machine, torchrun_ranks
-from data import DATA, open_dataset
 from data import run as run_folder
-from data.shards import find
+from data.dataset import DATA, open_dataset
+from data.shards import find_shards
 from data.windows import TrainWindows
 from gpt12 import config_loader
 from gpt12.errors import UserError, run_main
-from gpt12.settings import BenchConfig, as_dict
+from gpt12.settings import BenchConfig
 from model import GPT, LOSS_CHUNK_ROWS, MASKED, Block, GPTConfig, Sampling
 
 GiB = 2**30
@@ -71,7 +71,7 @@ def shape_of(config: Any) -> GPTConfig:
 def open_data(config: Any) -> tuple[Any, Any]:
     """The configuration with its data set's vocabulary, and that data set; None where random ids stand in for it."""
     named, dataset = DATA / config.dataset, None
-    ready = find(named if named.is_dir() else Path(config.dataset), "train")
+    ready = find_shards(named if named.is_dir() else Path(config.dataset), "train")
     if config.real_data is True or (config.real_data == "auto" and ready):
         dataset = open_dataset(config.dataset, block_size=config.block_size, tokenizer=config.tokenizer)
         config = replace(config, vocab_size=dataset.vocab_size)
@@ -460,7 +460,7 @@ def sweep(config: Any, machine: Machine) -> list[Row]:
     if not values:
         raise UserError(f"sweep={config.sweep} is no KEY:VALUE,VALUE such as --sweep=batch_size:4,8,16")
     settings = [f"{key}={value}" for value in values.split(",")]
-    base = as_dict(config)  # all are read before the first is measured: a misspelt one costs no time
+    base = asdict(config)  # all are read before the first is measured: a misspelt one costs no time
     configs = [config_loader.load(BenchConfig, [f"--{setting}"], base)[0] for setting in settings]
     return show([attempt(setting, c) for setting, c in zip(settings, configs)])
 

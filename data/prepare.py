@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.download import write_whole
-from data.run import lock
-from data.shards import CHUNK, MASK, ShardWriter, Tokens, token_dtype
+from data.shards import CHUNK_TOKENS, UINT8, ShardWriter, Tokens, token_dtype
 from data.texts import Documents, Piece, chat_pieces
 from data.tokenizers import CharTokenizer, Tokenizer
 from gpt12.errors import UserError
+from gpt12.files import lock_folder, write_atomically
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -59,7 +58,7 @@ class Progress:
         train.flush()
         val.flush()
         self.train, self.val = train.count, val.count
-        write_whole(folder / "progress.json", json.dumps(asdict(self)).encode())
+        write_atomically(folder / "progress.json", json.dumps(asdict(self)).encode())
 
     def add(self, piece: Piece) -> None:
         text = piece.text.encode("utf-8", "surrogatepass")
@@ -102,7 +101,7 @@ def prepare_texts(
         "vocab_size": tokenizer.vocab_size,
         "chars": "".join(tokenizer.names) if isinstance(tokenizer, CharTokenizer) else None,
     }
-    with lock(folder):
+    with lock_folder(folder, f"Another process is preparing the data in {folder}. Wait until it ends."):
         note = Progress.load(folder, made_by) if documents.kind == "text" else Progress(made_by)
         total, initial, disable = max_tokens or expected_tokens, note.train + note.val, None if progress else True
         with tqdm(desc=name, total=total, initial=initial, unit_scale=True, unit=" tokens", disable=disable) as bar:
@@ -121,7 +120,7 @@ def prepare_texts(
                 )
             raise UserError(message)
         meta |= {"documents": note.documents, "source_sha256": note.source_sha256}
-        write_whole(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
+        write_atomically(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
         (folder / "progress.json").unlink(missing_ok=True)
 
 
@@ -219,8 +218,8 @@ def _write_texts(
         # one leaves them in both, and the writer that starts at `keep` cuts them off.
         train.close()
         tokens, keep = Tokens.open(folder, "train"), min(int(train.count * (1 - fraction)), train.count - 2)
-        for start in range(keep, len(tokens), CHUNK):
-            val.add(tokens.gather(np.array([start]), min(CHUNK, len(tokens) - start))[0])
+        for start in range(keep, len(tokens), CHUNK_TOKENS):
+            val.add(tokens.gather(np.array([start]), min(CHUNK_TOKENS, len(tokens) - start))[0])
         train.count = keep
         note.save(folder, train, val)
         train = ShardWriter(folder, "train", dtype, start=keep)
@@ -239,7 +238,7 @@ def _write_rows(
     masks: list[np.ndarray] = []
     for document, piece, ids in encoded:
         parts.append(ids)
-        masks.append(np.full(len(ids), piece.trained, MASK))
+        masks.append(np.full(len(ids), piece.trained, UINT8))
         if piece.last:
             (val if in_val(document) else train).add(np.concatenate(parts), np.concatenate(masks))
             parts, masks = [], []
@@ -256,7 +255,7 @@ class RowWriter:
     """
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, size: int, padding: int):
-        self.tokens, self.mask = ShardWriter(folder, split, dtype), ShardWriter(folder, f"{split}_mask", MASK)
+        self.tokens, self.mask = ShardWriter(folder, split, dtype), ShardWriter(folder, f"{split}_mask", UINT8)
         self.size, self.padding, self.cut = size, padding, 0
         self._rows: list[tuple[list[np.ndarray], list[np.ndarray]]] = []  # the ids and masks of their examples
         self._room: list[int] = []
@@ -280,7 +279,7 @@ class RowWriter:
 
     def _write(self, row: int) -> None:
         room, (ids, masks) = self._room.pop(row), self._rows.pop(row)
-        mask = np.concatenate([*masks, np.zeros(room, MASK)])
+        mask = np.concatenate([*masks, np.zeros(room, UINT8)])
         mask[0] = 0
         self.tokens.add(np.concatenate([*ids, np.full(room, self.padding)]))
         self.mask.add(mask)
@@ -291,6 +290,6 @@ class RowWriter:
             self._write(0)
         if self.tokens.count:
             self.tokens.add(np.array([self.padding]))
-            self.mask.add(np.zeros(1, MASK))
+            self.mask.add(np.zeros(1, UINT8))
         self.tokens.close()
         self.mask.close()

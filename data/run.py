@@ -22,8 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from data.download import write_whole
-from gpt12.errors import UserError
+from config import UserError
+from gpt12.files import write_atomically as write_whole
 
 REPOSITORY = Path(__file__).parent.parent
 KEPT_ROWS = 4000  # training steps that loss.png shows: it is 770 pixels wide

@@ -1,31 +1,31 @@
-"""How the configuration is read: defaults, then config files, then --key=value; the later one wins.
+"""Read the configuration: defaults, then config files, then --key=value. The last one wins.
 
-A config file is Python and is executed: read it before you use a stranger's.
+A config file is Python and is executed, as in nanoGPT: it may read the present values, import
+modules, define helpers and compute. Read a stranger's before you use it.
+
+The way of a value: load() -> read() -> apply_file() or apply_flag() -> set_key() -> convert().
 """
 
 from __future__ import annotations
 
 import ast
-import builtins
 import difflib
-import inspect
 import re
-import textwrap
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from numbers import Real
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 from gpt12.errors import UserError
-from gpt12.settings import ANY_KEY, SampleConfig, TrainConfig
+from gpt12.help_page import build_help_page, preset_titles
+from gpt12.option_types import accepts_true, choices, convert, is_list
+from gpt12.settings import ALL_KEYS, Settings
 
-PRESETS = Path(__file__).parents[1] / "config"
-
-Schema = TypeVar("Schema", bound=TrainConfig | SampleConfig)
+COMMAND_LINE = "command line"
+MAX_SHOWN = 120  # characters of a value in a message
+Schema = TypeVar("Schema", bound=Settings)
 
 
 def load(
@@ -34,233 +34,342 @@ def load(
     base: Mapping[str, Any] | None = None,
     check: bool = True,
 ) -> tuple[Schema, set[str]]:
-    """The configuration that argv (without the program's name) asks for, and the keys that it sets.
+    """Return the configuration that the command line asks for, and the keys that it sets.
 
-    base: values between the defaults and argv, a saved run's; keys that the schema lacks are ignored.
-    check: whether fields that contradict each other are refused.
-    Raises UserError with every problem found, one a line. --help prints the page and exits with 0.
+    schema: TrainConfig, SampleConfig or BenchConfig.
+    argv: the command line without the program's name. --help prints the help page and exits.
+    base: values between the defaults and argv, from a saved run. Keys that are not in the schema
+        are ignored.
+    check: whether values that cannot hold together are refused.
+    Raises UserError with every problem, one a line.
     """
-    if {"-h", "--help"} & set(argv):
-        print(help_page(schema))
+    return read(schema, argv, base).finish(check)
+
+
+def read(
+    schema: type[Schema], argv: Sequence[str], base: Mapping[str, Any] | None = None
+) -> Reading[Schema]:
+    """Read as load() does, but refuse nothing yet.
+
+    For callers that decide by a value whether to check: config.init_from, wherever it was set.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(build_help_page(schema))
         raise SystemExit(0)
-    loader = _Loader(schema())
-    for key, value in (base or {}).items():
-        if key in loader.kinds:
-            loader.set(key, [value], f"the saved run: {key}={_show(value)}", "")
-    loader.given.clear()
-    # Files first: what is typed counts, wherever it stands. Values typed without an equals sign stay with their key.
-    files = [word for word in argv if word.endswith(".py") and not word.startswith("-")]
-    words = [*files, *(word for word in argv if word not in files)]
-    while words:
-        word = words.pop(0)
-        if word.startswith("-"):
-            loader.flag(word, words)
-        else:
-            loader.file(word)
-    return loader.finish(check), set(loader.given)
+    reading = Reading(schema)
+    if base is not None:
+        reading.apply_saved_values(base)
+    files, flags = split_command_line(argv, reading.types)
+    for name in files:
+        reading.apply_file(name)
+    for flag in flags:
+        reading.apply_flag(flag)
+    return reading
 
 
-class _Loader:
-    """Collects values and problems, source by source."""
+class Reading(Generic[Schema]):
+    """A configuration while it is read, with the problems found so far."""
 
-    def __init__(self, config: Any) -> None:
-        self.config, self.kinds = config, get_type_hints(type(config), include_extras=True)
-        self.given: dict[str, str] = {}  # key -> where it was set, the latest last
+    def __init__(self, schema: type[Schema]) -> None:
+        self.config = schema()
+        self.types = get_type_hints(schema, include_extras=True)
+        self.sources: dict[str, str] = {}  # key -> where it was set; the key set last is the last
         self.problems: list[str] = []
-        self.doubtful: set[str] = set()  # keys that do not hold what the user meant
+        self.doubtful: set[str] = set()  # keys that may not hold what the user meant
 
-    def set(self, key: str, readings: Sequence[Any], said: str, source: str) -> None:
-        """Set a field to the first reading of its value that its type admits."""
-        self.given.pop(key, None)
-        self.given[key] = source
-        for value in readings:
-            with suppress(
-                Exception
-            ):  # a config file's value may be any object, and comparing it raise anything
-                setattr(self.config, key, _convert(value, self.kinds[key]))
-                return
-        self.doubtful.add(key)
-        self.problems.append(f"{said} must be {_words(self.kinds[key]).replace(' | ', ' or ')}")
+    def finish(self, check: bool = True) -> tuple[Schema, set[str]]:
+        """Return the configuration and the keys that were set. Raises UserError for problems."""
+        problems = list(self.problems)
+        if check:
+            problems += self._contradictions()
+        if problems:
+            raise UserError("\n".join(problems))
+        self.config.derive(self.sources)
+        return self.config, set(self.sources)
 
-    def unknown(self, key: str, said: str) -> None:
-        near = difflib.get_close_matches(key[:80], self.kinds, 1)
-        self.problems.append(
-            f"{said}: unknown key; " + (f"did you mean {near[0]}?" if near else "--help lists them")
-        )
+    def _contradictions(self) -> list[str]:
+        """Return a message for each contradiction between values that the user meant."""
+        messages = []
+        for keys, advice in self.config.contradictions(self.sources):
+            if self.doubtful.isdisjoint(keys):
+                values = " ".join(f"--{key}={getattr(self.config, key)}" for key in keys)
+                messages.append(f"{values}: {advice}")
+        return messages
 
-    def flag(self, word: str, following: list[str]) -> None:
-        """One --key=value, or --key alone for True."""
-        name, equals, text = word.partition("=")
-        key, said = name.lstrip("-").replace("-", "_"), _show(word, str)
-        kind = self.kinds.get(key)
-        if kind is None:
-            self.unknown(key, said)
-        elif get_origin(kind) is tuple and equals:  # a key that may be repeated
-            text = re.sub(r"\\([nt\\])", lambda m: {"n": "\n", "t": "\t"}.get(m[1], m[1]), text)
-            before = getattr(self.config, key) if self.given.get(key) == "command line" else ()
-            self.set(key, [(*before, text)], said, "command line")
-        elif equals or bool in (kind, *get_args(kind)):
-            self.set(key, _readings(text) if equals else [True], said, "command line")
-        else:
-            text = following.pop(0) if following and not following[0].startswith("-") else "VALUE"
-            self.problems.append(
-                f"{said} needs its value after an equals sign: {said}={_show(text, str)}"
-            )
-            self.doubtful.add(key)
+    def apply_saved_values(self, base: Mapping[str, Any]) -> None:
+        """Set the values of a saved run. They do not count as set by the user."""
+        for key, value in base.items():
+            if key in self.types:
+                self.set_key(key, [value], f"the saved run: {key}={show(value)}", source="")
+        self.sources.clear()
 
-    def file(self, name: str) -> None:
-        """Execute a config file and take over what it assigns."""
+    def apply_file(self, name: str) -> None:
+        """Execute a config file and set the keys that it assigns."""
         try:
-            tree, space = _execute(name, vars(self.config))
+            file = execute_config_file(name, present=vars(self.config))
         except UserError as problem:
             self.problems.append(str(problem))
-            self.doubtful.update(self.kinds)
+            self.doubtful.update(self.types)  # the file might have set any key
             return
-        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-        read = {
-            node.id for node in names if isinstance(node.ctx, ast.Load)
-        }  # helpers, not misspelt keys
-        line_of = {node.id: node.lineno for node in names if isinstance(node.ctx, ast.Store)}
-        for key, value in space.items():
-            said = f"{name}:{line_of.get(key, 1)}: {key}={_show(value)}"
+        for key, value in file.assigned.items():
             if callable(value) or isinstance(value, types.ModuleType):
                 continue
-            if key in self.kinds:
-                self.set(key, [value], said, name)
-            elif key in line_of and not key.startswith("_") and key not in read | ANY_KEY:
-                self.unknown(key, said)
+            said = f"{name}:{file.line_of.get(key, 1)}: {key}={show(value)}"
+            if key in self.types:
+                self.set_key(key, [value], said, source=name)
+            elif file.looks_like_a_key(key):
+                self.report_unknown_key(key, said)
 
-    def finish(self, check: bool) -> Any:
-        """The configuration, if nothing speaks against it."""
-        for names, clash, advice in self.config.conflicts(self.given):
-            if check and clash and self.doubtful.isdisjoint(names.split()):
-                values = " ".join(f"--{key}={getattr(self.config, key)}" for key in names.split())
-                self.problems.append(f"{values}: {advice}")
-        if self.problems:
-            raise UserError("\n".join(self.problems))
-        getattr(self.config, "settle", lambda given: None)(self.given)
-        return self.config
+    def apply_flag(self, flag: Flag) -> None:
+        """Set one key from the command line: --key=value, or --key alone for True."""
+        _, equals, text = flag.word.partition("=")
+        key = key_of(flag.word)
+        said = shorten(flag.word)
+        kind = self.types.get(key)
+        if kind is None:
+            self.report_unknown_key(key, said)
+        elif not equals and (flag.detached_value is not None or not accepts_true(kind)):
+            self.report_missing_value(key, said, flag.detached_value or "VALUE")
+        elif not equals:
+            self.set_key(key, [True], said, COMMAND_LINE)
+        elif is_list(kind):
+            before = ()
+            if self.sources.get(key) == COMMAND_LINE:
+                before = getattr(self.config, key)
+            self.set_key(key, [(*before, unescape(text))], said, COMMAND_LINE)
+        else:
+            self.set_key(key, possible_meanings(text), said, COMMAND_LINE)
+
+    def set_key(self, key: str, meanings: Sequence[Any], said: str, source: str) -> None:
+        """Set a key to the first of the values that its type allows, else report a problem.
+
+        said: how the user set it, for the message.
+        """
+        self.sources.pop(key, None)
+        self.sources[key] = source
+        for value in meanings:
+            try:
+                converted = convert(value, self.types[key])
+            except Exception:  # noqa: S112 (an object made by a config file may raise anything)
+                continue
+            setattr(self.config, key, converted)
+            return
+        self.doubtful.add(key)
+        self.problems.append(f"{said} must be {' or '.join(choices(self.types[key]))}")
+
+    def report_unknown_key(self, key: str, said: str) -> None:
+        near = difflib.get_close_matches(key[:MAX_SHOWN], self.types, n=1)
+        advice = f"did you mean {near[0]}?" if near else "--help lists the keys"
+        self.problems.append(f"{said}: unknown key; {advice}")
+
+    def report_missing_value(self, key: str, said: str, value: str) -> None:
+        self.doubtful.add(key)
+        advice = f"{said}={shorten(value)}"
+        self.problems.append(f"{said} needs its value after an equals sign: {advice}")
 
 
-def _execute(name: str, present: Mapping[str, Any]) -> tuple[ast.Module, dict[str, Any]]:
-    """Run a config file: its syntax tree and the names it leaves. It can read the present values, as in nanoGPT."""
-    if name.startswith("hf:") or name.lower().endswith((".txt", ".csv", ".jsonl")):
-        said, key = _show(name, str), "--dataset=" if "dataset" in present else "--start=FILE:"
-        raise UserError(f"{said}: a config file is Python; your own text is given as {key}{said}")
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+
+class Flag(NamedTuple):
+    """A key on the command line."""
+
+    word: str  # as typed: --key=value, or --key alone
+    detached_value: str | None = None  # the next word, if it was meant as the value: --key value
+
+
+def split_command_line(
+    argv: Sequence[str], types: Mapping[str, Any]
+) -> tuple[list[str], list[Flag]]:
+    """Split the command line into config files and keys.
+
+    Files are applied first, wherever they stand, so that a key on the command line always wins.
+    types: the type of each known key.
+    """
+    files: list[str] = []
+    flags: list[Flag] = []
+    previous = ""
+    for word in argv:
+        if word.startswith("-"):
+            flags.append(Flag(word))
+        elif previous.startswith("-") and is_detached_value(word, previous, types):
+            flags[-1] = Flag(previous, word)
+        else:
+            files.append(word)
+        previous = word
+    return files, flags
+
+
+def is_detached_value(word: str, flag: str, types: Mapping[str, Any]) -> bool:
+    """Whether a word was meant as the value of the key before it: --key value."""
+    key = key_of(flag)
+    if "=" in flag or key not in types or word.endswith(".py"):
+        return False
+    if not accepts_true(types[key]):
+        return True
+    return word.lower() in ("true", "false", "auto")
+
+
+def key_of(flag: str) -> str:
+    """Return the key of --some-key=value: some_key."""
+    name = flag.partition("=")[0]
+    return name.lstrip("-").replace("-", "_")
+
+
+LOWER_CASE_CONSTANTS = {"true": True, "false": False, "none": None}
+
+
+def possible_meanings(text: str) -> list[Any]:
+    """Return what a value on the command line may mean: a Python value, then the text itself.
+
+    true, false and none are understood, too. Quoted text is a Python string, as in nanoGPT.
+    """
+    if text in LOWER_CASE_CONSTANTS:
+        return [LOWER_CASE_CONSTANTS[text], text]
     try:
-        source = Path(name).read_bytes()
-    except (OSError, ValueError) as error:
-        presets = {Path(path).stem: path for path in _presets()}
-        near = difflib.get_close_matches(Path(name).stem[:80], presets, 1, 0.5)
-        hint = f"the nearest is {presets[near[0]]}" if near else "--help lists the presets"
-        hint = f"a key is set with two dashes: --{_show(name, str)}" if "=" in name else hint
-        raise UserError(f"{_show(name, str)}: no config file that can be read; {hint}") from error
-    # Values lie where Python looks last, among the builtins: what is in `space` afterwards was set by the file.
-    space: dict[str, Any] = {"__builtins__": {**vars(builtins), **present}, "__file__": name}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns about unknown escapes such as "\d"
+            value = ast.literal_eval(text)
+    except Exception:  # literal_eval raises many kinds for text that is no Python
+        return [text]
+    if isinstance(value, str):
+        return [value]
+    return [value, text]
+
+
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+
+
+def unescape(text: str) -> str:
+    r"""Replace \n, \t and \\ by the characters that they stand for."""
+    return re.sub(r"\\[nt\\]", lambda match: ESCAPES[match[0]], text)
+
+
+# --------------------------------------------------------------------------------------------------
+# Config files
+
+
+class ConfigFile(NamedTuple):
+    """What a config file did when it was executed."""
+
+    assigned: dict[str, Any]  # the names that it assigned, with their values at the end
+    line_of: dict[str, int]  # the line on which it assigns a name
+    names_it_reads: set[str]
+
+    def looks_like_a_key(self, name: str) -> bool:
+        """Whether the file must have meant an assigned name as a key, and not as a helper.
+
+        Keys of other scripts are no mistake: one file may serve several scripts.
+        """
+        if name.startswith("_") or name in ALL_KEYS or name in self.names_it_reads:
+            return False
+        return name in self.line_of
+
+
+class RecordingNamespace(MutableMapping[str, Any]):
+    """The names that a config file sees while it runs. Remembers those that it assigns."""
+
+    def __init__(self, names: dict[str, Any]) -> None:
+        self.names = names
+        self.assigned: dict[str, None] = {}  # in order; a dict keeps it and a set does not
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.names[name] = value
+        self.assigned[name] = None
+
+    def __delitem__(self, name: str) -> None:
+        del self.names[name]
+        self.assigned.pop(name, None)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.names[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def execute_config_file(name: str, present: Mapping[str, Any]) -> ConfigFile:
+    """Execute a config file, which can read the present values of all keys.
+
+    Raises UserError if the file cannot be read or raises an exception.
+    """
+    source = read_config_file(name, present)
+    values = {**present, "__file__": name, "__name__": "__main__"}
+    namespace = RecordingNamespace(values)
     try:
         tree = ast.parse(source, name)
-        exec(compile(tree, name, "exec"), space)  # noqa: S102  (a config file is code, as --help says)
-    except (Exception, SystemExit) as error:  # whatever the user's code raises
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == name
-        ]
-        line = lines[-1] if lines else getattr(error, "lineno", None) or 1
-        raise UserError(f"{name}:{line}: {type(error).__name__}: {_show(error, str)}") from error
-    return tree, space
+        exec(compile(tree, name, "exec"), values, namespace)  # noqa: S102 (--help says it is code)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        line = line_of_error(error, name)
+        raise UserError(f"{name}:{line}: {type(error).__name__}: {show(error, str)}") from error
+    assigned = {key: values[key] for key in namespace.assigned}
+    # Functions that declare a name `global`, and globals()["name"], bypass the namespace.
+    for key in present:
+        if key not in assigned and key in values and values[key] is not present[key]:
+            assigned[key] = values[key]
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return ConfigFile(
+        assigned=assigned,
+        line_of={node.id: node.lineno for node in names if isinstance(node.ctx, ast.Store)},
+        names_it_reads={node.id for node in names if isinstance(node.ctx, ast.Load)},
+    )
 
 
-def _convert(value: Any, kind: Any) -> Any:
-    """value as a field's type has it: 5e3 is a whole number too, 1 also a float. Raises ValueError where it is none."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        for option in args:
-            with suppress(ValueError):
-                return _convert(value, option)
-    elif origin is Annotated:
-        value = _convert(value, args[0])
-        if args[2](value):
-            return value
-    elif origin is tuple:
-        return tuple(
-            _convert(part, args[0]) for part in ([value] if isinstance(value, str) else value)
+def read_config_file(name: str, present: Mapping[str, Any]) -> bytes:
+    """Return the content of a config file. Raises UserError with advice if there is none."""
+    shown = shorten(name)
+    if name.startswith("hf:") or name.lower().endswith((".txt", ".csv", ".jsonl")):
+        own_text = "--dataset=" if "dataset" in present else "--start=FILE:"
+        raise UserError(
+            f"{shown}: a config file is Python; your own text is given as {own_text}{shown}"
         )
-    elif origin is Literal:
-        if isinstance(value, str) and value in args:
-            return value
-    elif kind in (int, float):
-        real = type(value) is not bool and isinstance(value, Real)
-        if real and (kind is float or value % 1 == 0):
-            return kind(value)
-    elif isinstance(value, kind):
-        return value
-    raise ValueError
-
-
-def _words(kind: Any) -> str:
-    """What a field's type admits."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return args[1]
-    if origin is tuple:
-        return _words(args[0])
-    choices = [arg if isinstance(arg, str) else _words(arg) for arg in args]
-    return " | ".join(choices) or ("True | False" if kind is bool else "None")
-
-
-def _readings(text: str) -> list[Any]:
-    """What a command line's text may mean: a Python value (true, false and none are understood too), then itself."""
-    with warnings.catch_warnings(), suppress(Exception):
-        warnings.simplefilter("ignore")
-        value = ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
-        return [value] if isinstance(value, str) else [value, text]
-    return [text]
-
-
-def _show(value: Any, form: Callable[[Any], str] = repr) -> str:
-    """Any value in one line of at most 120 characters."""
     try:
-        text = form(value)
-    except Exception:  # the repr of an object out of a config file
+        return Path(name).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        if "=" in name:
+            advice = f"a key is set with two dashes: --{shown}"
+        else:
+            advice = nearest_preset(name)
+        raise UserError(f"{shown}: no config file that can be read; {advice}") from error
+
+
+def nearest_preset(name: str) -> str:
+    """Return advice that names the preset which is spelt most like a missing file."""
+    presets = {path.stem: path for path in preset_titles()}
+    near = difflib.get_close_matches(Path(name).stem[:MAX_SHOWN], presets, n=1, cutoff=0.5)
+    if near:
+        return f"the nearest is {presets[near[0]]}"
+    return "--help lists the presets"
+
+
+def line_of_error(error: BaseException, name: str) -> int:
+    """Return the line of a config file at which it raised an exception."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == name]
+    return (lines[-1] if lines else getattr(error, "lineno", None)) or 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Values in messages
+
+
+def show(value: Any, to_text: Callable[[Any], str] = repr) -> str:
+    """Return any value as one short line."""
+    try:
+        text = to_text(value)
+    except Exception:  # the repr of an object that a config file made
         text = f"a {type(value).__name__}"
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return shorten(text)
 
 
-def _presets() -> dict[str, str]:
-    """Path of each preset in config/, and its title: the comment that it begins with."""
-    files = {str(path): path.read_text(encoding="utf-8") for path in sorted(PRESETS.glob("*.py"))}
-    return {
-        path: text.splitlines()[0].lstrip("# ")
-        for path, text in files.items()
-        if text.startswith("#")
-    }
-
-
-def help_page(schema: type) -> str:
-    """What --help prints: the schema's docstring, its fields with their comments, and the presets."""
-    page = [inspect.cleandoc(schema.__doc__ or "")]
-    page += [
-        "",
-        "Config files are applied in order, then --key=value; the later one wins; --key alone means True.",
-    ]
-    page += ["A config file is Python and is executed: read a stranger's before you use it."]
-    page += ["", "Keys and their defaults:"]
-    kinds, defaults = get_type_hints(schema, include_extras=True), vars(schema())
-    for line in inspect.getsource(schema).splitlines():
-        if group := re.match(r"    # (.*)", line):
-            page += ["", group[1]]
-        elif field := re.match(r"    (\w+): .*  # (.*)", line):
-            kind, default = kinds[field[1]], defaults[field[1]]
-            head = f"  --{field[1]}={default if str(default).isprintable() else repr(default)}"
-            body = textwrap.wrap(
-                field[2] + (f" ({_words(kind)})" if "Literal" in str(kind) else ""), 62
-            )
-            page += [f"{head:<36}  {body[0]}", *(" " * 38 + more for more in body[1:])]
-    page += [
-        "",
-        "presets",
-        *(f"  config/{Path(path).name:<29}{title}" for path, title in _presets().items()),
-    ]
-    return "\n".join(page)
+def shorten(text: str) -> str:
+    """Return text as one line of at most MAX_SHOWN characters."""
+    if not text.isprintable():
+        text = repr(text)
+    if len(text) > MAX_SHOWN:
+        text = text[: MAX_SHOWN - 3] + "..."
+    return text

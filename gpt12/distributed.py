@@ -15,6 +15,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from gpt12.errors import UserError
 
@@ -81,6 +82,24 @@ def rank_0_first() -> Iterator[None]:
     yield
     if dist.get_rank() == 0:
         dist.barrier(group)
+
+
+def data_parallel(model: nn.Module, ranks: int, device: torch.device) -> nn.Module:
+    """Return the model, wrapped so that the gradients of several ranks are averaged."""
+    if ranks == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # Few large messages disturb the computation beside them less than many small ones.
+        bucket_cap_mb=100,
+    )
+
+
+def is_rank_0() -> bool:
+    """Tell whether this process is the one that writes files and prints."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def is_lost_rank(error: RuntimeError) -> bool:

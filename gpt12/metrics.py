@@ -80,7 +80,7 @@ class Metrics:
 
 def read_metrics(file: Path) -> list[Row]:
     """Return the valid rows of a metrics.jsonl; a half line from a power cut is skipped."""
-    rows = []
+    rows: list[Row] = []
     if not file.is_file():
         return rows
     for line in file.read_text("utf-8", errors="replace").splitlines():

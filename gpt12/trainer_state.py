@@ -52,15 +52,15 @@ def save_trainer_state(folder: Path, trainer: TrainerState) -> None:
 def trainer_tensors(trainer: TrainerState) -> dict[str, Tensor]:
     """Return all tensors of trainer.safetensors by name."""
     tensors: dict[str, Tensor] = {}
-    names = {}
+    names: dict[Tensor, str] = {}
     for name, parameter in trainer.model.named_parameters():
         names[parameter] = name
         if "lora_" in name:
             tensors[f"adapter.{name}"] = parameter
     for optimizer in trainer.optimizers:
-        for parameter, state in optimizer.state.items():
+        for owner, state in optimizer.state.items():
             for key, value in state.items():
-                name = f"optimizer.{names[parameter]}.{key}"
+                name = f"optimizer.{names[owner]}.{key}"
                 if optim8bit.is_8bit(value):
                     for part, tensor in optim8bit.parts(value).items():
                         tensors[f"{name}:{part}"] = tensor
@@ -113,12 +113,12 @@ def _load_optimizer_tensor(trainer: TrainerState, name: str, tensor: Tensor) -> 
     parameter = trainer.model.get_parameter(parameter_name)
     state = trainer.owner(parameter).state.setdefault(parameter, {})
     if part:
-        state.setdefault(key, {})[part] = tensor.to(step.machine.device)
+        state.setdefault(key, {})[part] = tensor.to(trainer.machine.device)
         return
     if parameter_name.endswith("wpe.weight") and tensor.ndim == parameter.ndim:
         # The run may have been resumed with a smaller block_size, which has fewer positions.
         tensor = tensor[: len(parameter)]
-    state[key] = tensor.to(step.machine.device)
+    state[key] = tensor.to(trainer.machine.device)
 
 
 def _load_scaler(trainer: TrainerState, tensor: Tensor) -> None:

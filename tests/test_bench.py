@@ -684,8 +684,8 @@ def test_plan_for_another_card(run):
         (["--plan", "--peak_tflops=40", "--bandwidth_gbs=400"], "vram_gb"),
         (["--init_from=resume"], "gpt2-medium"),
         (["--find_batch", "--vram_gb=12"], "vram_gb=12 needs a GPU"),
-        (["--sample", "--max_new_tokens=1"], "make room for two"),
-        (["--report", "--block_size=2"], "make room for two"),
+        (["--sample", "--max_new_tokens=1"], "it needs at least two"),
+        (["--report", "--block_size=2"], "it needs at least two"),
     ],
 )
 def test_mistakes(run, flags, message):

@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 
 import data
-from data import open_dataset, prepare, prepare_texts
-from data.prepare import val_documents
-from data.run import lock
+from data import dataset as dataset_module
+from data import prepare
+from data.dataset import open_dataset
+from data.prepare import prepare_texts, val_documents
 from data.shards import UINT16, ShardWriter, Tokens, write_shard
 from data.texts import CHAT_TEMPLATE, Documents, Piece
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from data.windows import TrainWindows
 from gpt12.errors import UserError
+from gpt12.files import lock_folder
 from tests.tiny_bpe import tiny
 
 EOT = 256
@@ -30,7 +32,7 @@ EOT = 256
 @pytest.fixture(autouse=True)
 def house(tmp_path, monkeypatch):
     """An empty data/ of its own for each test, and a working directory beside it."""
-    monkeypatch.setattr(data, "DATA", tmp_path / "data")
+    monkeypatch.setattr(dataset_module, "DATA", tmp_path / "data")
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -207,7 +209,7 @@ def test_a_models_tokenizer_finds_what_its_name_has_made(house):
 
 def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypatch):
     made = []
-    monkeypatch.setattr(data, "prepare_texts", lambda *a, **k: made.append(a[0]) or prepare_texts(*a, **k))
+    monkeypatch.setattr(dataset_module, "prepare_texts", lambda *a, **k: made.append(a[0]) or prepare_texts(*a, **k))
     (house / "my text.txt").write_text("some text, long enough for all of this " * 3)
     (house / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 30)
 
@@ -259,7 +261,7 @@ def killed_at(call, work):
 
     child = os.fork()
     if child == 0:
-        for owner, name in ((ShardWriter, "add"), (ShardWriter, "flush"), (prepare, "write_whole"), (os, "replace")):
+        for owner, name in ((ShardWriter, "add"), (ShardWriter, "flush"), (prepare, "write_atomically"), (os, "replace")):
             setattr(owner, name, counted(getattr(owner, name)))
         work()
         os._exit(0)
@@ -319,10 +321,10 @@ def test_the_hub_is_not_asked_for_what_is_there(house, monkeypatch):
         def __iter__(self):
             return iter([Piece(f"row {i}") for i in range(50)])
 
-    monkeypatch.setattr(data, "Documents", Hub)
+    monkeypatch.setattr(dataset_module, "Documents", Hub)
     first = open_bytes("hf:owner/name")
     assert first.documents == 50 and first.folder.name.startswith("name-")
-    monkeypatch.setattr(data, "Documents", None)
+    monkeypatch.setattr(dataset_module, "Documents", None)
     assert open_bytes("hf:owner/name", block_size=4).folder == first.folder
 
 
@@ -339,10 +341,13 @@ def test_progress_that_the_shards_do_not_bear_out_is_refused(house):
         ShardWriter(house, "train", UINT16, shard_tokens=10, start=25)
 
 
-def test_two_at_once_do_not_write_over_each_other(house):
+def test_a_locked_folder_is_reported_as_data_preparation(house):
     (house / "a.txt").write_text("long enough to be split in two")
-    with lock(house / "data" / "cache" / "a-text.tmp"), pytest.raises(UserError, match="another"):
+    building = house / "data" / "cache" / "a-text.tmp"
+    with lock_folder(building, "held by the test"), pytest.raises(UserError) as caught:
         open_bytes("a.txt")
+    assert f"Another process is preparing the data in {building}" in str(caught.value)
+    assert "out_dir" not in str(caught.value)
 
 
 def test_memory_is_constant(house):
@@ -515,7 +520,7 @@ def test_nanogpts_pickle_is_not_opened(house):
 
 
 def test_bare_shards_are_gpt2s(house, monkeypatch):
-    monkeypatch.setattr(data, "get_tokenizer", {"gpt2": tiny}.get)
+    monkeypatch.setattr(dataset_module, "get_tokenizer", {"gpt2": tiny}.get)
     dataset = open_dataset(str(shards(house / "x", tiny.vocab_size)), block_size=8)
     assert dataset.tokenizer is tiny and dataset.vocab_size == tiny.vocab_size
     with pytest.raises(UserError, match="the vocabulary has ids"):

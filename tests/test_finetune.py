@@ -19,11 +19,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
-import data
+import config as configuration
+import data.dataset
 import sample
 import train
 from config.machine import Machine
-from data import open_dataset
+from data.dataset import open_dataset
 from data.shards import Tokens
 from data.tokenizers import CharTokenizer
 from data.windows import EvalWindows, TrainWindows
@@ -40,7 +41,7 @@ QUICK += ["--eval_iters=4", "--warmup_iters=2"]
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     """Texts are prepared into a folder of the test's own."""
-    monkeypatch.setattr(data, "DATA", tmp_path_factory.mktemp("data"))
+    monkeypatch.setattr(data.dataset, "DATA", tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

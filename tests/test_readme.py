@@ -36,7 +36,7 @@ import train
 from data.shards import write_shard
 from gpt12.config_loader import load
 from gpt12.errors import UserError
-from gpt12.settings import ANY_KEY, BenchConfig, SampleConfig, TrainConfig
+from gpt12.settings import ALL_KEYS, BenchConfig, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -363,7 +363,7 @@ def problems(text: str) -> list[str]:
     known = out_dirs(text)
     said = list(commands(text))
     flags = {word.split("=")[0] for _, command in said for word in command.split() if word.startswith("-")}
-    foreign = {flag for flag in flags if flag.lstrip("-").replace("-", "_") not in ANY_KEY}
+    foreign = {flag for flag in flags if flag.lstrip("-").replace("-", "_") not in ALL_KEYS}
     sources = "\n".join(path.read_text() for path in source_files())
 
     def check(line: int, what: str, function: Callable, *arguments: object) -> None:

