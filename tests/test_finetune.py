@@ -32,6 +32,7 @@ from gpt12 import config_loader
 from gpt12.errors import UserError, run_main
 from gpt12.settings import TrainConfig
 from model import GPT, GPTConfig, Linear, LoRALinear, Sampling, WeightsError
+from tests.helpers import ROOT, command, environment, read_rows, trainer
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
@@ -79,8 +80,7 @@ def finetune(start, text, out_dir, *options) -> list[dict]:
         "--eval_interval=20",
     ]
     assert train.main([*argv, "--learning_rate=3e-3", *options]) == 0
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "val_loss" in row]
+    return [row for row in read_rows(out_dir) if "val_loss" in row]
 
 
 def test_the_finished_directory_opens_in_transformers_with_equal_logits(start, text, tmp_path):
@@ -169,8 +169,7 @@ def test_a_lora_run_resumes_bit_for_bit(start, text, tmp_path, capsys):
     assert adapter["lora_dropout"] == 0.1
     capsys.readouterr()
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'whole'}", "--eval_only"]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
-    final = [row["val_loss"] for row in rows if "val_loss" in row][-1]
+    final = [row["val_loss"] for row in read_rows(tmp_path / "whole") if "val_loss" in row][-1]
     assert f"val loss {final:.4f}" in capsys.readouterr().out  # the adapted model, not its base
 
 
@@ -330,7 +329,7 @@ def test_batch_size_by_measuring_keeps_the_step(start, text, tmp_path, capsys):
     chosen = json.loads((tmp_path / "run.json").read_text())["config"]
     assert chosen["batch_size"] * chosen["gradient_accumulation_steps"] == 6
     assert "batch_size:" in capsys.readouterr().out
-    assert json.loads((tmp_path / "last/trainer.json").read_text())["position"] == 4 * 6
+    assert trainer(tmp_path)["position"] == 4 * 6
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=5"]) == 0
     assert json.loads((tmp_path / "run.json").read_text())["config"]["batch_size"] == chosen["batch_size"]
     anew, _, _ = train.load_config(["--init_from=resume", f"--out_dir={tmp_path}", "--batch_size=auto"])
@@ -351,7 +350,7 @@ def test_losses_on_other_data_are_not_compared(start, text, tmp_path, capsys):
     ]
     assert train.main([*resume, f"--dataset={other}", "--learning_rate=1e-4"]) == 0
     assert "its best loss counts no more" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out/best/trainer.json").read_text())["best_step"] > 60
+    assert trainer(tmp_path / "out", "best")["best_step"] > 60
     assert json.loads((tmp_path / "out/best.prev/trainer.json").read_text())["best_step"] > 0
 
 
@@ -535,9 +534,8 @@ def test_a_model_that_the_hub_does_not_know_ends_with_a_message(text, tmp_path, 
 def test_a_data_set_that_the_hub_does_not_know_ends_with_a_message(start, tmp_path, empty_hub):
     """In a process of its own, as typed: `datasets` keeps the hub's address that it was imported with."""
     argv = [*QUICK, f"--out_dir={tmp_path / 'out'}", f"--init_from={start}", "--dataset=hf:nobody/nothing"]
-    env = os.environ | {"HF_ENDPOINT": empty_hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    command, here = [sys.executable, "train.py", *argv], Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True)
+    env = environment(HF_ENDPOINT=empty_hub, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
+    done = subprocess.run(command("train.py", *argv), cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: hf:nobody/nothing cannot be read: DatasetNotFoundError")
     assert "Check the name" in done.stderr
