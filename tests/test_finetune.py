@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +18,21 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
-import config as configuration
 import data.dataset
 import sample
 import train
-from config.machine import Machine
 from data.dataset import open_dataset
 from data.shards import Tokens
 from data.tokenizers import CharTokenizer
 from data.windows import EvalWindows, TrainWindows
 from gpt12 import config_loader
+from gpt12.device import Machine
 from gpt12.errors import UserError, run_main
+from gpt12.generate import Sampling, generate
+from gpt12.lora import add_lora
 from gpt12.settings import TrainConfig
-from model import GPT, GPTConfig, Linear, LoRALinear, Sampling, WeightsError
+from gpt12.weights import from_pretrained, save_pretrained
+from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
@@ -87,14 +88,14 @@ def test_the_finished_directory_opens_in_transformers_with_equal_logits(start, t
     evaluations = finetune(start, text, tmp_path)
     assert evaluations[-1]["val_loss"] < 0.6 * evaluations[0]["val_loss"]
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "best").eval()
-    ours = GPT.from_pretrained(tmp_path / "best").eval()
+    ours = from_pretrained(tmp_path / "best").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "best")
     x = torch.tensor([tokenizer("ada asks bob")["input_ids"]])
     assert tokenizer.decode(x[0]) == "ada asks bob"
     assert (theirs(x).logits - ours(x)[0]).abs().max() < 1e-5 * theirs(x).logits.abs().max()
     write = pipeline("text-generation", model=str(tmp_path / "best"))
     (said,) = write("ada asks", max_new_tokens=20, do_sample=False)
-    ids = ours.generate([tokenizer("ada asks")["input_ids"]], 20, sampling=Sampling(0.0))[0]
+    ids = generate(ours, [tokenizer("ada asks")["input_ids"]], 20, sampling=Sampling(0.0))[0]
     assert said["generated_text"] == "ada asks" + tokenizer.decode(ids)
     assert set(said["generated_text"].split()) & {"ada", "bob", "cleo", "dan", "eve", "again."}
 
@@ -133,7 +134,7 @@ def test_the_context_is_the_models_unless_another_is_asked_for(bare):
         config, given, _ = train.load_config([f"--init_from={bare}", "--dropout=0.25", *options])
         model, _ = train.load_start(config, given, None)
         assert (model.config.block_size, config.block_size) == (block_size, block_size)
-        assert (model.config.dropout, model.blocks[0].attn.dropout) == (0.25, 0.25)
+        assert (model.config.dropout, model.transformer.h[0].attn.dropout) == (0.25, 0.25)
 
 
 def test_a_model_with_fewer_ids_than_the_data_is_refused(bare, tmp_path, capsys):
@@ -163,7 +164,7 @@ def test_a_lora_run_resumes_bit_for_bit(start, text, tmp_path, capsys):
     finetune(start, text, tmp_path / "whole", *fixed)
     finetune(start, text, tmp_path / "parts", *fixed, "--max_iters=23")
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'parts'}", "--max_iters=60"]) == 0
-    a, b = (GPT.from_pretrained(tmp_path / name / "last").state_dict() for name in ("whole", "parts"))
+    a, b = (from_pretrained(tmp_path / name / "last").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     adapter = json.loads((tmp_path / "whole/best/adapter/adapter_config.json").read_text())
     assert adapter["lora_dropout"] == 0.1
@@ -209,36 +210,6 @@ def test_adapters_for_a_model_that_the_run_replaces_are_refused(start, text, tmp
     with pytest.raises(UserError, match="choose another --out_dir="):
         finetune(tmp_path / inside, text, tmp_path, "--lora_rank=4")
     finetune(tmp_path / inside, text, tmp_path.with_name("adapted"), "--lora_rank=4", "--max_iters=1")
-
-
-def test_an_adapter_computes_the_formula_of_the_lora_paper():
-    """W x + b + (alpha / rank) B A dropout(x), by Hu et al. 2021; merged the same without dropout."""
-    torch.manual_seed(0)
-    x, layer = torch.randn(5, 8), LoRALinear(Linear(8, 12), 4, 6.0, 0.5)
-    torch.nn.init.normal_(layer.lora_B)
-    plain, update = x @ layer.weight.T + layer.bias, 6.0 / 4 * layer.lora_A.T @ layer.lora_B.T
-    torch.manual_seed(1)
-    adapted = layer.train()(x)
-    torch.manual_seed(1)
-    assert torch.allclose(adapted, plain + torch.nn.functional.dropout(x, 0.5) @ update, atol=1e-5)
-    assert torch.allclose(layer.eval()(x), plain + x @ update, atol=1e-5)
-    assert torch.allclose(x @ layer.merged().T + layer.bias, plain + x @ update, atol=1e-5)
-
-
-def test_only_adapters_are_trained(start):
-    model = GPT.from_pretrained(start)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    size = model.num_params()
-    model.add_lora(2, 4.0)
-    assert model.num_params() == size  # on disk the adapters are merged
-    x = torch.randint(0, len(CHARS), (2, 20))
-    first = model(x)[0]
-    with torch.no_grad():
-        assert torch.equal(first, GPT.from_pretrained(start)(x)[0])  # B is zero: nothing has changed yet
-    model(x, x)[1].backward()
-    trained = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
-    assert all(torch.equal(before[name], p) for name, p in model.named_parameters() if name in before)
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +287,7 @@ def test_targets_of_prompts_change_no_bit_of_any_gradient(start, instructions, m
             return ids if self is mask else Window(ids, gather(mask, starts + 1, length - 1) == 0, shift)
 
         monkeypatch.setattr(Tokens, "gather", altered)
-        step = train.Step(GPT.from_pretrained(start), config, machine)
+        step = train.Step(from_pretrained(start), config, machine)
         rows = train.Loader(TrainWindows(tokens, 32, seed=0), step, machine).load(0)
         step(0.0, rows)
         assert (rows is None) != masked
@@ -361,7 +332,7 @@ def test_8_bit_moments_resume_bit_for_bit(start, text, tmp_path):
     finetune(start, text, tmp_path / "whole", *fixed, "--max_iters=6")
     finetune(start, text, tmp_path / "parts", *fixed, "--max_iters=3")
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'parts'}", "--max_iters=6"]) == 0
-    a, b = (GPT.from_pretrained(tmp_path / name / "last").state_dict() for name in ("whole", "parts"))
+    a, b = (from_pretrained(tmp_path / name / "last").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -410,7 +381,7 @@ def test_a_text_that_cannot_be_trained_on_is_refused(start, tmp_path, capsys, na
 @pytest.mark.parametrize(("content", "of_the_template"), [("who?", True), ("ada asks \u00d8rsted.", False)])
 def test_a_chat_template_that_the_models_characters_cannot_write_is_refused(tmp_path, capsys, content, of_the_template):
     chars = CHARS + ("" if of_the_template else "#:AU")
-    GPT(GPTConfig(32, len(chars), 1, 2, 8)).save_pretrained(tmp_path / "model")
+    save_pretrained(GPT(GPTConfig(32, len(chars), 1, 2, 8)), tmp_path / "model")
     CharTokenizer(chars).save(tmp_path / "model")
     chat = [{"role": "user", "content": content}, {"role": "assistant", "content": "bob."}]
     (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 40)
@@ -498,8 +469,8 @@ def test_weights_that_cannot_be_started_from_are_refused(start, text, tmp_path, 
 def test_a_rank_that_no_adapter_can_have_is_refused(start, text, tmp_path, capsys, options, words):
     message = refused(capsys, tmp_path / "out", f"--init_from={start}", f"--dataset={text}", *options)
     assert [word for word in words if word not in message] == []
-    with pytest.raises(WeightsError, match="lora_rank=0 must lie between 1"):
-        GPT.from_pretrained(start).add_lora(0, 1.0)
+    with pytest.raises(UserError, match="lora_rank=0 must lie between 1"):
+        add_lora(from_pretrained(start), 0, 1.0)
 
 
 @pytest.fixture
@@ -544,21 +515,3 @@ def test_a_data_set_that_the_hub_does_not_know_ends_with_a_message(start, tmp_pa
     assert "as .txt, .csv or .jsonl files: python train.py --dataset=FOLDER" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_adapters_are_merged_one_layer_at_a_time(tmp_path, monkeypatch):
-    """Saving may need no second model beside the one that fills the card."""
-    model, alive, most = GPT(GPTConfig(16, 65, 3, 2, 32)), [], []
-    model.add_lora(4, 8.0)
-    merged = LoRALinear.merged
-
-    def counted(layer):
-        weight = merged(layer)
-        alive.append(weakref.ref(weight))
-        most.append(sum(ref() is not None for ref in alive))
-        return weight
-
-    monkeypatch.setattr(LoRALinear, "merged", counted)
-    model.save_pretrained(tmp_path)
-    assert len(most) == 12
-    assert max(most) <= 2
