@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from data.texts import CHAT_TEMPLATE, chat_pieces
+from data.texts import chat_pieces, is_our_chat_template
 from data.tokenizers import END_OF_TEXT, from_meta, get_tokenizer, load_tokenizer
 from gpt12 import config_loader
 from gpt12.cards import CARDS
@@ -134,7 +134,7 @@ def find_tokenizer(source: Path) -> Any:
             "tokenizer.json, or its vocab.json and merges.txt, into that folder"
         )
     template = tokenizer.chat_template
-    if template and template.strip() != CHAT_TEMPLATE.strip():
+    if template and not is_our_chat_template(template):
         say(f"{source}: its chat template is not one of train.py's: texts go in as they are")
         tokenizer.chat_template = None
     return tokenizer

@@ -6,7 +6,6 @@ import math
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,9 +26,9 @@ from gpt12.generate import (
 from gpt12.linears import replace_linears
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
+from tests.helpers import ROOT
 from tests.texts import GREEDY, PROMPTS, VOCAB, random_theirs, recomputed, with_loud_padding
 
-ROOT = Path(__file__).parents[1]
 NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
     reason="no C++ compiler on this machine",

@@ -28,8 +28,7 @@ from gpt12.settings import SampleConfig
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 from tests.harmless import FEW, harmless
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT, command, environment
 
 
 @pytest.fixture(scope="module")
@@ -325,13 +324,13 @@ def test_ctrl_c_outside_of_a_conversation_ends_with_130(start, scripted):
 
 def test_sample_ends_quietly_when_nobody_reads_any_more(out_dir):
     """`| head -c 10`, or `2>&1 | head -c 10`: the reader is gone before the first text."""
-    argv = [sys.executable, "sample.py", f"--out_dir={out_dir}", "--device=cpu", "--num_samples=3"]
+    argv = command("sample.py", f"--out_dir={out_dir}", "--device=cpu", "--num_samples=3")
     processes = []
     for unbuffered in ("", "1"):
         for err in (subprocess.PIPE, subprocess.STDOUT):
             reader, writer = os.pipe()
             os.close(reader)
-            env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": unbuffered}
+            env = environment(PYTHONUNBUFFERED=unbuffered)
             processes.append(subprocess.Popen(argv, cwd=ROOT, stdout=writer, stderr=err, env=env))
             os.close(writer)
     for process in processes:
