@@ -20,7 +20,7 @@ from data.prepare import ValidationSplit, prepare_texts
 from data.rows import RowWriter
 from data.shards import UINT16, ShardWriter, Tokens, write_shard
 from data.texts import CHAT_TEMPLATE, Documents, Piece
-from data.tokenizers import ByteTokenizer, CharTokenizer
+from data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from data.windows import TrainWindows
 from gpt12.errors import UserError
 from gpt12.files import lock_folder
@@ -131,7 +131,7 @@ def test_many_documents_go_whole_to_one_side(house, count, fraction):
 
 
 @pytest.mark.parametrize("long", [None, True, False])
-def test_a_share_that_is_far_from_val_fraction_is_told(house, long):
+def test_a_validation_share_far_from_val_fraction_is_a_warning(house, long):
     jsonl(house / "a.jsonl", [{"text": "x"}] * 40)
     picked = ValidationSplit(Documents(house / "a.jsonl"), 0.1)
     texts = ["x" * (1000 if (i in picked) == long else 9) for i in range(40)]
@@ -142,7 +142,7 @@ def test_a_share_that_is_far_from_val_fraction_is_told(house, long):
     assert [warning.split(":")[0] for warning in dataset.warnings] == ([] if long is None else [said])
 
 
-def test_rows_of_examples_are_not_held_against_val_fraction(house):
+def test_the_validation_share_of_instruction_data_is_no_warning(house):
     """A few examples fill one row of many, padded: half of the tokens, a tenth of the examples."""
     path = jsonl(house / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 60)
     dataset = open_bytes(path, block_size=256)
@@ -150,7 +150,7 @@ def test_rows_of_examples_are_not_held_against_val_fraction(house):
     assert dataset.warnings == []
 
 
-def test_the_split_of_a_document_is_not_moved_by_those_after_it(house):
+def test_documents_that_are_added_later_do_not_change_the_split(house):
     def picked(count):
         jsonl(house / "a.jsonl", [{"text": "x"}] * count)
         split = ValidationSplit(Documents(house / "a.jsonl"), 0.1)
@@ -180,7 +180,7 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(house, monkeypatch):
         assert total == expected
 
 
-def test_the_bar_ends_at_its_total(house):
+def test_the_progress_bar_estimates_its_end_from_the_bytes_read(house):
     class Bar:
         total, n = None, 0
 
@@ -200,12 +200,25 @@ def test_the_bar_ends_at_its_total(house):
 # The cache
 
 
-def test_a_models_tokenizer_finds_what_its_name_has_made(house):
+def test_a_models_tokenizer_finds_the_cache_of_its_name(house):
     (house / "a.txt").write_text("Lorem ipsum dolor sit amet. " * 40)
     by_name = open_bytes("a.txt")
     assert open_bytes("a.txt", tokenizer=ByteTokenizer()).folder == by_name.folder
     chars = [CharTokenizer("".join(sorted({*"Lorem ipsum dolor sit amet.", extra}))) for extra in "xy"]
     assert open_bytes("a.txt", tokenizer=chars[0]).folder != open_bytes("a.txt", tokenizer=chars[1]).folder
+
+
+def test_tokens_that_were_added_to_the_models_tokenizer_stay_with_it(house, monkeypatch):
+    """A model with a padding token behind its vocabulary trains on data of the plain tokenizer."""
+    monkeypatch.setattr("data.tokenizers.get_tokenizer", lambda name: tiny)
+    entry = {"id": tiny.vocab_size, "content": "<pad>", "special": True}
+    padded = GPT2Tokenizer(tiny.names, tiny.merges, [entry])
+    (house / "a.txt").write_text("the cat is on the mat. " * 40)
+    name = str(open_dataset("a.txt", tokenizer=tiny, block_size=8, progress=False).folder)
+    dataset = open_dataset("a.txt", tokenizer=padded, block_size=8, progress=False)
+    assert str(dataset.folder) == name
+    assert dataset.tokenizer.vocab_size == tiny.vocab_size + 1
+    assert dataset.vocab_size == tiny.vocab_size
 
 
 def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypatch):
@@ -274,7 +287,7 @@ def test_all_unknown_characters_of_a_data_set_are_listed(house, monkeypatch):
     assert "config/train_shakespeare_cpu.py --dataset=own.txt --tokenizer=char" in message
 
 
-def test_names_in_the_cache_are_allowed_on_windows(house, monkeypatch):
+def test_names_in_the_cache_are_allowed_on_windows(house):
     names = ["hf:owner/name:config", 'a "b"? <c>|*.txt', "con.txt"]
     for name in names:
         request = dataset_module.Request(name, "bytes", 0.1, "text", 8)
@@ -428,7 +441,7 @@ def test_an_unfinished_data_set_is_not_opened(house):
         open_bytes(house)
 
 
-def test_progress_that_the_shards_do_not_bear_out_is_refused(house):
+def test_progress_that_counts_more_than_the_shards_hold_is_refused(house):
     with pytest.raises(UserError, match="progress.json"):
         ShardWriter(house, "train", UINT16, shard_tokens=10, start=25)
 
@@ -442,7 +455,7 @@ def test_a_locked_folder_is_reported_as_data_preparation(house):
     assert "out_dir" not in str(caught.value)
 
 
-def test_memory_is_constant(house):
+def test_preparing_a_longer_text_needs_no_more_memory(house):
     text = "All work and no play makes Jack a dull boy.\n" * 100
     peaks = []
     for copies in (1000, 4000):  # 4.4 and 17.6 MB
@@ -496,7 +509,7 @@ def test_examples_are_packed_whole_and_only_answers_are_targets(house):
     assert 0.05 < len(dataset.val) / len(dataset.train) < 0.2
 
 
-def test_rows_that_wait_are_bounded_and_none_is_lost(house):
+def test_open_rows_are_bounded_and_no_example_is_lost(house):
     writer = RowWriter(house, "train", UINT16, size=10, padding=999)
     for i in range(100):
         writer.add(np.full(6, i), np.ones(6, np.uint8))
@@ -523,14 +536,14 @@ def test_few_examples_are_split_by_example(house, count, held_out):
     assert [sum(ids(split.mask)) for split in (dataset.train, dataset.val)] == [2 * (count - held_out), 2 * held_out]
 
 
-def test_a_first_token_that_nothing_predicts_is_no_target(house):
+def test_the_first_token_of_a_row_is_never_a_target(house):
     name = jsonl(house / "a.jsonl", [{"prompt": "", "completion": "abc"}] * 4)
     dataset = open_bytes(name)
     assert ids(dataset.train) == [*b"abc", EOT, *b"abc", EOT, *b"abc", EOT, *[EOT] * 5]
     assert ids(dataset.train.mask) == [0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0]
 
 
-def test_conversations_keep_their_template(house):
+def test_conversations_give_their_tokenizer_the_chat_template(house):
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}] * 2
     dataset = open_bytes(jsonl(house / "a.jsonl", [{"messages": chat}] * 25), block_size=128)
     assert dataset.tokenizer.chat_template == CHAT_TEMPLATE
@@ -572,7 +585,7 @@ def test_a_name_in_data_comes_first_and_a_missing_one_names_the_nearest(house):
 
 
 @pytest.mark.parametrize("name", ["", "\0", "~", "a/b/c", "../a", "x" * 5000, "\ud800", "hf"])
-def test_a_name_that_is_nothing_is_refused(house, name):
+def test_an_impossible_name_is_refused(house, name):
     with pytest.raises(UserError, match="no data set|too long"):
         open_bytes(name)
 
@@ -634,7 +647,7 @@ def test_nanogpts_pickle_is_not_opened(house):
     assert not (house / "sprung").exists()
 
 
-def test_bare_shards_are_gpt2s(house, monkeypatch):
+def test_shards_without_meta_json_are_taken_for_gpt2s(house, monkeypatch):
     monkeypatch.setattr(dataset_module, "get_tokenizer", {"gpt2": tiny}.get)
     dataset = open_dataset(str(shards(house / "x", tiny.vocab_size)), block_size=8)
     assert dataset.tokenizer is tiny and dataset.vocab_size == tiny.vocab_size
@@ -664,7 +677,7 @@ def test_another_tokenizer_than_the_data_sets_is_refused(house):
         "\xff",
     ],
 )
-def test_damaged_meta_is_refused(house, text):
+def test_a_damaged_meta_json_is_refused(house, text):
     (shards(house / "x") / "meta.json").write_text(text, "latin-1")
     with pytest.raises(UserError, match=r"meta\.json is damaged"):
         open_bytes(house / "x")

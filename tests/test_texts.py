@@ -57,7 +57,7 @@ def odd_csv(tmp_path):
     return tmp_path / "a.csv"
 
 
-def test_every_format(tmp_path, odd_csv):
+def test_every_file_format_gives_the_same_documents(tmp_path, odd_csv):
     assert read(odd_csv) == ODD
     assert read(odd_csv, "body") == [text[::-1] for text in ODD]
     jsonl = write_jsonl(tmp_path / "b.jsonl", [{"text": text, "other": 1} for text in ODD])
@@ -79,7 +79,7 @@ def test_every_format(tmp_path, odd_csv):
     assert len(list(Documents(tmp_path).skip(3).skip(4))) == 16 - 7
 
 
-def test_the_hub(tmp_path):  # datasets streams a local folder as it does the hub's
+def test_hub_data_sets_are_streamed_and_skipped(tmp_path):  # datasets streams a local folder as it does the hub's
     rows = [{"id": i, "text": f"text {i}"} for i in range(2500)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     documents = Documents(f"hf:{tmp_path}")
@@ -93,7 +93,7 @@ def test_the_hub(tmp_path):  # datasets streams a local folder as it does the hu
         Documents(f"hf:{tmp_path}:klingon")
 
 
-def test_prompts_are_verbatim(tmp_path):
+def test_prompts_and_completions_are_taken_as_they_are(tmp_path):
     file = write_jsonl(
         tmp_path / "a.jsonl", [{"prompt": " Q: \n", "completion": " A "}, {"prompt": "", "completion": ""}]
     )
@@ -106,7 +106,7 @@ def test_prompts_are_verbatim(tmp_path):
     assert list(documents.skip(1)) == list(documents)[2:]
 
 
-def test_conversations(tmp_path):
+def test_conversations_end_with_the_last_answer(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [{"messages": [*CHAT, {"role": "user", "content": "unanswered"}]}] * 2)
     documents = Documents(file)
     assert documents.kind == "messages"
@@ -236,7 +236,7 @@ def test_pieces_are_small_whatever_the_text(monkeypatch, parts):
     assert [piece.last for piece in pieces] == [piece.end for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
 
-def test_memory_is_flat(tmp_path):
+def test_reading_a_large_file_needs_little_memory(tmp_path):
     (tmp_path / "big.txt").write_bytes(b"some words of a text\n" * 2_000_000)  # 42 MB
     with (tmp_path / "big.jsonl").open("w") as stream:
         stream.writelines(json.dumps({"text": "word " * 200}) + "\n" for _ in range(20_000))
@@ -287,13 +287,13 @@ def test_memory_is_flat(tmp_path):
         (".hidden.txt", b"", "holds no text files: none ends in .txt, .md, .csv, .jsonl"),
     ],
 )
-def test_broken_input_is_named(tmp_path, name, content, message):
+def test_broken_input_is_reported_with_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(Documents(tmp_path if name[0] == "." else tmp_path / name))
 
 
-def test_missing_paths(tmp_path):
+def test_a_path_that_does_not_exist_is_refused(tmp_path):
     for path in (tmp_path / "none.txt", "x" * 5000, "\0"):
         with pytest.raises(UserError, match="There is no file or folder"):
             Documents(path)

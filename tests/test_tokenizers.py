@@ -32,12 +32,12 @@ chars = CharTokenizer("".join(sorted(set(TEXT))))
 )
 @example(TEXT)
 @example("  \n \n  the 1212 12121")
-def test_bpe_is_the_described_one(text):
+def test_bpe_agrees_with_a_slow_version_written_from_gpt2s_description(text):
     assert tiny.encode(text).tolist() == encode_slowly(text)
     assert tiny.decode(tiny.encode(text)) == text
 
 
-def test_gpt2_known_ids(gpt2):
+def test_gpt2_gives_published_ids(gpt2):
     assert gpt2.encode("hello world").tolist() == [31373, 995]  # tiktoken's documentation
     assert gpt2.encode(END).tolist() == [27, 91, 437, 1659, 5239, 91, 29]
     assert (gpt2.vocab_size, gpt2.eot, gpt2.decode([31373, 50256])) == (50257, 50256, f"hello{END}")
@@ -54,7 +54,7 @@ def test_bytes_are_their_own_ids():
     assert (tokenizer.vocab_size, tokenizer.eot) == (257, 256)
 
 
-def test_characters():
+def test_characters_are_numbered_in_order_and_unknown_ones_refused():
     assert CharTokenizer("\nab").encode("ba\n").tolist() == [2, 1, 0]
     assert chars.decode(chars.encode(TEXT)) == TEXT
     for missing in ("Z", "\U0010ffff"):  # within and beyond the table of code points
@@ -81,7 +81,7 @@ def test_the_message_about_unknown_characters_shows_at_most_twenty():
 
 
 @pytest.mark.parametrize("tokenizer", [tiny, ByteTokenizer(), chars], ids=lambda t: t.name)
-def test_common_ground(tokenizer):
+def test_every_tokenizer_decodes_what_it_encodes_on_several_threads(tokenizer):
     with ThreadPoolExecutor(4) as threads:
         many = list(threads.map(tokenizer.encode, [TEXT[:at] for at in range(len(TEXT))]))
     for at, ids in enumerate(many):
@@ -95,18 +95,18 @@ def test_dtype_follows_the_vocabulary():
     assert many.encode(chr(0x1FFFF)).tolist() == [65535] and many.dtype == np.uint32
 
 
-def test_broken_unicode_is_no_error():
+def test_lone_surrogates_become_replacement_characters():
     for tokenizer in (tiny, ByteTokenizer()):
         assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
     with pytest.raises(UserError, match="U\\+D800"):
         chars.encode("\ud800")
 
 
-def test_a_million_blanks():  # where tiktoken raises
+def test_a_million_blanks_are_encoded():  # where tiktoken raises
     assert tiny.decode(tiny.encode(" " * 1_100_000 + "x")) == " " * 1_100_000 + "x"
 
 
-def test_hashes_differ():
+def test_different_vocabularies_have_different_hashes():
     made = [tiny, ByteTokenizer(), chars, CharTokenizer("ab"), CharTokenizer("ba"), CharTokenizer("a")]
     assert len({tokenizer.sha256 for tokenizer in made}) == len(made)
     assert CharTokenizer("ab").sha256 == CharTokenizer("ab").sha256
@@ -132,7 +132,7 @@ def opens_in_transformers(tokenizer, folder):
 @pytest.mark.parametrize(
     "tokenizer", [ByteTokenizer(), CharTokenizer("".join(sorted(set(TEXT))))], ids=lambda t: t.name
 )
-def test_saved_files_open_everywhere(tokenizer, tmp_path):
+def test_saved_files_open_here_and_in_transformers(tokenizer, tmp_path):
     theirs = opens_in_transformers(tokenizer, tmp_path)
     theirs.save_pretrained(tmp_path / "theirs")
     for folder in (tmp_path, tmp_path / "theirs"):
@@ -156,7 +156,7 @@ def test_saved_bpe_opens_in_transformers(tmp_path):
     )
 
 
-def test_gpt2_saved_and_loaded(gpt2, tmp_path):
+def test_gpt2_is_recognized_however_it_was_saved(gpt2, tmp_path):
     theirs = opens_in_transformers(gpt2, tmp_path)
     theirs.save_pretrained(tmp_path / "theirs")
     (tmp_path / "old").mkdir()
@@ -235,14 +235,14 @@ def test_foreign_tokenizers_are_refused(tmp_path):
     st.sampled_from([b"", b"{", b"[]", b"\xff", b"null", b"[" * 9999, b'{"model": {"vocab": 3}, "added_tokens": []}'])
     | st.binary()
 )
-def test_damaged_files_are_named(tmp_path_factory, content):
+def test_damaged_tokenizer_files_are_refused(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("damaged")
     (folder / "tokenizer.json").write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
         load_tokenizer(folder)
 
 
-def test_from_meta(tmp_path):
+def test_the_tokenizer_of_a_meta_json_is_found(tmp_path):
     assert from_meta({}, tmp_path) is None
     meta = {"tokenizer": "char", "chars": "".join(chars.names), "tokenizer_sha256": chars.sha256}
     for tokenizer, written in (chars, meta), (ByteTokenizer(), {"tokenizer": "bytes"}):
