@@ -57,12 +57,7 @@ def prepare_texts(
 
     split = ValidationSplit(documents, val_fraction)
     source_bytes = sum(file.stat().st_size for file in documents.files)
-    meta: dict[str, Any] = {
-        "tokenizer": tokenizer.name,
-        "tokenizer_sha256": tokenizer.sha256,
-        "vocab_size": tokenizer.vocab_size,
-        "chars": "".join(tokenizer.names) if isinstance(tokenizer, CharTokenizer) else None,
-    }
+    meta = _describe_tokenizer(tokenizer)
     locked = f"Another process is preparing the data in {folder}. Wait until it has ended."
     with lock_folder(folder, if_locked=locked):
         made_by = _made_by(documents, tokenizer, val_fraction)
@@ -88,6 +83,16 @@ def prepare_texts(
         meta |= {"documents": done.documents, "source_sha256": done.source_sha256}
         write_atomically(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
         (folder / "progress.json").unlink(missing_ok=True)
+
+
+def _describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what meta.json says about the tokenizer."""
+    return {
+        "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": len(tokenizer.names),  # without added tokens, which no text becomes
+        "chars": "".join(tokenizer.names) if isinstance(tokenizer, CharTokenizer) else None,
+    }
 
 
 def _made_by(documents: Documents, tokenizer: Tokenizer, val_fraction: float) -> list[Any]:

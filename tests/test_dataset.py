@@ -219,6 +219,10 @@ def test_tokens_that_were_added_to_the_models_tokenizer_stay_with_it(house, monk
     assert str(dataset.folder) == name
     assert dataset.tokenizer.vocab_size == tiny.vocab_size + 1
     assert dataset.vocab_size == tiny.vocab_size
+    # The other way round: data that were prepared for that model fit a model without the token.
+    open_dataset("a.txt", tokenizer=padded, val_fraction=0.2, block_size=8, progress=False)
+    dataset = open_dataset("a.txt", tokenizer=tiny, val_fraction=0.2, block_size=8, progress=False)
+    assert dataset.vocab_size == dataset.tokenizer.vocab_size == tiny.vocab_size
 
 
 def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypatch):
