@@ -132,9 +132,9 @@ def check_characters(name: str, documents: Documents, tokenizer: CharTokenizer) 
         unknown = sorted(set(heading).difference(tokenizer.names))
         if unknown:
             raise UserError(
-                f"{name} holds conversations. They are written with headings like {heading!r}, "
-                f"and the model does not know {', '.join(map(repr, unknown))}. Give them as "
-                '"prompt" and "completion", which are taken as they are.'
+                f"{name} holds conversations, and the tokenizer does not know "
+                f"{', '.join(map(repr, unknown))}, which the chat template's heading {heading!r} "
+                'needs. Give them as "prompt" and "completion", which are taken as they are.'
             )
     found: set[str] = set()
     for piece in documents:
