@@ -17,7 +17,7 @@ import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -34,15 +34,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import config as configuration
 import model as gpt
 import train
-from config import BenchConfig, UserError
 from config.machine import CARDS, Card, Machine, choose_device, join_ranks, open_machine, torchrun_ranks
 from data import run as run_folder
 from data.dataset import DATA, open_dataset
 from data.shards import find_shards
 from data.windows import TrainWindows
+from gpt12 import config_loader
+from gpt12.errors import UserError, run_main
+from gpt12.settings import BenchConfig
 from model import GPT, LOSS_CHUNK_ROWS, MASKED, Block, GPTConfig, Sampling
 
 GiB = 2**30
@@ -459,8 +460,8 @@ def sweep(config: Any, machine: Machine) -> list[Row]:
     if not values:
         raise UserError(f"sweep={config.sweep} is no KEY:VALUE,VALUE such as --sweep=batch_size:4,8,16")
     settings = [f"{key}={value}" for value in values.split(",")]
-    base = configuration.as_dict(config)  # all are read before the first is measured: a misspelt one costs no time
-    configs = [configuration.load(BenchConfig, [f"--{setting}"], base)[0] for setting in settings]
+    base = asdict(config)  # all are read before the first is measured: a misspelt one costs no time
+    configs = [config_loader.load(BenchConfig, [f"--{setting}"], base)[0] for setting in settings]
     return show([attempt(setting, c) for setting, c in zip(settings, configs)])
 
 
@@ -717,7 +718,7 @@ def settle(config: Any, given: set[str]) -> set[str]:
 def main(argv: list[str] | None = None) -> None:
     config: Any
     argv = sys.argv[1:] if argv is None else argv
-    config, given = configuration.load(BenchConfig, argv)
+    config, given = config_loader.load(BenchConfig, argv)
     modes, name = settle(config, given), config.card
     result: Row = {}
     if config.plan:
@@ -753,4 +754,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    configuration.run_main(main)
+    run_main(main)

@@ -16,7 +16,7 @@ BLOCK_BYTES = 1 << 20  # read this much at a time when hashing
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves either the old file or the whole new one."""
+    """Write a file so that a crash at any moment leaves the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     remove_link(temporary)
@@ -53,7 +53,8 @@ def sync(path: Path) -> None:
 def remove_link(path: Path) -> None:
     """Remove `path` if it is a symbolic link.
 
-    A run folder from a stranger may contain links that lead out of it; we must not write through them.
+    A run folder from a stranger may contain links that lead out of it; we must not write through
+    them.
     """
     if path.is_symlink():
         path.unlink()
@@ -82,7 +83,7 @@ def lock_folder(folder: Path, if_locked: str) -> Iterator[None]:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Remove a folder that holds nothing but its lock file: the run was refused before it wrote anything."""
+    """Remove a folder that holds nothing but its lock file: nothing was written into it."""
     with contextlib.suppress(OSError):  # the user may have deleted the folder
         if [path.name for path in folder.iterdir()] == [".lock"]:
             (folder / ".lock").unlink()

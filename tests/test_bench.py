@@ -4,9 +4,7 @@ No test looks at how long anything took: a shared machine would make it fail or 
 """
 
 import json
-import os
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +16,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-import config as configuration
 import model as gpt
 import train
 from bench import GiB, find_card, predict
-from config import BenchConfig, UserError
 from config.machine import CARDS, Card, Machine
 from data.shards import write_shard
+from gpt12 import config_loader
+from gpt12.errors import UserError
+from gpt12.settings import BenchConfig
 from model import GPT, GPTConfig
+from tests.helpers import environment
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, "batch_size": 3}
 PLAIN = {"device": "cpu", "dtype": "float32", "compile": False, "real_data": False, "steps": 2}
@@ -37,7 +37,7 @@ def arguments(**keys):
 
 
 def make(**keys):
-    return configuration.load(BenchConfig, arguments(**keys))[0]
+    return config_loader.load(BenchConfig, arguments(**keys))[0]
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ DATACENTER = {
 }
 
 
-def test_no_card_is_unchecked():
+def test_every_card_in_the_table_is_checked_here():
     assert CARDS.keys() == {f"NVIDIA GeForce RTX {name}" for name in GEFORCE} | DATACENTER.keys()
 
 
@@ -190,7 +190,7 @@ def test_a_measurement_is_its_steps_median_and_outer_deciles(monkeypatch):
     assert (row["tokens_per_s"], row["warmup_s"]) == pytest.approx((48 / np.median(took), 7.0))
 
 
-def test_step(run):
+def test_a_step_reports_its_tokens_its_time_and_its_operations(run):
     result, text = run(gradient_accumulation_steps=2)
     row = result["step"]
     check_step(row, 2 * 3 * 16)
@@ -222,7 +222,7 @@ def test_lora_has_no_mfu_by_a_formula_that_trains_all_weights(run):
     assert row["mfu"] is None and row["roofline"] > 0
 
 
-def test_the_keys_of_nanogpts_bench(run):
+def test_bench_takes_the_options_of_nanogpts_bench(run):
     result, _ = run("--profile", "--bias=True", "--real_data=False", "--seed=1")
     assert result["config"]["bias"] is True and "profile" in result
 
@@ -245,32 +245,26 @@ def test_real_data_are_used_where_they_are_prepared(run, tmp_path):
 
 
 def test_a_cpu_gets_a_small_model_unless_a_shape_is_given(capsys):
-    config, given = configuration.load(BenchConfig, ["--device=cpu"])
+    config, given = config_loader.load(BenchConfig, ["--device=cpu"])
     assert bench.settle(config, given) == {"step"}
     assert (config.n_layer, config.n_embd, config.block_size) == (4, 128, 64) and "small" in capsys.readouterr().out
-    config, given = configuration.load(BenchConfig, ["--device=cpu", "--n_layer=3"])
+    config, given = config_loader.load(BenchConfig, ["--device=cpu", "--n_layer=3"])
     bench.settle(config, given)
     assert (config.n_layer, config.n_embd, config.block_size) == (3, 768, 1024)
-    config, given = configuration.load(BenchConfig, ["--device=cpu", "--init_from=gpt2-xl"])
+    config, given = config_loader.load(BenchConfig, ["--device=cpu", "--init_from=gpt2-xl"])
     bench.settle(config, given)
     assert (config.n_layer, config.n_head, config.n_embd, config.bias) == (48, 25, 1600, True)
 
 
 def test_under_torchrun_all_ranks_are_one_table(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-    ranks = []
-    for rank in range(2):
-        env = (
-            os.environ
-            | address
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        )
-        command = [sys.executable, BENCH, *arguments(dtype="bfloat16", peak_tflops=0.5, bandwidth_gbs=20)]
-        ranks.append(subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True))
-    first, second = (rank.communicate(timeout=120)[0] for rank in ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0] and second == ""
+    """torchrun finds a port by itself, and puts what each rank prints into a file."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    start += ["--redirects=1", f"--log-dir={tmp_path / 'logs'}"]
+    bench_command = [BENCH, *arguments(dtype="bfloat16", peak_tflops=0.5, bandwidth_gbs=20)]
+    done = subprocess.run([*start, *bench_command], env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (next((tmp_path / "logs").glob(f"*/attempt_0/{rank}/stdout.log")).read_text() for rank in (0, 1))
+    assert second == ""
     row = json.loads(first.splitlines()[-1])["step"]
     check_step(row, 2 * 48)
     assert [rank["tokens"] for rank in row["ranks"]] == [48, 48]
@@ -288,7 +282,7 @@ def test_speeds_are_multiples_of_the_first_that_was_measured(capsys):
     assert (first, rows) == (["tokens/s", "x"], [["a"], ["4", "4", "1.00"], ["10", "10", "2.50"]])
 
 
-def test_sweep(run, tmp_path):
+def test_a_sweep_measures_every_value_of_the_key(run, tmp_path):
     result, text = run("--sweep=batch_size:1,2")
     for row, size in zip(result["sweep"], (1, 2), strict=True):
         assert (row["label"], row["batch_size"]) == (f"batch_size={size}", size)
@@ -347,7 +341,7 @@ def test_rungs_that_change_nothing_are_left_out_and_named(run, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", [name for name, patch in bench.WITHOUT.items() if callable(patch)])
-def test_a_patch_is_felt_and_taken_back(name):
+def test_a_rung_of_the_ladder_changes_one_thing_and_restores_it(name):
     shape = GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=32)
     x = torch.zeros(1, 16, dtype=torch.int64)
 
@@ -377,13 +371,13 @@ def out_of_memory_above(limit, monkeypatch):
     monkeypatch.setattr(bench, "measure", measure)
 
 
-def test_a_row_that_does_not_fit_is_no_end(run, monkeypatch):
+def test_a_sweep_goes_on_after_a_row_that_does_not_fit(run, monkeypatch):
     out_of_memory_above(2, monkeypatch)
     rows = run("--sweep=batch_size:1,2,4")[0]["sweep"]
     assert [row.get("error") for row in rows] == [None, None, "out of memory"]
 
 
-def test_memory_that_runs_out_while_a_graph_is_recorded_is_no_end_either():
+def test_a_measurement_reports_memory_that_runs_out_while_a_graph_is_recorded():
     def record(config):
         try:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -447,7 +441,7 @@ def test_batch_size_auto_is_found_and_then_used(run, monkeypatch):
     assert [row["batch_size"] for row in result["sweep"]] == [8, 8]
 
 
-def test_when_nothing_fits_it_says_so(run, monkeypatch):
+def test_find_batch_says_when_nothing_fits(run, monkeypatch):
     out_of_memory_above(0, monkeypatch)
     with pytest.raises(UserError, match="lora_rank"):
         run("--find_batch")
@@ -457,7 +451,7 @@ def test_when_nothing_fits_it_says_so(run, monkeypatch):
 # Comparison, profile, decoding
 
 
-def test_compare_is_in_turns(run):
+def test_compare_measures_both_sides_in_turns(run):
     result, text = run("--compare=transformers")
     rows = result["compare"]["rows"]
     assert [row["label"] for row in rows] == ["gpt12", "transformers, eager"] * 2
@@ -483,7 +477,7 @@ def test_both_sides_of_a_comparison_are_the_same_model(run, tmp_path, monkeypatc
     assert "optimizer=adamw in place of muon" in text and "not the same work" not in text
 
 
-def test_what_the_user_asked_for_is_compared_and_told(run, tmp_path):
+def test_compare_keeps_what_the_user_asked_for_and_says_what_differs(run, tmp_path):
     (tmp_path / "mine.py").write_text("bias = False")
     result, text = run("mine.py", "--compare=transformers", "--optimizer=muon", "--lora_rank=2")
     assert (result["config"].get("bias", False), result["config"]["optimizer"]) == (False, "muon")
@@ -491,13 +485,13 @@ def test_what_the_user_asked_for_is_compared_and_told(run, tmp_path):
     assert [word in line for line, word in zip(told, ("biases", "muon", "LoRA"), strict=True)] == [True] * 3
 
 
-def test_without_transformers_it_says_so(run, monkeypatch):
+def test_compare_says_when_transformers_is_not_installed(run, monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="transformers is not installed"):
         run("--compare=transformers")
 
 
-def test_profile(run, tmp_path):
+def test_the_profile_lists_the_ten_longest_kernels(run, tmp_path):
     result, text = run("--profile")
     found = result["profile"]
     assert "wrote trace.json" in text
@@ -511,7 +505,7 @@ def test_profile(run, tmp_path):
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
-def test_decoding(run, tmp_path):
+def test_sample_measures_decoding_against_the_memorys_bound(run, tmp_path):
     result, text = run("--sample", peak_tflops=1, bandwidth_gbs=10, max_new_tokens=5)
     assert [row["batch"] for row in result["sample"]] == [1, 4, 16, 64]
     read = 4 * (2 * (12 * 32 * 32 + 2 * 32) + 64 * 32)  # bytes of the blocks and the head, each read once a token
@@ -523,7 +517,7 @@ def test_decoding(run, tmp_path):
     assert "bound" in text and (tmp_path / "bench.png").exists()
 
 
-def test_decoding_beside_transformers(run):
+def test_sample_measures_decoding_beside_transformers(run):
     rows = run("--sample", "--compare=transformers", "--quantize=int8", max_new_tokens=5)[0]["sample"]
     assert [row["label"] for row in rows[:2]] == ["batch 1", "transformers, dynamic cache"] and len(rows) == 8
     for row in rows:
@@ -535,14 +529,14 @@ def test_decoding_beside_transformers(run):
 
 
 def make_124m(**keys):
-    return configuration.load(BenchConfig, [f"--{key}={value}" for key, value in keys.items()])[0]
+    return config_loader.load(BenchConfig, [f"--{key}={value}" for key, value in keys.items()])[0]
 
 
 @pytest.mark.parametrize(
     ("batch_size", "recompute", "ms"),
     [(64, "none", 112.7), (32, "none", 58.5), (12, "pointwise", 24.75), (32, "pointwise", 60.7), (32, "block", 67.4)],
 )
-def test_the_constants_are_what_was_fitted(batch_size, recompute, ms):
+def test_predicted_times_are_those_measured_on_a_h200(batch_size, recompute, ms):
     """Measured with train.Step on a H200, 124M, T=1024, bias=False, torch 2.11 (the README's results)."""
     row = predict(make_124m(batch_size=batch_size, dtype="bfloat16"), recompute, CARDS["NVIDIA H200"])
     assert row["ms"] == pytest.approx(ms, rel=0.025)
@@ -564,10 +558,10 @@ def test_the_constants_are_what_was_fitted(batch_size, recompute, ms):
         ("gpt2-xl", "block", {"batch_size": 16, "lora_rank": 16}, 7.5),
     ],
 )
-def test_predicted_memory_is_what_was_measured(init_from, recompute, keys, gib):
+def test_predicted_memory_is_that_measured_on_a_h200(init_from, recompute, keys, gib):
     """On a H200 at T=1024 (the README's tables)."""
     options = {"init_from": init_from, "dtype": "bfloat16", **keys}
-    config, given = configuration.load(BenchConfig, [f"--{key}={value}" for key, value in options.items()])
+    config, given = config_loader.load(BenchConfig, [f"--{key}={value}" for key, value in options.items()])
     bench.settle(config, given)
     assert predict(config, recompute)["gib"] == pytest.approx(gib, rel=0.03)
 
@@ -579,7 +573,7 @@ def test_accumulation_keeps_a_gradient_of_every_weight():
     assert (many - one) * GiB == pytest.approx(4 * parameters)
 
 
-def test_plan_for_the_4070_ti(run, monkeypatch):
+def test_the_plan_for_a_4070_ti_is_the_readmes(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
     shape = {"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257}
     result, text = run("--plan", **shape, dtype="auto", compile="auto")
@@ -651,7 +645,7 @@ def test_lora_trains_what_the_plan_counts():
         assert predict(config, "none")["memory_gib"]["moments"] * GiB == pytest.approx(8 * trainable)
 
 
-def test_plan_by_method():
+def test_the_plan_counts_what_each_method_costs():
     """Each method costs what it is for: LoRA less memory, 8-bit moments less, recomputation time, accumulation nothing."""
     card, of = (
         CARDS["NVIDIA GeForce RTX 4070 Ti"],
@@ -664,12 +658,12 @@ def test_plan_by_method():
     assert of(bias=True)["ms"] > of()["ms"]
 
 
-def test_plan_when_nothing_fits(run):
+def test_the_plan_says_when_nothing_fits(run):
     result, text = run("--plan", "--init_from=gpt2", dtype="auto", block_size=1024, vram_gb=2)
     assert result["plan"]["rows"] == [] and "nothing fits" in text
 
 
-def test_plan_for_another_card(run):
+def test_the_plan_takes_another_card(run):
     found = run("--plan", peak_tflops=40, bandwidth_gbs=448, vram_gb=8)[0]["plan"]
     assert (found["tflops"], found["bandwidth_gbs"], found["room_gib"]) == (40, 448, 7)
     assert run("--plan", "--card=NVIDIA H200")[0]["plan"]["room_gib"] == 140
@@ -683,11 +677,11 @@ def test_plan_for_another_card(run):
         (["--plan", "--peak_tflops=40", "--bandwidth_gbs=400"], "vram_gb"),
         (["--init_from=resume"], "gpt2-medium"),
         (["--find_batch", "--vram_gb=12"], "vram_gb=12 needs a GPU"),
-        (["--sample", "--max_new_tokens=1"], "make room for two"),
-        (["--report", "--block_size=2"], "make room for two"),
+        (["--sample", "--max_new_tokens=1"], "it needs at least two"),
+        (["--report", "--block_size=2"], "it needs at least two"),
     ],
 )
-def test_mistakes(run, flags, message):
+def test_a_users_mistake_is_refused_with_a_message(run, flags, message):
     with pytest.raises(UserError, match=message):
         run(*flags)
 
@@ -698,14 +692,14 @@ def test_mistakes(run, flags, message):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recompute", bench.RECOMPUTE)
-def test_predicted_memory_is_the_allocators(recompute):
+def test_predicted_memory_is_what_the_allocator_reports(recompute):
     row = bench.measure(make_124m(batch_size=8, recompute=recompute, real_data=False, steps=3))
     assert row["peak_gib"] == pytest.approx(row["predicted_gib"], rel=0.05)
     assert row["cuda_graph"] and row["compile"] and row["mfu"] > 0
 
 
 @pytest.mark.gpu
-def test_ladder_on_a_gpu(run):
+def test_every_rung_on_a_gpu_does_the_same_work(run):
     keys = {"device": "cuda", "dtype": "auto", "compile": "auto", "n_embd": 128, "block_size": 256}
     rows = run("--ladder", "--vocab_size=50", **keys)[0]["ladder"]
     assert [row["label"] for row in rows] == ["fp32, eager", *(f"+ {name}" for name in bench.WITHOUT)]

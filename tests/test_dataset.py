@@ -131,7 +131,7 @@ def test_many_documents_go_whole_to_one_side(house, count, fraction):
 
 
 @pytest.mark.parametrize("long", [None, True, False])
-def test_a_validation_share_far_from_val_fraction_is_a_warning(house, long):
+def test_a_validation_share_far_from_val_fraction_is_reported(house, long):
     jsonl(house / "a.jsonl", [{"text": "x"}] * 40)
     picked = ValidationSplit(Documents(house / "a.jsonl"), 0.1)
     texts = ["x" * (1000 if (i in picked) == long else 9) for i in range(40)]
@@ -142,7 +142,7 @@ def test_a_validation_share_far_from_val_fraction_is_a_warning(house, long):
     assert [warning.split(":")[0] for warning in dataset.warnings] == ([] if long is None else [said])
 
 
-def test_the_validation_share_of_instruction_data_is_no_warning(house):
+def test_a_padded_row_of_examples_is_not_reported_as_a_wrong_share(house):
     """A few examples fill one row of many, padded: half of the tokens, a tenth of the examples."""
     path = jsonl(house / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 60)
     dataset = open_bytes(path, block_size=256)
@@ -180,7 +180,7 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(house, monkeypatch):
         assert total == expected
 
 
-def test_the_progress_bar_estimates_its_end_from_the_bytes_read(house):
+def test_the_progress_bar_ends_at_its_total(house):
     class Bar:
         total, n = None, 0
 
@@ -368,10 +368,18 @@ def killed_at(call, work):
 
     child = os.fork()
     if child == 0:
-        for owner, name in ((ShardWriter, "add"), (ShardWriter, "flush"), (prepare, "write_atomically"), (os, "replace")):
-            setattr(owner, name, counted(getattr(owner, name)))
-        work()
-        os._exit(0)
+        try:
+            for owner, name in (
+                (ShardWriter, "add"),
+                (ShardWriter, "flush"),
+                (prepare, "write_atomically"),
+                (os, "replace"),
+            ):
+                setattr(owner, name, counted(getattr(owner, name)))
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)  # an error must not lead the child back into pytest
     _, status = os.waitpid(child, 0)
     assert status in (0, signal.SIGKILL)
     return status != 0
@@ -445,7 +453,7 @@ def test_an_unfinished_data_set_is_not_opened(house):
         open_bytes(house)
 
 
-def test_progress_that_counts_more_than_the_shards_hold_is_refused(house):
+def test_progress_beyond_what_the_shards_hold_is_refused(house):
     with pytest.raises(UserError, match="progress.json"):
         ShardWriter(house, "train", UINT16, shard_tokens=10, start=25)
 
@@ -459,7 +467,7 @@ def test_a_locked_folder_is_reported_as_data_preparation(house):
     assert "out_dir" not in str(caught.value)
 
 
-def test_preparing_a_longer_text_needs_no_more_memory(house):
+def test_preparing_a_longer_text_takes_no_more_memory(house):
     text = "All work and no play makes Jack a dull boy.\n" * 100
     peaks = []
     for copies in (1000, 4000):  # 4.4 and 17.6 MB
@@ -547,7 +555,7 @@ def test_the_first_token_of_a_row_is_never_a_target(house):
     assert ids(dataset.train.mask) == [0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0]
 
 
-def test_conversations_give_their_tokenizer_the_chat_template(house):
+def test_a_data_set_of_conversations_keeps_the_chat_template(house):
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}] * 2
     dataset = open_bytes(jsonl(house / "a.jsonl", [{"messages": chat}] * 25), block_size=128)
     assert dataset.tokenizer.chat_template == CHAT_TEMPLATE

@@ -11,20 +11,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kill_loop import OPTIONS, make_dataset
 from safetensors.torch import load_file
 
 import train
-from config import UserError
 from data import run as run_folder
 from data.run import Metrics, find_checkpoint, read_run
+from gpt12.errors import UserError
 from model import GPT, GPTConfig, WeightsError
 from tests.harmless import FEW, harmless
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "letters")
+from tests.helpers import OPTIONS, losses, read_rows
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +51,7 @@ def regions(content: bytes, name: str) -> dict[str, int]:
     return places
 
 
-def test_every_region_of_every_file_of_a_real_checkpoint(finished, tmp_path):
+def test_damage_in_any_region_of_any_file_of_a_checkpoint_is_refused(finished, tmp_path):
     """Damaged in turn, cut at fifty places, or gone: refused by its name, and the one before is offered."""
     shutil.copytree(finished, tmp_path / "out")
     last = tmp_path / "out" / "last"
@@ -311,20 +306,27 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
-@pytest.mark.parametrize("left", [10_000, 70_000], ids=["no room for the estimate", "ends within a file"])
-def test_a_file_system_that_is_full(dataset, disk, tmp_path, capsys, left):
+@pytest.mark.parametrize("estimate_fits", [False, True], ids=["no room for the estimate", "ends within a file"])
+def test_a_run_on_a_full_file_system_keeps_its_old_checkpoint_and_goes_on(
+    dataset, disk, tmp_path, capsys, estimate_fits
+):
     plan = ["--lr_decay_iters=8", "--eval_interval=100"]
     assert run(dataset, disk / "out", "--max_iters=4", *plan) == 0
     shutil.rmtree(disk / "out" / "last.prev")
     capsys.readouterr()
     filler = disk / "filler"
+    last = disk / "out" / "last"
+    estimate = 3 * 4 * sum(t.numel() for t in load_file(last / "model.safetensors").values())  # weights and two moments
+    written = sum(file.stat().st_blocks * 512 for file in last.iterdir())
+    assert estimate < written
+    left = (estimate + written) // 2 if estimate_fits else estimate // 2
     filler.write_bytes(bytes(shutil.disk_usage(disk).free - left))
     assert resume(disk / "out", "--max_iters=8") == 1
     out = capsys.readouterr().out
     assert "could not save" in out and "What was there before is untouched; make room" in out
-    assert ("are free" if left < 50_000 else "No space left on device") in out
+    assert ("No space left on device" if estimate_fits else "are free") in out
     assert find_checkpoint(disk / "out", ("last",))[1]["step"] == 4
-    assert [row["step"] for row in rows_of(disk / "out") if "loss" in row][:8] == [*range(1, 9)]
+    assert list(losses(disk / "out"))[:8] == [*range(1, 9)]
     filler.unlink()
     assert resume(disk / "out", "--max_iters=8") == 0
     assert run(dataset, tmp_path / "whole", "--max_iters=8", *plan) == 0
@@ -332,7 +334,7 @@ def test_a_file_system_that_is_full(dataset, disk, tmp_path, capsys, left):
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
-def test_a_file_system_that_is_read_only(dataset, disk):
+def test_a_run_on_a_read_only_file_system_is_refused(dataset, disk):
     assert run(dataset, disk / "out", "--max_iters=2") == 0
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     for begin in (lambda: resume(disk / "out", "--max_iters=4"), lambda: run(dataset, disk / "new")):
@@ -341,15 +343,13 @@ def test_a_file_system_that_is_read_only(dataset, disk):
     assert find_checkpoint(disk / "out", ("last",))[1]["step"] == 2
 
 
-def rows_of(out_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Numbers that blow up
 
+SAVE_ONCE = ["--eval_interval=12", "--save_interval_s=1e9"]  # at the end; a save costs more than a step
 
-def test_updates_skipped_between_two_logs_are_told(dataset, tmp_path, monkeypatch, capsys):
+
+def test_updates_skipped_between_two_logs_are_reported(dataset, tmp_path, monkeypatch, capsys):
     forward, calls = GPT.forward, iter(range(10**6))
 
     def poisoned(self, *args, **kwargs):
@@ -357,13 +357,13 @@ def test_updates_skipped_between_two_logs_are_told(dataset, tmp_path, monkeypatc
         return logits, loss * math.nan if self.training and next(calls) in (1, 2) else loss
 
     monkeypatch.setattr(GPT, "forward", poisoned)
-    assert run(dataset, tmp_path, "--max_iters=12", "--log_interval=4") == 0
+    assert run(dataset, tmp_path, "--max_iters=12", "--log_interval=4", *SAVE_ONCE) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
     assert len(told) == 1 and told[0].startswith("step 4: loss or gradient not finite; skipped 2 update(s)")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_told_skipped_and_survived(dataset, tmp_path, monkeypatch, capsys, value):
+def test_a_loss_that_is_not_finite_is_reported_and_its_update_skipped(dataset, tmp_path, monkeypatch, capsys, value):
     """At steps 5 and 6 of 12: those two updates do not happen, the others do, and no file holds a NaN."""
     forward, calls = GPT.forward, iter(range(10**6))
 
@@ -372,10 +372,10 @@ def test_a_loss_that_is_not_finite_is_told_skipped_and_survived(dataset, tmp_pat
         return logits, loss * value if self.training and next(calls) in (4, 5) else loss
 
     monkeypatch.setattr(GPT, "forward", poisoned)
-    assert run(dataset, tmp_path, "--max_iters=12", "--eval_interval=4") == 0
+    assert run(dataset, tmp_path, "--max_iters=12", *SAVE_ONCE) == 0
     out = capsys.readouterr().out
     assert "step 5: loss or gradient not finite" in out and "step 6: loss or gradient not finite" in out
-    assert [row["step"] for row in rows_of(tmp_path) if row.get("loss", 0) is None] == [5, 6]
+    assert [row["step"] for row in read_rows(tmp_path) if row.get("loss", 0) is None] == [5, 6]
     steps = {t.item() for n, t in load_file(tmp_path / "last" / "trainer.safetensors").items() if n.endswith(".step")}
     assert steps == {10.0}
     for file in ("model.safetensors", "trainer.safetensors"):

@@ -23,14 +23,17 @@ import config as configuration
 import data.dataset
 import sample
 import train
-from config import UserError
 from config.machine import Machine
 from data.dataset import open_dataset
 from data.shards import Tokens
 from data.tokenizers import CharTokenizer
 from data.windows import EvalWindows, TrainWindows
+from gpt12 import config_loader
+from gpt12.errors import UserError, run_main
+from gpt12.settings import TrainConfig
 from model import GPT, GPTConfig, Linear, LoRALinear, Sampling, WeightsError
 
+pytestmark = pytest.mark.usefixtures("no_picture")
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
 QUICK = ["--device=cpu", "--dtype=float32", "--batch_size=4", "--gradient_accumulation_steps=1"]
 QUICK += ["--eval_iters=4", "--warmup_iters=2"]
@@ -133,7 +136,7 @@ def test_the_context_is_the_models_unless_another_is_asked_for(bare):
         assert (model.config.dropout, model.blocks[0].attn.dropout) == (0.25, 0.25)
 
 
-def test_a_model_without_a_tokenizer_and_with_fewer_ids_than_the_data(bare, tmp_path, capsys):
+def test_a_model_with_fewer_ids_than_the_data_is_refused(bare, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("".join(map(chr, range(256, 600))))
     options = f"--init_from={bare}", f"--dataset={tmp_path / 'a.txt'}", "--tokenizer=char"
     message = refused(capsys, tmp_path / "out", *options)
@@ -208,7 +211,7 @@ def test_adapters_for_a_model_that_the_run_replaces_are_refused(start, text, tmp
     finetune(tmp_path / inside, text, tmp_path.with_name("adapted"), "--lora_rank=4", "--max_iters=1")
 
 
-def test_an_adapter_is_its_formula():
+def test_an_adapter_computes_the_formula_of_the_lora_paper():
     """W x + b + (alpha / rank) B A dropout(x), by Hu et al. 2021; merged the same without dropout."""
     torch.manual_seed(0)
     x, layer = torch.randn(5, 8), LoRALinear(Linear(8, 12), 4, 6.0, 0.5)
@@ -246,20 +249,20 @@ def instructions(tmp_path_factory) -> Path:
     return file
 
 
-def test_instruction_data_train_answers_alone(start, instructions, tmp_path):
+def test_a_model_learns_the_answers_of_instruction_data(start, instructions, tmp_path):
     evaluations = finetune(start, instructions, tmp_path, "--max_iters=120")
     # Not the last: 22 epochs of 23 short examples are learned by heart.
     assert min(row["val_loss"] for row in evaluations) < 0.5 * evaluations[0]["val_loss"]
 
 
-def test_how_many_documents_there_are_is_told(start, instructions, text, tmp_path, capsys):
+def test_a_run_says_how_many_documents_its_data_have(start, instructions, text, tmp_path, capsys):
     finetune(start, instructions, tmp_path / "a", "--max_iters=1")
     assert f"data: {instructions}, 26 documents, " in capsys.readouterr().out
     finetune(start, text, tmp_path / "b", "--max_iters=1")
     assert f"data: {text}, 1 document, " in capsys.readouterr().out
 
 
-def test_answers_without_an_end_of_text_are_told(start, instructions, text, tmp_path, capsys):
+def test_a_run_warns_of_answers_without_an_end_of_text(start, instructions, text, tmp_path, capsys):
     told = "no end-of-text token, so answers will not end by themselves. Sample with --stop='\\n'."
     finetune(start, instructions, tmp_path / "a", "--max_iters=1")
     assert capsys.readouterr().out.count(told) == 1
@@ -267,7 +270,7 @@ def test_answers_without_an_end_of_text_are_told(start, instructions, text, tmp_
     assert told not in capsys.readouterr().out
 
 
-def test_evaluation_alone_tells_what_is_doubtful(bare, text, tmp_path, capsys):
+def test_eval_only_warns_that_the_model_has_no_tokenizer(bare, text, tmp_path, capsys):
     options = [f"--init_from={bare}", f"--dataset={text}", "--tokenizer=bytes", f"--out_dir={tmp_path / 'out'}"]
     assert train.main([*QUICK, *options, "--eval_only"]) == 0
     assert "has no tokenizer: its 300 ids are taken" in capsys.readouterr().out
@@ -301,7 +304,7 @@ def test_targets_of_prompts_change_no_bit_of_any_gradient(start, instructions, m
     Without the mask they change the gradients, so that the first half of the test can fail.
     """
     dataset = open_dataset(str(instructions), tokenizer=CharTokenizer(CHARS), block_size=32)
-    config, _ = configuration.load(configuration.TrainConfig, [*QUICK[2:], "--block_size=32"])
+    config, _ = config_loader.load(TrainConfig, [*QUICK[2:], "--block_size=32"])
     machine = Machine(torch.device("cpu"), torch.float32, compiled=False)
     tokens, mask, gather = dataset.train, dataset.train.mask, Tokens.gather
     tokens.mask = mask if masked else None
@@ -369,7 +372,7 @@ def refused(capsys, out_dir, *options) -> str:
     """The message with which `python train.py` turns a fine-tuning down."""
     argv = [*QUICK, f"--out_dir={out_dir}", "--max_iters=1", *options]
     with pytest.raises(SystemExit) as end:
-        configuration.run_main(lambda: train.main(argv), WeightsError)
+        run_main(lambda: train.main(argv))
     captured = capsys.readouterr()
     assert end.value.code == 2
     assert captured.err.startswith("error: ")
@@ -395,7 +398,7 @@ def refused(capsys, out_dir, *options) -> str:
         ("foreign.txt", "ada asks Ørsted. ".encode() * 99, ["'Ø'"]),
     ],
 )
-def test_a_text_that_cannot_be_trained_on(start, tmp_path, capsys, name, content, words):
+def test_a_text_that_cannot_be_trained_on_is_refused(start, tmp_path, capsys, name, content, words):
     if content is None:
         (tmp_path / name).mkdir()
     else:
@@ -405,7 +408,7 @@ def test_a_text_that_cannot_be_trained_on(start, tmp_path, capsys, name, content
 
 
 @pytest.mark.parametrize(("content", "of_the_template"), [("who?", True), ("ada asks \u00d8rsted.", False)])
-def test_a_chat_template_that_the_models_characters_cannot_write(tmp_path, capsys, content, of_the_template):
+def test_a_chat_template_that_the_models_characters_cannot_write_is_refused(tmp_path, capsys, content, of_the_template):
     chars = CHARS + ("" if of_the_template else "#:AU")
     GPT(GPTConfig(32, len(chars), 1, 2, 8)).save_pretrained(tmp_path / "model")
     CharTokenizer(chars).save(tmp_path / "model")
@@ -419,7 +422,7 @@ def test_a_chat_template_that_the_models_characters_cannot_write(tmp_path, capsy
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "char"])
-def test_a_tokenizer_beside_a_model_that_brings_its_own(start, tmp_path, capsys, tokenizer):
+def test_a_tokenizer_is_refused_for_a_model_that_brings_its_own(start, tmp_path, capsys, tokenizer):
     (tmp_path / "a.txt").write_text("only some of the characters. " * 40)
     options = [f"--init_from={start}", f"--dataset={tmp_path / 'a.txt'}", f"--tokenizer={tokenizer}"]
     message = refused(capsys, tmp_path / "out", *options)
@@ -455,7 +458,7 @@ FC = "transformer.h.1.mlp.c_fc.weight"
         ("untied", ["lm_head.weight", "another than wte.weight", "is not supported"]),
     ],
 )
-def test_weights_that_cannot_be_started_from(start, text, tmp_path, capsys, change, words):
+def test_weights_that_cannot_be_started_from_are_refused(start, text, tmp_path, capsys, change, words):
     folder, trap = tmp_path / "model", tmp_path / "sprung"
     shutil.copytree(start, folder)
     file, source = folder / "model.safetensors", folder
@@ -487,12 +490,12 @@ def test_weights_that_cannot_be_started_from(start, text, tmp_path, capsys, chan
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--lora_rank=0", "--lora_alpha=8"], ["--lora_rank=0", "no LoRA without a rank"]),
+        (["--lora_rank=0", "--lora_alpha=8"], ["--lora_rank=0", "no adapters without a rank"]),
         (["--lora_rank=-1"], ["--lora_rank=-1", "a whole number >= 0"]),
         (["--lora_rank=33"], ["lora_rank=33", "between 1 and the layer's width, 32"]),
     ],
 )
-def test_a_rank_that_no_adapter_can_have(start, text, tmp_path, capsys, options, words):
+def test_a_rank_that_no_adapter_can_have_is_refused(start, text, tmp_path, capsys, options, words):
     message = refused(capsys, tmp_path / "out", f"--init_from={start}", f"--dataset={text}", *options)
     assert [word for word in words if word not in message] == []
     with pytest.raises(WeightsError, match="lora_rank=0 must lie between 1"):
@@ -516,19 +519,20 @@ def empty_hub():
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unknown) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
-def test_a_model_that_the_hub_does_not_know(text, tmp_path, capsys, empty_hub, monkeypatch):
+def test_a_model_that_the_hub_does_not_know_ends_with_a_message(text, tmp_path, capsys, empty_hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", empty_hub)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     message = refused(capsys, tmp_path / "out", "--init_from=nobody/nothing", f"--dataset={text}")
     for words in ("'nobody/nothing' is no local folder", "RepositoryNotFound", "--init_from=FOLDER"):
         assert words in message
 
 
-def test_a_data_set_that_the_hub_does_not_know(start, tmp_path, empty_hub):
+def test_a_data_set_that_the_hub_does_not_know_ends_with_a_message(start, tmp_path, empty_hub):
     """In a process of its own, as typed: `datasets` keeps the hub's address that it was imported with."""
     argv = [*QUICK, f"--out_dir={tmp_path / 'out'}", f"--init_from={start}", "--dataset=hf:nobody/nothing"]
     env = os.environ | {"HF_ENDPOINT": empty_hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}

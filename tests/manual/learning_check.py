@@ -1,6 +1,6 @@
 """Does fine-tuning learn? A model of one author's text is fine-tuned on another's, whole and by LoRA.
 
-    python -m tests.learning_check --first=austen.txt --second=shakespeare.txt      # 14 minutes of CPU time, over all cores
+    python -m tests.manual.learning_check --first=austen.txt --second=shakespeare.txt      # 14 minutes of CPU time, over all cores
 
 Everything goes through train.py's command line, as a user types it, and every figure is what `train.py --eval_only`
 says of the finished folder: one whole pass over the last tenth of the second text, which no run has trained on. Both
@@ -20,7 +20,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 MODEL = "--n_layer=4 --n_head=3 --n_embd=96 --block_size=128 --bias=True"
 STEP = "--tokenizer=bytes --batch_size=16 --gradient_accumulation_steps=1 --device=cpu --dtype=float32 --compile=False"
 FIRST = f"{MODEL} --max_iters=2000 --learning_rate=3e-3 --warmup_iters=100 --eval_interval=1000 --eval_iters=20"

@@ -1,4 +1,4 @@
-"""See that a long run does not grow: python -m tests.long_run --steps=20000
+"""See that a long run does not grow: python -m tests.manual.long_run --steps=20000
 
 train.py itself, in a process of its own, trains a tiny model on the CPU, logs every step, and evaluates, saves and
 draws every steps/40. Every steps/200 its resident memory and open files are read from outside. After the first tenth,
@@ -18,9 +18,9 @@ from statistics import median
 
 import numpy as np
 
-from tests.kill_loop import OPTIONS, make_dataset
+from tests.helpers import OPTIONS, make_dataset
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def observe(pid: int) -> tuple[float, int]:

@@ -1,9 +1,12 @@
-"""Kill a training run again and again, and see that nothing is lost: python -m tests.kill_loop --kills=200
+"""Kill a training run again and again, and see that nothing is lost: python -m tests.manual.kill_loop --kills=200
 
 A run on the CPU is killed by SIGKILL, half of the times at a random instant, half inside the write of a checkpoint: at a
 random one of its steps, files half written included. After each kill the newest checkpoint must load, be no older than
 the one before, and resume. When a run reaches its end, its weights, moments and losses must be, bit for bit, those of
 an unbroken run; then the next one begins, until the kills are used up.
+
+With --by_calls a random instant is a random call of a function, counted by Python, and not a random time. Then the same
+seed kills at the same places on any machine, however busy it is. The test suite runs this form.
 """
 
 from __future__ import annotations
@@ -21,41 +24,24 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: processes are forked, which threads would not survive
 
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
-import numpy as np
 import safetensors.torch
-import torch._dynamo  # noqa: F401 (the first optimizer imports it, which takes a second and more)
 
 import data.tokenizers
 import data.windows  # noqa: F401
 import train
-from config import UserError
 from data import run as run_folder
-from data.shards import write_shard
+from gpt12.errors import UserError
+from tests.helpers import OPTIONS, make_dataset
 
-SHAPE = (
-    "--block_size=16 --n_layer=1 --n_head=2 --n_embd=16 --batch_size=4 --gradient_accumulation_steps=1 --dropout=0.1"
-)
-PLAN = "--max_iters=16 --eval_interval=5 --eval_iters=1 --save_interval_s=0 --learning_rate=1e-2 --warmup_iters=2"
-OPTIONS = f"--device=cpu --dtype=float32 --compile=False {SHAPE} {PLAN}".split()
 SAVES = 16 + 8  # about as many checkpoints as a run writes
 STEPS = 33  # and about as many pauses as each has
-
-
-def make_dataset(folder: Path) -> Path:
-    generator = np.random.default_rng(0)
-    tokens = (np.cumsum(generator.integers(1, 4, 3000)) % 13).astype(np.uint16)
-    folder.mkdir()
-    write_shard(folder / "train_000000.bin", tokens[:2600])
-    write_shard(folder / "val_000000.bin", tokens[2600:])
-    meta = {"tokenizer": "char", "vocab_size": 13, "chars": "\nabcdefghijkl", "documents": 1, "source_sha256": "0" * 64}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return folder
 
 
 def pause_in_saves(pause: Callable[[], object]) -> None:
@@ -94,10 +80,28 @@ def pause_in_saves(pause: Callable[[], object]) -> None:
     shutil.rmtree = around(shutil.rmtree)  # type: ignore[assignment]
 
 
-class Life:
-    """One process of a run, from the start or from its checkpoint, forked so that nothing is imported again."""
+class CallCounter:
+    """Counts the calls of functions in this process, Python's and C's, and kills it just before one of them."""
 
-    def __init__(self, argv: list[str], log: Path, paused: bool):
+    def __init__(self, fatal: int | None):
+        self.calls, self.fatal = 0, fatal
+
+    def __call__(self, frame: object, event: str, argument: object) -> None:
+        if event not in ("call", "c_call"):
+            return
+        self.calls += 1
+        if self.calls == self.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Life:
+    """One process of a run, from the start or from its checkpoint, forked so that nothing is imported again.
+
+    paused: it waits at each step inside a checkpoint. counter: it counts its calls, and dies at the fatal one; one that
+    comes to its end leaves their number in a file beside the log.
+    """
+
+    def __init__(self, argv: list[str], log: Path, paused: bool = False, counter: CallCounter | None = None):
         told, tell = os.pipe()
         wait, go = os.pipe()
         self.told, self.go = told, go
@@ -113,7 +117,12 @@ class Life:
             sys.stdout = sys.stderr = open(log, "w")  # noqa: SIM115 (until the process ends)
             if paused:
                 pause_in_saves(lambda: [os.write(tell, b"."), os.read(wait, 1)])
+            if counter is not None:
+                sys.setprofile(counter)
             status = train.main(argv)
+            if counter is not None:
+                sys.setprofile(None)
+                log.with_suffix(".calls").write_text(str(counter.calls))
         except BaseException:
             traceback.print_exc()
         finally:
@@ -162,47 +171,72 @@ def outcome(out_dir: Path) -> dict:
     return result
 
 
-def live(argv: list[str], out_dir: Path, chance: random.Random, inside: bool, seconds: float) -> tuple[int, int | None]:
-    """One life with its death: (exit status, step of the newest checkpoint). AssertionError says what was lost."""
+@dataclass
+class Whole:
+    """The unbroken run: what it leaves, and how long it is, in seconds or in calls."""
+
+    outcome: dict
+    length: float
+
+
+def run_whole(argv: list[str], out_dir: Path, by_calls: bool) -> Whole:
+    started = time.perf_counter()
+    counter = CallCounter(None) if by_calls else None
+    assert Life(argv, out_dir.with_suffix(".log"), counter=counter).end(kill=False) == 0
+    length = time.perf_counter() - started
+    if by_calls:
+        length = int(out_dir.with_suffix(".calls").read_text())
+    return Whole(outcome(out_dir), length)
+
+
+def live(argv: list[str], out_dir: Path, chance: random.Random, how: str, whole: Whole) -> int:
+    """One life with its death, and its exit status. AssertionError says what was lost.
+
+    how: it is killed 'inside' a save, after a random 'time', at a random 'call', or is left in 'peace'.
+    """
     before = newest(out_dir)
     argv = argv if before is None else ["--init_from=resume", f"--out_dir={out_dir}"]
-    life = Life(argv, out_dir.with_suffix(".log"), inside)
+    log = out_dir.with_suffix(".log")
     left = (16 - (before or 0)) / 16
-    status = (
-        life.until_step(chance.randint(1, 1 + round(left * SAVES * STEPS)))
-        if inside
-        else life.until_time(chance.uniform(0, (0.4 + left) * seconds))  # 0.4: what starting takes
-    )
-    assert status in (0, -signal.SIGKILL), f"exit status {status}: {out_dir.with_suffix('.log').read_text()}"
+    share = chance.uniform(0, 0.4 + left)  # of the whole run; 0.4: what starting takes
+    if how == "inside":
+        status = Life(argv, log, paused=True).until_step(chance.randint(1, 1 + round(left * SAVES * STEPS)))
+    elif how == "time":
+        status = Life(argv, log).until_time(share * whole.length)
+    elif how == "call":
+        status = Life(argv, log, counter=CallCounter(1 + round(share * whole.length))).end(kill=False)
+    else:
+        status = Life(argv, log).end(kill=False)
+    assert status in (0, -signal.SIGKILL), f"exit status {status}: {log.read_text()}"
     try:
         after = newest(out_dir)
     except UserError as error:
         raise AssertionError(f"the checkpoint does not load: {error}") from None
     assert (after or 0) >= (before or 0), f"step {before} was saved, {after} is left"
-    return status, after
+    return status
 
 
-def kill_loop(kills: int, seed: int, folder: Path) -> tuple[int, int, int]:
+def kill_loop(kills: int, seed: int, folder: Path, by_calls: bool) -> tuple[int, int, int]:
     """(kills inside a checkpoint's write, finished runs, losses)"""
     dataset, chance = make_dataset(folder / "letters"), random.Random(seed)
-    started = time.perf_counter()
-    whole = folder / "whole"
-    assert Life([*OPTIONS, f"--dataset={dataset}", f"--out_dir={whole}"], folder / "whole.log", False).end(False) == 0
-    seconds, expected = time.perf_counter() - started, outcome(whole)
+    places = [f"--dataset={dataset}", f"--out_dir={folder / 'whole'}"]
+    whole = run_whole([*OPTIONS, *places], folder / "whole", by_calls)
     done = inside = runs = losses = 0
     ended = True
     while done < kills or not ended:
         if ended:
             out_dir, ended = folder / f"run{runs}", False
-        in_save = inside * 2 < done or done == 0
+        how = "call" if by_calls else "time"
+        if inside * 2 < done or done == 0:
+            how = "inside"
+        if done >= kills:
+            how = "peace"  # the last run may come to its end
         options = [*OPTIONS, f"--dataset={dataset}", f"--out_dir={out_dir}"]
-        peace = done >= kills  # the last run may come to its end
         try:
-            status, _ = live(options, out_dir, chance, in_save and not peace, 1e6 if peace else seconds)
-            ended = status == 0
+            ended = live(options, out_dir, chance, how, whole) == 0
             done += not ended
-            inside += in_save and not ended
-            assert not ended or outcome(out_dir) == expected, f"{out_dir} differs from the unbroken run"
+            inside += how == "inside" and not ended
+            assert not ended or outcome(out_dir) == whole.outcome, f"{out_dir} differs from the unbroken run"
         except AssertionError as error:
             print(f"LOST after kill {done}: {error}", file=sys.stderr)
             losses, ended = losses + 1, True
@@ -218,10 +252,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--by_calls", action="store_true", help="a random call in place of a random time")
     options = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        inside, runs, losses = kill_loop(options.kills, options.seed, Path(folder))
+        inside, runs, losses = kill_loop(options.kills, options.seed, Path(folder), options.by_calls)
     print(
         f"kills {options.kills} ({inside} inside a checkpoint's write), runs finished {runs}, losses {losses}, "
         f"seconds {time.perf_counter() - started:.0f}, seed {options.seed}"
