@@ -237,7 +237,7 @@ def test_a_run_says_how_many_documents_its_data_have(start, instructions, text, 
 
 
 def test_a_run_warns_of_answers_without_an_end_of_text(start, instructions, text, tmp_path, capsys):
-    told = "no end of text: answers will not end by themselves; sample with --stop='\\n'"
+    told = "no end-of-text token, so answers will not end by themselves. Sample with --stop='\\n'."
     finetune(start, instructions, tmp_path / "a", "--max_iters=1")
     assert capsys.readouterr().out.count(told) == 1
     finetune(start, text, tmp_path / "b", "--max_iters=1")
@@ -361,7 +361,7 @@ def refused(capsys, out_dir, *options) -> str:
         ("latin.txt", b"bob asks.\ncaf\xe9" * 99, ["latin.txt is not UTF-8: line 2", "0xe9", "iconv -f WINDOWS-1252"]),
         ("a.csv", b"id,body\n1,ada\n", ["a.csv, line 2 has no 'text', only 'id', 'body'", "--text_column="]),
         ("a.jsonl", b'{"text": "ada"}\n{"text": \n', ["a.jsonl, line 2 is broken JSON"]),
-        ("empty", None, ["empty holds no text files", ".txt"]),
+        ("empty", None, ["empty holds no text", ".txt, .md, .csv, .jsonl"]),
         ("short.txt", b"ada asks bob.", ["has 11 tokens, and block_size=32 needs 33", "--block_size=10"]),
         ("a.txt", b"a", ["a.txt is too short"]),
         (
