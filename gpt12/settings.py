@@ -378,6 +378,11 @@ class BenchConfig(TrainConfig):
     )
 
     steps: Count = option(20, "Measured steps, after the warm-up.", new_group="How to measure")
+    json: bool = option(
+        False,
+        "Print all figures as one line of JSON, the last. Otherwise they are written to "
+        "bench.json.",
+    )
     gradient_accumulation_steps: Count = option(1, "Micro-batches in a step, over all GPUs.")
     real_data: Switch = option(
         "auto", "True reads the data set, False draws random tokens. auto reads it if it is there."

@@ -335,6 +335,7 @@ def compile_model(model: GPT) -> None:
     layers: list[nn.Module] = [*model.transformer.h, model.transformer.ln_f]
     for layer in layers:
         layer.compile(dynamic=False)
+    model.compiled = True
     if model.lm_head.weight.is_cuda and triton is not None:
         model.fused_loss = True
 
