@@ -66,7 +66,7 @@ def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture(scope="session")
 def gpt2() -> Any:
     """GPT-2's tokenizer. Its files are in the cache or come from the network; a machine that has neither skips the test."""
-    from config import UserError
+    from gpt12.errors import UserError
     from data.tokenizers import get_tokenizer
 
     try:
