@@ -72,7 +72,6 @@ def measure(request: BenchRequest) -> None:
     steps = results.get("ladder") or results.get("sweep", [])
     draw(steps, results.get("sample", []), config, machine.name)
     finish(config, machine.name, results)
-    bench_report.say_what_next(request.measurements, results.get("find_batch"))
 
 
 def decide(request: BenchRequest, machine: Machine) -> BenchConfig:
@@ -87,8 +86,6 @@ def decide(request: BenchRequest, machine: Machine) -> BenchConfig:
     )
     if config.compare != "none":
         config = match_settings(config, request)
-    if config.sweep is not None:
-        swept_configs(config, request, on_cpu)  # a mistake in it is found before anything is timed
     return config
 
 
@@ -103,7 +100,8 @@ def measure_in_order(
         bench_report.show_found_batch(found)
         results["find_batch"] = found
         # What is measured after this uses the fastest.
-        config = replace(config, batch_size=found.batch_size, recompute=found.recompute)
+        best = found.best
+        config = replace(config, batch_size=best.batch_size, recompute=best.recompute)
     if "step" in asked:
         say("measuring a training step ...")
         results["step"] = measure_step(config)
@@ -133,7 +131,7 @@ def measure_generation(config: BenchConfig, machine: Machine) -> list[DecodingRe
         theirs = TheirGeneration(config, machine)
     rows = []
     for batch in BATCH_SIZES:
-        say(f"measuring the generation of {batch} texts at once ...")
+        say(f"measuring generation, batch {batch} ...")
         rows.append(measure_decoding(config, machine, batch))
         if theirs is not None:
             rows += theirs.measure(batch)
@@ -141,10 +139,14 @@ def measure_generation(config: BenchConfig, machine: Machine) -> list[DecodingRe
 
 
 def finish(config: BenchConfig, device: str, results: dict[str, Any]) -> None:
-    """Print the results as JSON if asked for, else write them to bench.json."""
+    """Print the results as JSON if asked for, else write them to bench.json.
+
+    A report is always written, because it is there to be published.
+    """
     content = bench_report.describe(config, device, results)
     if config.report or not config.json:
         bench_report.save_json(content)
+    bench_report.say_what_next(results)
     if config.json:
         bench_report.print_json(content)
 
@@ -153,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read what was asked for, then predict or measure."""
     request = read_request(sys.argv[1:] if argv is None else argv)
     config = request.asked
+    if config.sweep is not None:
+        swept_configs(config, request)  # finds mistakes in it before anything is timed
     if config.plan:
         plan(request)
         return
