@@ -54,7 +54,7 @@ def test_techniques_that_change_nothing_are_left_out_and_named(capsys):
 
 
 def test_a_ladder_that_does_not_fit_is_climbed_with_half_the_batch(monkeypatch):
-    out_of_memory_above(2, monkeypatch, ladder)
+    out_of_memory_above(3, monkeypatch, ladder)
     rows = climb_ladder(make(batch_size=8), CPU)
     assert {row.batch_size for row in rows} == {2}
     assert len(rows) == 3
