@@ -33,7 +33,13 @@ from data.windows import EvalWindows
 from gpt12.clock import Clock
 from gpt12.cuda_graph import record, use_graph_for_training
 from gpt12.device import Machine
-from gpt12.distributed import data_parallel, is_lost_rank, is_rank_0, process_group
+from gpt12.distributed import (
+    data_parallel,
+    is_lost_rank,
+    is_rank_0,
+    process_group,
+    reported_by_rank_0,
+)
 from gpt12.errors import UserError, run_main
 from gpt12.loader import Loader
 from gpt12.memory import out_of_memory_advice, ran_out_of_memory
@@ -608,26 +614,28 @@ def train(request: Request) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Read the configuration, join the other ranks, build the run, train; return the status."""
-    request = read_request(sys.argv[1:] if argv is None else argv)
+    with reported_by_rank_0():
+        request = read_request(sys.argv[1:] if argv is None else argv)
     config = request.config
     try:
-        with process_group(config.device, config.backend):
+        with reported_by_rank_0(), process_group(config.device, config.backend):
             if config.eval_only:
                 return evaluate_only(build_run(request))
             return train(request)
     except RuntimeError as error:
-        if ran_out_of_memory(error):
+        if ran_out_of_memory(error):  # perhaps on one rank only, so each reports it
             raise out_of_memory_advice(config) from None
         if is_lost_rank(error):
-            raise UserError(lost_rank_advice(config)) from None
+            with reported_by_rank_0():
+                raise UserError(lost_rank_advice(config)) from None
         raise
 
 
 def lost_rank_advice(config: TrainConfig) -> str:
     """Say that another process has ended, and how to continue."""
     message = (
-        f"rank {os.environ.get('RANK', '0')} has lost the others: one of them has ended. torchrun "
-        "names it below; its own message stands above"
+        "rank 0 has lost the others: one of them has ended. torchrun names it below; if it had a "
+        "message of its own, that stands above"
     )
     if remaining_checkpoint(Path(config.out_dir)):
         message += (

@@ -1,48 +1,65 @@
-"""A data set by its name or path: its shards, the tokenizer that made them, and how they come to be there."""
+"""Open a data set by its name or path: its shards, its tokenizer, and what is known about it.
+
+A data set that is small, or a text, is prepared when it is first opened.
+"""
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
-import importlib
+import importlib.util
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from data.prepare import FEW, prepare_texts
+from data.prepare import FEW_DOCUMENTS, check_characters, prepare_texts
+from data.readers import SUFFIXES
 from data.shards import UINT16, Tokens, find_shards
 from data.texts import CHAT_TEMPLATE, Documents
 from data.tokenizers import CharTokenizer, Tokenizer, from_meta, get_tokenizer
 from gpt12.errors import UserError
 from gpt12.files import sha256
 
-__all__ = ["Dataset", "check_exists", "open_dataset", "prepare_texts"]
-
 DATA = Path(__file__).parent
+SHOWN_FILES = 5  # a warning about skipped files names so many
 
 
 @dataclass
 class Dataset:
-    """A data set that is ready. meta is its meta.json; what is not known (nanoGPT's sets have no such file) is None."""
+    """A data set that is ready to be trained on.
+
+    meta: the content of meta.json, empty if there is none (nanoGPT's data sets have none).
+    tokenizer: None if it is not known.
+    train: None if the folder holds only val shards.
+    warnings: what the user should know about the data.
+    """
 
     name: str
     folder: Path
     meta: dict[str, Any]
     tokenizer: Tokenizer | None
     vocab_size: int
-    train: Tokens | None  # None where there are only val shards
+    train: Tokens | None
     val: Tokens
-    warnings: list[str]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """What the data are: "text", "prompt" (prompts and completions) or "messages"."""
+        return self.meta.get("kind", "text")
 
     @property
     def documents(self) -> int | None:
+        """The number of documents, or None if it is not known."""
         return self.meta.get("documents")
 
     @property
     def source_sha256(self) -> str | None:
+        """The hash of the text that the shards were made from, or None if it is not known."""
         return self.meta.get("source_sha256")
 
 
@@ -55,136 +72,271 @@ def open_dataset(
     block_size: int,
     progress: bool = True,
 ) -> Dataset:
-    """Open the data set `name`, preparing it if need be.
+    """Open a data set, preparing it first if necessary.
 
-    name: a folder of data/; else a path to a folder of shards, to a text file, or to a folder of text files; or
-    hf:owner/name. Texts are tokenized once, into data/cache/. tokenizer: "auto" is the data set's own, for texts gpt2.
-    UserError for a data set that does not exist, is damaged, or was made with another tokenizer or row length.
+    name: a folder in data/; or the path of a folder of shards, of a text file, or of a folder of
+        text files; or hf:owner/name. Texts are tokenized once, into data/cache/.
+    tokenizer: "auto" is the data set's own one, or gpt2 for texts.
+    progress: whether to show a progress bar.
+    Raises UserError if the data set does not exist or is damaged, or if it was made with another
+    tokenizer or row length.
     """
     check_exists(name)
+    skipped: list[Path] = []
     try:
-        folder = Path(name)
-        if folder.name == name != "" and (DATA / name).is_dir():
+        if _is_named(name):
             folder = DATA / name
             _prepare_named(folder)
-        elif not find_shards(folder, "val"):
-            tokenizer = "gpt2" if tokenizer == "auto" else tokenizer
-            folder = _prepare_cache(name, tokenizer, val_fraction, text_column, block_size, progress)
+        elif find_shards(Path(name), "val"):
+            folder = Path(name)
+        else:
+            if tokenizer == "auto":
+                tokenizer = "gpt2"
+            request = Request(name, tokenizer, val_fraction, text_column, block_size)
+            folder, skipped = _prepare_cache(request, progress)
     except OSError as error:  # a full disk, no right to write, the network
         raise UserError(
-            f"{name} could not be prepared: {error}. What is done is kept; begin again to go on."
+            f"{name} could not be prepared: {error}. "
+            "What is done so far is kept: run the command again to continue."
         ) from error
-    dataset = _open(name, folder)
-    own, row = dataset.tokenizer, dataset.meta.get("row", block_size)
-    wanted = tokenizer if isinstance(tokenizer, str) else tokenizer.sha256
-    if wanted != "auto" and (own is None or wanted not in (own.name, own.sha256)):
-        raise UserError(
-            f"{folder} was made with {f'the tokenizer {own.name}' if own else 'an unknown tokenizer'}, not with "
-            f"{tokenizer if isinstance(tokenizer, str) else 'that of the model'}. Pass the text itself: --dataset=FILE."
-        )
-    if row != block_size:
-        raise UserError(f"{folder} holds rows of {row} tokens: use --block_size={row}.")
-    held, total = len(dataset.val), len(dataset.val) + len(dataset.train or ())
-    # In rows of examples padding counts, too, and a handful of these fills a row as well as a hundred.
-    chance = folder.parent == DATA / "cache" and (dataset.documents or 0) >= FEW and "row" not in dataset.meta
-    if chance and not val_fraction / 2 <= held / total <= 2 * val_fraction:
-        dataset.warnings.append(
-            f"validation has {held:,} of {total:,} tokens, {held / total:.2%}, not about {val_fraction:.2%}: a document goes "
-            "whole to one side, however long. For another share cut long ones, or choose another --val_fraction."
-        )
+    dataset = _read_dataset(name, folder)
+    _check_tokenizer(dataset, tokenizer)
+    _check_row_length(dataset, block_size)
+    if skipped:
+        dataset.warnings.append(_describe_skipped(name, skipped))
+    if folder.parent == DATA / "cache":
+        _check_val_share(dataset, val_fraction)
     return dataset
 
 
+# ----------------------------------------------------------------------------------------------
+# Finding
+
+
 def check_exists(name: str) -> None:
-    """UserError if there is nothing by this name or path: to be known before a model is fetched."""
-    # Unlike Path's, these two do not raise for a name that no system can have.
-    named = Path(name).name == name != "" and os.path.isdir(DATA / name)  # noqa: PTH112
-    if not (named or name.startswith("hf:") or os.path.exists(name)):  # noqa: PTH110
-        known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
-        near = difflib.get_close_matches(name, known, 1)
-        raise UserError(
-            f"There is no data set {name!r}." + (f" Did you mean {near[0]}?" if near else "") + " It may be one of "
-            f"{', '.join(known)}, a .txt, .csv or .jsonl file, a folder of these, or hf:owner/name."
-        )
+    """Raise UserError if there is no data set of this name. This takes no time."""
+    # Unlike Path.exists, os.path.exists does not raise for a name that no file can have.
+    if _is_named(name) or name.startswith("hf:") or os.path.exists(name):  # noqa: PTH110
+        return
+    shown = repr(name[:200])
+    known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
+    looks_like_path = "/" in name or os.sep in name or name.lower().endswith(SUFFIXES)
+    if looks_like_path:
+        problem = f"There is no data set {shown}: no such file or folder exists."
+    else:
+        problem = f"There is no data set {shown}."
+        for near in difflib.get_close_matches(name, known, 1):
+            problem += f" Did you mean {near}?"
+    endings = ", ".join(SUFFIXES[:-1])
+    raise UserError(
+        f"{problem} It may be one of {', '.join(known)}, a {endings} or {SUFFIXES[-1]} file, a "
+        "folder of such files, or hf:owner/name."
+    )
+
+
+def _is_named(name: str) -> bool:
+    """Return whether a name is that of a folder in data/."""
+    return name != "" and Path(name).name == name and os.path.isdir(DATA / name)  # noqa: PTH112
+
+
+# ----------------------------------------------------------------------------------------------
+# Preparing
+
+
+class Script(NamedTuple):
+    """What a data set's prepare.py says without being run."""
+
+    has_prepare: bool  # it defines the function prepare()
+    cost: str | None  # what preparing takes, if that is more than a moment
 
 
 def _prepare_named(folder: Path) -> None:
-    """Run data/<name>/prepare.py if its shards are missing; UserError if that takes more than a moment."""
+    """Run the prepare.py of a folder in data/ if its shards are missing.
+
+    Raises UserError if it takes more than a moment, or if it is a script of another kind.
+    """
     if find_shards(folder, "val"):
         return
-    if not (folder / "prepare.py").exists():
-        raise UserError(f"{folder} holds neither val shards (val_*.bin, *_val_*.bin, val.bin) nor a prepare.py.")
-    module = importlib.import_module(f"data.{folder.name}.prepare")
-    if hasattr(module, "COST") or not hasattr(module, "prepare"):
-        import torch
-
-        cost, preset = getattr(module, "COST", "once"), "char" if torch.cuda.is_available() else "cpu"
+    path = folder / "prepare.py"
+    if not path.exists():
         raise UserError(
-            f"The data set {folder.name} is not prepared. Run ({cost}): python {folder / 'prepare.py'}\n"
-            "Or choose other data, say --dataset=my.txt, or a preset that brings its own: "
-            f"config/train_shakespeare_{preset}.py"
+            f"{folder} holds neither val shards (val_*.bin, *_val_*.bin, val.bin) nor a prepare.py."
         )
+    script = _inspect_script(path)
+    if not script.has_prepare:
+        raise UserError(
+            f"The data set {folder.name} is not prepared, and {path} has no function prepare() to "
+            f"call. Run it as a script: python {path}\n{_other_data()}"
+        )
+    if script.cost is not None:
+        raise UserError(
+            f"The data set {folder.name} is not prepared. Run ({script.cost}): python {path}\n"
+            f"{_other_data()}"
+        )
+    spec = importlib.util.spec_from_file_location(f"data.{folder.name}.prepare", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     module.prepare()
 
 
-def _prepare_cache(
-    name: str, tokenizer: str | Tokenizer, val_fraction: float, text_column: str, block_size: int, progress: bool
-) -> Path:
-    """The folder in data/cache of these texts' shards, whose name holds all that made them."""
-    hub = name.startswith("hf:")
-    documents = None if hub else Documents(name, text_column)  # the hub is asked only for what is not there yet
-    content = [(file.name, sha256(file)) for file in documents.files] if documents else name
-    # By name where that says it all: resuming, which brings the model's own tokenizer, finds what the run began with.
-    chars = isinstance(tokenizer, CharTokenizer)
-    made_with = tokenizer if isinstance(tokenizer, str) else tokenizer.sha256 if chars else tokenizer.name
-    stem = DATA / "cache" / (re.sub(r"[^\w.-]+", "-", Path(name).stem)[:50] or "texts")
-    for row in (None, block_size):  # only instruction data depend on the block size
-        made_by = json.dumps([content, made_with, val_fraction, text_column, row])
-        folder = Path(f"{stem}-{hashlib.sha256(made_by.encode()).hexdigest()[:12]}")
+def _inspect_script(path: Path) -> Script:
+    """Look at a prepare.py without running it: nanoGPT's scripts do their work when imported."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is not a Python file that can be read: {error}.") from None
+    has_prepare = False
+    cost = None
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "prepare":
+            has_prepare = True
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COST":
+            cost = "it takes a while"
+            if isinstance(node.value, ast.Constant):
+                cost = str(node.value.value)
+    return Script(has_prepare, cost)
+
+
+def _other_data() -> str:
+    import torch
+
+    preset = "char" if torch.cuda.is_available() else "cpu"
+    return (
+        "Or choose other data, for example --dataset=my.txt, or a preset that brings its own: "
+        f"config/train_shakespeare_{preset}.py"
+    )
+
+
+class Request(NamedTuple):
+    """A text to prepare: the arguments of open_dataset that decide what its shards hold."""
+
+    name: str
+    tokenizer: str | Tokenizer
+    val_fraction: float
+    text_column: str
+    block_size: int
+
+
+def _prepare_cache(request: Request, progress: bool) -> tuple[Path, list[Path]]:
+    """Return the folder in data/cache/ that holds a text's shards, and the files that are skipped.
+
+    The folder's name has a hash of everything that decides what the shards hold, so a folder that
+    exists is what was asked for.
+    """
+    from_hub = request.name.startswith("hf:")
+    documents = None
+    skipped: list[Path] = []
+    content: Any = request.name
+    if not from_hub:  # the hub is asked only for what is not there yet
+        documents = Documents(request.name, request.text_column)
+        skipped = documents.skipped
+        content = [(file.name, sha256(file)) for file in documents.files]
+    as_text = _cache_folder(request, content, row=None)
+    as_rows = _cache_folder(request, content, row=request.block_size)
+    for folder in (as_text, as_rows):
         if folder.exists():
-            return folder
-        if row is None:
-            as_text = folder
-    documents = documents or Documents(name, text_column)
-    if tokenizer == "char":
-        apart = "" if documents.whole else "\n"
-        tokenizer = CharTokenizer("".join(sorted(set(apart).union(*(piece.text for piece in documents)))))
-    elif isinstance(tokenizer, str):
-        tokenizer = get_tokenizer(tokenizer)
-    # One name for all contents: what a kill leaves is gone on with, and what a mistake leaves is overwritten.
-    building = Path(f"{stem}-{documents.kind}.tmp")
-    prepare_texts(name, documents, tokenizer, building, val_fraction, block_size=block_size, progress=progress)
-    return building.rename(as_text if documents.kind == "text" else folder)
+            return folder, skipped
+    if documents is None:
+        documents = Documents(request.name, request.text_column)
+    tokenizer = _tokenizer_for(documents, request)
+    # All contents of a name share this folder: an interrupted preparation continues in it, and
+    # one that failed is overwritten.
+    building = DATA / "cache" / f"{_cache_stem(request.name)}-{documents.kind}.tmp"
+    prepare_texts(
+        request.name,
+        documents,
+        tokenizer,
+        building,
+        request.val_fraction,
+        block_size=request.block_size,
+        progress=progress,
+    )
+    finished = as_text if documents.kind == "text" else as_rows
+    return building.rename(finished), skipped
 
 
-def _open(name: str, folder: Path) -> Dataset:
-    """The data set in a folder with shards, as it is."""
+def _cache_stem(name: str) -> str:
+    """Return the readable part of a cache folder's name, with characters that all systems allow."""
+    return re.sub(r"[^\w.-]+", "-", Path(name).stem)[:50] or "texts"
+
+
+def _cache_folder(request: Request, content: Any, row: int | None) -> Path:
+    """Return the cache folder for a text.
+
+    row: the length of the rows that instruction data are packed into; None for plain text.
+    """
+    tokenizer = request.tokenizer
+    if isinstance(tokenizer, CharTokenizer):
+        made_with = tokenizer.sha256
+    elif isinstance(tokenizer, Tokenizer):
+        # By name, so that a resumed run, which brings its model's tokenizer, finds its data again.
+        made_with = tokenizer.name
+    else:
+        made_with = tokenizer
+    made_by = json.dumps([content, made_with, request.val_fraction, request.text_column, row])
+    digest = hashlib.sha256(made_by.encode()).hexdigest()
+    return DATA / "cache" / f"{_cache_stem(request.name)}-{digest[:12]}"
+
+
+def _tokenizer_for(documents: Documents, request: Request) -> Tokenizer:
+    """Return the tokenizer for some documents; "char" is made from their characters."""
+    tokenizer = request.tokenizer
+    if isinstance(tokenizer, CharTokenizer):
+        check_characters(request.name, documents, tokenizer)
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if tokenizer != "char":
+        return get_tokenizer(tokenizer)
+    characters = set() if documents.is_one_text else {"\n"}  # a line end keeps documents apart
+    for piece in documents:
+        characters.update(piece.text)
+    return CharTokenizer("".join(sorted(characters)))
+
+
+def _describe_skipped(name: str, skipped: list[Path]) -> str:
+    shown = ", ".join(file.name for file in skipped[:SHOWN_FILES])
+    if len(skipped) > SHOWN_FILES:
+        shown += f" and {len(skipped) - SHOWN_FILES:,} more"
+    files = "file was" if len(skipped) == 1 else "files were"
+    return (
+        f"{len(skipped):,} {files} skipped in {name}, because only {', '.join(SUFFIXES)} are read: "
+        f"{shown}."
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# Reading
+
+
+def _read_dataset(name: str, folder: Path) -> Dataset:
+    """Read a data set from a folder with shards."""
     if (folder / "progress.json").exists():
         raise UserError(
-            f"The preparation of {folder} is not finished: begin it again to go on, or delete progress.json."
+            f"The preparation of {folder} is not finished. Start it again to continue it."
         )
-    val, train = Tokens.open(folder, "val"), Tokens.open(folder, "train") if find_shards(folder, "train") else None
-    splits = [split for split in (val, train) if split is not None]
+    val = Tokens.open(folder, "val")
+    train = Tokens.open(folder, "train") if find_shards(folder, "train") else None
+    splits = [val] if train is None else [val, train]
     meta: dict[str, Any] = {}
-    tokenizer, warnings = None, []
+    tokenizer = None
+    warnings = []
     if (folder / "meta.json").exists():
         meta = _read_meta(folder / "meta.json")
-        vocab_size, tokenizer = meta["vocab_size"], from_meta(meta, folder)
+        tokenizer = from_meta(meta, folder)
+        vocab_size = meta["vocab_size"]
+        warnings = _warnings_about_examples(meta, tokenizer)
         if tokenizer is not None and meta.get("kind") == "messages":
             tokenizer.chat_template = CHAT_TEMPLATE
-        if tokenizer is not None and tokenizer.eot is None and "row" in meta:
-            stop = "; sample with --stop='\\n'" if "\n" in tokenizer.names else ""
-            warnings.append(f"This tokenizer has no end of text: answers will not end by themselves{stop}.")
-        if meta.get("cut"):
-            warnings.append(f"{meta['cut']:,} of {meta['documents']:,} examples were longer than a row and were cut.")
     elif (folder / "meta.pkl").exists() or val.dtype != UINT16:
         vocab_size = max(split.max_id() for split in splits) + 1
         warnings.append(
-            f"{folder} has no meta.json (a meta.pkl is never opened: it can run programs). Its vocabulary is taken to "
-            f"be {vocab_size:,}, the largest id plus one, and what a model of it writes cannot be turned into text."
+            f"{folder} has no meta.json (a meta.pkl is never opened, because it can run programs). "
+            f"The vocabulary is assumed to have {vocab_size:,} ids, the largest one plus one. The "
+            "ids cannot be turned into text."
         )
     else:
-        tokenizer = get_tokenizer("gpt2")  # as in nanoGPT, shards without a word are GPT-2's
+        tokenizer = get_tokenizer("gpt2")  # as in nanoGPT
         vocab_size = tokenizer.vocab_size
     for split in splits:
         split.check_vocab(vocab_size)
@@ -194,9 +346,81 @@ def _open(name: str, folder: Path) -> Dataset:
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_bytes())
-        numbers = [meta["vocab_size"] - 1, *(meta.get(key, 0) for key in ("documents", "row", "cut"))]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError(f"a number is missing, negative or not whole: {numbers}")
+        numbers = {"vocab_size": meta["vocab_size"] - 1}
+        for key in ("documents", "row", "cut"):
+            numbers[key] = meta.get(key, 0)
+        for key, number in numbers.items():
+            if type(number) is not int or number < 0:
+                raise ValueError(f'"{key}" is not a number that is possible')
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). Prepare the data again.") from None
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Prepare the data again."
+        ) from None
     return meta
+
+
+def _warnings_about_examples(meta: dict[str, Any], tokenizer: Tokenizer | None) -> list[str]:
+    """Return what the user should know about instruction data; nothing for plain text."""
+    warnings = []
+    if tokenizer is not None and tokenizer.eot is None and "row" in meta:
+        warning = "This tokenizer has no end-of-text token, so answers will not end by themselves."
+        if "\n" in tokenizer.names:
+            warning += " Sample with --stop='\\n'."
+        warnings.append(warning)
+    if meta.get("cut"):
+        warnings.append(
+            f"{meta['cut']:,} of {meta['documents']:,} examples were longer than a row of "
+            f"{meta['row']} tokens and were cut."
+        )
+    return warnings
+
+
+# ----------------------------------------------------------------------------------------------
+# Checking
+
+
+def _check_tokenizer(dataset: Dataset, tokenizer: str | Tokenizer) -> None:
+    """Raise UserError if a data set was made with another tokenizer than the given one."""
+    if tokenizer == "auto":
+        return
+    own = dataset.tokenizer
+    if isinstance(tokenizer, Tokenizer):
+        asked = "that of the model"
+        same = own is not None and own.sha256 == tokenizer.sha256
+    else:
+        asked = tokenizer
+        same = own is not None and own.name == tokenizer
+    if not same:
+        made_with = "an unknown tokenizer" if own is None else f"the tokenizer {own.name}"
+        raise UserError(
+            f"{dataset.folder} was made with {made_with}, not with {asked}. "
+            "Pass the text itself: --dataset=FILE."
+        )
+    if isinstance(tokenizer, Tokenizer) and own is not None and tokenizer.added_tokens:
+        # The model's tokenizer has more tokens than the data use. A checkpoint should keep them.
+        tokenizer.chat_template = own.chat_template
+        dataset.tokenizer = tokenizer
+
+
+def _check_row_length(dataset: Dataset, block_size: int) -> None:
+    row = dataset.meta.get("row", block_size)
+    if row != block_size:
+        raise UserError(f"{dataset.folder} holds rows of {row} tokens. Use --block_size={row}.")
+
+
+def _check_val_share(dataset: Dataset, val_fraction: float) -> None:
+    """Warn if chance put a share into val that is far from val_fraction.
+
+    The rows of instruction data are padded, so a few examples fill as many tokens as a hundred.
+    """
+    if dataset.train is None or dataset.kind != "text" or (dataset.documents or 0) < FEW_DOCUMENTS:
+        return
+    held_out = len(dataset.val)
+    total = held_out + len(dataset.train)
+    share = held_out / total
+    if share < val_fraction / 2 or share > 2 * val_fraction:
+        dataset.warnings.append(
+            f"validation has {held_out:,} of {total:,} tokens, {share:.2%}, not about "
+            f"{val_fraction:.2%}: each document, however long, belongs to one side. For another "
+            "share split long documents, or choose another --val_fraction."
+        )

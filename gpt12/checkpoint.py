@@ -136,12 +136,20 @@ def find_checkpoint(out_dir: Path, names: tuple[str, ...]) -> tuple[Path, dict[s
 
     Every file's checksum is verified. Raises UserError if there is none or if it is damaged.
     """
+    folder = locate_checkpoint(out_dir, names)
+    if folder is None:
+        raise UserError(_no_checkpoint(out_dir, names))
+    # A folder gets this name only when it is complete, so a missing trainer.json is damage.
+    return folder, read_checkpoint(folder)
+
+
+def locate_checkpoint(out_dir: Path, names: tuple[str, ...]) -> Path | None:
+    """Return the folder of the first checkpoint with one of these names, without reading it."""
     for name in names:
         for folder in (out_dir / name, out_dir / f"{name}.prev"):
-            # A folder gets this name only when it is complete, so a missing trainer.json is damage.
             if folder.exists():
-                return folder, read_checkpoint(folder)
-    raise UserError(_no_checkpoint(out_dir, names))
+                return folder
+    return None
 
 
 def _no_checkpoint(out_dir: Path, names: tuple[str, ...]) -> str:
@@ -155,13 +163,13 @@ def _no_checkpoint(out_dir: Path, names: tuple[str, ...]) -> str:
             f"weights of step {step}; the optimizer's state is lost. To train on from these "
             f"weights as a new run: python train.py --init_from={best} --out_dir={out_dir}-2"
         )
-    runs = _resumable_runs()
+    runs = resumable_runs()
     if runs:
         return f"no checkpoint in {where}. There are some in {', '.join(runs)}: --out_dir={runs[0]}"
     return f"no checkpoint in {where}. Train a model first: python train.py"
 
 
-def _resumable_runs() -> list[str]:
+def resumable_runs() -> list[str]:
     """Return up to three run folders in the working directory that can be resumed, newest first."""
     found = []
     for file in Path().glob("*/last/trainer.json"):

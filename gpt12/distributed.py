@@ -52,18 +52,43 @@ def process_group(device: str, backend: str) -> Iterator[None]:
         yield
         return
     on_gpu = torch.cuda.is_available() and device not in ("cpu", "mps")
+    check_processes(device, on_gpu)
     if on_gpu:
-        if device.startswith("cuda:"):
-            raise UserError(
-                f"device={device} would put all {ranks.world} processes on one GPU: "
-                "pass --device=cuda"
-            )
-        torch.cuda.set_device(ranks.local % torch.cuda.device_count())
+        torch.cuda.set_device(ranks.local)
     dist.init_process_group(backend if on_gpu else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def check_processes(device: str, on_gpu: bool) -> None:
+    """Raise UserError unless each process gets a GPU of its own. All ranks find the same."""
+    if device.startswith("cuda:"):
+        raise UserError(
+            f"device={device} would put all {torchrun_ranks().world} processes on one GPU: "
+            "pass --device=cuda"
+        )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
+    if on_gpu and processes > torch.cuda.device_count():
+        raise UserError(
+            f"{processes} processes were started, but this machine has "
+            f"{torch.cuda.device_count()} GPU(s): --nproc_per_node={torch.cuda.device_count()}"
+        )
+
+
+@contextlib.contextmanager
+def reported_by_rank_0() -> Iterator[None]:
+    """Let rank 0 alone report a user's mistake, which every rank meets in the same way.
+
+    The others end with the same exit status and say nothing.
+    """
+    try:
+        yield
+    except UserError:
+        if torchrun_ranks().rank == 0:
+            raise
+        raise SystemExit(2) from None
 
 
 @contextlib.contextmanager

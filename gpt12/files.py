@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import filelock
 from gpt12.errors import UserError
 
 BLOCK_BYTES = 1 << 20  # read this much at a time when hashing
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -75,6 +77,12 @@ def lock_folder(folder: Path, if_locked: str) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise UserError(if_locked) from None
+    except NotImplementedError:  # filelock's word for a disk without locks
+        pass
+    except OSError as error:
+        # A network disk may have no locks. There a second writer is not noticed.
+        if error.errno not in NO_LOCKS:
+            raise
     try:
         yield
     finally:

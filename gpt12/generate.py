@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt12.cuda_graph import record
 from gpt12.errors import UserError
 from gpt12.linears import replace_linears
 from model import GPT, GPTConfig, compute_dtype
@@ -294,7 +295,7 @@ class Decoder:
             self.step()
             return
         if self.graph is None:
-            self.graph = self.record()
+            self.graph = self.record_step()
         self.graph.replay()
 
     def step(self) -> None:
@@ -333,14 +334,15 @@ class Decoder:
 
         return wait
 
-    def record(self) -> torch.cuda.CUDAGraph:
+    def record_step(self) -> torch.cuda.CUDAGraph:
         """Record one step as a CUDA graph. The state is afterwards as it was before."""
         state = [self.state.token, self.state.draw_index, self.cache.length]
         if self.state.seen is not None:
             state.append(self.state.seen)
         saved = [tensor.clone() for tensor in state]
         # Warm up, so that nothing is compiled or set up while recording. CUDA graphs want another
-        # stream for that. Each step starts from the same state: there may be room for one token only.
+        # stream for that. Both steps start from the same state, because the cache may have room for
+        # one token only.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -349,11 +351,7 @@ class Decoder:
                 for tensor, before in zip(state, saved, strict=True):
                     tensor.copy_(before)
         torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.empty_cache()  # torch cannot free its reserve while recording
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph
+        return record(self.step)
 
 
 # --------------------------------------------------------------------------------------------------

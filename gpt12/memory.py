@@ -18,7 +18,8 @@ from gpt12.settings import TrainConfig
 from model import GPTConfig, Matrix, layer_matrices, parameter_count
 
 GIB = 2**30
-RECOMPUTE: tuple[Recompute, ...] = ("none", "pointwise", "block")  # from the fastest to the one that needs least memory
+# From the fastest to the one that needs the least memory.
+RECOMPUTE: tuple[Recompute, ...] = ("none", "pointwise", "block")
 # What a layer keeps for the backward pass, in numbers per token and channel.
 KEPT = {
     # input 1, LayerNorm 1, query, key and value 3, attention 1, stream 1, LayerNorm 1, MLP inside

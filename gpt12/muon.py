@@ -60,9 +60,8 @@ class Muon(Optimizer):
         state = self.state.setdefault(parameters[0], {})
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(g)
-        keep = (
-            1 - skip
-        )  # 0 for a skipped update: then the new gradient has no weight and the step no length
+        # 0 for a skipped update: then the new gradient has no weight and the step no length.
+        keep = 1 - skip
         momentum = state["momentum"]
         momentum.lerp_(g, keep * (1 - self.momentum))
         update = orthogonalize(g.lerp(momentum, self.momentum))  # Nesterov's look-ahead

@@ -13,7 +13,7 @@ from data.dataset import Dataset, check_exists, open_dataset
 from data.windows import EvalWindows, TrainWindows
 from gpt12.checkpoint import Progress, find_checkpoint
 from gpt12.device import Machine, open_machine
-from gpt12.distributed import rank_0_first
+from gpt12.distributed import is_rank_0, rank_0_first
 from gpt12.errors import UserError
 from gpt12.memory import choose_batch_size
 from gpt12.settings import TrainConfig
@@ -184,8 +184,9 @@ def is_complete(run: Run) -> bool:
         )
     if progress.evaluated_step != progress.step:
         return False  # it was stopped before its last evaluation
-    print(
-        f"this run is complete ({progress.step} of {config.max_iters} steps); go on with "
-        f"--max_iters={2 * progress.step}"
-    )
+    if is_rank_0():
+        print(
+            f"this run is complete ({progress.step} of {config.max_iters} steps); go on with "
+            f"--max_iters={2 * progress.step}"
+        )
     return True

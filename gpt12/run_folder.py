@@ -1,9 +1,10 @@
 """A run's folder out_dir: run.json, its lock, and what happens to an earlier run's files.
 
-run.json        the configuration, what the user gave, versions, commit, GPU, the data set's
-hash metrics.jsonl   one line per logged step and per evaluation (gpt12/metrics.py) loss.png
-the curves best/  last/    checkpoints (gpt12/checkpoint.py) previous/       the files of an
-earlier run, set aside when a new one starts
+run.json        the configuration, what the user gave, versions, commit, GPU, data set's hash
+metrics.jsonl   one line per logged step and per evaluation (gpt12/metrics.py)
+loss.png        the curves
+best/  last/    checkpoints (gpt12/checkpoint.py)
+previous/       the files of an earlier run, set aside when a new one starts
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gpt12.checkpoint import resumable_runs
 from gpt12.errors import UserError
 from gpt12.files import lock_folder, remove_link, write_atomically
 
@@ -101,7 +103,11 @@ def read_run(out_dir: Path) -> dict[str, Any]:
         content = json.loads(file.read_text("utf-8"))
         _check_run(content)
     except FileNotFoundError:
-        raise UserError(f"nothing to resume in {out_dir}: {file} does not exist") from None
+        message = f"nothing to resume in {out_dir}: {file} does not exist"
+        runs = resumable_runs()
+        if runs:
+            message += f". These can be resumed: {', '.join(runs)}. Try --out_dir={runs[0]}"
+        raise UserError(message) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{file} is damaged ({error}); without it the run's configuration is not known"

@@ -20,7 +20,7 @@ from gpt12.memory import step_gib
 from gpt12.metrics import Metrics, Picture, start_wandb
 from gpt12.run import Run
 from gpt12.run_folder import describe_run, set_aside, write_json
-from gpt12.start import as_dict
+from gpt12.start import as_dict, warn_of_long_run
 from gpt12.targets import IGNORE_INDEX
 from model import parameter_count
 
@@ -85,6 +85,10 @@ class RunLog:
         gib = step_gib(shape, config, config.recompute, run.machine.compiled)
         size = f"{gib:.1f} GiB" if gib >= 0.05 else f"{1024 * gib:.0f} MiB"
         self.say(f"memory: about {size} at the peak of a step (recompute={config.recompute})")
+        if run.machine.device.type == "cpu":
+            warning = warn_of_long_run(shape, config, cores=torch.get_num_threads())
+            if warning is not None:
+                self.say(warning)
         if run.request.resumed:
             self.say(f"resuming at step {self.progress.step:,}")
 
@@ -126,7 +130,7 @@ class RunLog:
         config = run.config
         facts = describe_run(
             as_dict(config),
-            requested=as_dict(run.request.config),
+            requested=run.request.requested,
             device=run.machine.name,
             device_memory_gib=_rounded(run.machine.memory_gib()),
             dtype=config.dtype,
@@ -271,7 +275,8 @@ class RunLog:
         row["elapsed_s"] = round(self.progress.elapsed_s, 3)
         self.metrics.append(row)
         if self.wandb:
-            self.wandb.log(values, step=self.progress.step)
+            del row["step"]  # Weights & Biases keeps it apart
+            self.wandb.log(row, step=self.progress.step)
 
     def draw(self) -> None:
         """Draw loss.png anew."""

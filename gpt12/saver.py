@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gpt12.checkpoint import save_checkpoint
+from gpt12.checkpoint import locate_checkpoint, save_checkpoint
 from gpt12.lora import save_adapter
 from gpt12.run import Run
 from gpt12.trainer_state import TrainerState, save_trainer_state, state_bytes
@@ -25,6 +25,7 @@ class Saver:
         self.say = say
         self.timer = SaveTimer(run.config.save_interval_s, self.size_of("last"))
         self.saved_step = run.progress.step if run.request.resumed else -1  # of last/
+        self.told_note = False
 
     def save(self, name: str) -> bool:
         """Write the checkpoint "best" or "last" and tell whether that worked.
@@ -61,7 +62,21 @@ class Saver:
         """Write the model as a Hugging Face folder; for LoRA also the adapter alone."""
         self._write_model(folder)
         if self.run.config.lora_rank:
-            save_adapter(self.run.model, folder / "adapter", self.run.config.init_from)
+            note = save_adapter(self.run.model, folder / "adapter", self._base_of_adapters())
+            if note is not None and not self.told_note:
+                self.told_note = True
+                self.say(note)
+
+    def _base_of_adapters(self) -> str:
+        """Return the folder or the hub's name that the weights below the adapters were read from.
+
+        If init_from is a run, that is one of its checkpoints.
+        """
+        init_from = self.run.config.init_from
+        checkpoint = None
+        if (Path(init_from) / "run.json").exists():
+            checkpoint = locate_checkpoint(Path(init_from), ("best", "last"))
+        return init_from if checkpoint is None else str(checkpoint)
 
     def _write_last(self, folder: Path) -> None:
         """Write the model as a Hugging Face folder, and what resuming needs."""

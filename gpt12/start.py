@@ -56,6 +56,18 @@ class Request:
         """Tell whether an earlier run goes on."""
         return self.saved is not None
 
+    @property
+    def requested(self) -> dict[str, Any]:
+        """Return every key as the user asked for it, now or when the run began: "auto" included.
+
+        A resumed run's own values are decided already; this is what they were decided from.
+        """
+        values = as_dict(self.config)
+        earlier = {} if self.saved is None else self.saved.get("requested", {})
+        for key in values.keys() & earlier.keys() - self.given:
+            values[key] = earlier[key]
+        return values
+
 
 # --------------------------------------------------------------------------------------------------
 # The configuration
@@ -81,7 +93,10 @@ def read_request(argv: list[str]) -> Request:
 
 def _default_preset() -> str:
     preset = "train_shakespeare_char" if torch.cuda.is_available() else "train_shakespeare_cpu"
-    print(f"no preset given: using config/{preset}.py, which suits this machine (--help: others)")
+    if torchrun_ranks().rank == 0:
+        print(
+            f"no preset given: using config/{preset}.py, which suits this machine (--help: others)"
+        )
     return str(REPOSITORY / "config" / f"{preset}.py")
 
 
@@ -110,7 +125,7 @@ def _read_resumed(argv: list[str], out_dir: Path) -> Request:
     base = dict(saved["config"])
     # dtype=auto stays what it became: another precision would be another run.
     base["dtype"] = saved.get("dtype", "auto")
-    notes = _decide_memory_again(base, saved)
+    notes = _decide_memory_again(base, saved, given)
     config, given = config_loader.load(TrainConfig, argv, base)
     if config.batch_size == "auto" and base["batch_size"] != "auto":
         if "gradient_accumulation_steps" not in given:
@@ -122,11 +137,11 @@ def _read_resumed(argv: list[str], out_dir: Path) -> Request:
     return Request(config, given, saved, notes)
 
 
-def _decide_memory_again(base: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+def _decide_memory_again(base: dict[str, Any], saved: dict[str, Any], given: set[str]) -> list[str]:
     """Go back to "auto" for recompute and batch_size if the run moved to another GPU.
 
-    What fitted the old card may not fit this one. The tokens of a step stay the same. Returns a
-    note for the user.
+    What fitted the old card may not fit this one. The tokens of a step stay the same. What the user
+    gives now counts as it is. Returns a note for the user.
     """
     requested = saved.get("requested", {})
     old = (saved.get("device"), saved.get("device_memory_gib"))
@@ -137,10 +152,11 @@ def _decide_memory_again(base: dict[str, Any], saved: dict[str, Any]) -> list[st
     if old == new:
         return []
     changed = []
-    if requested.get("recompute") == "auto":
+    if requested.get("recompute") == "auto" and "recompute" not in given:
         base["recompute"] = "auto"
         changed.append("recompute")
-    if requested.get("batch_size") == "auto":
+    batch_is_given = bool(given & {"batch_size", "gradient_accumulation_steps"})
+    if requested.get("batch_size") == "auto" and not batch_is_given:
         base["gradient_accumulation_steps"] *= base["batch_size"]
         base["batch_size"] = "auto"
         changed.append("batch_size")
@@ -319,6 +335,7 @@ def compile_model(model: GPT) -> None:
     layers: list[nn.Module] = [*model.transformer.h, model.transformer.ln_f]
     for layer in layers:
         layer.compile(dynamic=False)
+    model.compiled = True
     if model.lm_head.weight.is_cuda and triton is not None:
         model.fused_loss = True
 

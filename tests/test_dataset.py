@@ -13,14 +13,14 @@ import tracemalloc
 import numpy as np
 import pytest
 
-import data
 from data import dataset as dataset_module
-from data import prepare
+from data import encode, prepare
 from data.dataset import open_dataset
-from data.prepare import prepare_texts, val_documents
+from data.prepare import ValidationSplit, prepare_texts
+from data.rows import RowWriter
 from data.shards import UINT16, ShardWriter, Tokens, write_shard
 from data.texts import CHAT_TEMPLATE, Documents, Piece
-from data.tokenizers import ByteTokenizer, CharTokenizer
+from data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from data.windows import TrainWindows
 from gpt12.errors import UserError
 from gpt12.files import lock_folder
@@ -115,9 +115,9 @@ def test_many_documents_go_whole_to_one_side(house, count, fraction):
     dataset = open_bytes(jsonl(house / "a.jsonl", [{"text": text} for text in texts]), val_fraction=fraction)
     sides = collections.Counter()
     parts = {"train": [], "val": []}
-    picked = val_documents(Documents(house / "a.jsonl"), fraction)
+    picked = ValidationSplit(Documents(house / "a.jsonl"), fraction)
     for i, text in enumerate(texts):
-        side = "val" if picked(i) else "train"
+        side = "val" if i in picked else "train"
         parts[side] += [*text.encode(), EOT]
         sides[side] += 1
     assert (ids(dataset.train), ids(dataset.val)) == (parts["train"], parts["val"])
@@ -133,8 +133,8 @@ def test_many_documents_go_whole_to_one_side(house, count, fraction):
 @pytest.mark.parametrize("long", [None, True, False])
 def test_a_validation_share_far_from_val_fraction_is_reported(house, long):
     jsonl(house / "a.jsonl", [{"text": "x"}] * 40)
-    picked = val_documents(Documents(house / "a.jsonl"), 0.1)
-    texts = ["x" * (1000 if picked(i) == long else 9) for i in range(40)]
+    picked = ValidationSplit(Documents(house / "a.jsonl"), 0.1)
+    texts = ["x" * (1000 if (i in picked) == long else 9) for i in range(40)]
     dataset = open_bytes(jsonl(house / "a.jsonl", [{"text": text} for text in texts]))
     held, total = len(dataset.val), len(dataset.val) + len(dataset.train)
     assert (0.05 <= held / total <= 0.2) == (long is None)
@@ -150,10 +150,11 @@ def test_a_padded_row_of_examples_is_not_reported_as_a_wrong_share(house):
     assert dataset.warnings == []
 
 
-def test_the_split_of_a_document_is_not_moved_by_those_after_it(house):
+def test_documents_that_are_added_later_do_not_change_the_split(house):
     def picked(count):
         jsonl(house / "a.jsonl", [{"text": "x"}] * count)
-        return [i for i in range(count) if val_documents(Documents(house / "a.jsonl"), 0.1)(i)]
+        split = ValidationSplit(Documents(house / "a.jsonl"), 0.1)
+        return [i for i in range(count) if i in split]
 
     assert picked(50) == [i for i in picked(300) if i < 50]
 
@@ -169,7 +170,7 @@ def test_too_little_text_is_refused_and_leaves_no_data_set(house, text):
 
 
 def test_max_tokens_ends_with_the_document_that_reaches_it(house, monkeypatch):
-    monkeypatch.setattr("data.texts.PIECE", 7)
+    monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 7)
     name = jsonl(house / "a.jsonl", [{"text": "x" * i} for i in range(40)])
     for limit in (60, 61, 65, 66, 67, 10**9):
         prepare_texts("a", Documents(name), ByteTokenizer(), house / f"{limit}", 0.5, max_tokens=limit, progress=False)
@@ -190,7 +191,7 @@ def test_the_progress_bar_ends_at_its_total(house):
     totals = []
     (house / "a.txt").write_text("éight by" * 100_000)
     documents, bar = Documents("a.txt"), Bar()
-    for _ in prepare._encoded(documents, CharTokenizer(" béghity"), prepare.Progress([]), bar, 900_000, None):
+    for _ in prepare._encode_documents(documents, CharTokenizer(" béghity"), prepare.Progress([]), bar, 900_000, None):
         pass
     assert bar.n == 800_000 and len(totals) > 1
     assert all(abs(total - 800_000) < 3 for total in totals)
@@ -199,12 +200,29 @@ def test_the_progress_bar_ends_at_its_total(house):
 # The cache
 
 
-def test_a_models_tokenizer_finds_what_its_name_has_made(house):
+def test_a_models_tokenizer_finds_the_cache_of_its_name(house):
     (house / "a.txt").write_text("Lorem ipsum dolor sit amet. " * 40)
     by_name = open_bytes("a.txt")
     assert open_bytes("a.txt", tokenizer=ByteTokenizer()).folder == by_name.folder
     chars = [CharTokenizer("".join(sorted({*"Lorem ipsum dolor sit amet.", extra}))) for extra in "xy"]
     assert open_bytes("a.txt", tokenizer=chars[0]).folder != open_bytes("a.txt", tokenizer=chars[1]).folder
+
+
+def test_tokens_that_were_added_to_the_models_tokenizer_stay_with_it(house, monkeypatch):
+    """A model with a padding token behind its vocabulary trains on data of the plain tokenizer."""
+    monkeypatch.setattr("data.tokenizers.get_tokenizer", lambda name: tiny)
+    entry = {"id": tiny.vocab_size, "content": "<pad>", "special": True}
+    padded = GPT2Tokenizer(tiny.names, tiny.merges, [entry])
+    (house / "a.txt").write_text("the cat is on the mat. " * 40)
+    name = str(open_dataset("a.txt", tokenizer=tiny, block_size=8, progress=False).folder)
+    dataset = open_dataset("a.txt", tokenizer=padded, block_size=8, progress=False)
+    assert str(dataset.folder) == name
+    assert dataset.tokenizer.vocab_size == tiny.vocab_size + 1
+    assert dataset.vocab_size == tiny.vocab_size
+    # The other way round: data that were prepared for that model fit a model without the token.
+    open_dataset("a.txt", tokenizer=padded, val_fraction=0.2, block_size=8, progress=False)
+    dataset = open_dataset("a.txt", tokenizer=tiny, val_fraction=0.2, block_size=8, progress=False)
+    assert dataset.vocab_size == dataset.tokenizer.vocab_size == tiny.vocab_size
 
 
 def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypatch):
@@ -237,6 +255,95 @@ def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypat
     assert fresh and folder("rows.jsonl") == (rows, 0)
     assert folder("rows.jsonl", block_size=9)[1]
     assert not list((house / "data" / "cache").glob("*.tmp"))
+
+
+def test_skipped_files_are_counted_and_named(house):
+    (house / "texts").mkdir()
+    for i in range(7):
+        (house / f"texts/{i}.pdf").write_text("pdf")
+    (house / "texts/a.md").write_text("some text, long enough for all of this " * 3)
+    for dataset in (open_bytes("texts"), open_bytes("texts")):  # the second time out of the cache
+        assert dataset.warnings == [
+            "7 files were skipped in texts, because only .txt, .md, .csv, .jsonl are read: "
+            "0.pdf, 1.pdf, 2.pdf, 3.pdf, 4.pdf and 2 more."
+        ]
+        assert len(dataset.train) > 8
+
+
+@pytest.mark.parametrize("kind, row", [
+    ("text", {"text": "some text"}),
+    ("prompt", {"prompt": "a", "completion": "b"}),
+    ("messages", {"messages": [{"role": "assistant", "content": "Ho"}]}),
+])
+def test_a_data_set_says_what_kind_it_is(house, kind, row):
+    path = jsonl(house / "a.jsonl", [row] * 30)
+    assert open_bytes(path, block_size=64).kind == kind
+
+
+def test_all_unknown_characters_of_a_data_set_are_listed(house, monkeypatch):
+    """Also those that lie in different pieces of the text."""
+    monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 50)
+    (house / "own.txt").write_text("abc " * 20 + "é" + " abc" * 100 + "漢")
+    with pytest.raises(UserError) as caught:
+        open_bytes("own.txt", tokenizer=CharTokenizer(" abc"))
+    message = str(caught.value)
+    assert "own.txt: the tokenizer does not know 2 of the characters: 'é' (U+00E9), '漢' (U+6F22)" in message
+    assert "config/train_shakespeare_cpu.py --dataset=own.txt --tokenizer=char" in message
+
+
+def test_names_in_the_cache_are_allowed_on_windows(house):
+    names = ["hf:owner/name:config", 'a "b"? <c>|*.txt', "con.txt"]
+    for name in names:
+        request = dataset_module.Request(name, "bytes", 0.1, "text", 8)
+        folder = dataset_module._cache_folder(request, "content", row=None)
+        assert not set(folder.name) & set('<>:"/\\|?*')
+        assert folder.name != "con"
+
+
+def test_no_file_is_open_or_mapped_when_it_is_replaced(house, monkeypatch):
+    """On Windows these calls fail for a file or folder that this process has open."""
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("needs Linux to see which files are open")
+
+    def in_use(path):
+        with open("/proc/self/maps") as maps:
+            mapped = [line.split(maxsplit=5)[5].strip() for line in maps if len(line.split(maxsplit=5)) == 6]
+        opened = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        return [name for name in mapped + opened if name == str(path) or name.startswith(f"{path}/")]
+
+    replaced = []
+
+    def checked(function):
+        def checking(path, *args, **kwargs):
+            for name in [path, *args[:1]]:
+                assert not in_use(os.path.realpath(name))
+            replaced.append(str(path))
+            return function(path, *args, **kwargs)
+
+        return checking
+
+    for name in ("replace", "rename", "unlink"):
+        monkeypatch.setattr(os, name, checked(getattr(os, name)))
+    (house / "a.txt").write_text("some text, long enough for all of this " * 3)
+    open_bytes("a.txt")
+    jsonl(house / "b.jsonl", [{"prompt": "a", "completion": "b"}] * 30)
+    open_bytes("b.jsonl")
+    assert any("train_000000.bin" in name for name in replaced)
+    assert any(name.endswith("a-text.tmp") for name in replaced)
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error(house, monkeypatch):
+    """Windows cannot open a folder."""
+    original = os.open
+
+    def no_folders(path, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", no_folders)
+    (house / "a.txt").write_text("some text, long enough for all of this " * 3)
+    assert len(open_bytes("a.txt").train) > 8
 
 
 # Killed and continued
@@ -281,9 +388,10 @@ def killed_at(call, work):
 @pytest.mark.parametrize("kind", ["one text", "many documents"])
 def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch, kind):
     monkeypatch.setattr(prepare, "ShardWriter", functools.partial(ShardWriter, shard_tokens=1000))
-    monkeypatch.setattr(prepare, "BATCH", 900)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 900)
     monkeypatch.setattr(prepare, "SAVE_TOKENS", 1100)
-    monkeypatch.setattr("data.texts.PIECE", 300)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a kill, unlike a power cut, loses no write
+    monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 300)
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcd \n"), rng.integers(0, 600))) for _ in range(24)]
     if kind == "one text":
@@ -321,7 +429,8 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
 def test_the_hub_is_not_asked_for_what_is_there(house, monkeypatch):
     class Hub(Documents):
         def __init__(self, source, text_column="text"):
-            self.source, self.text_column, self.files, self.kind = source, text_column, [], "text"
+            self.source, self.text_column, self.kind = source, text_column, "text"
+            self.files, self.skipped = [], []
 
         def skip(self, count):
             return itertools.islice(self, count, None)
@@ -412,11 +521,11 @@ def test_examples_are_packed_whole_and_only_answers_are_targets(house):
     assert 0.05 < len(dataset.val) / len(dataset.train) < 0.2
 
 
-def test_rows_that_wait_are_bounded_and_none_is_lost(house):
-    writer = prepare.RowWriter(house, "train", UINT16, size=10, padding=999)
+def test_open_rows_are_bounded_and_no_example_is_lost(house):
+    writer = RowWriter(house, "train", UINT16, size=10, padding=999)
     for i in range(100):
         writer.add(np.full(6, i), np.ones(6, np.uint8))
-        assert len(writer._rows) <= 64
+        assert len(writer._open_rows) <= 64
     writer.close()
     assert collections.Counter(ids(Tokens.open(house, "train"))) == dict.fromkeys(range(100), 6) | {999: 401}
 
@@ -439,7 +548,7 @@ def test_few_examples_are_split_by_example(house, count, held_out):
     assert [sum(ids(split.mask)) for split in (dataset.train, dataset.val)] == [2 * (count - held_out), 2 * held_out]
 
 
-def test_a_first_token_that_nothing_predicts_is_no_target(house):
+def test_the_first_token_of_a_row_is_never_a_target(house):
     name = jsonl(house / "a.jsonl", [{"prompt": "", "completion": "abc"}] * 4)
     dataset = open_bytes(name)
     assert ids(dataset.train) == [*b"abc", EOT, *b"abc", EOT, *b"abc", EOT, *[EOT] * 5]
@@ -488,9 +597,33 @@ def test_a_name_in_data_comes_first_and_a_missing_one_names_the_nearest(house):
 
 
 @pytest.mark.parametrize("name", ["", "\0", "~", "a/b/c", "../a", "x" * 5000, "\ud800", "hf"])
-def test_a_name_that_is_nothing_is_refused(house, name):
+def test_an_impossible_name_is_refused(house, name):
     with pytest.raises(UserError, match="no data set|too long"):
         open_bytes(name)
+
+
+def test_a_path_that_does_not_exist_is_said_not_to_exist(house):
+    for name in ("own.txt", "texts/own", "./own"):
+        with pytest.raises(UserError, match="no such file or folder exists"):
+            open_bytes(name)
+    with pytest.raises(UserError) as caught:
+        open_bytes("own")
+    assert "no such file" not in str(caught.value)
+
+
+def test_a_script_that_works_when_it_is_imported_is_not_imported(house):
+    """nanoGPT's prepare.py downloads and writes at import, and has no function to call."""
+    folder = house / "data" / "theirs"
+    folder.mkdir()
+    (folder / "prepare.py").write_text(
+        f"import os\nos.mkdir({str(house / 'ran')!r})\ndef process(example):\n    return example\n"
+    )
+    with pytest.raises(UserError, match=r"has no function prepare\(\).*: python .*theirs/prepare\.py"):
+        open_bytes("theirs")
+    assert not (house / "ran").exists()
+    (folder / "prepare.py").write_text("def prepare(:\n")
+    with pytest.raises(UserError, match=r"theirs/prepare\.py is not a Python file"):
+        open_bytes("theirs")
 
 
 @pytest.mark.parametrize("cost", ["", "COST = '17 GB, 5 hours'"])
@@ -503,7 +636,6 @@ def test_small_data_sets_prepare_themselves_and_large_ones_say_how(house, monkey
         "    from pathlib import Path\n    from tests.test_dataset import shards\n"
         "    shards(Path(__file__).parent, tokenizer='bytes', vocab_size=257)\n"
     )
-    monkeypatch.setattr(data, "__path__", [*data.__path__, str(house / "data")])
     if not cost:
         assert len(open_bytes(name).train) == 9
     for gpu, preset in ((True, "char"), (False, "cpu")) if cost else ():
@@ -527,7 +659,7 @@ def test_nanogpts_pickle_is_not_opened(house):
     assert not (house / "sprung").exists()
 
 
-def test_bare_shards_are_gpt2s(house, monkeypatch):
+def test_shards_without_meta_json_are_taken_for_gpt2s(house, monkeypatch):
     monkeypatch.setattr(dataset_module, "get_tokenizer", {"gpt2": tiny}.get)
     dataset = open_dataset(str(shards(house / "x", tiny.vocab_size)), block_size=8)
     assert dataset.tokenizer is tiny and dataset.vocab_size == tiny.vocab_size
@@ -557,7 +689,7 @@ def test_another_tokenizer_than_the_data_sets_is_refused(house):
         "\xff",
     ],
 )
-def test_damaged_meta_is_refused(house, text):
+def test_a_damaged_meta_json_is_refused(house, text):
     (shards(house / "x") / "meta.json").write_text(text, "latin-1")
     with pytest.raises(UserError, match=r"meta\.json is damaged"):
         open_bytes(house / "x")

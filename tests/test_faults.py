@@ -306,6 +306,7 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
+@pytest.mark.usefixtures("no_picture")  # which a thread draws beside the saves, into the same room
 @pytest.mark.parametrize("estimate_fits", [False, True], ids=["no room for the estimate", "ends within a file"])
 def test_a_run_on_a_full_file_system_keeps_its_old_checkpoint_and_goes_on(
     dataset, disk, tmp_path, capsys, estimate_fits

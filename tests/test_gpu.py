@@ -10,9 +10,14 @@ import pytest
 import torch
 
 import train
-from config.machine import Machine
 from data.shards import write_shard
-from model import GPT, MASKED, GPTConfig, Sampling, cross_entropy_chunk, fused_cross_entropy_chunk
+from gpt12.device import Machine
+from gpt12.generate import Sampling, generate
+from gpt12.lora import add_lora
+from gpt12.loss import cross_entropy_chunk, fused_cross_entropy_chunk
+from gpt12.targets import IGNORE_INDEX
+from gpt12.weights import from_pretrained, save_pretrained
+from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.gpu
 SMALL = GPTConfig(128, 1000, 4, 4, 256, bias=True)
@@ -67,7 +72,7 @@ def test_every_gradient_of_the_compiled_bf16_step_is_near_fp32(recompute):
 def test_the_fused_loss_equals_the_plain_formula(targets):
     generator = torch.Generator("cuda").manual_seed(0)
     logits = torch.randn(77, 50304, device="cuda", generator=generator) * 3
-    target = torch.full((77,), MASKED, device="cuda")
+    target = torch.full((77,), IGNORE_INDEX, device="cuda")
     target[:targets] = torch.randint(0, 50257, (targets,), device="cuda", generator=generator)
     if targets > 1:
         target[0], target[1] = 0, 50256
@@ -144,7 +149,7 @@ def test_bad_updates_are_skipped_on_the_device(value):
     fill(step)
     step(1e-3)
     before = [p.clone() for p in step.model.parameters()]
-    hook = step.model.transformer["ln_f"].weight.register_hook(lambda g: torch.full_like(g, value))
+    hook = step.model.transformer.ln_f.weight.register_hook(lambda g: torch.full_like(g, value))
     step(1e-3)
     hook.remove()
     assert step.bad.item() == 1
@@ -162,7 +167,7 @@ def test_the_recorded_decoder_writes_what_recomputation_writes(compiled):
         for p in model.parameters():
             p.mul_(5)  # a decided model: no ties that rounding could turn
     prompts = [[1, 2, 3], [7], [5] * 20]
-    texts = model.generate(prompts, 120, sampling=Sampling(temperature=0), compiled=compiled)
+    texts = generate(model, prompts, 120, sampling=Sampling(temperature=0), compiled=compiled)
     for prompt, text in zip(prompts, texts, strict=True):
         ids = list(prompt)
         for token in text:
@@ -198,7 +203,7 @@ def test_deterministic_training_resumes_bit_for_bit(tmp_path, monkeypatch):
         m.setattr(train.Step, "__call__", call)
         train.main([*argv, f"--out_dir={tmp_path / 'broken'}", "--save_interval_s=0"])
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'broken'}"]) == 0
-    a, b = (train.GPT.from_pretrained(tmp_path / out / "last").state_dict() for out in ("whole", "broken"))
+    a, b = (from_pretrained(tmp_path / out / "last").state_dict() for out in ("whole", "broken"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     torch.use_deterministic_algorithms(False)
 
@@ -207,9 +212,9 @@ def test_deterministic_training_resumes_bit_for_bit(tmp_path, monkeypatch):
 def test_saving_takes_no_second_model_on_the_device(tmp_path, lora):
     model = GPT(GPTConfig(256, 5000, 8, 8, 512)).cuda()
     if lora:
-        model.add_lora(8, 16.0)
+        add_lora(model, 8, 16.0)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    model.save_pretrained(tmp_path)
+    save_pretrained(model, tmp_path)
     assert torch.cuda.max_memory_allocated() - before <= 4 * 4 * 4 * 512 * 512  # four of the largest matrices, of 32

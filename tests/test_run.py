@@ -252,6 +252,7 @@ class Disk:
 
 
 @needs_a_limit
+@pytest.mark.usefixtures("no_picture")  # which a thread draws beside the saves, under the same limit
 @pytest.mark.parametrize(("how", "message"), [("reported", "0.00 GB are free"), ("short", "too large")])
 def test_a_full_disk_costs_no_run_and_no_old_checkpoint(dataset, tmp_path, monkeypatch, capsys, how, message):
     with monkeypatch.context() as m:

@@ -139,7 +139,7 @@ def test_a_shard_cut_anywhere_is_refused(tmp_path):
         {"magic": 0},
     ],
 )
-def test_a_header_that_lies_is_refused(tmp_path, lie):
+def test_a_header_that_contradicts_the_file_is_refused(tmp_path, lie):
     (tmp_path / "val_000000.bin").write_bytes(llm_c_shard([1, 2, 3, 4], **lie))
     with pytest.raises(UserError, match=r"val_000000\.bin"):
         Tokens.open(tmp_path, "val")
@@ -254,7 +254,7 @@ def test_windows_all_over_a_shard_leave_anonymous_memory_flat(tmp_path):
     assert anonymous_memory() - before < 5e6
 
 
-def test_shards_without_tokens_are_read_over(tmp_path):
+def test_empty_shards_are_skipped(tmp_path):
     (tmp_path / "train.bin").write_bytes(b"")
     assert len(Tokens.open(tmp_path, "train")) == 0
     assert Tokens.open(tmp_path, "train").max_id() == 0

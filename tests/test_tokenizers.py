@@ -87,7 +87,7 @@ def test_a_large_vocabulary_gets_a_larger_number_type():
     assert many.encode(chr(0x1FFFF)).tolist() == [65535] and many.dtype == np.uint32
 
 
-def test_broken_unicode_is_no_error():
+def test_lone_surrogates_become_replacement_characters():
     for tokenizer in (tiny, ByteTokenizer()):
         assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
     with pytest.raises(UserError, match="U\\+D800"):
@@ -124,7 +124,7 @@ def opens_in_transformers(tokenizer, folder):
 @pytest.mark.parametrize(
     "tokenizer", [ByteTokenizer(), CharTokenizer("".join(sorted(set(TEXT))))], ids=lambda t: t.name
 )
-def test_saved_files_open_everywhere(tokenizer, tmp_path):
+def test_saved_files_open_here_and_in_transformers(tokenizer, tmp_path):
     theirs = opens_in_transformers(tokenizer, tmp_path)
     theirs.save_pretrained(tmp_path / "theirs")
     for folder in (tmp_path, tmp_path / "theirs"):

@@ -409,7 +409,7 @@ def test_too_many_bad_updates_stop_the_run_and_last_stays_finite(dataset, tmp_pa
     assert "stopping at step 8" in out
     assert "window 64" in out
     assert all(torch.isfinite(t).all() for t in weights(tmp_path).values())
-    assert json.loads((tmp_path / "last/trainer.json").read_text())["step"] == 8
+    assert trainer(tmp_path)["step"] == 8
 
 
 def test_clipping_scales_the_gradient_to_the_bound():
@@ -802,7 +802,7 @@ def test_patience_ends_the_run_and_best_is_kept(dataset, tmp_path, capsys):
         == 0
     )
     assert "no better validation loss in 2 evaluations" in capsys.readouterr().out
-    assert json.loads((tmp_path / "best/trainer.json").read_text())["step"] == 5
+    assert trainer(tmp_path, "best")["step"] == 5
 
 
 def test_patience_counts_the_evaluations_since_the_best(dataset, tmp_path, monkeypatch):
@@ -813,7 +813,7 @@ def test_patience_counts_the_evaluations_since_the_best(dataset, tmp_path, monke
     assert run(dataset, tmp_path, "--max_iters=30", "--eval_interval=5", "--patience=2") == 0
     assert evaluations(tmp_path) == [0, 5, 10, 15, 20, 25]
     assert set(losses(tmp_path, "train_loss").values()) == {0.0}
-    assert json.loads((tmp_path / "best/trainer.json").read_text())["step"] == 15
+    assert trainer(tmp_path, "best")["step"] == 15
     config, given, _ = train.load_config([*QUICK, f"--init_from={tmp_path}"])
     start, _ = train.load_start(config, given, None)  # what another run starts from
     assert torch.equal(start.transformer["wpe"].weight, weights(tmp_path, "best")["transformer.wpe.weight"])
@@ -823,7 +823,7 @@ def test_patience_counts_the_evaluations_since_the_best(dataset, tmp_path, monke
 def test_num_epochs_sets_the_number_of_steps(dataset, tmp_path):
     assert run(dataset, tmp_path, "--num_epochs=1.5", "--eval_interval=500") == 0
     windows = (2600 - 16) // 16
-    assert json.loads((tmp_path / "last/trainer.json").read_text())["step"] == math.ceil(1.5 * windows / 8)
+    assert trainer(tmp_path)["step"] == math.ceil(1.5 * windows / 8)
 
 
 def test_eval_only_evaluates_and_writes_nothing(dataset, tmp_path, capsys):
@@ -870,16 +870,22 @@ def test_a_run_that_improves_nothing_says_so(dataset, tmp_path, monkeypatch, cap
     assert ("no better than what it began with, val loss 2.0" in capsys.readouterr().out) == told
 
 
-# train.py whose every step first waits for a byte of a pipe, or for the pipe's end.
+# train.py in a terminal, whose every step first waits for a byte of a pipe, or for the pipe's end.
 GATED = """
+import fcntl
 import os
+import signal
 import sys
+import termios
 
 import config
 import train
 from model import WeightsError
 
 gate = int(sys.argv.pop(1))
+if sys.argv.pop(1) == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # closing the window sends SIGHUP here
 make_step = train.Step.__call__
 
 
@@ -896,20 +902,13 @@ config.run_main(train.main, WeightsError)
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_run_whose_terminal_is_closed_saves_and_ends_but_goes_on_under_nohup(dataset, tmp_path, nohup):
     """The window is closed before the first step. The gate holds that step back until then."""
-    fcntl, termios = (pytest.importorskip(name) for name in ("fcntl", "termios"))
+    pytest.importorskip("termios")
     window, theirs = os.openpty()
     gate, opened = os.pipe()
-
-    def open_in_window():
-        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
-        if nohup:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
     argv = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=3"]
-    ways = {"cwd": ROOT, "env": environment(), "start_new_session": True, "preexec_fn": open_in_window}
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-    start = [sys.executable, "-c", GATED, str(gate), *argv]
-    with subprocess.Popen(start, pass_fds=[gate], **streams, **ways) as process:
+    start = [sys.executable, "-c", GATED, str(gate), "nohup" if nohup else "plain", *argv]
+    ways = {"cwd": ROOT, "env": environment(), "start_new_session": True, "pass_fds": [gate]}
+    with subprocess.Popen(start, stdin=theirs, stdout=theirs, stderr=theirs, **ways) as process:
         os.close(theirs)
         os.close(gate)
         shown = b""
@@ -956,7 +955,7 @@ def test_a_log_on_a_full_disk_is_reported_after_all_is_saved(dataset, tmp_path):
         ended = subprocess.run(argv, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, env=env)
     told = "error: not all of the output could be written: No space left on device\n"
     assert (ended.returncode, ended.stderr) == (2, told)
-    assert json.loads((tmp_path / "last/trainer.json").read_text())["step"] == 2
+    assert trainer(tmp_path)["step"] == 2
 
 
 def test_a_signal_that_arrives_twice_at_once_still_lets_the_run_save(dataset, tmp_path, monkeypatch):
@@ -989,7 +988,7 @@ def test_a_signal_ends_a_long_evaluation_early(dataset, tmp_path, monkeypatch, s
     assert len(began) == 1
     evaluated = [*range(0, step, 10)]
     assert evaluations(tmp_path) == evaluated
-    state = json.loads((tmp_path / "last/trainer.json").read_text())
+    state = trainer(tmp_path)
     assert (state["step"], state["evaluated_step"]) == (step, evaluated[-1] if evaluated else -1)
     assert state["best_step"] < max(step, 1)
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path}"]) == 0
@@ -1011,10 +1010,10 @@ def test_a_resumed_run_goes_on_with_the_same_wandb_run(dataset, tmp_path, monkey
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     assert run(dataset, tmp_path, "--max_iters=2", "--wandb_log", "--wandb_project=test") == 0
-    first = json.loads((tmp_path / "last/trainer.json").read_text())["wandb_id"]
+    first = trainer(tmp_path)["wandb_id"]
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=4"]) == 0
     assert first
-    assert json.loads((tmp_path / "last/trainer.json").read_text())["wandb_id"] == first
+    assert trainer(tmp_path)["wandb_id"] == first
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first}"))) >= 1
 
 
@@ -1337,7 +1336,7 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_a_checkpoint(dataset, tmp_path
     assert "rank 0 has lost the others" in said
     assert "[rank0]: Traceback" not in said
     assert f"--init_from=resume --out_dir={tmp_path}" in said
-    step = json.loads((tmp_path / "last/trainer.json").read_text())["step"]
+    step = trainer(tmp_path)["step"]
     assert step >= 11
     assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", f"--max_iters={step + 2}"]) == 0
     assert list(losses(tmp_path)) == list(range(1, step + 3))
