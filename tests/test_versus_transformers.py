@@ -1,17 +1,18 @@
 """The comparison with transformers: the same model, the same work, in turns."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from gpt12 import versus_transformers
 from gpt12.measure import OutOfMemory
 from gpt12.plan import model_shape
 from gpt12.versus_transformers import (
     TheirGeneration,
-    _ratios,
     build_model,
     compare_training,
     match_settings,
+    speed_ratios,
 )
 from model import GPT, parameter_count
 from tests.bench_helpers import CPU, check_step, fake_result, make, prepare, request
@@ -51,17 +52,17 @@ def test_their_model_is_ours():
     torch.testing.assert_close(theirs(x).logits, ours(x)[0])
 
 
-def test_ratios_leave_out_what_did_not_fit():
+def testspeed_ratios_leave_out_what_did_not_fit():
     ours = [fake_result(make(), speed) for speed in (300.0, 100.0)]
     theirs = fake_result(make(), 50.0)
     rows = [
-        *(versus_transformers.replace(row, label="gpt12") for row in ours),
-        versus_transformers.replace(theirs, label="eager"),
+        *(replace(row, label="gpt12") for row in ours),
+        replace(theirs, label="eager"),
         OutOfMemory("eager", 3),
         OutOfMemory("compiled", 3),
     ]
-    assert _ratios(rows) == {"eager": 4.0}
-    assert _ratios(rows[2:]) == {}
+    assert speed_ratios(rows) == {"eager": 4.0}
+    assert speed_ratios(rows[2:]) == {}
 
 
 def test_a_presets_settings_become_those_of_transformers(tmp_path, capsys):
