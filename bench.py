@@ -37,7 +37,7 @@ from gpt12 import bench_report
 from gpt12.bench_picture import draw
 from gpt12.bench_request import BenchRequest, read_request, say_if_small, with_model_shape
 from gpt12.device import Machine
-from gpt12.distributed import process_group
+from gpt12.distributed import process_group, torchrun_ranks
 from gpt12.errors import run_main
 from gpt12.gpu_state import imitate_card
 from gpt12.ladder import climb_ladder
@@ -141,8 +141,10 @@ def measure_generation(config: BenchConfig, machine: Machine) -> list[DecodingRe
 def finish(config: BenchConfig, device: str, results: dict[str, Any]) -> None:
     """Print the results as JSON if asked for, else write them to bench.json.
 
-    A report is always written, because it is there to be published.
+    A report is always written, because it is there to be published. Only rank 0 does this.
     """
+    if torchrun_ranks().rank != 0:
+        return
     content = bench_report.describe(config, device, results)
     if config.report or not config.json:
         bench_report.save_json(content)

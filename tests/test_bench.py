@@ -13,7 +13,7 @@ import pytest
 import bench
 from gpt12 import bench_report, ladder, sweep
 from gpt12.errors import UserError
-from tests.bench_helpers import arguments, check_step, out_of_memory_above, prepare
+from tests.bench_helpers import arguments, check_step, make, out_of_memory_above, prepare
 from tests.helpers import environment
 
 BENCH = str(Path(bench.__file__))
@@ -139,12 +139,19 @@ def test_a_cpu_cannot_imitate_a_card(run):
         run("--find_batch", "--vram_gb=12")
 
 
+def test_only_rank_0_writes_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    bench.finish(make(), "a card", {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_under_torchrun_all_ranks_are_one_table(tmp_path):
     """torchrun finds a port by itself, and puts what each rank prints into a file."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     start += ["--redirects=1", f"--log-dir={tmp_path / 'logs'}"]
     card = {"dtype": "bfloat16", "peak_tflops": 0.5, "bandwidth_gbs": 20}
-    command = [*start, BENCH, "--json", *arguments(**card)]
+    command = [*start, BENCH, *arguments(**card)]
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     printed = []
@@ -152,7 +159,8 @@ def test_under_torchrun_all_ranks_are_one_table(tmp_path):
         (log,) = (tmp_path / "logs").glob(f"*/attempt_0/{rank}/stdout.log")
         printed.append(log.read_text())
     assert printed[1] == ""
-    row = json.loads(printed[0].splitlines()[-1])
+    assert "wrote bench.json" in printed[0]
+    row = json.loads((tmp_path / "bench.json").read_text())
     check_step(row, 2 * 48)
     assert [rank["tokens"] for rank in row["ranks"]] == [48, 48]
     speed = sum(48e3 / rank["ms"] for rank in row["ranks"])
