@@ -43,6 +43,7 @@ from gpt12.gpu_state import imitate_card
 from gpt12.ladder import climb_ladder
 from gpt12.measure import machine_for_training, measure_step
 from gpt12.measure_decoding import BATCH_SIZES, DecodingResult, measure_decoding
+from gpt12.memory import out_of_memory_advice, ran_out_of_memory
 from gpt12.plan import make_plan
 from gpt12.profile_step import profile_step
 from gpt12.settings import BenchConfig
@@ -162,8 +163,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.plan:
         plan(request)
         return
-    with process_group(config.device, config.backend):
-        measure(request)
+    try:
+        with process_group(config.device, config.backend):
+            measure(request)
+    except RuntimeError as error:
+        if ran_out_of_memory(error):
+            raise out_of_memory_advice(config) from None
+        raise
 
 
 if __name__ == "__main__":

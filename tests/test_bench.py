@@ -13,7 +13,14 @@ import pytest
 import bench
 from gpt12 import bench_report, ladder, sweep
 from gpt12.errors import UserError
-from tests.bench_helpers import arguments, check_step, make, out_of_memory_above, prepare
+from tests.bench_helpers import (
+    arguments,
+    check_step,
+    fake_gpu_memory,
+    make,
+    out_of_memory_above,
+    prepare,
+)
 from tests.helpers import environment
 
 BENCH = str(Path(bench.__file__))
@@ -137,6 +144,13 @@ def test_the_plans_command_is_understood_by_bench(run):
 def test_a_cpu_cannot_imitate_a_card(run):
     with pytest.raises(UserError, match="vram_gb=12 limits a GPU's memory"):
         run("--find_batch", "--vram_gb=12")
+
+
+def test_running_out_of_memory_ends_with_advice(run, monkeypatch):
+    fake_steps(2, monkeypatch)
+    fake_gpu_memory(monkeypatch, 12)
+    with pytest.raises(UserError, match="(?s)out of GPU memory.*--batch_size=4"):
+        run(batch_size=8)
 
 
 def test_only_rank_0_writes_the_file(tmp_path, monkeypatch):
