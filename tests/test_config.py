@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from gpt12.config_loader import load
 from gpt12.errors import UserError
 from gpt12.settings import BenchConfig, SampleConfig, TrainConfig
+from gpt12.start import read_request
 from tests.harmless import harmless
 
 REPOSITORY = Path(__file__).parents[1]
@@ -278,26 +279,23 @@ def saved_run(tmp_path):
     "asks", ["file", "--init_from=resume", "--init-from=resume", "--init_from='resume'"]
 )
 def test_a_run_is_resumed_wherever_init_from_was_set(asks, saved_run, write):
-    import train
-
     argv = [write("init_from = 'resume'")] if asks == "file" else [asks]
-    made, given, resumed = train.load_config([*argv, f"--out_dir={saved_run}", "--max_iters=7"])
-    assert resumed
+    request = read_request([*argv, f"--out_dir={saved_run}", "--max_iters=7"])
+    assert request.resumed
+    made = request.config
     assert (made.n_layer, made.max_iters, made.init_from) == (3, 7, "scratch")
-    assert "max_iters" in given
+    assert "max_iters" in request.given
 
 
 @pytest.mark.parametrize("asks", ["file", "--init_from=resume"])
 def test_contradictions_are_checked_with_the_saved_values(asks, saved_run, write):
     """Dropout of adapters contradicts the default rank, which is 0, but not the saved one."""
-    import train
-
     file = Path(saved_run, "run.json")
     saved = json.loads(file.read_text())
     saved["config"] |= {"lora_rank": 8}
     file.write_text(json.dumps(saved))
     argv = [write("init_from = 'resume'")] if asks == "file" else [asks]
-    made, _, _ = train.load_config([*argv, f"--out_dir={saved_run}", "--lora_dropout=0.1"])
+    made = read_request([*argv, f"--out_dir={saved_run}", "--lora_dropout=0.1"]).config
     assert (made.lora_rank, made.lora_dropout) == (8, 0.1)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpt12.loss import cross_entropy_chunk
+from gpt12.loss import cross_entropy_chunk, linear_cross_entropy
 from gpt12.targets import IGNORE_INDEX
 from model import GPT, GPTConfig
 from tests.models import SHAPE, random_batch, relative, small_model
@@ -145,3 +145,26 @@ def test_lower_precision_stays_near_fp32(monkeypatch):
         rounded = torch.autograd.grad(model(*batch)[1], list(model.parameters()))
     for (name, _), a, b in zip(model.named_parameters(), rounded, exact, strict=True):
         assert ((a - b).norm() / b.norm()).item() < 0.03, name
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu, id="cuda")])
+@pytest.mark.parametrize("divisor", [12_288, 491_520])
+def test_the_gradients_below_the_head_are_scaled_in_float32(device, divisor):
+    """In bf16, 1/divisor would be rounded: every gradient would be 0.2% or 0.3% too large.
+
+    The gradients' own rounding averages out over many numbers; a wrong factor does not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 64, 32, generator=generator).to(device)
+    weight = torch.randn(256, 32, generator=generator).to(device)
+    targets = torch.randint(0, 256, (8, 64), generator=generator).to(device)
+    exact = x.bfloat16().double().requires_grad_()  # a GPU's float32 products may cut digits off
+    rounded = x.bfloat16().requires_grad_()
+    weight = weight.bfloat16().float()
+    for inputs in (exact, rounded):
+        scale = torch.tensor(float(divisor), device=device)
+        linear_cross_entropy(inputs, weight, targets, 256, divisor=scale).backward()
+    ours = rounded.grad.double()
+    theirs = exact.grad
+    factor = (ours * theirs).sum() / (theirs * theirs).sum()
+    assert abs(factor.item() - 1) < 3e-4

@@ -159,14 +159,20 @@ def test_a_run_that_gets_sigterm_saves_and_ends_with_143(dataset, tmp_path):
     assert resume(tmp_path, f"--max_iters={step + 2}") == 0
 
 
-# train.py whose every step first waits for a byte of a pipe, or for the pipe's end.
+# train.py in a terminal, whose every step first waits for a byte of a pipe, or for the pipe's end.
 GATED = """
+import fcntl
 import os
+import signal
 import sys
+import termios
 
 import train
 from gpt12.errors import run_main
 
+if sys.argv.pop(1) == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # closing the window sends SIGHUP here
 gate = int(sys.argv.pop(1))
 make_step = train.TrainStep.__call__
 
@@ -186,27 +192,21 @@ def test_a_run_whose_terminal_is_closed_saves_and_ends_but_goes_on_under_nohup(
     dataset, tmp_path, nohup
 ):
     """The window is closed before the first step, which the gate holds back until then."""
-    fcntl = pytest.importorskip("fcntl")
-    termios = pytest.importorskip("termios")
+    pytest.importorskip("termios")
     window, theirs = os.openpty()
     gate, opened = os.pipe()
 
-    def open_in_window():
-        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
-        if nohup:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
     options = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=3"]
-    argv = [sys.executable, "-c", GATED, str(gate), *options]
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    argv = [sys.executable, "-c", GATED, "nohup" if nohup else "plain", str(gate), *options]
     with subprocess.Popen(
         argv,
         cwd=ROOT,
         env=environment(),
         pass_fds=[gate],
         start_new_session=True,
-        preexec_fn=open_in_window,  # noqa: PLW1509 (it calls nothing of ours)
-        **streams,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
     ) as process:
         os.close(theirs)
         os.close(gate)
