@@ -37,12 +37,13 @@ from gpt12 import bench_report
 from gpt12.bench_picture import draw
 from gpt12.bench_request import BenchRequest, read_request, say_if_small, with_model_shape
 from gpt12.device import Machine
-from gpt12.distributed import process_group
+from gpt12.distributed import process_group, torchrun_ranks
 from gpt12.errors import run_main
 from gpt12.gpu_state import imitate_card
 from gpt12.ladder import climb_ladder
 from gpt12.measure import machine_for_training, measure_step
 from gpt12.measure_decoding import BATCH_SIZES, DecodingResult, measure_decoding
+from gpt12.memory import out_of_memory_advice, ran_out_of_memory
 from gpt12.plan import make_plan
 from gpt12.profile_step import profile_step
 from gpt12.settings import BenchConfig
@@ -72,7 +73,6 @@ def measure(request: BenchRequest) -> None:
     steps = results.get("ladder") or results.get("sweep", [])
     draw(steps, results.get("sample", []), config, machine.name)
     finish(config, machine.name, results)
-    bench_report.say_what_next(request.measurements, results.get("find_batch"))
 
 
 def decide(request: BenchRequest, machine: Machine) -> BenchConfig:
@@ -87,8 +87,6 @@ def decide(request: BenchRequest, machine: Machine) -> BenchConfig:
     )
     if config.compare != "none":
         config = match_settings(config, request)
-    if config.sweep is not None:
-        swept_configs(config, request, on_cpu)  # a mistake in it is found before anything is timed
     return config
 
 
@@ -103,7 +101,8 @@ def measure_in_order(
         bench_report.show_found_batch(found)
         results["find_batch"] = found
         # What is measured after this uses the fastest.
-        config = replace(config, batch_size=found.batch_size, recompute=found.recompute)
+        best = found.best
+        config = replace(config, batch_size=best.batch_size, recompute=best.recompute)
     if "step" in asked:
         say("measuring a training step ...")
         results["step"] = measure_step(config)
@@ -133,7 +132,7 @@ def measure_generation(config: BenchConfig, machine: Machine) -> list[DecodingRe
         theirs = TheirGeneration(config, machine)
     rows = []
     for batch in BATCH_SIZES:
-        say(f"measuring the generation of {batch} texts at once ...")
+        say(f"measuring generation, batch {batch} ...")
         rows.append(measure_decoding(config, machine, batch))
         if theirs is not None:
             rows += theirs.measure(batch)
@@ -141,10 +140,16 @@ def measure_generation(config: BenchConfig, machine: Machine) -> list[DecodingRe
 
 
 def finish(config: BenchConfig, device: str, results: dict[str, Any]) -> None:
-    """Print the results as JSON if asked for, else write them to bench.json."""
+    """Print the results as JSON if asked for, else write them to bench.json.
+
+    A report is always written, because it is there to be published. Only rank 0 does this.
+    """
+    if torchrun_ranks().rank != 0:
+        return
     content = bench_report.describe(config, device, results)
     if config.report or not config.json:
         bench_report.save_json(content)
+    bench_report.say_what_next(results)
     if config.json:
         bench_report.print_json(content)
 
@@ -153,11 +158,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read what was asked for, then predict or measure."""
     request = read_request(sys.argv[1:] if argv is None else argv)
     config = request.asked
+    if config.sweep is not None:
+        swept_configs(config, request)  # finds mistakes in it before anything is timed
     if config.plan:
         plan(request)
         return
-    with process_group(config.device, config.backend):
-        measure(request)
+    try:
+        with process_group(config.device, config.backend):
+            measure(request)
+    except RuntimeError as error:
+        if ran_out_of_memory(error):
+            raise out_of_memory_advice(config) from None
+        raise
 
 
 if __name__ == "__main__":

@@ -42,8 +42,12 @@ def draw(
     panels = choose_panels(steps, texts)
     if not panels:
         return
-    _draw_panels(panels, picture_title(steps, config, device))
-    say(f"wrote {PICTURE}")
+    try:
+        _draw_panels(panels, picture_title(steps, config, device))
+    except OSError as error:
+        say(f"could not write {PICTURE}: {error.strerror or error}")
+    else:
+        say(f"wrote {PICTURE}")
 
 
 def picture_title(

@@ -9,11 +9,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from gpt12.errors import UserError
+from gpt12.files import write_atomically
 from gpt12.measure import Measurement, OutOfMemory, StepResult
 from gpt12.measure_decoding import DecodingResult
 from gpt12.plan import Plan, Prediction
 from gpt12.profile_step import TRACE, Profile
-from gpt12.run_folder import describe_run, write_json
+from gpt12.run_folder import describe_run
 from gpt12.settings import BenchConfig
 from gpt12.sweep import NOTHING_FITS, FoundBatch
 from gpt12.terminal import Table, say
@@ -73,7 +75,8 @@ def _step_lines(step: StepResult) -> list[tuple[str, str]]:
         lines.append(("predicted", f"{step.predicted_gib:.2f} GiB in tensors"))
     if step.driver:
         lines.append(("driver", _driver_line(step.driver)))
-    lines.append(("warm-up", f"{step.warmup_s:.1f} s, compilation included"))
+    compilation = ", compilation included" if step.compile else ""
+    lines.append(("warm-up", f"{step.warmup_s:.1f} s{compilation}"))
     return lines
 
 
@@ -112,8 +115,9 @@ def show_steps(rows: Sequence[Measurement | OutOfMemory]) -> None:
 def show_found_batch(found: FoundBatch) -> None:
     """Print the micro-batches that were measured, and the fastest."""
     show_steps(found.rows)
-    keys = f"--batch_size={found.batch_size} --recompute={found.recompute}"
-    say(f"fastest: {keys}, {found.best.tokens_per_s:,.0f} tokens/s")
+    best = found.best
+    keys = f"--batch_size={best.batch_size} --recompute={best.recompute}"
+    say(f"fastest: {keys}, {best.tokens_per_s:,.0f} tokens/s")
 
 
 def show_comparison(comparison: Comparison) -> None:
@@ -223,7 +227,9 @@ def describe(config: BenchConfig, device: str, results: dict[str, Any]) -> dict[
     facts: dict[str, Any] = {"device": device}
     for name, result in results.items():
         if name == "step":
-            facts.update(asdict(result))
+            step = asdict(result)
+            del step["label"]
+            facts.update(step)
         elif isinstance(result, list):
             facts[name] = [asdict(row) for row in result]
         elif isinstance(result, Plan):
@@ -250,20 +256,28 @@ def print_json(content: dict[str, Any]) -> None:
 
 
 def save_json(content: dict[str, Any]) -> None:
-    """Write the results to bench.json."""
-    write_json(JSON_FILE, content)
+    """Write the results to bench.json. Raises UserError if that is not possible."""
+    text = json.dumps(content, indent=2) + "\n"
+    try:
+        write_atomically(JSON_FILE, text.encode())
+    except OSError as error:
+        raise UserError(
+            f"{JSON_FILE} cannot be written here: {error.strerror or error}. Go to another folder, "
+            "or print the figures with --json"
+        ) from None
     say(f"wrote {JSON_FILE}: all figures, with versions and settings (--json prints them instead)")
 
 
-def say_what_next(measurements: set[str], found: FoundBatch | None) -> None:
-    """Print which command may follow."""
-    if found is not None:
-        keys = f"--batch_size={found.batch_size} --recompute={found.recompute}"
+def say_what_next(results: dict[str, Any]) -> None:
+    """Print which command may follow. results: by the name of the measurement."""
+    if "find_batch" in results:
+        best = results["find_batch"].best
+        keys = f"--batch_size={best.batch_size} --recompute={best.recompute}"
         say(f"next: train with it: python train.py config/... {keys}")
-    elif measurements == {"step"}:
+    elif set(results) == {"step"}:
         say(
-            "next: python bench.py --ladder (what each technique gains), --find_batch (the fastest "
-            "micro-batch), --help (all measurements)"
+            "next: --ladder shows what each technique gains, --find_batch finds the fastest "
+            "micro-batch, --help lists more"
         )
-    if {"step", "ladder", "sample"} <= measurements:
+    if {"step", "ladder", "sample"} <= set(results):
         say("next: publish bench.json and bench.png; the README says where")

@@ -29,6 +29,7 @@ from gpt12.distributed import rank_0_first
 from gpt12.gpu_state import ask_driver, read_gpu_state
 from gpt12.loader import Loader
 from gpt12.memory import choose_recompute, ran_out_of_memory
+from gpt12.option_types import Recompute
 from gpt12.plan import card_of_machine, model_shape, predict
 from gpt12.settings import BenchConfig
 from gpt12.start import prepare_model
@@ -72,7 +73,7 @@ class StepResult(Measurement):
     flops_per_token: int
     dtype: str
     compile: bool
-    recompute: str
+    recompute: Recompute
     attention: str
     cuda_graph: bool
     loss: float  # of the last step
@@ -330,6 +331,8 @@ def measure_step(config: BenchConfig, tf32: bool = True) -> StepResult:
             ranks = gather_ranks(timed, machine.world)
             timed = combine_ranks(timed, ranks)
         shape = runner.model.config
+        recompute = runner.config.recompute
+        assert recompute != "auto"
         result = StepResult(
             **vars(timed),
             batch_size=int(config.batch_size),
@@ -340,7 +343,7 @@ def measure_step(config: BenchConfig, tf32: bool = True) -> StepResult:
             flops_per_token=flops_per_token(shape),
             dtype=runner.config.dtype,
             compile=machine.compiled,
-            recompute=runner.config.recompute,
+            recompute=recompute,
             attention=config.attention,
             cuda_graph=step.graph is not None,
             loss=step.loss.item(),

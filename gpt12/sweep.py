@@ -90,9 +90,7 @@ class FoundBatch:
 
     room_gib: float | None  # memory that a step may take, None on a CPU
     rows: list[Row]
-    best: StepResult
-    batch_size: int  # the fastest
-    recompute: Recompute
+    best: StepResult  # the fastest
 
 
 def find_batch(config: BenchConfig, machine: Machine) -> FoundBatch:
@@ -102,22 +100,17 @@ def find_batch(config: BenchConfig, machine: Machine) -> FoundBatch:
     """
     room_gib = _room_gib(config, machine)
     rows: list[Row] = []
-    fitting: list[tuple[StepResult, BenchConfig]] = []
     for trial in _trials(config, room_gib):
         label = f"--batch_size={trial.batch_size} --recompute={trial.recompute}"
-        row = try_to_measure(label, trial, measure_step)
-        rows.append(row)
-        if not isinstance(row, OutOfMemory):
-            fitting.append((row, trial))
+        rows.append(try_to_measure(label, trial, measure_step))
+    fitting = [row for row in rows if isinstance(row, StepResult)]
     if not fitting:
         raise UserError(NOTHING_FITS)
-    best, trial = max(fitting, key=_speed)
-    assert trial.recompute != "auto"
-    return FoundBatch(room_gib, rows, best, int(trial.batch_size), trial.recompute)
+    return FoundBatch(room_gib, rows, best=max(fitting, key=_tokens_per_s))
 
 
-def _speed(measured: tuple[StepResult, BenchConfig]) -> float:
-    return measured[0].tokens_per_s
+def _tokens_per_s(row: StepResult) -> float:
+    return row.tokens_per_s
 
 
 def _room_gib(config: BenchConfig, machine: Machine) -> float | None:

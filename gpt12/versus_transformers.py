@@ -120,10 +120,10 @@ def compare_training(config: BenchConfig, machine: Machine) -> Comparison:
     for _ in range(ROUNDS):
         for name, measure in sides.items():
             rows.append(try_to_measure(name, config, measure))
-    return Comparison(rows, _ratios(rows))
+    return Comparison(rows, speed_ratios(rows))
 
 
-def _ratios(rows: list[Measurement | OutOfMemory]) -> dict[str, float]:
+def speed_ratios(rows: list[Measurement | OutOfMemory]) -> dict[str, float]:
     """Return how many times as fast gpt12 is as each other program that fitted into memory."""
     speeds: dict[str, list[float]] = {}
     for row in rows:
