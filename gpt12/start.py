@@ -164,8 +164,8 @@ def _decide_memory_again(base: dict[str, Any], saved: dict[str, Any], given: set
     if not changed:
         return []
     return [
-        f"this run began on {old[0]} and goes on on {new[0]}: {' and '.join(changed)} are chosen "
-        "again. Losses may differ in the last digits"
+        f"this run began on {old[0]} and continues on {new[0]}, so {' and '.join(changed)} "
+        f"{'is' if len(changed) == 1 else 'are'} chosen again. Losses may differ in the last digits"
     ]
 
 
