@@ -18,7 +18,7 @@ def random_transformers_model() -> GPT2LMHeadModel:
     """A random GPT-2 in which every tensor matters: no bias is 0 and no norm is 1."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
-        GPT2Config(n_positions=32, bos_token_id=0, eos_token_id=0, **SHAPE)
+        GPT2Config(n_positions=32, bos_token_id=0, eos_token_id=0, **SHAPE)  # type: ignore[arg-type]
     ).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)

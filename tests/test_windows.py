@@ -1,4 +1,4 @@
-"""The order of training windows and the cover of evaluation windows, against counting them one by one."""
+"""The order of training windows and the cover of evaluation windows, counted one by one."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ def split(folder, size, shard=100, mask=None):
     for i, start in enumerate(range(0, size, shard)):
         write_shard(folder / f"train_{i:06d}.bin", ids[start : start + shard])
         if mask is not None:
-            write_shard(folder / f"train_mask_{i:06d}.bin", np.array(mask[start : start + shard], UINT8))
+            part = np.array(mask[start : start + shard], UINT8)
+            write_shard(folder / f"train_mask_{i:06d}.bin", part)
     return Tokens.open(folder, "train")
 
 
@@ -35,7 +36,10 @@ def test_permute_of_more_indices_than_fit_in_memory():
 
 
 def test_permute_looks_random():
-    """Over many keys each index goes to each place about equally often, neighbours too (chi-square, 99 degrees)."""
+    """Over many keys each index goes to each place about equally often, and so do neighbours.
+
+    Both are chi-square tests, with 81 and 8 degrees of freedom and limits far in the tail.
+    """
     images = np.array([permute(np.arange(10), 10, key) for key in range(5000)])
     counts = np.array([np.bincount(column, minlength=10) for column in images.T])
     assert ((counts - 500) ** 2 / 500).sum() < 150
@@ -44,7 +48,8 @@ def test_permute_looks_random():
 
 
 @pytest.mark.parametrize(
-    "size, block", [(9, 8), (16, 8), (17, 8), (23, 8), (24, 8), (25, 8), (1000, 8), (1003, 8), (640, 1)]
+    "size, block",
+    [(9, 8), (16, 8), (17, 8), (23, 8), (24, 8), (25, 8), (1000, 8), (1003, 8), (640, 1)],
 )
 def test_an_epoch_draws_every_window_once(tmp_path, size, block):
     windows = TrainWindows(split(tmp_path, size), block, seed=1)
@@ -69,14 +74,21 @@ def test_an_epoch_draws_every_window_once(tmp_path, size, block):
 
 def test_a_seed_repeats_its_order_and_another_seed_has_another(tmp_path):
     tokens = split(tmp_path, 1000)
-    one, again, other = (TrainWindows(tokens, 8, seed).starts(np.arange(50)).tolist() for seed in (1, 1, 2))
+
+    def starts(seed):
+        return TrainWindows(tokens, 8, seed).starts(np.arange(50)).tolist()
+
+    one = starts(seed=1)
+    again = starts(seed=1)
+    other = starts(seed=2)
     assert one == again != other
 
 
 def test_a_position_means_the_same_window_at_every_batch_size(tmp_path):
     windows = TrainWindows(split(tmp_path, 200), 8, seed=3)
     one_by_one = np.concatenate([windows.batch(i, 1)[0] for i in range(120)])
-    assert windows.per_epoch == 24  # so that most batches below span two epochs, and the largest six
+    # Most batches below span two epochs, and the largest one spans six.
+    assert windows.per_epoch == 24
     for size in (2, 5, 7, 40, 120):
         batches = np.concatenate([windows.batch(i, size)[0] for i in range(0, 120, size)])[:120]
         np.testing.assert_array_equal(batches, one_by_one)
@@ -98,7 +110,9 @@ def test_rows_of_instruction_data_are_drawn_whole(tmp_path):
 @pytest.mark.parametrize("size", [2, 3, 8, 9, 10, 16, 17, 100, 101])
 def test_evaluation_covers_every_target_once(tmp_path, size):
     windows = EvalWindows(split(tmp_path, size), 8)
-    assert windows.choose(0).tolist() == windows.choose(windows.count).tolist() == list(range(windows.count))
+    everything = list(range(windows.count))
+    assert windows.choose(0).tolist() == everything
+    assert windows.choose(windows.count).tolist() == everything
     for order in (np.arange(windows.count), np.arange(windows.count)[::-1]):
         x, y = windows.batch(order)
         assert x.shape == y.shape == (windows.count, 8)
@@ -135,7 +149,7 @@ def test_too_little_text_names_the_largest_block_size_that_fits(tmp_path):
 
 
 def test_the_order_for_a_seed_never_changes(tmp_path):
-    """A run that is resumed by a later version draws the same windows: these numbers are a contract."""
+    """A later version that resumes a run has to draw the same windows as this one."""
     windows = TrainWindows(split(tmp_path, 1000), 8, seed=1337)
     assert windows.starts(np.arange(6)).tolist() == [754, 10, 394, 522, 338, 946]
     assert windows.starts(np.array([123, 124, 5000, 10**12])).tolist() == [762, 910, 367, 39]
