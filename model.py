@@ -298,7 +298,9 @@ class Matrix(NamedTuple):
     name: str  # where it is inside a block
     outputs: int
     inputs: int
-    stacked: int = 1  # independent matrices of equal size, stacked along the outputs
+    # How many independent matrices of equal size are stacked along the outputs. Muon orthogonalizes
+    # each of them separately.
+    stacked: int = 1
 
 
 def layer_matrices(config: GPTConfig) -> list[Matrix]:

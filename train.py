@@ -242,10 +242,10 @@ class TrainStep:
             self.graph.replay()
         elif self.use_graph and self.calls >= self.warmup_calls and target_counts is None:
             self.clear_gradients()
-            self.graph = record(self.run)
+            self.graph = record(self.compute)
             self.graph.replay()
         else:
-            self.run(target_counts)
+            self.compute(target_counts)
 
     def set_divisor(self, target_counts: list[int] | None) -> None:
         """Set what each loss is divided by: the number of targets of the whole step.
@@ -262,12 +262,19 @@ class TrainStep:
             dist.all_reduce(self.divisor)
         self.divisor.clamp_(min=1 / world)  # a step without any target must not divide by 0
 
-    def run(self, target_counts: list[int] | None = None) -> None:
+    def compute(self, target_counts: list[int] | None = None) -> None:
         """Compute the gradients of all micro-batches, then update the weights."""
+        self.accumulate_gradients(target_counts)
+        self.update_weights()
+
+    def accumulate_gradients(self, target_counts: list[int] | None) -> None:
+        """Compute the loss and the gradients of the step, one micro-batch after another.
+
+        Gradient accumulation: backward() adds to the gradients, so several micro-batches act as
+        one large batch.
+        """
         self.clear_gradients()
         self.loss.zero_()
-        # Gradient accumulation: backward() adds to the gradients, so several micro-batches act as
-        # one large batch.
         for m in range(self.micro_steps):
             count = None if target_counts is None else target_counts[m]
             if count == 0 and self.machine.world == 1:
@@ -282,7 +289,6 @@ class TrainStep:
             # All ranks see the same loss, so that they all skip an update or none does.
             dist.all_reduce(self.loss)
             self.loss /= self.machine.world
-        self.update_weights()
 
     @torch.no_grad()
     def update_weights(self) -> None:
@@ -297,6 +303,7 @@ class TrainStep:
         if self.scaler.is_enabled():
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
+            # scaler.step() is not needed: `skip` does its work without waiting for the device.
         self.grad_norm.copy_(nn.utils.get_total_norm(gradients))
         # 1.0 if the update must be skipped, else 0.0. As a tensor, nothing waits for its value.
         skip = 1 - torch.isfinite(self.grad_norm + self.loss).float()
@@ -417,12 +424,11 @@ class Trainer:
         with self.stop.handling():
             while True:
                 if self.evaluation_is_due():
-                    self.evaluate()
-                    if self.patience_is_over():
-                        break
-                    # A signal has cut this evaluation short.
-                    if self.stop.number and progress.evaluated_step != progress.step:
+                    finished = self.evaluate()
+                    if not finished:  # a signal has cut it short
                         status = 128 + self.stop.number
+                        break
+                    if self.patience_is_over():
                         break
                 if progress.step >= config.max_iters:
                     break
@@ -474,18 +480,19 @@ class Trainer:
         due = step % self.config.eval_interval == 0 or step >= self.config.max_iters
         return due and self.progress.evaluated_step != step
 
-    def evaluate(self) -> None:
+    def evaluate(self) -> bool:
         """Evaluate both splits, show a sample, and save the model if it is the best so far.
 
-        A signal ends the evaluation early, as if it had not begun. With several ranks it does not:
-        a rank cannot tell the others without waiting for them at every batch.
+        Returns False if a signal cut it short; it is then as if it had not begun. With several
+        ranks a signal does not: a rank cannot tell the others without waiting for them at every
+        batch.
         """
         progress = self.progress
         with self.clock_stopped():
             train_loss = self.split_loss(self.run.train_eval_windows)
             val_loss = self.split_loss(self.run.val_windows)
             if self.evaluation_is_cut_short():
-                return
+                return False
             progress.evaluated_step = progress.step
             better = self.is_better(val_loss)
             previous_best = (progress.best_val_loss, progress.best_step)
@@ -504,6 +511,7 @@ class Trainer:
             if progress.step > 0 and self.config.always_save_checkpoint:
                 self.save("last")
             self.log.draw()
+        return True
 
     def split_loss(self, windows: EvalWindows) -> float:
         """Return the mean loss over the run's fixed windows of a split."""

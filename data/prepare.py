@@ -61,26 +61,26 @@ def prepare_texts(
     locked = f"Another process is preparing the data in {folder}. Wait until it has ended."
     with lock_folder(folder, if_locked=locked):
         made_by = _made_by(documents, tokenizer, val_fraction)
-        done = PreparationProgress(made_by)
+        so_far = PreparationProgress(made_by)
         if documents.kind == "text":
-            done = PreparationProgress.load(folder, made_by)
+            so_far = PreparationProgress.load(folder, made_by)
         with tqdm(
             desc=name,
             total=max_tokens or expected_tokens,
-            initial=done.train + done.val,
+            initial=so_far.train + so_far.val,
             unit=" tokens",
             unit_scale=True,
             disable=None if progress else True,
         ) as bar:
-            encoded = _encode_documents(documents, tokenizer, done, bar, source_bytes, max_tokens)
+            encoded = _encode_documents(documents, tokenizer, so_far, bar, source_bytes, max_tokens)
             if documents.kind == "text":
-                _write_texts(encoded, split, done, folder, tokenizer.dtype)
+                _write_texts(encoded, split, so_far, folder, tokenizer.dtype)
             else:
-                cut = _write_rows(encoded, split, done, folder, tokenizer, block_size)
+                cut = _write_rows(encoded, split, so_far, folder, tokenizer, block_size)
                 meta |= {"kind": documents.kind, "row": block_size, "cut": cut}
-        if min(done.train, done.val) < 2:
-            raise UserError(_too_short(name, done, meta))
-        meta |= {"documents": done.documents, "source_sha256": done.source_sha256}
+        if min(so_far.train, so_far.val) < 2:
+            raise UserError(_too_short(name, so_far, meta))
+        meta |= {"documents": so_far.documents, "source_sha256": so_far.source_sha256}
         write_atomically(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
         (folder / "progress.json").unlink(missing_ok=True)
 
@@ -110,14 +110,14 @@ def _made_by(documents: Documents, tokenizer: Tokenizer, val_fraction: float) ->
     ]
 
 
-def _too_short(name: str, done: PreparationProgress, meta: dict[str, Any]) -> str:
-    tokens = done.train + done.val
+def _too_short(name: str, so_far: PreparationProgress, meta: dict[str, Any]) -> str:
+    tokens = so_far.train + so_far.val
     message = f"{name} is too short to train on and to validate: it has {tokens} tokens."
     if meta.get("cut"):
         message += (
-            f" {meta['cut']} of {done.documents} examples were longer than a row of {meta['row']} "
-            "tokens, and left out if nothing of the answer remained. Shorten them, or pass a "
-            "larger --block_size=."
+            f" {meta['cut']} of {so_far.documents} examples were longer than a row of "
+            f"{meta['row']} tokens, and left out if nothing of the answer remained. Shorten them, "
+            "or pass a larger --block_size=."
         )
     return message
 
@@ -188,9 +188,9 @@ class PreparationProgress:
         """Return where an interrupted preparation of the same texts was, else the beginning."""
         with contextlib.suppress(OSError, ValueError, TypeError):
             content = json.loads((folder / "progress.json").read_bytes())
-            progress = cls(**content)
-            if progress.made_by == made_by:
-                return progress
+            so_far = cls(**content)
+            if so_far.made_by == made_by:
+                return so_far
         return cls(made_by)
 
     def save(self, folder: Path) -> None:
@@ -221,27 +221,27 @@ class EncodedPiece(NamedTuple):
 def _encode_documents(
     documents: Documents,
     tokenizer: Tokenizer,
-    done: PreparationProgress,
+    so_far: PreparationProgress,
     bar: tqdm,
     source_bytes: int,
     max_tokens: int | None,
 ) -> Iterator[EncodedPiece]:
-    """Yield everything after `done` in order, and keep `done` and the progress bar up to date.
+    """Yield everything after `so_far` in order, and keep it and the bar up to date.
 
     source_bytes: the size of the files, from which the bar's end is estimated; 0 if unknown.
     """
-    rest = itertools.islice(documents.skip(done.documents), done.pieces, None)
-    tokens = done.train + done.val
+    rest = itertools.islice(documents.skip(so_far.documents), so_far.pieces, None)
+    tokens = so_far.train + so_far.val
     estimate_total = bar.total is None and source_bytes > 0
     for piece, ids in encode_pieces(rest, tokenizer, _end_ids(documents, tokenizer)):
-        begins_document = done.pieces == 0
+        begins_document = so_far.pieces == 0
         if max_tokens is not None and tokens >= max_tokens and begins_document:
             return
-        document = done.documents
-        done.add(piece)
+        document = so_far.documents
+        so_far.add(piece)
         tokens += len(ids)
-        if estimate_total and done.size > 0:
-            bar.total = tokens * source_bytes // done.size
+        if estimate_total and so_far.size > 0:
+            bar.total = tokens * source_bytes // so_far.size
         bar.update(len(ids))
         yield EncodedPiece(document, piece, ids)
 
@@ -261,48 +261,48 @@ def _end_ids(documents: Documents, tokenizer: Tokenizer) -> list[int]:
 def _write_texts(
     encoded: Iterator[EncodedPiece],
     split: ValidationSplit,
-    done: PreparationProgress,
+    so_far: PreparationProgress,
     folder: Path,
     dtype: np.dtype,
 ) -> None:
     """Write texts as shards, and save the progress now and then."""
-    train = ShardWriter(folder, "train", dtype, start=done.train)
-    val = ShardWriter(folder, "val", dtype, start=done.val)
-    saved = done.train + done.val
+    train = ShardWriter(folder, "train", dtype, start=so_far.train)
+    val = ShardWriter(folder, "val", dtype, start=so_far.val)
+    saved = so_far.train + so_far.val
     for document, _, ids in encoded:
         writer = val if document in split else train
         writer.add(ids)
-        done.train = train.count
-        done.val = val.count
-        if done.train + done.val - saved >= SAVE_TOKENS:
+        so_far.train = train.count
+        so_far.val = val.count
+        if so_far.train + so_far.val - saved >= SAVE_TOKENS:
             train.flush()
             val.flush()
-            done.save(folder)
-            saved = done.train + done.val
+            so_far.save(folder)
+            saved = so_far.train + so_far.val
     train.close()
-    if done.val == 0 and done.train >= 2:
-        _move_end_to_val(val, split.fraction, done, folder, dtype)
+    if so_far.val == 0 and so_far.train >= 2:
+        _move_end_to_val(val, split.fraction, so_far, folder, dtype)
     val.close()
 
 
 def _move_end_to_val(
-    val: ShardWriter, fraction: float, done: PreparationProgress, folder: Path, dtype: np.dtype
+    val: ShardWriter, fraction: float, so_far: PreparationProgress, folder: Path, dtype: np.dtype
 ) -> None:
     """Move the last tokens from train to val, at least two.
 
     If this is killed before the progress is saved, train still holds all tokens. If it is killed
     afterwards, both hold the end, and the ShardWriter that starts at `keep` removes it from train.
     """
-    keep = min(int(done.train * (1 - fraction)), done.train - 2)
+    keep = min(int(so_far.train * (1 - fraction)), so_far.train - 2)
     tokens = Tokens.open(folder, "train")
     for start in range(keep, len(tokens), CHUNK_TOKENS):
         length = min(CHUNK_TOKENS, len(tokens) - start)
         val.add(tokens.gather(np.array([start]), length)[0])
     tokens.close()
     val.flush()
-    done.train = keep
-    done.val = val.count
-    done.save(folder)
+    so_far.train = keep
+    so_far.val = val.count
+    so_far.save(folder)
     train = ShardWriter(folder, "train", dtype, start=keep)
     train.close()
 
@@ -310,7 +310,7 @@ def _move_end_to_val(
 def _write_rows(
     encoded: Iterator[EncodedPiece],
     split: ValidationSplit,
-    done: PreparationProgress,
+    so_far: PreparationProgress,
     folder: Path,
     tokenizer: Tokenizer,
     block_size: int,
@@ -331,6 +331,6 @@ def _write_rows(
             mask_of_example = []
     train.close()
     val.close()
-    done.train = train.tokens.count
-    done.val = val.tokens.count
+    so_far.train = train.tokens.count
+    so_far.val = val.tokens.count
     return train.cut + val.cut

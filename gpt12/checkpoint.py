@@ -3,8 +3,8 @@
 What a run writes (gpt12/saver.py decides what and when):
 
     best/   at an evaluation with a new lowest validation loss (never at step 0)
-    last/   when the save timer says so, at every evaluation if always_save_checkpoint, at the end,
-            and on Ctrl-C
+    last/   when the save timer says so, at every evaluation after step 0 if
+            always_save_checkpoint, at the end, and on Ctrl-C
 
     both    config.json, generation_config.json, model.safetensors, the tokenizer's files:
             a Hugging Face GPT-2 folder; and trainer.json: the run's progress and the SHA-256 of

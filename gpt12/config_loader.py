@@ -3,7 +3,12 @@
 A config file is Python and is executed, as in nanoGPT: it may read the present values, import
 modules, define helpers and compute. Read a stranger's before you use it.
 
-The way of a value: load() -> read() -> apply_file() or apply_flag() -> set_key() -> convert().
+A resumed run has its saved values between the defaults and the files.
+
+The way of a value: load() -> read() -> apply_saved_values(), apply_file(), apply_flag()
+-> set_key() -> convert() (gpt12/option_types.py checks the type).
+Then finish() -> contradictions() and derive() (gpt12/settings.py: keys that depend on each other).
+All mistakes are collected and raised together.
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ def read(
 ) -> Reading[Schema]:
     """Read as load() does, but refuse nothing yet.
 
-    For callers that decide by a value whether to check: config.init_from, wherever it was set.
+    For bench.py, which needs to know where each key was set (`Reading.sources`).
     """
     if "-h" in argv or "--help" in argv:
         print(build_help_page(schema))

@@ -210,7 +210,7 @@ class DecodingState(NamedTuple):
     seen: Tensor | None  # (B, vocab_size) bool, the tokens of each text; None without a penalty
 
 
-def choose_token(
+def head_and_sample(
     hidden: Tensor, head: nn.Module, state: DecodingState, vocab_size: int, sampling: Sampling
 ) -> None:
     """Choose the next token of each text from its last hidden state (B, C), and store it."""
@@ -250,10 +250,10 @@ class Decoder:
             seen=seen,
         )
         self.compiled = compiled
-        self.choose_token = choose_token
+        self.head_and_sample = head_and_sample
         if compiled:
             compile_for_decoding(model)
-            self.choose_token = torch.compile(choose_token, **compile_options())
+            self.head_and_sample = torch.compile(head_and_sample, **compile_options())
             cache.take_slots = torch.compile(take_slots, **compile_options())
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -272,7 +272,7 @@ class Decoder:
         with self.without_compiled_code():
             hidden = self.model.transformer(idx, self.cache)  # (B, T, C)
             self.cache.length.copy_(lengths)
-            self.choose(hidden[torch.arange(len(prompts)), lengths - 1])
+            self.choose_next(hidden[torch.arange(len(prompts)), lengths - 1])
 
     def refill(self, b: int, tokens: list[int]) -> None:
         """Make the cache of text b hold exactly these tokens."""
@@ -285,28 +285,28 @@ class Decoder:
     def advance(self) -> None:
         """Append the newest token of each text to the cache and choose the next one."""
         if self.compiled:
-            self._advance()
+            self.replay_or_compute()
         else:
             with self.without_compiled_code():
-                self._advance()
+                self.replay_or_compute()
 
-    def _advance(self) -> None:
+    def replay_or_compute(self) -> None:
         if not self.state.token.is_cuda:
-            self.step()
+            self.compute_step()
             return
         if self.graph is None:
             self.graph = self.record_step()
         self.graph.replay()
 
-    def step(self) -> None:
+    def compute_step(self) -> None:
         """Compute one decoding step, without a CUDA graph."""
         hidden = self.model.transformer(self.state.token[:, None], self.cache)  # (B, 1, C)
-        self.choose(hidden[:, 0])
+        self.choose_next(hidden[:, 0])
 
-    def choose(self, hidden: Tensor) -> None:
+    def choose_next(self, hidden: Tensor) -> None:
         """Choose the next token of each text from hidden, (B, C)."""
         vocab_size = self.model.config.vocab_size
-        self.choose_token(hidden, self.model.lm_head, self.state, vocab_size, self.sampling)
+        self.head_and_sample(hidden, self.model.lm_head, self.state, vocab_size, self.sampling)
 
     def without_compiled_code(self) -> contextlib.AbstractContextManager[Any]:
         """Run compiled modules eagerly inside: prompts would compile them for each new length.
@@ -347,11 +347,11 @@ class Decoder:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
-                self.step()
+                self.compute_step()
                 for tensor, before in zip(state, saved, strict=True):
                     tensor.copy_(before)
         torch.cuda.current_stream().wait_stream(side)
-        return record(self.step)
+        return record(self.compute_step)
 
 
 # --------------------------------------------------------------------------------------------------

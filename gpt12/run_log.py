@@ -259,9 +259,9 @@ class RunLog:
     def say_hopeless(self) -> None:
         """Explain why training stops after too many updates that were not finite."""
         self.say(
-            f"stopping at step {self.progress.step}: the last {self.run.config.max_bad_steps} updates "
-            "had a loss or gradient that is not finite. The weights are as before the first of "
-            f"them. Training window {self.progress.position}; try a lower learning_rate or "
+            f"stopping at step {self.progress.step}: the last {self.run.config.max_bad_steps} "
+            "updates had a loss or gradient that is not finite. The weights are as before the first "
+            f"of them. Training window {self.progress.position}; try a lower learning_rate or "
             "--dtype=float32"
         )
 

@@ -107,8 +107,9 @@ class Saver:
 class SaveTimer:
     """Decides when last/ is due: save_interval_s seconds after the last save, or "auto".
 
-    "auto" saves as often as costs at most 1% of the time, but at least once a minute during the
-    first ten minutes of a run and every ten minutes later.
+    "auto" saves as often as costs 1% of the time: every 100 times the seconds that a save takes.
+    Whatever a save costs, the interval is never longer than a minute during the first ten minutes
+    of a run and ten minutes later, and never shorter than five seconds.
     """
 
     SHORTEST = 5.0

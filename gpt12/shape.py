@@ -8,8 +8,10 @@ from typing import TypeVar
 from gpt12.settings import TrainConfig
 from model import GPTConfig
 
-# Settings that describe the model and that a loaded model brings itself.
-SHAPE_KEYS = ("block_size", "n_layer", "n_head", "n_embd", "bias")
+# Settings that decide the weights' shapes. A loaded model brings its own, and a run keeps them.
+MODEL_KEYS = ("n_layer", "n_head", "n_embd", "bias")
+# The context belongs to the shape too, but may be made shorter.
+SHAPE_KEYS = ("block_size", *MODEL_KEYS)
 
 Config = TypeVar("Config", bound=TrainConfig)
 

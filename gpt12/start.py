@@ -18,7 +18,7 @@ from gpt12.errors import UserError
 from gpt12.int8 import quantize
 from gpt12.run_folder import REPOSITORY, read_run
 from gpt12.settings import TrainConfig
-from gpt12.shape import model_shape
+from gpt12.shape import MODEL_KEYS, model_shape
 from gpt12.weights import find_pretrained, from_pretrained
 from model import GPT, GPTConfig, flops_per_token
 
@@ -31,10 +31,7 @@ LONG_RUN_HOURS = 2
 # Keys that a resumed run cannot change, because its weights or its optimizer's state depend on
 # them.
 FIXED_ON_RESUME = (
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "bias",
+    *MODEL_KEYS,
     "lora_rank",
     "lora_alpha",
     "lora_targets",

@@ -119,7 +119,7 @@ def test_warming_up_before_recording_stays_inside_draws_and_context(monkeypatch,
     def advance(self):
         if not recorded:
             self.record_step()
-        self.step()
+        self.compute_step()
 
     monkeypatch.setattr(Decoder, "advance", advance)
     assert generate(model, [prompt], new, seeds=[3]) == plain

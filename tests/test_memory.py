@@ -227,7 +227,7 @@ def card(monkeypatch):
 def test_running_out_of_memory_names_the_options_that_help_best_first(
     dataset, tmp_path, monkeypatch, how
 ):
-    monkeypatch.setattr(TrainStep, "run", how)
+    monkeypatch.setattr(TrainStep, "compute", how)
     with pytest.raises(UserError) as error:
         run(dataset, tmp_path, "--max_iters=1", "--recompute=none")
     message = str(error.value)
@@ -260,7 +260,7 @@ def test_another_error_is_not_taken_for_too_little_memory(dataset, tmp_path, mon
     def fail(*args):
         raise RuntimeError("a bug about memory")
 
-    monkeypatch.setattr(TrainStep, "run", fail)
+    monkeypatch.setattr(TrainStep, "compute", fail)
     with pytest.raises(RuntimeError, match="a bug about memory"):
         run(dataset, tmp_path, "--max_iters=1")
 

@@ -420,7 +420,7 @@ def test_a_run_logs_and_saves_at_its_intervals_and_at_its_end(
 def test_too_many_bad_updates_stop_the_run_and_last_stays_finite(
     dataset, tmp_path, monkeypatch, capsys
 ):
-    original = train.TrainStep.run
+    original = train.TrainStep.compute
     count = itertools.count()
 
     def poisoned(self, target_counts=None):
@@ -428,7 +428,7 @@ def test_too_many_bad_updates_stop_the_run_and_last_stays_finite(
             break_gradients(self)
         original(self, target_counts)
 
-    monkeypatch.setattr(train.TrainStep, "run", poisoned)
+    monkeypatch.setattr(train.TrainStep, "compute", poisoned)
     options = ["--max_iters=30", "--max_bad_steps=3", "--eval_interval=100"]
     assert run(dataset, tmp_path, *options) == 1
     out = capsys.readouterr().out
