@@ -260,8 +260,8 @@ class RunLog:
         """Explain why training stops after too many updates that were not finite."""
         self.say(
             f"stopping at step {self.progress.step}: the last {self.run.config.max_bad_steps} "
-            "updates had a loss or gradient that is not finite. The weights are as before the first "
-            f"of them. Training window {self.progress.position}; try a lower learning_rate or "
+            "updates had a loss or gradient that is not finite. The weights are as before the "
+            f"first of them. Training window {self.progress.position}; try a lower learning_rate or "
             "--dtype=float32"
         )
 
