@@ -124,9 +124,14 @@ def test_each_rank_draws_its_own_dropout_numbers_and_none_twice(
 def torchrun(*argv: str) -> subprocess.Popen:
     """Start two ranks of a script, on a port that torchrun finds."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    env = environment(PYTHONPATH=str(ROOT))
-    return subprocess.Popen([*start, *argv], cwd=ROOT, env=env, **streams)
+    return subprocess.Popen(
+        [*start, *argv],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def torchrun_succeeds(*argv: str) -> str:

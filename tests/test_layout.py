@@ -51,7 +51,7 @@ def imported_modules(tree: ast.AST, into_functions: bool = True) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import"
+            assert node.module is not None and node.level == 0, "a relative import"
             found.add(node.module)
             found |= {f"{node.module}.{name.name}" for name in node.names}
     return found

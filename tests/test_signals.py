@@ -138,12 +138,13 @@ def test_a_signal_ends_a_long_evaluation_early(dataset, tmp_path, monkeypatch, s
 
 def start_endless_run(dataset, out_dir, **streams) -> subprocess.Popen:
     argv = command("train.py", *TINY, *ENDLESS, f"--dataset={dataset}", f"--out_dir={out_dir}")
-    options = {"cwd": ROOT, "text": True, "env": environment()} | streams
-    return subprocess.Popen(argv, **options)
+    streams.setdefault("env", environment())
+    return subprocess.Popen(argv, cwd=ROOT, text=True, **streams)
 
 
 def wait_for_line(process: subprocess.Popen, beginning: str) -> None:
     """Read what a process prints up to a line that begins so."""
+    assert process.stdout is not None
     assert any(line.startswith(beginning) for line in process.stdout), "it ended before"
 
 

@@ -301,8 +301,8 @@ def kill_loop(kills: int, seed: int, folder: Path, by_calls: bool) -> Tally:
 def start_train(*options: str) -> subprocess.Popen:
     """Start train.py as a user types it, with one line a logged step."""
     argv = [sys.executable, "train.py", *options]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(argv, cwd=ROOT, **streams)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(argv, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
 def kill_preset(folder: Path, chance: random.Random) -> int:
