@@ -136,27 +136,20 @@ def test_a_signal_ends_a_long_evaluation_early(dataset, tmp_path, monkeypatch, s
 # train.py as typed, in a process of its own
 
 
-def start_endless_run(dataset, out_dir, unbuffered: str = "") -> subprocess.Popen:
-    """Start train.py with pipes at its stdout and stderr. unbuffered: Python's PYTHONUNBUFFERED."""
+def start_endless_run(dataset, out_dir, **streams) -> subprocess.Popen:
     argv = command("train.py", *TINY, *ENDLESS, f"--dataset={dataset}", f"--out_dir={out_dir}")
-    return subprocess.Popen(
-        argv,
-        cwd=ROOT,
-        env=environment(PYTHONUNBUFFERED=unbuffered),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    streams.setdefault("env", environment())
+    return subprocess.Popen(argv, cwd=ROOT, text=True, **streams)
 
 
 def wait_for_line(process: subprocess.Popen, beginning: str) -> None:
     """Read what a process prints up to a line that begins so."""
-    lines = process.stdout or ()
-    assert any(line.startswith(beginning) for line in lines), "it ended before"
+    assert process.stdout is not None
+    assert any(line.startswith(beginning) for line in process.stdout), "it ended before"
 
 
 def test_a_run_that_gets_sigterm_saves_and_ends_with_143(dataset, tmp_path):
-    with start_endless_run(dataset, tmp_path) as process:
+    with start_endless_run(dataset, tmp_path, stdout=subprocess.PIPE) as process:
         wait_for_line(process, "step 12:")
         process.send_signal(signal.SIGTERM)
         rest = process.stdout.read()
@@ -230,7 +223,9 @@ def test_a_run_whose_terminal_is_closed_saves_and_ends_but_goes_on_under_nohup(
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_run_saves_when_ctrl_c_also_ends_the_reader_of_its_log(dataset, tmp_path, unbuffered):
     """`python train.py | tee log`: the terminal interrupts both, and nobody reads what follows."""
-    with start_endless_run(dataset, tmp_path, unbuffered) as process:
+    env = environment(PYTHONUNBUFFERED=unbuffered)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with start_endless_run(dataset, tmp_path, env=env, **pipes) as process:
         wait_for_line(process, "step 12:")
         process.stdout.close()
         process.send_signal(signal.SIGINT)

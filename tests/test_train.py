@@ -247,6 +247,17 @@ def test_a_step_without_a_target_changes_nothing_and_shows_no_old_norm(dtype):
         assert same_weights(step.model, before) != trained
 
 
+def test_a_step_without_a_target_on_any_rank_does_not_divide_by_0(monkeypatch):
+    """On several ranks each computes its loss, because the others wait for its gradients."""
+    step = small_step()
+    step.machine = replace(CPU, world=2)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor: tensor)
+    step.set_divisor([0])
+    assert step.divisor.item() == 0.5  # one target over two ranks
+    step.set_divisor([6])
+    assert step.divisor.item() == 3
+
+
 class NoFloat64(TorchDispatchMode):
     """Metal has no such numbers."""
 
