@@ -198,7 +198,8 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(house, monkeypatch):
 
 def test_the_progress_bar_ends_at_its_total(house):
     class Bar:
-        total, n = None, 0
+        total = None
+        n = 0
 
         def update(self, n):
             self.n += n
@@ -453,7 +454,8 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
 
     expected = work(house / "unbroken")
     assert len(expected) >= 5 and "progress.json" not in expected
-    again, size = 0, Counting.encoded
+    again = 0
+    size = Counting.encoded
     for call in range(1, 500):
         folder = house / f"killed-{call}"
         if not killed_at(call, functools.partial(work, folder)):
@@ -547,7 +549,8 @@ def test_examples_are_packed_whole_and_only_answers_are_targets(house):
         mask_rows = mask[:-1].reshape(-1, block)
         for row, trained in zip(token_rows, mask_rows, strict=True):
             # An answer follows ">" and ends with the end token. The rest is prompt or padding.
-            inside, expected = False, []
+            inside = False
+            expected = []
             for token in row.tolist():
                 expected.append(int(inside))
                 inside = (inside or token == ord(">")) and token != EOT

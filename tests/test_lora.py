@@ -21,7 +21,8 @@ def test_an_adapter_computes_the_formula_of_the_lora_paper():
     torch.manual_seed(0)
     x, layer = torch.randn(5, 8), LoRALinear(torch.nn.Linear(8, 12), 4, 6.0, 0.5)
     torch.nn.init.normal_(layer.lora_B)
-    plain, update = x @ layer.weight.T + layer.bias, 6.0 / 4 * layer.lora_A.T @ layer.lora_B.T
+    plain = x @ layer.weight.T + layer.bias
+    update = 6.0 / 4 * layer.lora_A.T @ layer.lora_B.T
     torch.manual_seed(1)
     adapted = layer.train()(x)
     torch.manual_seed(1)

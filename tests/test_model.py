@@ -11,20 +11,7 @@ from safetensors.torch import load_file, save_file
 from gpt12.targets import IGNORE_INDEX
 from gpt12.weights import from_pretrained
 from model import GPT, GPTConfig, parameter_count
-from tests.models import SHAPE, random_batch, random_transformers_model, relative, small_model
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    model = random_transformers_model()
-    folder = tmp_path_factory.mktemp("theirs")
-    model.save_pretrained(folder)
-    return model, folder
-
-
-@pytest.fixture
-def batch():
-    return random_batch()
+from tests.models import SHAPE, relative, small_model
 
 
 def published_gradients(model: GPT) -> dict[str, torch.Tensor]:

@@ -260,7 +260,9 @@ def test_a_corpus_killed_and_continued_is_the_same(tmp_path, corpus, monkeypatch
     with pytest.raises(UserError, match="prepared already"):
         prepare_corpus(tmp_path, "whole")
 
-    encode, fatal, encoded = tiny.encode, [corpus[150], corpus[300]], []
+    encode = tiny.encode
+    fatal = [corpus[150], corpus[300]]
+    encoded = []
 
     def dies(text):
         encoded.append(text)

@@ -12,20 +12,7 @@ from gpt12.errors import UserError
 from gpt12.lora import add_lora
 from gpt12.weights import from_pretrained, read_nanogpt, save_pretrained
 from model import GPT, GPTConfig
-from tests.models import SHAPE, random_batch, random_transformers_model, relative
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    model = random_transformers_model()
-    folder = tmp_path_factory.mktemp("theirs")
-    model.save_pretrained(folder)
-    return model, folder
-
-
-@pytest.fixture
-def batch():
-    return random_batch()
+from tests.models import SHAPE, random_batch, relative
 
 
 def test_transformers_opens_what_we_save(theirs, batch, tmp_path):

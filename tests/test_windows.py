@@ -53,7 +53,8 @@ def test_permute_looks_random():
 )
 def test_an_epoch_draws_every_window_once(tmp_path, size, block):
     windows = TrainWindows(split(tmp_path, size), block, seed=1)
-    orders, phases = [], set()
+    orders = []
+    phases = set()
     for epoch in range(40):
         x, y = windows.batch(epoch * windows.per_epoch, windows.per_epoch)
         np.testing.assert_array_equal(x, x[:, :1] + np.arange(block))
