@@ -53,15 +53,10 @@ def test_greedy_with_the_cache_is_full_recomputation_and_transformers(both, gree
     theirs, ours = both
     assert len({tuple(text[-20:]) for text in greedy}) > 1  # else any cache would do
     for prompt, expected in zip(PROMPTS, greedy, strict=True):
-        options = {
-            "max_new_tokens": 200,
-            "do_sample": False,
-            "attention_mask": torch.ones(1, len(prompt)).long(),
-        }
-        text = theirs.generate(torch.tensor([prompt]), pad_token_id=0, **options)[
-            0, len(prompt) :
-        ].tolist()
-        assert text == expected
+        idx = torch.tensor([prompt])
+        options = {"max_new_tokens": 200, "do_sample": False, "pad_token_id": 0}
+        [text] = theirs.generate(idx, attention_mask=torch.ones_like(idx), **options).tolist()
+        assert text == prompt + expected
         assert generate(ours, [prompt], 200, sampling=GREEDY) == [expected]
     assert generate(ours, PROMPTS, 200, sampling=GREEDY) == greedy
 
@@ -77,7 +72,8 @@ def test_past_block_size_the_last_half_is_computed_anew(both, tmp_path, block_si
 
 def test_a_text_does_not_depend_on_its_neighbours(both):
     _, model = both
-    how, seeds = Sampling(1.5, top_k=50, repetition_penalty=1.2), [3, 99, 2**62, 7]
+    how = Sampling(1.5, top_k=50, repetition_penalty=1.2)
+    seeds = [3, 99, 2**62, 7]
     together = generate(model, PROMPTS, 60, sampling=how, seeds=seeds)
     for i in range(4):
         assert generate(model, [PROMPTS[i]], 60, sampling=how, seeds=[seeds[i]]) == [together[i]]

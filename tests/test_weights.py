@@ -144,7 +144,8 @@ def test_nanogpts_padded_vocabulary_of_gpt2_is_cut_to_its_ids(tmp_path):
         {"model": padded.state_dict(), "model_args": shape | {"vocab_size": 50304}},
         tmp_path / "ckpt.pt",
     )
-    ours, x = from_pretrained(tmp_path / "ckpt.pt"), torch.arange(50249, 50257).view(1, 8)
+    ours = from_pretrained(tmp_path / "ckpt.pt")
+    x = torch.arange(50249, 50257).view(1, 8)
     assert ours.config.bias  # checkpoints from before nanoGPT had the key have them
     assert torch.equal(ours(x)[0], padded(x)[0][..., :50257])
 
