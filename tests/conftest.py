@@ -65,6 +65,31 @@ def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("gpt12.metrics.draw_losses", lambda steps, evaluations, file: None)
 
 
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let texts be prepared into a folder of the test's own, and not into data/cache/."""
+    monkeypatch.setattr("data.dataset.DATA", tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """Return a random GPT-2 of `transformers`, and the folder that it was saved in."""
+    from tests.models import random_transformers_model
+
+    model = random_transformers_model()
+    folder = tmp_path_factory.mktemp("theirs")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture
+def batch() -> Any:
+    """Return inputs and targets for the model of `theirs`."""
+    from tests.models import random_batch
+
+    return random_batch()
+
+
 @pytest.fixture(scope="session")
 def gpt2() -> Any:
     """Return GPT-2's tokenizer. Skip where its files are neither cached nor on the network."""

@@ -100,7 +100,8 @@ def refusal(argv, schema=TrainConfig, base=None):
 
 
 def test_the_defaults_are_those_of_nanogpt():
-    train, sample = asdict(TrainConfig()), asdict(SampleConfig())
+    train = asdict(TrainConfig())
+    sample = asdict(SampleConfig())
     assert {key: train[key] for key in NANOGPT_TRAIN} == NANOGPT_TRAIN
     assert {key: sample[key] for key in NANOGPT_SAMPLE} == NANOGPT_SAMPLE
     bench = {"batch_size": 12, "block_size": 1024, "bias": False, "profile": False, "seed": 1337}
@@ -158,7 +159,8 @@ top_k = 5 # sample.py's: one file may serve several scripts
 
 
 def test_files_beat_defaults_and_the_command_line_beats_files(write):
-    first, second = write("batch_size = 2\nn_layer = 2", "a.py"), write("batch_size = 3", "b.py")
+    first = write("batch_size = 2\nn_layer = 2", "a.py")
+    second = write("batch_size = 3", "b.py")
     assert load(TrainConfig, [first, second])[0].batch_size == 3
     assert load(TrainConfig, [first, "--batch_size=4"])[0].batch_size == 4
     assert load(TrainConfig, ["--batch_size=4", first])[0].batch_size == 4
@@ -226,7 +228,8 @@ def test_what_a_file_assigns_is_what_it_sets(text, given, write):
 
 
 def test_a_file_reads_the_values_of_the_file_before_it(write):
-    first, second = write("n_layer = 3", "a.py"), write("warmup_iters = n_layer * 2", "b.py")
+    first = write("n_layer = 3", "a.py")
+    second = write("warmup_iters = n_layer * 2", "b.py")
     assert load(TrainConfig, [first, second])[0].warmup_iters == 6
     assert load(TrainConfig, [second], {"n_layer": 5})[0].warmup_iters == 10
 
@@ -644,7 +647,8 @@ def test_a_low_learning_rate_lowers_min_lr():
 
 
 def test_of_max_iters_and_num_epochs_the_last_one_given_wins(write):
-    epochs, steps = write("num_epochs = 3", "epochs.py"), write("max_iters = 20", "steps.py")
+    epochs = write("num_epochs = 3", "epochs.py")
+    steps = write("max_iters = 20", "steps.py")
     cases = [
         ([epochs], None, 3),
         ([epochs, "--max_iters=5"], None, 0),

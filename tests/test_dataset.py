@@ -143,7 +143,8 @@ def test_a_validation_share_far_from_val_fraction_is_reported(house, long):
     picked = ValidationSplit(Documents(house / "a.jsonl"), 0.1)
     texts = ["x" * (1000 if (i in picked) == long else 9) for i in range(40)]
     dataset = open_bytes(jsonl(house / "a.jsonl", [{"text": text} for text in texts]))
-    held, total = len(dataset.val), len(dataset.val) + len(dataset.train)
+    held = len(dataset.val)
+    total = len(dataset.val) + len(dataset.train)
     assert (0.05 <= held / total <= 0.2) == (long is None)
     said = f"validation has {held:,} of {total:,} tokens, {held / total:.2%}, not about 10.00%"
     beginnings = [warning.split(":")[0] for warning in dataset.warnings]
@@ -198,7 +199,8 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(house, monkeypatch):
 
 def test_the_progress_bar_ends_at_its_total(house):
     class Bar:
-        total, n = None, 0
+        total = None
+        n = 0
 
         def update(self, n):
             self.n += n
@@ -206,7 +208,8 @@ def test_the_progress_bar_ends_at_its_total(house):
 
     totals = []
     (house / "a.txt").write_text("éight by" * 100_000)
-    documents, bar = Documents("a.txt"), Bar()
+    documents = Documents("a.txt")
+    bar = Bar()
     tokenizer = CharTokenizer(" béghity")
     progress = prepare.PreparationProgress([])
     for _ in prepare._encode_documents(documents, tokenizer, progress, bar, 900_000, None):
@@ -453,7 +456,8 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
 
     expected = work(house / "unbroken")
     assert len(expected) >= 5 and "progress.json" not in expected
-    again, size = 0, Counting.encoded
+    again = 0
+    size = Counting.encoded
     for call in range(1, 500):
         folder = house / f"killed-{call}"
         if not killed_at(call, functools.partial(work, folder)):
@@ -470,8 +474,11 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
 def test_the_hub_is_not_asked_for_what_is_there(house, monkeypatch):
     class Hub(Documents):
         def __init__(self, source, text_column="text"):
-            self.source, self.text_column, self.kind = source, text_column, "text"
-            self.files, self.skipped = [], []
+            self.source = source
+            self.text_column = text_column
+            self.kind = "text"
+            self.files = []
+            self.skipped = []
 
         def skip(self, count):
             return itertools.islice(self, count, None)
@@ -533,12 +540,14 @@ def examples(count=300, longest=30):
 
 
 def test_examples_are_packed_whole_and_only_answers_are_targets(house):
-    pairs, block = examples(), 160
+    pairs = examples()
+    block = 160
     name = jsonl(house / "a.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
     dataset = open_bytes(name, block_size=block)
     found = collections.Counter()
     for split in (dataset.train, dataset.val):
-        tokens, mask = np.array(ids(split)), np.array(ids(split.mask))
+        tokens = np.array(ids(split))
+        mask = np.array(ids(split.mask))
         rows = TrainWindows(split, block, seed=0).per_epoch
         assert len(tokens) == rows * block + 1 and tokens[-1] == EOT
         assert not mask[::block].any()
@@ -547,7 +556,8 @@ def test_examples_are_packed_whole_and_only_answers_are_targets(house):
         mask_rows = mask[:-1].reshape(-1, block)
         for row, trained in zip(token_rows, mask_rows, strict=True):
             # An answer follows ">" and ends with the end token. The rest is prompt or padding.
-            inside, expected = False, []
+            inside = False
+            expected = []
             for token in row.tolist():
                 expected.append(int(inside))
                 inside = (inside or token == ord(">")) and token != EOT

@@ -299,7 +299,8 @@ def test_any_run_folder_is_read_or_refused(
 
 def test_links_in_a_strangers_run_are_not_written_through(finished, dataset, tmp_path):
     """Any name that we write, also the temporary ones, may be a link out of the folder."""
-    out_dir, outside = tmp_path / "out", tmp_path / "outside"
+    out_dir = tmp_path / "out"
+    outside = tmp_path / "outside"
     shutil.copytree(finished, out_dir)
     (outside / "folder").mkdir(parents=True)
     names = [".lock", *(f"{name}.tmp" for name in ("run.json", "metrics.jsonl", "loss.png"))]

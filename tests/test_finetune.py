@@ -17,7 +17,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
-import data.dataset
 import sample
 import train
 from data.dataset import open_dataset
@@ -36,16 +35,10 @@ from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 from tests.helpers import ROOT, command, environment, read_rows
 
-pytestmark = pytest.mark.usefixtures("no_picture")
+pytestmark = pytest.mark.usefixtures("no_picture", "own_cache")
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
 QUICK = ["--device=cpu", "--dtype=float32", "--batch_size=4", "--gradient_accumulation_steps=1"]
 QUICK += ["--eval_iters=4", "--warmup_iters=2"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Texts are prepared into a folder of the test's own."""
-    monkeypatch.setattr(data.dataset, "DATA", tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +202,8 @@ def test_a_lora_run_resumes_bit_for_bit(start, text, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_whose_model_has_changed_are_not_resumed(start, text, tmp_path, dtype):
     """The run that they began with has been trained on, or begun anew, in another shape even."""
-    base, adapted = tmp_path / "base", tmp_path / "adapted"
+    base = tmp_path / "base"
+    adapted = tmp_path / "adapted"
     finetune(start, text, base, "--max_iters=2")
     finetune(
         base, text, adapted, "--lora_rank=4", f"--dtype={dtype}", "--max_iters=2", "--block_size=16"
@@ -303,7 +297,9 @@ def test_targets_of_prompts_change_no_bit_of_any_gradient(start, instructions, m
     dataset = open_dataset(str(instructions), tokenizer=CharTokenizer(CHARS), block_size=32)
     config, _ = config_loader.load(TrainConfig, [*QUICK[2:], "--block_size=32"])
     machine = Machine(torch.device("cpu"), torch.float32, compiled=False)
-    tokens, mask, gather = dataset.train, dataset.train.mask, Tokens.gather
+    tokens = dataset.train
+    mask = tokens.mask
+    gather = Tokens.gather
     tokens.mask = mask if masked else None
     gradients = []
     for shift in (0, 1):
@@ -468,9 +464,11 @@ FC = "transformer.h.1.mlp.c_fc.weight"
 def test_weights_that_cannot_be_started_from_are_refused(
     start, text, tmp_path, capsys, change, words
 ):
-    folder, trap = tmp_path / "model", tmp_path / "sprung"
+    folder = tmp_path / "model"
+    trap = tmp_path / "sprung"
     shutil.copytree(start, folder)
-    file, source = folder / "model.safetensors", folder
+    file = folder / "model.safetensors"
+    source = folder
     tensors = load_file(file)
     if change == "missing":
         save_file({name: t for name, t in tensors.items() if name != FC}, file)

@@ -53,15 +53,10 @@ def test_greedy_with_the_cache_is_full_recomputation_and_transformers(both, gree
     theirs, ours = both
     assert len({tuple(text[-20:]) for text in greedy}) > 1  # else any cache would do
     for prompt, expected in zip(PROMPTS, greedy, strict=True):
-        options = {
-            "max_new_tokens": 200,
-            "do_sample": False,
-            "attention_mask": torch.ones(1, len(prompt)).long(),
-        }
-        text = theirs.generate(torch.tensor([prompt]), pad_token_id=0, **options)[
-            0, len(prompt) :
-        ].tolist()
-        assert text == expected
+        idx = torch.tensor([prompt])
+        options = {"max_new_tokens": 200, "do_sample": False, "pad_token_id": 0}
+        [text] = theirs.generate(idx, attention_mask=torch.ones_like(idx), **options).tolist()
+        assert text == prompt + expected
         assert generate(ours, [prompt], 200, sampling=GREEDY) == [expected]
     assert generate(ours, PROMPTS, 200, sampling=GREEDY) == greedy
 
@@ -77,7 +72,8 @@ def test_past_block_size_the_last_half_is_computed_anew(both, tmp_path, block_si
 
 def test_a_text_does_not_depend_on_its_neighbours(both):
     _, model = both
-    how, seeds = Sampling(1.5, top_k=50, repetition_penalty=1.2), [3, 99, 2**62, 7]
+    how = Sampling(1.5, top_k=50, repetition_penalty=1.2)
+    seeds = [3, 99, 2**62, 7]
     together = generate(model, PROMPTS, 60, sampling=how, seeds=seeds)
     for i in range(4):
         assert generate(model, [PROMPTS[i]], 60, sampling=how, seeds=[seeds[i]]) == [together[i]]
@@ -195,11 +191,13 @@ def test_a_prompt_must_fit(both):
 
 def allowed_probabilities(logits: list[float], how: Sampling, seen: set[int]) -> list[float]:
     """The distribution in plain Python, written from the definitions in Sampling's docstring."""
-    r, t = how.repetition_penalty, how.temperature
+    r = how.repetition_penalty
+    t = how.temperature
     logits = [(x / r if x > 0 else x * r) if i in seen else x for i, x in enumerate(logits)]
     order = sorted(range(len(logits)), key=lambda i: -logits[i])[: how.top_k or None]
     weight = {i: math.exp((logits[i] - logits[order[0]]) / t) for i in order}
-    total, reached = sum(weight.values()), 0.0
+    total = sum(weight.values())
+    reached = 0.0
     kept: list[int] = []
     for i in order:
         if reached / total >= how.top_p and kept:
@@ -219,7 +217,8 @@ def transformers_probabilities(logits: torch.Tensor, how: Sampling, seen: set[in
         theirs_process.TopPLogitsWarper(how.top_p),
         theirs_process.MinPLogitsWarper(how.min_p),
     ]
-    ids, scores = torch.tensor([sorted(seen)]), logits[None].clone()
+    ids = torch.tensor([sorted(seen)])
+    scores = logits[None].clone()
     for step in steps:
         scores = step(ids, scores)
     return scores.double().softmax(1)[0].tolist()
@@ -247,7 +246,8 @@ def transformers_probabilities(logits: torch.Tensor, how: Sampling, seen: set[in
 )
 def test_tokens_are_drawn_with_exactly_their_probabilities(how):
     """An even grid of draws hits every token as often as its probability says, within one draw."""
-    n, seen = 4000, {0, 3, 4, 11}
+    n = 4000
+    seen = {0, 3, 4, 11}
     draws = (torch.arange(n) + 0.5) / n
     for seed in range(3):
         logits = 3 * torch.randn(30, generator=torch.Generator().manual_seed(seed))
@@ -295,11 +295,10 @@ def test_the_repetition_penalty_counts_prompt_and_text(both):
         token = sample_token(logits, torch.zeros(1), how, seen)
         assert not seen[0, token]
         seen[0, token] = True
-    text = (
-        PROMPTS[2]
-        + generate(model, [PROMPTS[2]], 30, sampling=Sampling(0, repetition_penalty=1.5))[0]
-    )
-    for end in range(len(PROMPTS[2]), len(text)):
+    prompt = PROMPTS[2]
+    [written] = generate(model, [prompt], 30, sampling=Sampling(0, repetition_penalty=1.5))
+    text = prompt + written
+    for end in range(len(prompt), len(text)):
         row = model(torch.tensor([text[:end]]))[0][0, -1].tolist()
         row = [(x / 1.5 if x > 0 else x * 1.5) if i in text[:end] else x for i, x in enumerate(row)]
         assert text[end] == int(np.argmax(row))
@@ -307,7 +306,8 @@ def test_the_repetition_penalty_counts_prompt_and_text(both):
 
 def test_draws_over_seeds_are_uniform():
     """Chi-square over 20,000 texts of one token, and over neighbouring seeds, as sample.py uses."""
-    n, cells = 20_000, 16
+    n = 20_000
+    cells = 16
     draws = np.array([uniform_draws(1337 * 1_000_003 + i, 2).tolist() for i in range(n)])
     assert 0 <= draws.min() <= draws.max() < 1
     first, second = (draws * cells).astype(int).T
@@ -321,17 +321,18 @@ def test_draws_over_seeds_are_uniform():
 def test_sampled_tokens_follow_the_models_distribution(both):
     _, model = both
     n = 6000
-    tokens = [
-        text[0]
-        for text in generate(model, [[1, 2, 3]] * n, 1, sampling=Sampling(6.0), seeds=range(n))
-    ]
+    prompt = [1, 2, 3]
+    texts = generate(model, [prompt] * n, 1, sampling=Sampling(6.0), seeds=range(n))
+    tokens = [text[0] for text in texts]
     with torch.no_grad():
-        expected = n * (model(torch.tensor([[1, 2, 3]]))[0][0, -1] / 6).double().softmax(0).numpy()
+        logits = model(torch.tensor([prompt]))[0][0, -1]
+    expected = n * (logits / 6).double().softmax(0).numpy()
     count = np.bincount(tokens, minlength=VOCAB)
     common = expected >= 5
     count = np.append(count[common], count[~common].sum())
     expected = np.append(expected[common], expected[~common].sum() + 1e-9)
-    statistic, freedom = ((count - expected) ** 2 / expected).sum(), common.sum() - 1
+    statistic = ((count - expected) ** 2 / expected).sum()
+    freedom = common.sum() - 1
     assert freedom > 20
     assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
 

@@ -25,7 +25,8 @@ def test_int8_weights_are_near_the_exact_ones_and_decode_alike(tmp_path):
             assert error.max() > 0
     x = torch.tensor([PROMPTS[3]])
     with torch.no_grad():
-        exact, rounded = plain(x)[0], model(x)[0]
+        exact = plain(x)[0]
+        rounded = model(x)[0]
     assert 1e-4 < ((exact - rounded).norm() / exact.norm()).item() < 0.05
     prompts = PROMPTS[1::2]
     expected = [recomputed(model, prompt, 40, decided=1e-5) for prompt in prompts]
@@ -34,8 +35,10 @@ def test_int8_weights_are_near_the_exact_ones_and_decode_alike(tmp_path):
 
 def test_int8_halves_what_decoding_reads():
     shape = GPTConfig(64, 5000, 1, 4, 256, bias=True)
-    C, V = 256, shape.padded_vocab_size
-    matrices, outputs = 12 * C * C + C * V, 9 * C + V
+    C = 256
+    V = shape.padded_vocab_size
+    matrices = 12 * C * C + C * V
+    outputs = 9 * C + V
     vectors = 9 * C + 4 * C  # biases, two norms
     model = GPT(shape).bfloat16()
     assert decode_bytes(model) == 2 * (matrices + vectors)

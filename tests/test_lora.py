@@ -19,9 +19,11 @@ from tests.models import small_model
 def test_an_adapter_computes_the_formula_of_the_lora_paper():
     """W x + b + (alpha / rank) B A dropout(x), by Hu et al. 2021; merged without the dropout."""
     torch.manual_seed(0)
-    x, layer = torch.randn(5, 8), LoRALinear(torch.nn.Linear(8, 12), 4, 6.0, 0.5)
+    x = torch.randn(5, 8)
+    layer = LoRALinear(torch.nn.Linear(8, 12), 4, 6.0, 0.5)
     torch.nn.init.normal_(layer.lora_B)
-    plain, update = x @ layer.weight.T + layer.bias, 6.0 / 4 * layer.lora_A.T @ layer.lora_B.T
+    plain = x @ layer.weight.T + layer.bias
+    update = 6.0 / 4 * layer.lora_A.T @ layer.lora_B.T
     torch.manual_seed(1)
     adapted = layer.train()(x)
     torch.manual_seed(1)
@@ -49,7 +51,9 @@ def test_only_adapters_are_trained():
 
 def test_adapters_are_merged_one_layer_at_a_time(tmp_path, monkeypatch):
     """Saving may need no second model beside the one that fills the card."""
-    model, alive, most = GPT(GPTConfig(16, 65, 3, 2, 32)), [], []
+    model = GPT(GPTConfig(16, 65, 3, 2, 32))
+    alive = []
+    most = []
     add_lora(model, 4, 8.0)
     merged = LoRALinear.merged_weight
 

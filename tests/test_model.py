@@ -11,20 +11,7 @@ from safetensors.torch import load_file, save_file
 from gpt12.targets import IGNORE_INDEX
 from gpt12.weights import from_pretrained
 from model import GPT, GPTConfig, parameter_count
-from tests.models import SHAPE, random_batch, random_transformers_model, relative, small_model
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    model = random_transformers_model()
-    folder = tmp_path_factory.mktemp("theirs")
-    model.save_pretrained(folder)
-    return model, folder
-
-
-@pytest.fixture
-def batch():
-    return random_batch()
+from tests.models import SHAPE, relative, small_model
 
 
 def published_gradients(model: GPT) -> dict[str, torch.Tensor]:
@@ -169,8 +156,10 @@ def test_no_position_sees_the_future():
 @pytest.mark.parametrize("recompute", ["none", "pointwise", "block"])
 def test_dropout_lies_where_transformers_has_it(theirs, batch, recompute):
     """From one seed both draw alike at the same places; recomputing draws the same again."""
-    (model, folder), (x, y) = theirs, batch
-    ours, model = from_pretrained(folder, dropout=0.1).train(), copy.deepcopy(model).train()
+    model, folder = theirs
+    x, y = batch
+    ours = from_pretrained(folder, dropout=0.1).train()
+    model = copy.deepcopy(model).train()
     ours.set_recompute(recompute)
     torch.manual_seed(6)
     logits = model(x).logits
@@ -187,7 +176,8 @@ def test_dropout_lies_where_transformers_has_it(theirs, batch, recompute):
 
 
 def test_dropout_acts_only_while_training():
-    model, x = small_model(dropout=0.5), torch.randint(0, 13, (4, 8))
+    model = small_model(dropout=0.5)
+    x = torch.randint(0, 13, (4, 8))
     model.eval()
     assert torch.equal(model(x)[0], model(x)[0])
     model.train()
@@ -200,7 +190,8 @@ def test_dropout_acts_only_while_training():
 def test_a_compiled_model_has_the_gradients_of_the_plain_one(tmp_path, monkeypatch):
     """Compiled into a cache of its own. Inductor is told the width of vectors, which saves 7 s."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model, (x, y) = small_model(), torch.randint(0, 13, (2, 4, 8))
+    model = small_model()
+    x, y = torch.randint(0, 13, (2, 4, 8))
     plain = torch.autograd.grad(model(x, y)[1], list(model.parameters()))
     for module in (*model.transformer.h, model.transformer.ln_f):
         module.compile(dynamic=False)

@@ -57,7 +57,8 @@ def make_wheel(tmp_path, monkeypatch):
 
 
 def test_fetch_takes_the_first_source_that_has_the_right_file(tmp_path, make_wheel):
-    wheel, goal = make_wheel({"toy/x.txt": "right", "toy/y.txt": "wrong"}), tmp_path / "deep/x.txt"
+    wheel = make_wheel({"toy/x.txt": "right", "toy/y.txt": "wrong"})
+    goal = tmp_path / "deep/x.txt"
     (tmp_path / "site").mkdir()
     (tmp_path / "site/x.txt").write_text("right")
     (tmp_path / "site/bad.txt").write_text("error page")
@@ -260,7 +261,9 @@ def test_a_corpus_killed_and_continued_is_the_same(tmp_path, corpus, monkeypatch
     with pytest.raises(UserError, match="prepared already"):
         prepare_corpus(tmp_path, "whole")
 
-    encode, fatal, encoded = tiny.encode, [corpus[150], corpus[300]], []
+    encode = tiny.encode
+    fatal = [corpus[150], corpus[300]]
+    encoded = []
 
     def dies(text):
         encoded.append(text)

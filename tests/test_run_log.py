@@ -74,12 +74,6 @@ CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
 
 
 @pytest.fixture
-def cache(tmp_path_factory, monkeypatch):
-    """Texts are prepared into a folder of the test's own."""
-    monkeypatch.setattr("data.dataset.DATA", tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
 def chat_model(tmp_path_factory) -> Path:
     """A model with a tokenizer of letters."""
     folder = tmp_path_factory.mktemp("model")
@@ -96,7 +90,7 @@ def questions(tmp_path) -> Path:
     return file
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("own_cache")
 def test_instruction_data_say_that_only_the_answers_are_trained(
     chat_model, questions, tmp_path, capsys
 ):
@@ -198,14 +192,14 @@ def test_too_little_memory_for_a_sample_does_not_end_the_run(
     assert capsys.readouterr().out.count("too little memory beside the training step") == 2
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("own_cache")
 def test_a_sample_of_text_without_a_line_end_begins_with_the_texts_first_character(tmp_path):
     (tmp_path / "one.txt").write_text("abcabc abdbca " * 200)
     options = ["--tokenizer=char", "--max_iters=2"]
     assert run(tmp_path / "one.txt", tmp_path / "out", *options) == 0
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("own_cache")
 def test_the_sample_of_instruction_data_is_a_question_and_its_answer(
     chat_model, questions, tmp_path, capsys
 ):

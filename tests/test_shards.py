@@ -53,9 +53,18 @@ def test_shards_are_written_in_llm_cs_format(tmp_path):
 def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """Else a power cut may leave a name without its tokens."""
     done = []
-    for name in ("fsync", "replace"):
+
+    def note(name):
         original = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, n=name, f=original: (done.append(n), f(*args)))
+
+        def noted(*args):
+            done.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(os, name, noted)
+
+    note("fsync")
+    note("replace")
     write_shard(tmp_path / "one.bin", np.arange(9, dtype=UINT16))
     # The file, its name, the folder that holds the name.
     assert done == ["fsync", "replace", "fsync"]
@@ -78,7 +87,8 @@ def test_windows_over_borders_equal_a_concatenated_array(tmp_path):
     parts = [rng.integers(0, 60000, n).astype(np.uint16) for n in (7, 1, 0, 30, 2, 100)]
     for i, part in enumerate(parts):
         write_shard(tmp_path / f"train_{i:06d}.bin", part)
-    tokens, whole = Tokens.open(tmp_path, "train"), np.concatenate(parts)
+    tokens = Tokens.open(tmp_path, "train")
+    whole = np.concatenate(parts)
     assert len(tokens) == len(whole) == 140
     assert tokens.max_id() == whole.max()
     for length in (0, 1, 9, 40, 140):

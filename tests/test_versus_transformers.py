@@ -52,7 +52,7 @@ def test_their_model_is_ours():
     torch.testing.assert_close(theirs(x).logits, ours(x)[0])
 
 
-def testspeed_ratios_leave_out_what_did_not_fit():
+def test_speed_ratios_leave_out_what_did_not_fit():
     ours = [fake_result(make(), speed) for speed in (300.0, 100.0)]
     theirs = fake_result(make(), 50.0)
     rows = [

@@ -12,20 +12,7 @@ from gpt12.errors import UserError
 from gpt12.lora import add_lora
 from gpt12.weights import from_pretrained, read_nanogpt, save_pretrained
 from model import GPT, GPTConfig
-from tests.models import SHAPE, random_batch, random_transformers_model, relative
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    model = random_transformers_model()
-    folder = tmp_path_factory.mktemp("theirs")
-    model.save_pretrained(folder)
-    return model, folder
-
-
-@pytest.fixture
-def batch():
-    return random_batch()
+from tests.models import SHAPE, random_batch, relative
 
 
 def test_transformers_opens_what_we_save(theirs, batch, tmp_path):
@@ -157,7 +144,8 @@ def test_nanogpts_padded_vocabulary_of_gpt2_is_cut_to_its_ids(tmp_path):
         {"model": padded.state_dict(), "model_args": shape | {"vocab_size": 50304}},
         tmp_path / "ckpt.pt",
     )
-    ours, x = from_pretrained(tmp_path / "ckpt.pt"), torch.arange(50249, 50257).view(1, 8)
+    ours = from_pretrained(tmp_path / "ckpt.pt")
+    x = torch.arange(50249, 50257).view(1, 8)
     assert ours.config.bias  # checkpoints from before nanoGPT had the key have them
     assert torch.equal(ours(x)[0], padded(x)[0][..., :50257])
 

@@ -53,7 +53,8 @@ def test_permute_looks_random():
 )
 def test_an_epoch_draws_every_window_once(tmp_path, size, block):
     windows = TrainWindows(split(tmp_path, size), block, seed=1)
-    orders, phases = [], set()
+    orders = []
+    phases = set()
     for epoch in range(40):
         x, y = windows.batch(epoch * windows.per_epoch, windows.per_epoch)
         np.testing.assert_array_equal(x, x[:, :1] + np.arange(block))
@@ -130,7 +131,8 @@ def test_evaluation_ignores_targets_whose_mask_is_zero(tmp_path):
 
 def test_chosen_evaluation_windows_are_fixed_and_spread_over_the_split(tmp_path):
     windows = EvalWindows(split(tmp_path, 8001), 8)
-    few, more = windows.choose(20).tolist(), windows.choose(100).tolist()
+    few = windows.choose(20).tolist()
+    more = windows.choose(100).tolist()
     assert few == sorted(set(few)) == windows.choose(20).tolist() and len(few) == 20
     assert set(few) < set(more)
     assert min(more) < 50 and max(more) > 950

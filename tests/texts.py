@@ -24,16 +24,18 @@ def random_theirs(positions: int) -> GPT2LMHeadModel:
 
 
 def with_loud_padding(model: GPT) -> GPT:
-    """Padding rows that win wherever they are looked at: one of each pair has a positive logit."""
+    """Make padding win wherever it is looked at: one row of each pair has a positive logit."""
     with torch.no_grad():
-        model.lm_head.weight[VOCAB::2], model.lm_head.weight[VOCAB + 1 :: 2] = 1e3, -1e3
+        model.lm_head.weight[VOCAB::2] = 1e3
+        model.lm_head.weight[VOCAB + 1 :: 2] = -1e3
     return model
 
 
 @torch.no_grad()
 def recomputed(model, prompt: list[int], count: int, decided: float = 1e-4) -> list[int]:
-    """Greedy without a cache; past block_size on the last half, as GPT.stream's docstring says."""
-    context, new = list(prompt), []
+    """Write greedily without a cache; past block_size from the last half, as stream() does."""
+    context = list(prompt)
+    new = []
     for _ in range(count):
         if len(context) > model.config.block_size:
             context = context[-max(1, model.config.block_size // 2) :]
