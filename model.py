@@ -121,8 +121,8 @@ class Block(nn.Module):
     `recompute` decides what the backward pass computes again instead of keeping it in memory
     (gradient checkpointing, Chen et al. 2016, arXiv:1604.06174):
         "none"       keep everything
-        "pointwise"  compute GELU and LayerNorm again; keep the results of matrix products and
-        attention "block"      keep only the layer's input and compute everything again
+        "pointwise"  compute GELU and LayerNorm again, which costs no matrix product
+        "block"      keep only the layer's input and compute everything again
     """
 
     def __init__(self, config: GPTConfig):
@@ -188,7 +188,7 @@ class Transformer(nn.Module):
         """Turn token ids (B, T) into the normalized output of the last layer (B, T, C)."""
         T = idx.size(1)
         if cache is not None:
-            position = cache.next_positions(T)  # (B, T): each row continues at its own length
+            position = cache.take_positions(T)  # (B, T): each row continues at its own length
         elif T <= self.wpe.num_embeddings:
             position = torch.arange(T, device=idx.device)  # (T,)
         else:
@@ -250,13 +250,11 @@ class GPT(nn.Module):
 
         idx: (B, T) token ids.
         targets: (B, T), the next token of each position; IGNORE_INDEX (-1) where it is not trained.
-        divisor: what the summed loss is divided by; by default the number of targets, which gives
-        the mean in nats per
-            token. With gradient accumulation it is the number of targets of all micro-batches
-            together.
+        divisor: what the summed loss is divided by. The default is the number of targets, which
+            gives the mean in nats per token. With gradient accumulation it is the number of
+            targets of all micro-batches together.
         target_count: the number of targets that are not ignored, if the caller knows it. It saves
-        computing the head
-            for ignored rows.
+            computing the head for ignored positions.
         Returns (logits (B, T, vocab_size), None) or (None, loss), the loss a scalar in float32.
         """
         x = self.transformer(idx)  # (B, T, C)
@@ -300,7 +298,7 @@ class Matrix(NamedTuple):
     name: str  # where it is inside a block
     outputs: int
     inputs: int
-    stacked: int = 1  # independent matrices stacked along the outputs
+    stacked: int = 1  # independent matrices of equal size, stacked along the outputs
 
 
 def layer_matrices(config: GPTConfig) -> list[Matrix]:

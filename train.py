@@ -37,8 +37,10 @@ from gpt12.distributed import (
     data_parallel,
     is_lost_rank,
     is_rank_0,
+    lost_rank_advice,
     process_group,
     reported_by_rank_0,
+    value_of_rank_0,
 )
 from gpt12.errors import UserError, run_main
 from gpt12.loader import Loader
@@ -48,7 +50,7 @@ from gpt12.optim8bit import AdamW8bit
 from gpt12.optimizer import Optimizer, divide_gradients
 from gpt12.run import Run, build_run, check_has_training_data, is_complete
 from gpt12.run_folder import lock_run
-from gpt12.run_log import RunLog, perplexity, remaining_checkpoint
+from gpt12.run_log import RunLog, perplexity
 from gpt12.saver import Saver
 from gpt12.settings import TrainConfig
 from gpt12.signals import StopSignal
@@ -204,7 +206,7 @@ class TrainStep:
         self.machine = machine
         self.forward = data_parallel(model, machine.world, machine.device)
         self.optimizers = build_optimizers(model, config, machine)
-        self.lr = self.optimizers[0].lr
+        self.lr = self.optimizers[0].lr  # one tensor, shared by all optimizers
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # With float16, small gradients would be zero: the loss is scaled up, the gradients down
         # again.
@@ -225,7 +227,8 @@ class TrainStep:
         self.calls = 0
         self.use_graph = use_graph_for_training(config, model.config.n_layer, machine)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.warmup = 4 if self.use_graph else 1  # calls until nothing is compiled or recorded
+        # Calls until nothing is compiled or recorded any more.
+        self.warmup_calls = 4 if self.use_graph else 1
 
     def __call__(self, lr: float, target_counts: list[int] | None = None) -> None:
         """Update the weights once from the windows in self.x and self.y.
@@ -237,7 +240,7 @@ class TrainStep:
         self.calls += 1
         if self.graph is not None:
             self.graph.replay()
-        elif self.use_graph and self.calls >= self.warmup and target_counts is None:
+        elif self.use_graph and self.calls >= self.warmup_calls and target_counts is None:
             self.clear_gradients()
             self.graph = record(self.run)
             self.graph.replay()
@@ -295,8 +298,9 @@ class TrainStep:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
         self.grad_norm.copy_(nn.utils.get_total_norm(gradients))
+        # 1.0 if the update must be skipped, else 0.0. As a tensor, nothing waits for its value.
         skip = 1 - torch.isfinite(self.grad_norm + self.loss).float()
-        self.bad.add_(1).mul_(skip)
+        self.bad.add_(1).mul_(skip)  # counts skipped updates; a good one resets it to 0
         self.skipped.add_(skip)
         # The optimizers divide by this number while they read the gradients, so clipping costs no
         # pass of its own over them.
@@ -329,11 +333,6 @@ class TrainStep:
 # Evaluation
 
 
-def never() -> bool:
-    """Return False: nobody asks the evaluation to stop."""
-    return False
-
-
 @torch.no_grad()
 def evaluate(
     model: GPT,
@@ -341,7 +340,7 @@ def evaluate(
     count: int,
     batch_size: int,
     machine: Machine,
-    stop: Callable[[], bool] = never,
+    stop: Callable[[], bool] | None = None,
 ) -> float:
     """Return the mean loss in nats per token over `count` fixed windows of a split.
 
@@ -358,7 +357,7 @@ def evaluate(
     model.eval()
     with machine.autocast():
         for first in range(machine.rank * batch, len(chosen), machine.world * batch):
-            if stop():
+            if stop is not None and stop():
                 break
             part = chosen[first : first + batch]
             # The last batch is filled up, so that there is one shape to compile.
@@ -391,18 +390,18 @@ class Trainer:
         self.progress = run.progress
         self.model = run.model
         self.machine = run.machine
-        self.step = TrainStep(run.model, run.config, run.machine)
-        self.loader = Loader(run.train_windows, self.step.x, self.step.y, run.machine)
+        self.update = TrainStep(run.model, run.config, run.machine)
+        self.loader = Loader(run.train_windows, self.update.x, self.update.y, run.machine)
         # Each rank draws its own dropout masks, and a resumed run does not draw its first ones
         # again.
         seed = run.config.seed + run.machine.rank + 1_000_003 * run.progress.step
         torch.manual_seed(seed)
         if run.checkpoint is not None:
-            load_trainer_state(run.checkpoint, self.step.trainer_state())
+            load_trainer_state(run.checkpoint, self.update.trainer_state())
         self.log = RunLog(run)
         self.clock = Clock(run.machine, run.progress.elapsed_s)
         self.stop = StopSignal(run.machine, self.log.say)
-        self.saver = Saver(run, self.step.trainer_state(), self.log.say)
+        self.saver = Saver(run, self.update.trainer_state(), self.log.say)
 
     def train(self) -> int:
         """Train to the end and return the exit status."""
@@ -413,7 +412,7 @@ class Trainer:
         self.log.open_bar()
         self.model.train()
         status = 0
-        warm = progress.step + self.step.warmup
+        warm = progress.step + self.update.warmup_calls
         target_counts = self.load()
         with self.stop.handling():
             while True:
@@ -421,13 +420,14 @@ class Trainer:
                     self.evaluate()
                     if self.patience_is_over():
                         break
+                    # A signal has cut this evaluation short.
                     if self.stop.number and progress.evaluated_step != progress.step:
                         status = 128 + self.stop.number
                         break
                 if progress.step >= config.max_iters:
                     break
                 lr = learning_rate(progress.step, config)
-                self.step(lr, target_counts)
+                self.update(lr, target_counts)
                 progress.step += 1
                 progress.position += self.run.windows_per_step
                 progress.tokens += self.run.windows_per_step * config.block_size
@@ -435,7 +435,7 @@ class Trainer:
                 self.clock.count_step()
                 self.log.bar.update()
                 if self.logging_is_due() and self.log_step(lr) >= config.max_bad_steps:
-                    self.say_hopeless()
+                    self.log.say_hopeless()
                     status = 1
                     break
                 if progress.step == warm:  # everything is compiled and recorded
@@ -460,22 +460,13 @@ class Trainer:
 
     def log_step(self, lr: float) -> float:
         """Log the step and return the number of bad updates in a row. Waits for the device."""
-        step = self.step
-        values = torch.stack([step.loss, step.grad_norm, step.bad, step.skipped])
+        update = self.update
+        values = torch.stack([update.loss, update.grad_norm, update.bad, update.skipped])
         loss, grad_norm, bad, skipped = values.tolist()
         steps_per_s = self.clock.steps_per_second()
         self.note_time()
         self.log.log_step(loss, lr, grad_norm, bad, skipped, steps_per_s)
         return bad
-
-    def say_hopeless(self) -> None:
-        """Explain why training stops after too many updates that were not finite."""
-        self.log.say(
-            f"stopping at step {self.progress.step}: the last {self.config.max_bad_steps} updates "
-            "had a loss or gradient that is not finite. The weights are as before the first of "
-            f"them. Training window {self.progress.position}; try a lower learning_rate or "
-            "--dtype=float32"
-        )
 
     def evaluation_is_due(self) -> bool:
         """Tell whether to evaluate now: at step 0, at every eval_interval, and at the end."""
@@ -506,9 +497,10 @@ class Trainer:
                 progress.worse_evaluations += 1
             self.log.log_evaluation(train_loss, val_loss, better)
             self.log.show_sample()
-            if better and not self.rank_0_says(self.save("best")):
-                # best/ still holds the model of before.
-                progress.best_val_loss, progress.best_step = previous_best
+            if better:
+                saved = value_of_rank_0(self.save("best"), self.machine.device)
+                if not saved:  # best/ still holds the model of before
+                    progress.best_val_loss, progress.best_step = previous_best
             if progress.step > 0 and self.config.always_save_checkpoint:
                 self.save("last")
             self.log.draw()
@@ -534,14 +526,6 @@ class Trainer:
             return False
         best = self.progress.best_val_loss
         return best is None or val_loss < best
-
-    def rank_0_says(self, value: bool) -> bool:
-        """Return rank 0's value on every rank: only rank 0 knows whether a file was written."""
-        if self.machine.world == 1:
-            return value
-        said = torch.tensor(int(value), device=self.machine.device)
-        dist.broadcast(said, 0)
-        return bool(said)
 
     def patience_is_over(self) -> bool:
         """Tell whether there were too many evaluations without a new best."""
@@ -627,22 +611,8 @@ def main(argv: list[str] | None = None) -> int:
             raise out_of_memory_advice(config) from None
         if is_lost_rank(error):
             with reported_by_rank_0():
-                raise UserError(lost_rank_advice(config)) from None
+                raise UserError(lost_rank_advice(Path(config.out_dir))) from None
         raise
-
-
-def lost_rank_advice(config: TrainConfig) -> str:
-    """Say that another process has ended, and how to continue."""
-    message = (
-        "rank 0 has lost the others: one of them has ended. torchrun names it below; if it had a "
-        "message of its own, that stands above"
-    )
-    if remaining_checkpoint(Path(config.out_dir)):
-        message += (
-            ". Continue from the last checkpoint with the same torchrun line and "
-            f"--init_from=resume --out_dir={config.out_dir}"
-        )
-    return message
 
 
 if __name__ == "__main__":

@@ -1,0 +1,12 @@
+"""Text to tokens to shards to windows.
+
+    a .txt, .md, .csv or .jsonl file, a folder of them, or a Hugging Face data set
+      -> documents    readers.py (file formats), texts.py (documents, chat template)
+      -> token ids    tokenizers.py (GPT-2's BPE, characters, bytes), encode.py (in threads)
+      -> shards       prepare.py (which split, progress), rows.py (packed examples),
+                      shards.py (the files train_000000.bin, val_000000.bin, ...; read by memmap)
+      -> windows      windows.py (which tokens a step sees, a pure function of seed and position)
+
+dataset.py opens a data set by name or path and prepares it if it is not there yet. NAME/prepare.py
+makes the data set NAME. download.py fetches files, with a way that works offline.
+"""

@@ -92,7 +92,7 @@ def open_dataset(
         else:
             if tokenizer == "auto":
                 tokenizer = "gpt2"
-            request = Request(name, tokenizer, val_fraction, text_column, block_size)
+            request = DatasetRequest(name, tokenizer, val_fraction, text_column, block_size)
             folder, skipped = _prepare_cache(request, progress)
     except OSError as error:  # a full disk, no right to write, the network
         raise UserError(
@@ -208,7 +208,7 @@ def _other_data() -> str:
     )
 
 
-class Request(NamedTuple):
+class DatasetRequest(NamedTuple):
     """A text to prepare: the arguments of open_dataset that decide what its shards hold."""
 
     name: str
@@ -218,7 +218,7 @@ class Request(NamedTuple):
     block_size: int
 
 
-def _prepare_cache(request: Request, progress: bool) -> tuple[Path, list[Path]]:
+def _prepare_cache(request: DatasetRequest, progress: bool) -> tuple[Path, list[Path]]:
     """Return the folder in data/cache/ that holds a text's shards, and the files that are skipped.
 
     The folder's name has a hash of everything that decides what the shards hold, so a folder that
@@ -261,7 +261,7 @@ def _cache_stem(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(name).stem)[:50] or "texts"
 
 
-def _cache_folder(request: Request, content: Any, row: int | None) -> Path:
+def _cache_folder(request: DatasetRequest, content: Any, row: int | None) -> Path:
     """Return the cache folder for a text.
 
     row: the length of the rows that instruction data are packed into; None for plain text.
@@ -279,7 +279,7 @@ def _cache_folder(request: Request, content: Any, row: int | None) -> Path:
     return DATA / "cache" / f"{_cache_stem(request.name)}-{digest[:12]}"
 
 
-def _tokenizer_for(documents: Documents, request: Request) -> Tokenizer:
+def _tokenizer_for(documents: Documents, request: DatasetRequest) -> Tokenizer:
     """Return the tokenizer for some documents; "char" is made from their characters."""
     tokenizer = request.tokenizer
     if isinstance(tokenizer, CharTokenizer):

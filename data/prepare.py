@@ -61,9 +61,9 @@ def prepare_texts(
     locked = f"Another process is preparing the data in {folder}. Wait until it has ended."
     with lock_folder(folder, if_locked=locked):
         made_by = _made_by(documents, tokenizer, val_fraction)
-        done = Progress(made_by)
+        done = PreparationProgress(made_by)
         if documents.kind == "text":
-            done = Progress.load(folder, made_by)
+            done = PreparationProgress.load(folder, made_by)
         with tqdm(
             desc=name,
             total=max_tokens or expected_tokens,
@@ -110,7 +110,7 @@ def _made_by(documents: Documents, tokenizer: Tokenizer, val_fraction: float) ->
     ]
 
 
-def _too_short(name: str, done: Progress, meta: dict[str, Any]) -> str:
+def _too_short(name: str, done: PreparationProgress, meta: dict[str, Any]) -> str:
     tokens = done.train + done.val
     message = f"{name} is too short to train on and to validate: it has {tokens} tokens."
     if meta.get("cut"):
@@ -172,7 +172,7 @@ def _hash_below_one(document: int) -> float:
 
 
 @dataclass
-class Progress:
+class PreparationProgress:
     """How far a preparation has come, as saved in progress.json beside the shards."""
 
     made_by: list[Any]
@@ -184,7 +184,7 @@ class Progress:
     source_sha256: str = ""  # each piece is hashed together with the hash of all before
 
     @classmethod
-    def load(cls, folder: Path, made_by: list[Any]) -> Progress:
+    def load(cls, folder: Path, made_by: list[Any]) -> PreparationProgress:
         """Return where an interrupted preparation of the same texts was, else the beginning."""
         with contextlib.suppress(OSError, ValueError, TypeError):
             content = json.loads((folder / "progress.json").read_bytes())
@@ -221,7 +221,7 @@ class EncodedPiece(NamedTuple):
 def _encode_documents(
     documents: Documents,
     tokenizer: Tokenizer,
-    done: Progress,
+    done: PreparationProgress,
     bar: tqdm,
     source_bytes: int,
     max_tokens: int | None,
@@ -261,7 +261,7 @@ def _end_ids(documents: Documents, tokenizer: Tokenizer) -> list[int]:
 def _write_texts(
     encoded: Iterator[EncodedPiece],
     split: ValidationSplit,
-    done: Progress,
+    done: PreparationProgress,
     folder: Path,
     dtype: np.dtype,
 ) -> None:
@@ -286,7 +286,7 @@ def _write_texts(
 
 
 def _move_end_to_val(
-    val: ShardWriter, fraction: float, done: Progress, folder: Path, dtype: np.dtype
+    val: ShardWriter, fraction: float, done: PreparationProgress, folder: Path, dtype: np.dtype
 ) -> None:
     """Move the last tokens from train to val, at least two.
 
@@ -310,7 +310,7 @@ def _move_end_to_val(
 def _write_rows(
     encoded: Iterator[EncodedPiece],
     split: ValidationSplit,
-    done: Progress,
+    done: PreparationProgress,
     folder: Path,
     tokenizer: Tokenizer,
     block_size: int,

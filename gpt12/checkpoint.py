@@ -1,7 +1,19 @@
 """Checkpoints: folders that are replaced so that a crash at any moment leaves one that loads.
 
-A checkpoint X (best/ or last/) holds a model's files and trainer.json: the run's progress and the
-SHA-256 of every file. A folder cannot be renamed onto a full one, so X is replaced in steps:
+What a run writes (gpt12/saver.py decides what and when):
+
+    best/   at an evaluation with a new lowest validation loss (never at step 0)
+    last/   when the save timer says so, at every evaluation if always_save_checkpoint, at the end,
+            and on Ctrl-C
+
+    both    config.json, generation_config.json, model.safetensors, the tokenizer's files:
+            a Hugging Face GPT-2 folder; and trainer.json: the run's progress and the SHA-256 of
+            every other file
+    last/   also trainer.safetensors: optimizer state, loss scale, random numbers
+            (gpt12/trainer_state.py)
+    best/   of a LoRA run also adapter/, as PEFT writes it
+
+A folder cannot be renamed onto a full one, so a checkpoint X is replaced in steps:
 
     1. write X.tmp/ and fsync it
     2. rename X to X.prev

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -132,3 +133,26 @@ def is_lost_rank(error: RuntimeError) -> bool:
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
         return True
     return "by peer" in str(error)  # gloo raises a plain RuntimeError: "Connection closed by peer"
+
+
+def value_of_rank_0(value: bool, device: torch.device) -> bool:
+    """Return rank 0's value on every rank: for example, only rank 0 knows if a file was written."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(int(value), device=device)
+    dist.broadcast(shared, 0)
+    return bool(shared)
+
+
+def lost_rank_advice(out_dir: Path) -> str:
+    """Say that another process has ended, and how to continue."""
+    message = (
+        "rank 0 has lost the others: one of them has ended. torchrun names it below; if it had a "
+        "message of its own, that stands above"
+    )
+    if (out_dir / "last").exists() or (out_dir / "last.prev").exists():
+        message += (
+            ". Continue from the last checkpoint with the same torchrun line and "
+            f"--init_from=resume --out_dir={out_dir}"
+        )
+    return message

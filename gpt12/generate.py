@@ -172,7 +172,7 @@ class KVCache:
         rows = slice(b, b + 1)
         return KVCache(self.keys[:, rows], self.values[:, rows], self.length[rows])
 
-    def next_positions(self, T: int) -> Tensor:
+    def take_positions(self, T: int) -> Tensor:
         """Prepare for T more tokens of each text and return their positions, (B, T)."""
         slots = self.keys.size(2)
         self.position, self.mask = self.take_slots(self.length, T, slots, self.keys.dtype)

@@ -30,8 +30,9 @@ from gpt12.gpu_state import ask_driver, read_gpu_state
 from gpt12.loader import Loader
 from gpt12.memory import choose_recompute, ran_out_of_memory
 from gpt12.option_types import Recompute
-from gpt12.plan import card_of_machine, model_shape, predict
+from gpt12.plan import card_of_machine, predict
 from gpt12.settings import BenchConfig
+from gpt12.shape import model_shape
 from gpt12.start import prepare_model
 from gpt12.terminal import say
 from model import GPT, GPTConfig, flops_per_token, parameter_count
@@ -156,7 +157,7 @@ class StepRunner:
 
     def __init__(self, config: BenchConfig, machine: Machine):
         config, windows, self.data = open_windows(config)
-        shape = model_shape(config)
+        shape = model_shape(config, config.vocab_size)
         self.config = resolve(config, shape, machine)
         self.machine = machine
         torch.manual_seed(config.seed)
@@ -322,7 +323,7 @@ def measure_step(config: BenchConfig, tf32: bool = True) -> StepResult:
         timed = time_calls(
             runner,
             machine,
-            warmup=step.warmup + WARMUP_STEPS,
+            warmup=step.warmup_calls + WARMUP_STEPS,
             count=config.steps,
             tokens=step.x.numel(),
         )

@@ -14,8 +14,9 @@ from gpt12.device import Machine
 from gpt12.generate import Sampling, decode_bytes, generate, store_by_columns, stream
 from gpt12.int8 import quantize
 from gpt12.measure import forget_last_measurement
-from gpt12.plan import card_of_machine, model_shape
+from gpt12.plan import card_of_machine
 from gpt12.settings import BenchConfig
+from gpt12.shape import model_shape
 from model import GPT
 
 BATCH_SIZES = (1, 4, 16, 64)  # texts that are written at once
@@ -82,7 +83,7 @@ def measure_decoding(config: BenchConfig, machine: Machine, batch: int) -> Decod
 def build_model(config: BenchConfig, machine: Machine) -> GPT:
     """Return a model with random weights in the form in which sample.py uses it."""
     with machine.device:
-        model = GPT(model_shape(config)).eval()
+        model = GPT(model_shape(config, config.vocab_size)).eval()
     if config.quantize == "int8":
         quantize(model)
     model.to(machine.dtype)

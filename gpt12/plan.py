@@ -22,6 +22,7 @@ from gpt12.loss import CHUNK_ROWS
 from gpt12.memory import GIB, RECOMPUTE, step_memory, trained_parameters
 from gpt12.option_types import Recompute
 from gpt12.settings import BenchConfig
+from gpt12.shape import model_shape
 from model import GPTConfig, Matrix, layer_matrices
 
 # Fitted to measured steps of GPT-2 124M on an H200, which tests/test_plan.py lists.
@@ -40,19 +41,6 @@ LARGEST_BATCH = 1024  # micro-batches up to this size are considered
 MOVED_NUMBERS = 16 + 30
 MOVED_AGAIN = {"none": 0, "pointwise": 12, "block": 16}  # computed again in the backward pass
 MOVED_BY_ADAPTERS = 54  # adding the adapters' products, 6 for each of 9 outputs
-
-
-def model_shape(config: BenchConfig) -> GPTConfig:
-    """Return the shape of the model that the configuration describes."""
-    return GPTConfig(
-        block_size=config.block_size,
-        vocab_size=config.vocab_size,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        dropout=config.dropout,
-        bias=config.bias,
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -118,7 +106,7 @@ class Work:
 
 def count_work(config: BenchConfig, recompute: Recompute) -> Work:
     """Count the work of a step. config: batch_size and dtype decided."""
-    shape = model_shape(config)
+    shape = model_shape(config, config.vocab_size)
     micro_steps = config.gradient_accumulation_steps
     tokens = micro_steps * int(config.batch_size) * config.block_size
     passes = 3 if recompute == "block" else 2  # forward, backward, and perhaps forward again
@@ -238,7 +226,7 @@ class Prediction(MemoryPrediction):
 def predict_memory(config: BenchConfig, recompute: Recompute) -> MemoryPrediction:
     """Predict the peak memory of a step."""
     compiled = config.compile is not False
-    kinds = step_memory(model_shape(config), config, recompute, compiled)
+    kinds = step_memory(model_shape(config, config.vocab_size), config, recompute, compiled)
     memory_gib = {kind: n / GIB for kind, n in kinds.items()}
     return MemoryPrediction(
         batch_size=int(config.batch_size),

@@ -41,7 +41,7 @@ class Profile:
 def profile_step(config: BenchConfig, machine: Machine) -> Profile:
     """Profile a few steps and write trace.json. Without a CUDA graph, which hides its kernels."""
     with step_runner(replace(config, cuda_graph=False)) as runner:
-        for _ in range(runner.step.warmup + WARMUP_STEPS):
+        for _ in range(runner.step.warmup_calls + WARMUP_STEPS):
             runner()
         machine.synchronize()
         with profile(record_shapes=True, with_flops=True, acc_events=True) as profiler:

@@ -17,6 +17,7 @@ from gpt12.distributed import is_rank_0, rank_0_first
 from gpt12.errors import UserError
 from gpt12.memory import choose_batch_size
 from gpt12.settings import TrainConfig
+from gpt12.shape import with_shape
 from gpt12.start import Request, is_worth_compiling, load_start, model_for_data, prepare_model
 from model import GPT, GPTConfig
 
@@ -125,12 +126,9 @@ def _resolve(
     lora_alpha = config.lora_alpha
     if config.lora_rank and lora_alpha is None:
         lora_alpha = 2.0 * config.lora_rank
+    config = with_shape(config, shape)
     return replace(
         config,
-        n_layer=shape.n_layer,
-        n_head=shape.n_head,
-        n_embd=shape.n_embd,
-        bias=shape.bias,
         dtype=str(machine.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         lora_alpha=lora_alpha,
     )

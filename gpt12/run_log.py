@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -257,6 +256,15 @@ class RunLog:
             line += _time_left(self.run.config.max_iters - self.progress.step, steps_per_s)
         self.say(line)
 
+    def say_hopeless(self) -> None:
+        """Explain why training stops after too many updates that were not finite."""
+        self.say(
+            f"stopping at step {self.progress.step}: the last {self.run.config.max_bad_steps} updates "
+            "had a loss or gradient that is not finite. The weights are as before the first of "
+            f"them. Training window {self.progress.position}; try a lower learning_rate or "
+            "--dtype=float32"
+        )
+
     def log_evaluation(self, train_loss: float, val_loss: float, better: bool) -> None:
         """Record an evaluation and show it."""
         best = ", the best so far" if better else ""
@@ -347,8 +355,3 @@ def _time_left(steps: int, steps_per_s: float) -> str:
 
 def _rounded(gib: float | None) -> float | None:
     return None if gib is None else round(gib, 1)
-
-
-def remaining_checkpoint(out_dir: Path) -> bool:
-    """Tell whether out_dir has a checkpoint that a run can be resumed from."""
-    return (out_dir / "last").exists() or (out_dir / "last.prev").exists()

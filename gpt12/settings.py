@@ -19,7 +19,7 @@ from gpt12.option_types import (
     FullShare,
     Layers,
     OpenShare,
-    Optimizer,
+    OptimizerName,
     Positive,
     Prompt,
     Quantize,
@@ -55,15 +55,15 @@ class Contradiction(NamedTuple):
 class Settings:
     """What the settings of all scripts have: checks between keys, and keys that follow from others.
 
-    given: for each key that the user set, in the order of setting, the file it was set in or
+    sources: for each key that the user set, in the order of setting, the file it was set in or
     "command line".
     """
 
-    def contradictions(self, given: Mapping[str, str]) -> list[Contradiction]:
+    def contradictions(self, sources: Mapping[str, str]) -> list[Contradiction]:
         """Return the values that cannot hold together."""
         return []
 
-    def derive(self, given: Mapping[str, str]) -> None:
+    def derive(self, sources: Mapping[str, str]) -> None:
         """Set the keys whose value follows from what the user set."""
 
 
@@ -118,7 +118,7 @@ class TrainConfig(Settings):
     )
     bias: bool = option(False, "Whether Linear and LayerNorm layers have biases, as GPT-2's do.")
 
-    optimizer: Optimizer = option(
+    optimizer: OptimizerName = option(
         "adamw",
         "How weights are updated. muon is for the blocks' matrices, with adamw for the rest; "
         "adamw8bit takes less memory.",
@@ -221,21 +221,24 @@ class TrainConfig(Settings):
     wandb_project: Text = option("owt", "Name of the project there.")
     wandb_run_name: Text = option("gpt2", "Name of the run there.")
 
-    def contradictions(self, given: Mapping[str, str]) -> list[Contradiction]:
+    def contradictions(self, sources: Mapping[str, str]) -> list[Contradiction]:
         """Return the values that cannot hold together."""
         found = []
         if self.init_from == "scratch" and self.n_embd % self.n_head != 0:
             found.append(Contradiction(("n_embd", "n_head"), "n_embd must be a multiple of n_head"))
-        if self._both_lengths_are_given(given):
+        if self._both_lengths_are_given(sources):
             advice = "both say how long to train; give one of them"
             found.append(Contradiction(("max_iters", "num_epochs"), advice))
-        if self.decay_lr and "min_lr" in given and self.min_lr > self.learning_rate:
+        if self.decay_lr and "min_lr" in sources and self.min_lr > self.learning_rate:
             advice = "the lowest rate is above the highest; lower min_lr or add --decay_lr=False"
             found.append(Contradiction(("min_lr", "learning_rate"), advice))
         if self.quantize != "none" and not self.eval_only:
             advice = "quantized weights cannot be trained; add --eval_only or leave out --quantize"
             found.append(Contradiction(("quantize", "eval_only"), advice))
-        lora_keys = [key for key in ("lora_alpha", "lora_dropout", "lora_targets") if key in given]
+        lora_keys = []
+        for key in ("lora_alpha", "lora_dropout", "lora_targets"):
+            if key in sources:
+                lora_keys.append(key)
         if self.lora_rank == 0 and lora_keys:
             advice = "there are no adapters without a rank; add --lora_rank=16"
             found.append(Contradiction(("lora_rank", *lora_keys), advice))
@@ -244,22 +247,22 @@ class TrainConfig(Settings):
             found.append(Contradiction(("lora_rank", "n_embd"), advice))
         return found
 
-    def _both_lengths_are_given(self, given: Mapping[str, str]) -> bool:
+    def _both_lengths_are_given(self, sources: Mapping[str, str]) -> bool:
         """Whether one file, or the command line, sets both max_iters and num_epochs."""
-        if self.num_epochs == 0 or "max_iters" not in given or "num_epochs" not in given:
+        if self.num_epochs == 0 or "max_iters" not in sources or "num_epochs" not in sources:
             return False
-        return given["max_iters"] == given["num_epochs"]
+        return sources["max_iters"] == sources["num_epochs"]
 
-    def derive(self, given: Mapping[str, str]) -> None:
+    def derive(self, sources: Mapping[str, str]) -> None:
         """Set the keys whose value follows from what the user set.
 
         If both max_iters and num_epochs are given, the last one wins. A learning rate below the
         default of min_lr lowers min_lr.
         """
-        lengths = [key for key in given if key in ("max_iters", "num_epochs")]
+        lengths = [key for key in sources if key in ("max_iters", "num_epochs")]
         if lengths and lengths[-1] == "max_iters":
             self.num_epochs = 0.0
-        if self.decay_lr and "min_lr" not in given and self.min_lr > self.learning_rate:
+        if self.decay_lr and "min_lr" not in sources and self.min_lr > self.learning_rate:
             self.min_lr = self.learning_rate / 10
 
 
@@ -327,7 +330,7 @@ class SampleConfig(Settings):
     )
     quantize: Quantize = option("none", "int8 makes the weights smaller and writing faster.")
 
-    def contradictions(self, given: Mapping[str, str]) -> list[Contradiction]:
+    def contradictions(self, sources: Mapping[str, str]) -> list[Contradiction]:
         """Return the values that cannot hold together."""
         if self.interactive and self.json:
             advice = "a conversation cannot be printed as JSON; leave one of them out"
@@ -400,9 +403,9 @@ class BenchConfig(TrainConfig):
     )
     bandwidth_gbs: Positive | None = option(None, "Memory bandwidth in GB/s, from its datasheet.")
 
-    def contradictions(self, given: Mapping[str, str]) -> list[Contradiction]:
+    def contradictions(self, sources: Mapping[str, str]) -> list[Contradiction]:
         """Return the values that cannot hold together. Quantized weights can generate text."""
-        found = super().contradictions(given)
+        found = super().contradictions(sources)
         if self.sample:
             found = [
                 contradiction for contradiction in found if "quantize" not in contradiction.keys

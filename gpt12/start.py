@@ -18,6 +18,7 @@ from gpt12.errors import UserError
 from gpt12.int8 import quantize
 from gpt12.run_folder import REPOSITORY, read_run
 from gpt12.settings import TrainConfig
+from gpt12.shape import model_shape
 from gpt12.weights import find_pretrained, from_pretrained
 from model import GPT, GPTConfig, flops_per_token
 
@@ -163,8 +164,8 @@ def _decide_memory_again(base: dict[str, Any], saved: dict[str, Any], given: set
     if not changed:
         return []
     return [
-        f"this run began on {old[0]} and goes on on {new[0]}: {' and '.join(changed)} are chosen "
-        "again. Losses may differ in the last digits"
+        f"this run began on {old[0]} and continues on {new[0]}, so {' and '.join(changed)} "
+        f"{'is' if len(changed) == 1 else 'are'} chosen again. Losses may differ in the last digits"
     ]
 
 
@@ -249,16 +250,7 @@ def model_for_data(model: GPT | None, tokenizer: Any, dataset: Dataset, config: 
     Raises UserError if the data were made with another tokenizer than the model's.
     """
     if model is None:
-        shape = GPTConfig(
-            block_size=config.block_size,
-            vocab_size=dataset.vocab_size,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
-            dropout=config.dropout,
-            bias=config.bias,
-        )
-        return GPT(shape)
+        return GPT(model_shape(config, dataset.vocab_size))
     other_tokenizer = (
         tokenizer is not None
         and dataset.tokenizer is not None

@@ -17,6 +17,7 @@ from gpt12.memory import GIB
 from gpt12.option_types import Recompute
 from gpt12.plan import kinds_of_recomputation, largest_batch
 from gpt12.settings import BenchConfig
+from gpt12.shape import with_shape
 
 NOTHING_FITS = (
     "nothing fits, not even one row: try --lora_rank=16, --optimizer=adamw8bit or a smaller model"
@@ -69,15 +70,7 @@ def _with_shape_of(swept: BenchConfig, request: BenchRequest, on_cpu: bool) -> B
     """
     asked = replace(request.asked, init_from=swept.init_from)
     shape = with_model_shape(asked, request.given, on_cpu)
-    return replace(
-        swept,
-        n_layer=shape.n_layer,
-        n_head=shape.n_head,
-        n_embd=shape.n_embd,
-        bias=shape.bias,
-        block_size=shape.block_size,
-        vocab_size=shape.vocab_size,
-    )
+    return replace(with_shape(swept, shape), vocab_size=shape.vocab_size)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def test_the_progress_bar_ends_at_its_total(house):
     totals = []
     (house / "a.txt").write_text("éight by" * 100_000)
     documents, bar = Documents("a.txt"), Bar()
-    for _ in prepare._encode_documents(documents, CharTokenizer(" béghity"), prepare.Progress([]), bar, 900_000, None):
+    for _ in prepare._encode_documents(documents, CharTokenizer(" béghity"), prepare.PreparationProgress([]), bar, 900_000, None):
         pass
     assert bar.n == 800_000 and len(totals) > 1
     assert all(abs(total - 800_000) < 3 for total in totals)
@@ -294,7 +294,7 @@ def test_all_unknown_characters_of_a_data_set_are_listed(house, monkeypatch):
 def test_names_in_the_cache_are_allowed_on_windows(house):
     names = ["hf:owner/name:config", 'a "b"? <c>|*.txt', "con.txt"]
     for name in names:
-        request = dataset_module.Request(name, "bytes", 0.1, "text", 8)
+        request = dataset_module.DatasetRequest(name, "bytes", 0.1, "text", 8)
         folder = dataset_module._cache_folder(request, "content", row=None)
         assert not set(folder.name) & set('<>:"/\\|?*')
         assert folder.name != "con"

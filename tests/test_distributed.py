@@ -18,6 +18,7 @@ from gpt12.distributed import (
     Ranks,
     check_processes,
     is_lost_rank,
+    lost_rank_advice,
     process_group,
     reported_by_rank_0,
     torchrun_ranks,
@@ -38,7 +39,7 @@ from tests.helpers import (
     trainer,
     weights,
 )
-from train import Trainer, lost_rank_advice
+from train import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -95,11 +96,10 @@ def test_only_the_end_of_another_process_counts_as_a_lost_rank():
 
 
 def test_a_lost_rank_is_told_to_continue_only_where_there_is_a_checkpoint(tmp_path):
-    lost = config(out_dir=str(tmp_path))
-    assert lost_rank_advice(lost).endswith("that stands above")
+    assert lost_rank_advice(tmp_path).endswith("that stands above")
     for name in ("last.prev", "last"):
         (tmp_path / name).mkdir()
-        assert lost_rank_advice(lost).endswith(f"--init_from=resume --out_dir={tmp_path}")
+        assert lost_rank_advice(tmp_path).endswith(f"--init_from=resume --out_dir={tmp_path}")
         (tmp_path / name).rmdir()
 
 

@@ -6,6 +6,7 @@ import math
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from gpt12.run_folder import read_run
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig, parameter_count
 from tests.harmless import FEW, harmless
-from tests.helpers import losses, read_rows, resume, run, same_tensors, trainer, weights
+from tests.helpers import ROOT, losses, read_rows, resume, run, same_tensors, trainer, weights
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -378,6 +379,19 @@ def test_a_run_on_a_read_only_file_system_is_refused(dataset, disk):
     with pytest.raises(UserError, match=message):
         run(dataset, disk / "new")
     assert trainer(disk / "out")["step"] == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Kills
+
+
+def test_a_run_that_is_killed_four_times_ends_like_the_unbroken_run():
+    """The short form of tests/manual/kill_loop.py: two kills at random calls, two inside a save."""
+    argv = [sys.executable, "-m", "tests.manual.kill_loop", "--kills=4", "--seed=6", "--by_calls"]
+    result = subprocess.run([*argv, "--presets=0"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "kills 4 (2 inside" in result.stdout
+    assert "losses 0" in result.stdout
 
 
 # --------------------------------------------------------------------------------------------------

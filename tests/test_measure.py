@@ -23,7 +23,8 @@ from gpt12.measure import (
     time_calls,
     try_to_measure,
 )
-from gpt12.plan import count_work, model_shape, predict_memory
+from gpt12.plan import count_work, predict_memory
+from gpt12.shape import model_shape
 from model import GPT, GPTConfig, parameter_count
 from tests.bench_helpers import CPU, check_step, fake_result, make, prepare
 from train import TrainStep
@@ -81,7 +82,7 @@ def test_the_data_set_is_used_if_it_is_prepared(tmp_path):
 
 def test_auto_is_decided_as_in_training():
     config = make(lora_rank=4, recompute="auto")
-    resolved = resolve(config, model_shape(config), CPU)
+    resolved = resolve(config, model_shape(config, config.vocab_size), CPU)
     assert (resolved.lora_alpha, resolved.recompute, resolved.dtype) == (8.0, "none", "float32")
     assert (config.lora_alpha, config.recompute) == (None, "auto")  # untouched
 
@@ -89,7 +90,7 @@ def test_auto_is_decided_as_in_training():
 def attention_kernels_used(config):
     """The operations of a step whose name tells the kernel of attention."""
     with step_runner(config) as runner:
-        for _ in range(runner.step.warmup + 1):
+        for _ in range(runner.step.warmup_calls + 1):
             runner()
         with torch.profiler.profile() as profiler:
             runner()

@@ -20,10 +20,10 @@ from gpt12.plan import (
     count_work,
     largest_batch,
     make_plan,
-    model_shape,
     predict,
     predict_memory,
 )
+from gpt12.shape import model_shape
 from model import GPT, GPTConfig
 from tests.bench_helpers import SHAPE, fake_gpu_memory, make, make_124m
 
@@ -87,7 +87,7 @@ def test_the_work_is_counted_as_torch_counts_it(recompute, attention):
     L = SHAPE["n_layer"]
     T = SHAPE["block_size"]
     config = make(recompute=recompute)
-    model = GPT(model_shape(config))
+    model = GPT(model_shape(config, config.vocab_size))
     model.set_recompute(recompute)
     x = torch.zeros(SHAPE["batch_size"], T, dtype=torch.int64)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -112,7 +112,7 @@ def test_muons_products_are_counted_as_torch_counts_them():
 @pytest.mark.parametrize("targets", ["all", "c_attn,c_fc", "c_proj"])
 def test_lora_trains_what_the_plan_counts(targets):
     config = make(lora_rank=3, lora_targets=targets)
-    model = GPT(model_shape(config))
+    model = GPT(model_shape(config, config.vocab_size))
     lora.add_lora(model, 3, 1.0, targets=[] if targets == "all" else targets.split(","))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     moments = predict_memory(config, "none").memory_gib["moments"]

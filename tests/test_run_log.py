@@ -258,7 +258,7 @@ def test_an_evaluation_alone_says_what_makes_its_figure_doubtful(dataset, tmp_pa
     (tmp_path / "val.bin").write_bytes((dataset / "val_000000.bin").read_bytes()[1024:])
     (tmp_path / "meta.pkl").touch()
     assert run(tmp_path, tmp_path / "none", "--eval_only") == 0
-    assert "Its vocabulary is taken to be 13, the largest id plus one" in capsys.readouterr().out
+    assert "The vocabulary is assumed to have 13 ids, the largest one plus one" in capsys.readouterr().out
 
 
 def test_a_resumed_run_is_not_compared_with_its_start(finished, tmp_path, capsys, monkeypatch):

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.shards import UINT8, UINT16, UINT32, ShardWriter, Tokens, find_shards, token_dtype, write_shard
+from data.shards import (
+    UINT8,
+    UINT16,
+    UINT32,
+    ShardWriter,
+    Tokens,
+    find_shards,
+    token_dtype,
+    write_shard,
+)
 from gpt12.errors import UserError
 from tests.harmless import FEW, harmless
 

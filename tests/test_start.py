@@ -190,7 +190,7 @@ def test_on_another_gpu_recompute_and_batch_size_are_decided_again(
     assert made.gradient_accumulation_steps == 40 * 12  # rows: the tokens of a step stay
     assert made.dtype == "bfloat16"  # another precision would be another run
     [note] = request.notes
-    assert f"began on Large and goes on on {name}: recompute and batch_size" in note
+    assert f"began on Large and continues on {name}, so recompute and batch_size are" in note
     assert "Losses may differ in the last digits" in note
 
 
@@ -231,6 +231,12 @@ def test_what_the_user_chose_is_not_decided_again(
     act_gpu(monkeypatch, "Small", 12)
     made = moved(tmp_path, requested, None, *options).config
     assert (made.recompute, made.batch_size, made.gradient_accumulation_steps) == expected
+
+
+def test_the_note_names_only_what_is_decided_again(tmp_path, monkeypatch):
+    act_gpu(monkeypatch, "Small", 12)
+    [note] = moved(tmp_path, AUTO, None, "--recompute=block").notes
+    assert "Small, so batch_size is chosen again" in note
 
 
 def test_what_was_asked_for_first_is_remembered_over_several_resumes(tmp_path, monkeypatch):

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_meta, get_tokenizer, load_tokenizer
+from data.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    from_meta,
+    load_tokenizer,
+)
 from gpt12.errors import UserError
 from tests.tiny_bpe import END, MERGES, TINY, encode_slowly, tiny
 

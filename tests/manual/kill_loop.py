@@ -1,12 +1,20 @@
-"""Kill a training run again and again, and see that nothing is lost: python -m tests.manual.kill_loop --kills=200
+"""Kill training runs again and again, and see that nothing is lost.
 
-A run on the CPU is killed by SIGKILL, half of the times at a random instant, half inside the write of a checkpoint: at a
-random one of its steps, files half written included. After each kill the newest checkpoint must load, be no older than
-the one before, and resume. When a run reaches its end, its weights, moments and losses must be, bit for bit, those of
-an unbroken run; then the next one begins, until the kills are used up.
+    python -m tests.manual.kill_loop --kills=200
 
-With --by_calls a random instant is a random call of a function, counted by Python, and not a random time. Then the same
-seed kills at the same places on any machine, however busy it is. The test suite runs this form.
+A tiny run on the CPU is killed by SIGKILL: half of the times at a random moment, half inside the
+write of a checkpoint, at a random one of its operations and also with half a file written. After
+each kill the newest checkpoint must load, be no older than the one before, and resume. When a run
+reaches its end, its weights, moments and losses must equal those of an unbroken run bit for bit.
+Then the next run begins, until the kills are used up.
+
+Then a shipped preset, config/train_shakespeare_cpu.py, runs as it is, and is killed by SIGKILL
+every time that it has saved: it must resume, and end like the unbroken run. Leave it out with
+--presets=0.
+
+With --by_calls a random moment is a random call of a function, counted by Python, and not a random
+time. The same seed then kills at the same places on any machine, however busy it is. The test suite
+runs this form.
 """
 
 from __future__ import annotations
@@ -19,6 +27,7 @@ import random
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,8 +36,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: processes are forked, which threads would not survive
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads would not survive a fork
 
+# Imported here so that a forked process need not import them again.
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
 import safetensors.torch
@@ -36,16 +46,19 @@ import safetensors.torch
 import data.tokenizers
 import data.windows  # noqa: F401
 import train
-from data import run as run_folder
+from gpt12 import checkpoint, saver
+from gpt12.checkpoint import find_checkpoint, locate_checkpoint
 from gpt12.errors import UserError
-from tests.helpers import OPTIONS, make_dataset
+from gpt12.files import sha256
+from tests.helpers import OPTIONS, ROOT, make_dataset
 
-SAVES = 16 + 8  # about as many checkpoints as a run writes
-STEPS = 33  # and about as many pauses as each has
+SAVES = 16 + 8  # about as many checkpoints as a run writes: last/ and best/
+PAUSES = 43  # and about as many pauses as each has
+PRESET = "config/train_shakespeare_cpu.py"
 
 
 def pause_in_saves(pause: Callable[[], object]) -> None:
-    """Call pause() before and after everything a checkpoint's writer does to the disk, and in the middle of its files."""
+    """Call pause() around each operation on the disk in a save, and in the middle of its files."""
     saving = False
 
     def around(original: Callable) -> Callable:
@@ -69,22 +82,23 @@ def pause_in_saves(pause: Callable[[], object]) -> None:
     def save_checkpoint(*args):
         nonlocal saving
         saving = True
-        original_save(*args)
+        checkpoint.save_checkpoint(*args)
         saving = False
 
-    original_save, run_folder.save_checkpoint = run_folder.save_checkpoint, save_checkpoint
+    saver.save_checkpoint = save_checkpoint
     safetensors.torch.save_file = save_file
-    run_folder._sync = around(run_folder._sync)
-    for name in ("mkdir", "rename", "write_text"):
+    checkpoint.sync = around(checkpoint.sync)
+    for name in ("mkdir", "rename", "write_text", "write_bytes"):
         setattr(Path, name, around(getattr(Path, name)))
     shutil.rmtree = around(shutil.rmtree)  # type: ignore[assignment]
 
 
 class CallCounter:
-    """Counts the calls of functions in this process, Python's and C's, and kills it just before one of them."""
+    """Counts the calls of functions in this process, and kills it just before one of them."""
 
     def __init__(self, fatal: int | None):
-        self.calls, self.fatal = 0, fatal
+        self.calls = 0
+        self.fatal = fatal
 
     def __call__(self, frame: object, event: str, argument: object) -> None:
         if event not in ("call", "c_call"):
@@ -95,16 +109,21 @@ class CallCounter:
 
 
 class Life:
-    """One process of a run, from the start or from its checkpoint, forked so that nothing is imported again.
+    """One process of a run, from its start or from its checkpoint. It is forked.
 
-    paused: it waits at each step inside a checkpoint. counter: it counts its calls, and dies at the fatal one; one that
-    comes to its end leaves their number in a file beside the log.
+    paused: it waits at each operation inside a save. counter: counts its calls, and kills it at the
+    fatal one; a process that ends by itself leaves the number of calls in a file beside the log.
     """
 
-    def __init__(self, argv: list[str], log: Path, paused: bool = False, counter: CallCounter | None = None):
-        told, tell = os.pipe()
-        wait, go = os.pipe()
-        self.told, self.go = told, go
+    def __init__(
+        self,
+        argv: list[str],
+        log: Path,
+        paused: bool = False,
+        counter: CallCounter | None = None,
+    ):
+        self.told, tell = os.pipe()
+        wait, self.go = os.pipe()
         self.pid = os.fork()
         if self.pid:
             os.close(tell)
@@ -112,9 +131,9 @@ class Life:
             return
         status = 99
         try:
-            os.close(told)
-            os.close(go)
-            sys.stdout = sys.stderr = open(log, "w")  # noqa: SIM115 (until the process ends)
+            os.close(self.told)
+            os.close(self.go)
+            sys.stdout = sys.stderr = open(log, "w")
             if paused:
                 pause_in_saves(lambda: [os.write(tell, b"."), os.read(wait, 1)])
             if counter is not None:
@@ -130,7 +149,7 @@ class Life:
             os._exit(status)
 
     def end(self, kill: bool) -> int:
-        """The exit status, or minus the signal."""
+        """Wait for the end. Return the exit status, or minus the signal."""
         if kill:
             os.kill(self.pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -139,12 +158,12 @@ class Life:
         return status
 
     def until_time(self, seconds: float) -> int:
-        """Let it live so long; the pipe becomes readable when the process ends by itself."""
+        """Let it live so long. The pipe becomes readable when the process ends by itself."""
         ended, _, _ = select.select([self.told], [], [], seconds)
         return self.end(kill=not ended)
 
-    def until_step(self, count: int) -> int:
-        """Let it take this many steps inside checkpoints."""
+    def until_operation(self, count: int) -> int:
+        """Let it make this many operations inside saves."""
         for _ in range(count - 1):
             if not os.read(self.told, 1):
                 return self.end(kill=False)
@@ -153,58 +172,73 @@ class Life:
 
 
 def newest(out_dir: Path) -> int | None:
-    """The step of the checkpoint that resuming would take; UserError if there is one and it does not load."""
-    if not any((out_dir / name).exists() for name in ("last", "last.prev")):
+    """Return the step of the checkpoint that resuming would take, None if there is none.
+
+    Raises UserError if it does not load.
+    """
+    if locate_checkpoint(out_dir, ("last",)) is None:
         return None
-    return run_folder.find_checkpoint(out_dir, ("last",))[1]["step"]
+    return find_checkpoint(out_dir, ("last",))[1]["step"]
 
 
 def outcome(out_dir: Path) -> dict:
-    """All that must not depend on how often a run was killed."""
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    result: dict = {"metrics": [{k: v for k, v in r.items() if k not in ("elapsed_s", "tokens_per_s")} for r in rows]}
+    """Return all that must not depend on how often a run was killed."""
+    result: dict = {"metrics": []}
+    for line in (out_dir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        result["metrics"].append(without(row, "elapsed_s", "tokens_per_s"))
     for name in ("best", "last"):
-        folder, state = run_folder.find_checkpoint(out_dir, (name,))
-        result[name] = {key: value for key, value in state.items() if key not in ("elapsed_s", "sha256")}
+        folder, state = find_checkpoint(out_dir, (name,))
+        result[name] = without(state, "elapsed_s", "sha256")
         for file in sorted(folder.glob("*.safetensors")):
-            result[f"{name}/{file.name}"] = run_folder.sha256(file)
+            result[f"{name}/{file.name}"] = sha256(file)
     return result
+
+
+def without(values: dict, *keys: str) -> dict:
+    return {key: value for key, value in values.items() if key not in keys}
 
 
 @dataclass
 class Whole:
-    """The unbroken run: what it leaves, and how long it is, in seconds or in calls."""
+    """The unbroken run: what it leaves, and how long it is in seconds and in calls."""
 
     outcome: dict
-    length: float
+    seconds: float
+    calls: int
 
 
-def run_whole(argv: list[str], out_dir: Path, by_calls: bool) -> Whole:
+def run_whole(argv: list[str], out_dir: Path) -> Whole:
+    log = out_dir.with_suffix(".log")
     started = time.perf_counter()
-    counter = CallCounter(None) if by_calls else None
-    assert Life(argv, out_dir.with_suffix(".log"), counter=counter).end(kill=False) == 0
-    length = time.perf_counter() - started
-    if by_calls:
-        length = int(out_dir.with_suffix(".calls").read_text())
-    return Whole(outcome(out_dir), length)
+    assert Life(argv, log).end(kill=False) == 0, log.read_text()
+    seconds = time.perf_counter() - started
+    expected = outcome(out_dir)
+    assert Life(argv, log, counter=CallCounter(None)).end(kill=False) == 0
+    assert outcome(out_dir) == expected, "two unbroken runs differ"
+    return Whole(expected, seconds, int(log.with_suffix(".calls").read_text()))
 
 
 def live(argv: list[str], out_dir: Path, chance: random.Random, how: str, whole: Whole) -> int:
-    """One life with its death, and its exit status. AssertionError says what was lost.
+    """Let a run live once until it is killed. Return the exit status.
 
-    how: it is killed 'inside' a save, after a random 'time', at a random 'call', or is left in 'peace'.
+    how: it is killed "inside" a save, after a random "time", at a random "call", or not ("peace").
+    Raises AssertionError that says what was lost.
     """
     before = newest(out_dir)
-    argv = argv if before is None else ["--init_from=resume", f"--out_dir={out_dir}"]
+    if before is not None:
+        argv = ["--init_from=resume", f"--out_dir={out_dir}"]
     log = out_dir.with_suffix(".log")
     left = (16 - (before or 0)) / 16
-    share = chance.uniform(0, 0.4 + left)  # of the whole run; 0.4: what starting takes
+    share = chance.uniform(0, 0.4 + left)  # of the whole run; 0.4 is what starting takes
     if how == "inside":
-        status = Life(argv, log, paused=True).until_step(chance.randint(1, 1 + round(left * SAVES * STEPS)))
+        count = chance.randint(1, 1 + round(left * SAVES * PAUSES))
+        status = Life(argv, log, paused=True).until_operation(count)
     elif how == "time":
-        status = Life(argv, log).until_time(share * whole.length)
+        status = Life(argv, log).until_time(share * whole.seconds)
     elif how == "call":
-        status = Life(argv, log, counter=CallCounter(1 + round(share * whole.length))).end(kill=False)
+        counter = CallCounter(1 + round(share * whole.calls))
+        status = Life(argv, log, counter=counter).end(kill=False)
     else:
         status = Life(argv, log).end(kill=False)
     assert status in (0, -signal.SIGKILL), f"exit status {status}: {log.read_text()}"
@@ -216,52 +250,125 @@ def live(argv: list[str], out_dir: Path, chance: random.Random, how: str, whole:
     return status
 
 
-def kill_loop(kills: int, seed: int, folder: Path, by_calls: bool) -> tuple[int, int, int]:
-    """(kills inside a checkpoint's write, finished runs, losses)"""
-    dataset, chance = make_dataset(folder / "letters"), random.Random(seed)
-    places = [f"--dataset={dataset}", f"--out_dir={folder / 'whole'}"]
-    whole = run_whole([*OPTIONS, *places], folder / "whole", by_calls)
-    done = inside = runs = losses = 0
+@dataclass
+class Tally:
+    """What happened in all."""
+
+    kills: int = 0
+    inside: int = 0  # kills inside the write of a checkpoint
+    runs: int = 0  # that came to their end
+    losses: int = 0
+
+
+def kill_loop(kills: int, seed: int, folder: Path, by_calls: bool) -> Tally:
+    """Kill tiny runs so many times."""
+    dataset = make_dataset(folder / "letters")
+    chance = random.Random(seed)
+    options = [*OPTIONS, f"--dataset={dataset}"]
+    whole = run_whole([*options, f"--out_dir={folder / 'whole'}"], folder / "whole")
+    tally = Tally()
     ended = True
-    while done < kills or not ended:
+    while tally.kills < kills or not ended:
         if ended:
-            out_dir, ended = folder / f"run{runs}", False
-        how = "call" if by_calls else "time"
-        if inside * 2 < done or done == 0:
-            how = "inside"
-        if done >= kills:
+            out_dir = folder / f"run{tally.runs}"
+            ended = False
+        if tally.kills >= kills:
             how = "peace"  # the last run may come to its end
-        options = [*OPTIONS, f"--dataset={dataset}", f"--out_dir={out_dir}"]
+        elif tally.inside * 2 < tally.kills or tally.kills == 0:
+            how = "inside"
+        else:
+            how = "call" if by_calls else "time"
         try:
-            ended = live(options, out_dir, chance, how, whole) == 0
-            done += not ended
-            inside += how == "inside" and not ended
-            assert not ended or outcome(out_dir) == whole.outcome, f"{out_dir} differs from the unbroken run"
+            ended = live([*options, f"--out_dir={out_dir}"], out_dir, chance, how, whole) == 0
+            if not ended:
+                tally.kills += 1
+                if how == "inside":
+                    tally.inside += 1
+            elif outcome(out_dir) != whole.outcome:
+                raise AssertionError(f"{out_dir} differs from the unbroken run")
         except AssertionError as error:
-            print(f"LOST after kill {done}: {error}", file=sys.stderr)
-            losses, ended = losses + 1, True
-            done += 1
+            print(f"LOST after kill {tally.kills}: {error}", file=sys.stderr)
+            tally.losses += 1
+            tally.kills += 1
+            ended = True
         if ended:
-            runs += 1
+            tally.runs += 1
             with contextlib.suppress(OSError):
                 shutil.rmtree(out_dir)
-    return inside, runs, losses
+    return tally
+
+
+def start_train(*options: str) -> subprocess.Popen:
+    """Start train.py as a user types it, with one line a logged step."""
+    argv = [sys.executable, "train.py", *options]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(argv, cwd=ROOT, **streams)
+
+
+def kill_preset(folder: Path, chance: random.Random) -> int:
+    """Run a shipped preset as it is and kill it after each of its saves. Return the kills.
+
+    Raises AssertionError that says what was lost.
+    """
+    process = start_train(PRESET, f"--out_dir={folder / 'whole'}")
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    out_dir = folder / "killed"
+    options = [PRESET, f"--out_dir={out_dir}"]
+    kills = 0
+    saved = 0
+    while True:
+        process = start_train(*options)
+        lines = []
+        patience = chance.randint(0, 2)  # logged steps between the save and the kill
+        for line in process.stdout or ():
+            lines.append(line)
+            if newest(out_dir) not in (None, saved) and line.startswith("step "):
+                if patience == 0:
+                    process.kill()
+                    break
+                patience -= 1
+        text = "".join(lines)
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, text
+        kills += 1
+        if saved:
+            assert f"resuming at step {saved:,}" in text, text
+        saved = newest(out_dir) or 0
+        print(f"{PRESET}: kill {kills}, step {saved} is saved", flush=True)
+        options = ["--init_from=resume", f"--out_dir={out_dir}"]
+    assert kills > 0, "it ended before it had saved"
+    assert outcome(out_dir) == outcome(folder / "whole"), "it differs from the unbroken run"
+    return kills
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--by_calls", action="store_true", help="a random call in place of a random time")
+    parser.add_argument("--presets", type=int, default=1, help="times to kill a shipped preset")
+    parser.add_argument("--by_calls", action="store_true", help="a random call, not a random time")
     options = parser.parse_args()
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        inside, runs, losses = kill_loop(options.kills, options.seed, Path(folder), options.by_calls)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tally = kill_loop(options.kills, options.seed, folder, options.by_calls)
+        for number in range(options.presets):
+            place = folder / f"preset{number}"
+            place.mkdir()
+            try:
+                tally.kills += kill_preset(place, random.Random(options.seed + number))
+                tally.runs += 1
+            except AssertionError as error:
+                print(f"LOST: {error}", file=sys.stderr)
+                tally.losses += 1
     print(
-        f"kills {options.kills} ({inside} inside a checkpoint's write), runs finished {runs}, losses {losses}, "
-        f"seconds {time.perf_counter() - started:.0f}, seed {options.seed}"
+        f"kills {tally.kills} ({tally.inside} inside a checkpoint's write), runs finished "
+        f"{tally.runs}, losses {tally.losses}, seconds {time.perf_counter() - started:.0f}, "
+        f"seed {options.seed}"
     )
-    return 1 if losses else 0
+    return 1 if tally.losses else 0
 
 
 if __name__ == "__main__":
