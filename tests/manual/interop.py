@@ -88,7 +88,7 @@ def their_text(folder: Path) -> str:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     prompt = PROMPT
     if tokenizer.chat_template:
@@ -103,6 +103,7 @@ def their_text(folder: Path) -> str:
 def check_pipeline(runs: Runs) -> str:
     from transformers import pipeline
 
+    write: Any
     for folder in (runs.text, runs.char):
         write = pipeline("text-generation", model=str(folder), device="cpu")
         (said,) = write(PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -118,7 +119,7 @@ def check_pipeline(runs: Runs) -> str:
 def check_chat_template(runs: Runs) -> str:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(runs.chat)
+    tokenizer: Any = AutoTokenizer.from_pretrained(runs.chat)
     ours = ""
     for piece in chat_pieces(MESSAGES):
         ours += piece.text + (END_OF_TEXT if piece.end else "")
