@@ -258,11 +258,11 @@ class RunLog:
 
     def say_hopeless(self) -> None:
         """Explain why training stops after too many updates that were not finite."""
+        bad_steps = self.run.config.max_bad_steps
         self.say(
-            f"stopping at step {self.progress.step}: the last {self.run.config.max_bad_steps} "
-            "updates had a loss or gradient that is not finite. The weights are as before the "
-            f"first of them. Training window {self.progress.position}; try a lower learning_rate or "
-            "--dtype=float32"
+            f"stopping at step {self.progress.step}: the last {bad_steps} updates had a loss or "
+            "gradient that is not finite. The weights are as before the first of them. Training "
+            f"window {self.progress.position}; try a lower learning_rate or --dtype=float32"
         )
 
     def log_evaluation(self, train_loss: float, val_loss: float, better: bool) -> None:
