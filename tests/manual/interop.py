@@ -1,15 +1,17 @@
-"""Open what train.py writes in other programs, open here what they write, and print a table.
+r"""Open what train.py writes in other programs, open here what they write, and print a table.
 
     python -m tests.manual.interop
     python -m tests.manual.interop --only=GGUF --llama_cpp=../llama.cpp --work=/tmp/interop
 
 It trains four tiny models on the CPU first. A tool that is not installed is skipped. The converters
-to ONNX and GGUF pin older packages, so each needs an environment of its own; --work keeps the
-models, so that several environments check the same ones:
+to ONNX and GGUF pin older packages than requirements.txt does, so each needs an environment of its
+own; --work keeps the models, so that several environments check the same ones:
 
-    pip install -r requirements.txt transformers peft trl "lm_eval[hf]" onnx onnxscript onnxruntime
-    pip install -r requirements.txt "optimum-onnx[onnxruntime]"
-    pip install -r requirements.txt "transformers==4.57.6" sentencepiece gguf llama-cpp-python
+    pip install -r requirements.txt transformers accelerate peft trl "lm_eval[hf]" onnx onnxscript \
+        onnxruntime
+    pip install torch==2.13.0 safetensors filelock tiktoken tqdm "optimum-onnx[onnxruntime]"
+    pip install torch==2.13.0 safetensors filelock tiktoken tqdm "transformers<4.58" \
+        sentencepiece gguf llama-cpp-python
 
 The exit status is 1 if a check failed.
 """
@@ -479,7 +481,12 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="check only tools whose name begins so")
     parser.add_argument("--work", type=Path, help="keep models here; those that are there are used")
-    parser.add_argument("--llama_cpp", type=Path, help="a checkout of llama.cpp, for GGUF")
+    parser.add_argument(
+        "--llama_cpp",
+        type=Path,
+        help="a checkout of llama.cpp, for GGUF; the source archive of llama-cpp-python has one in "
+        "vendor/llama.cpp",
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as temporary:
