@@ -358,10 +358,10 @@ SHARDS = [
         test="test_an_id_that_would_wrap_is_not_written",
     ),
     Mutant(
-        "the first token of a shard is read from the shard before",
+        "positions in a shard are counted as if all shards had its length",
         file="data/shards.py",
-        before="index = bisect.bisect_right(self._ends, position)",
-        after="index = bisect.bisect_left(self._ends, position)",
+        before="return shard, position - (self._ends[index] - shard.length)",
+        after="return shard, position % shard.length",
         test_file="test_shards.py",
         test="test_windows_over_borders_equal_a_concatenated_array",
     ),
