@@ -40,9 +40,10 @@ def test_both_sides_are_measured_in_turns(tmp_path):
 def test_their_model_is_ours():
     """The same weights give the same loss in both."""
     config = make(bias=True)
-    ours = GPT(model_shape(config, config.vocab_size)).eval()
+    shape = model_shape(config, config.vocab_size)
+    ours = GPT(shape).eval()
     theirs = build_model(config, use_cache=False).eval()
-    assert parameter_count(model_shape(config, config.vocab_size)) == sum(p.numel() for p in theirs.parameters())
+    assert parameter_count(shape) == sum(p.numel() for p in theirs.parameters())
     weights = {}
     for name, tensor in ours.state_dict().items():
         linear = name.startswith("transformer.h.") and tensor.ndim == 2

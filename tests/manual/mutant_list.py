@@ -118,6 +118,14 @@ MODEL = [
         test_file="test_model.py",
         test="test_the_counted_parameters_are_those_of_a_model",
     ),
+    Mutant(
+        "rows of the padding begin as random numbers",
+        file="model.py",
+        before="self.lm_head.weight[self.config.vocab_size :].zero_()",
+        after="pass",
+        test_file="test_model.py",
+        test="test_initial_weights_have_gpt2s_standard_deviations",
+    ),
 ]
 
 UPDATE = [
@@ -350,10 +358,10 @@ SHARDS = [
         test="test_an_id_that_would_wrap_is_not_written",
     ),
     Mutant(
-        "the first token of a shard is read from the shard before",
+        "positions in a shard are counted as if all shards had its length",
         file="data/shards.py",
-        before="index = bisect.bisect_right(self._ends, position)",
-        after="index = bisect.bisect_left(self._ends, position)",
+        before="return shard, position - (self._ends[index] - shard.length)",
+        after="return shard, position % shard.length",
         test_file="test_shards.py",
         test="test_windows_over_borders_equal_a_concatenated_array",
     ),
@@ -695,13 +703,6 @@ WEIGHTS = [
         after='"bias": True,',
         test_file="test_weights.py",
         test="test_a_model_without_biases_is_saved_and_loaded_unchanged",
-    ),
-    Mutant(
-        "rows of the padding are whatever memory held",
-        file="gpt12/weights.py",
-        before="model.lm_head.weight[model.config.vocab_size :].zero_()",
-        after="pass",
-        test_file="test_weights.py",
     ),
     Mutant(
         "nanoGPT's padding of the vocabulary becomes tokens",

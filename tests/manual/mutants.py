@@ -27,7 +27,7 @@ from pathlib import Path
 from tests.helpers import ROOT
 from tests.manual.mutant_list import MUTANTS, Mutant
 
-LIMIT_SECONDS = 1200  # for one mutant's tests: a mutant may make a program wait forever
+LIMIT_SECONDS = 600  # for one mutant's tests: a mutant may make a program wait forever
 RESULTS = {0: "survived", 1: "killed"}  # pytest's exit status; others mean that no test ran
 
 
