@@ -103,6 +103,9 @@ class RunLog:
         )
         if dataset.train.mask is not None:
             line += "; only the answers are trained"
+        elif self.run.config.init_from != "scratch":
+            # Somebody who fine-tunes on instructions should see that these are none.
+            line += "; plain text, every token is trained"
         return line
 
     def _step_line(self) -> str:

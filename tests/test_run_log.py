@@ -104,6 +104,7 @@ def test_instruction_data_say_that_only_the_answers_are_trained(
     said = introduction(capsys, text, tmp_path / "out", *options)
     assert f"data: {text}, 1 document, " in said
     assert "only the answers" not in said
+    assert "; plain text, every token is trained" in said
 
 
 def test_the_notes_of_the_request_the_machine_and_the_data_come_first(dataset, tmp_path, capsys):
