@@ -1,300 +1,464 @@
-"""Write text with a trained model: input and output around GPT.stream.
+"""Write text with a trained model. This is the command line around gpt12/generate.py.
 
     python sample.py --out_dir=out                                    # the best checkpoint of a run
     python sample.py --init_from=gpt2 --start="Once upon a time" --temperature=0
-    python sample.py --out_dir=out --interactive                      # a prompt loop that keeps the context
+    python sample.py --out_dir=out --interactive                      # a conversation
     echo "To be" | python sample.py --out_dir=out --start=- --json    # for programs
 
-Texts go to standard output as they come, everything else to standard error.
+Texts go to standard output as they are written, everything else goes to standard error.
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import config as configuration
-from config import SampleConfig, UserError
-from config.machine import CARDS, Machine, open_machine
-from data import run as run_folder
-from data.texts import CHAT_TEMPLATE, chat_pieces
-from data.tokenizers import END_OF_TEXT, load_tokenizer
-from model import GPT, Sampling, WeightsError, find_pretrained
+import torch
 
-# Compiling takes 10 to 20 seconds the first time and saves less than a millisecond a step: for very long texts only.
-COMPILE_FROM_STEPS = 20_000
-RULE = "---------------"  # nanoGPT's line between samples
+from data.texts import chat_pieces, is_our_chat_template
+from data.tokenizers import END_OF_TEXT, from_meta, get_tokenizer, load_tokenizer
+from gpt12 import config_loader
+from gpt12.cards import CARDS
+from gpt12.checkpoint import find_checkpoint
+from gpt12.device import Machine, open_machine
+from gpt12.errors import UserError, run_main
+from gpt12.generate import Sampling, decode_bytes, store_by_columns, stream
+from gpt12.int8 import quantize
+from gpt12.settings import SampleConfig
+from gpt12.text_stream import TextStream
+from gpt12.weights import find_pretrained, from_pretrained, read_nanogpt
+from model import GPT
 
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def load(config: SampleConfig) -> tuple[GPT, Any, Machine]:
-    """The model on its device, its tokenizer, and the machine. Says which checkpoint, step and loss it loaded."""
-    source: str | Path = config.init_from
-    if config.init_from == "resume" or (Path(source) / "run.json").exists():
-        out_dir = Path(config.out_dir if config.init_from == "resume" else source)
-        names = ("best", "last") if config.checkpoint == "auto" else (config.checkpoint,)
-        source, state = run_folder.find_checkpoint(out_dir, names)
-        loss = state.get("best_val_loss")
-        say(f"loaded {source}, step {state['step']}" + (f", best val loss {loss:.4f}" if loss else ""))
-    folder = Path(source) if Path(source).suffix == ".pt" else find_pretrained(source)
-    files = [folder / "adapter_config.json", folder / "config.json", folder.parent / "config.json"]
-    if [file.exists() for file in files] == [True, False, True]:
-        raise UserError(f"{folder} holds no whole model: pass {folder.parent}, where the adapter is merged")
-    model = GPT.from_pretrained(folder).eval()
-    tokenizer = load_tokenizer(folder.parent if folder.suffix == ".pt" else folder)
-    if tokenizer is None:
-        raise UserError(
-            f"{folder} has no tokenizer, so its ids cannot be turned into text. Put vocab.json and merges.txt beside it"
-        )
-    if tokenizer.chat_template and tokenizer.chat_template.strip() != CHAT_TEMPLATE.strip():
-        say(f"{folder}: its chat template is not one of train.py's: texts go in as they are")
-        tokenizer.chat_template = None
-    machine = open_machine(config, long=config.max_new_tokens >= COMPILE_FROM_STEPS)
-    for note in machine.notes:
-        say(note)
-    if config.quantize == "int8":
-        model.quantize()
-    model.to(machine.device, machine.dtype)
-    if not machine.on_gpu:
-        model.store_by_columns()
-    return model, tokenizer, machine
-
-
-def read_prompt(start: str) -> str:
-    """--start as it is, FILE:path, or - for standard input."""
-    if start == "-":
-        try:
-            start = sys.stdin.read()
-        except ValueError as e:
-            raise UserError(f"standard input is not UTF-8 text: {e}") from None
-    elif start.startswith("FILE:"):
-        file = Path(start.removeprefix("FILE:"))
-        try:
-            start = file.read_text("utf-8")
-        except (OSError, ValueError) as e:
-            raise UserError(f"the prompt's file {file} cannot be read as UTF-8 text: {e}") from None
-    if not start:
-        raise UserError("the prompt is empty: give at least one character with --start, for example --start=$'\\n'")
-    return start
-
-
-@dataclass
-class Text:
-    """One text in the making: bytes become whole characters, and the first stop string ends it.
-
-    What might be the beginning of a stop string is held back until it is known not to be.
-    """
-
-    tokenizer: Any
-    stops: tuple[str, ...]
-    ids: list[int] = field(default_factory=list)
-    shown: str = ""
-    held: str = ""
-    reason: str | None = None  # why it ended: "stop", "end" (the end-of-text token) or "length"
-
-    def __post_init__(self) -> None:
-        # Half a character at the end of a token waits for its other half.
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, token: int) -> str:
-        """Take one more token; returns what can be shown now."""
-        if self.reason:
-            return ""
-        if token == self.tokenizer.eot:
-            return self.finish("end")
-        self.ids.append(token)
-        self.held += self.decoder.decode(self.tokenizer.token_bytes(token))
-        found = [self.held.find(stop) for stop in self.stops if stop in self.held]
-        if found:
-            self.held = self.held[: min(found)]
-            return self.finish("stop")
-        keep = max((n for stop in self.stops for n in range(len(stop)) if self.held.endswith(stop[:n])), default=0)
-        return self._show(len(self.held) - keep)
-
-    def finish(self, reason: str) -> str:
-        self.reason = self.reason or reason
-        if reason != "stop":
-            self.held += self.decoder.decode(b"", final=True)
-        return self._show(len(self.held))
-
-    def _show(self, length: int) -> str:
-        new, self.held = self.held[:length], self.held[length:]
-        self.shown += new
-        return new
-
-
-@dataclass
-class Timing:
-    """Seconds to the first token and tokens a second after it, and what the memory's speed would allow."""
-
-    started: float = field(default_factory=time.perf_counter)
-    first: float = 0.0
-    counted_from: float = 0.0
-    tokens: int = 0
-    before: int = 0
-
-    def tick(self, tokens: int) -> None:
-        self.tokens += tokens
-        if not self.first:
-            self.counted_from, self.before = time.perf_counter(), self.tokens
-            self.first = self.counted_from - self.started
-
-    def tell(self, bound: float | None) -> str:
-        """bound: the tokens a second that the memory's speed would allow, where it is known."""
-        if not self.first:
-            return "no token"
-        seconds = time.perf_counter() - self.counted_from
-        rate = (self.tokens - self.before) / seconds if seconds else 0.0
-        told = f"{self.tokens} tokens, first after {self.first:.2f} s, then {rate:,.0f} tokens/s"
-        return told + (
-            f", {rate / bound:.0%} of what the memory's speed allows ({bound:,.0f})" if rate and bound else ""
-        )
-
-
-def write(
-    model: GPT, prompt: list[int], config: SampleConfig, machine: Machine, texts: list[Text]
-) -> Iterator[tuple[int, str]]:
-    """Fill `texts`, yielding (index, new characters) as they come. In a prompt loop Ctrl-C ends the texts, not the loop."""
-    count, length = len(texts), config.max_new_tokens
-    how = Sampling(config.temperature, config.top_k or 0, config.top_p, config.min_p, config.repetition_penalty)
-    # Far apart, so that no two samples of different seeds share their random numbers.
-    seeds = [config.seed * 1_000_003 + i for i in range(count)]
-    timing = Timing()
-    try:
-        for tokens in model.stream([prompt] * count, length, how, seeds=seeds, compiled=machine.compiled):
-            timing.tick(sum(text.reason is None for text in texts))
-            for i, (text, token) in enumerate(zip(texts, tokens, strict=True)):
-                if not text.reason and (new := text.add(token)):
-                    yield i, new
-            if all(text.reason for text in texts):
-                break
-    except KeyboardInterrupt:
-        if not config.interactive:
-            raise
-    for i, text in enumerate(texts):
-        if not text.reason and (new := text.finish("length")):
-            yield i, new
-    # Decoding has to read every weight once a step.
-    card = CARDS.get(machine.name)
-    summary = timing.tell(card and card.bandwidth_gbs * 1e9 / model.decode_bytes() * count)
-    say(f"\n{summary}" if count == 1 else f"\n{count} texts in one batch: {summary}")
-
-
-def print_samples(model: GPT, tokenizer: Any, prompt: str, config: SampleConfig, machine: Machine) -> None:
-    """All samples as one batch: the first as it grows, the others after it; or a line of JSON for each."""
-    ids = encode(tokenizer, prompt, model)
-    texts = [Text(tokenizer, config.stop) for _ in range(config.num_samples)]
-    if not config.json:
-        show(prompt)
-    for i, new in write(model, ids, config, machine, texts):
-        if i == 0 and not config.json:
-            show(new)
-    for i, text in enumerate(texts):
-        if config.json:
-            row = {"sample": i, "prompt": prompt, "text": text.shown, "tokens": len(text.ids), "finish": text.reason}
-            show(json.dumps(row) + "\n")
-        else:
-            show((prompt + text.shown if i else "") + f"\n{RULE}\n")
-
-
-def show(text: str) -> None:
-    # A terminal in another encoding (cp1252 on Windows) gets a question mark, not a traceback.
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as e:
-        raise UserError(f"the text cannot be written: {e.strerror or e}") from None
-
-
-def encode(tokenizer: Any, prompt: str, model: GPT) -> list[int]:
-    """The ids of a prompt. `<|endoftext|>` in it is the token, as in nanoGPT, where the tokenizer has one."""
-    first, *rest = [prompt] if tokenizer.eot is None else prompt.split(END_OF_TEXT)
-    ids = [int(token) for token in tokenizer.encode(first)]
-    for part in rest:
-        ids += [tokenizer.eot, *map(int, tokenizer.encode(part))]
-    if len(ids) > model.config.block_size:
-        raise UserError(
-            f"the prompt has {len(ids)} tokens, the model's context only {model.config.block_size}: shorten it"
-        )
-    return ids
-
-
-def as_message(tokenizer: Any, text: str) -> str:
-    """A user's message by the model's chat template, where it was trained with one."""
-    if not tokenizer.chat_template:
-        return text
-    return "".join(piece.text for piece in chat_pieces([{"role": "user", "content": text}]))
-
-
-def converse(model: GPT, tokenizer: Any, config: SampleConfig, machine: Machine) -> None:
-    """A prompt loop. The context is kept; when it is full, its older half is forgotten."""
-    with contextlib.suppress(ImportError):  # native Windows has none
-        import readline  # noqa: F401 (gives input() its line editing)
-    verb = "answers" if tokenizer.chat_template else "continues it"
-    say(f"type a text and press Enter, and the model {verb}. Ctrl-C stops a text, Ctrl-C or Ctrl-D at the > quits")
-    context: list[int] = []
-    # Else half a character at the end of the input would be met again and again.
-    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    while True:
-        try:
-            prompt = input("> " if sys.stdin.isatty() else "")
-            prompt.encode()
-        except (EOFError, KeyboardInterrupt):
-            return
-        except ValueError as error:
-            say(f"error: that was not UTF-8 text: {error}")
-            continue
-        if not prompt:
-            continue
-        try:
-            new = encode(tokenizer, as_message(tokenizer, prompt), model)
-        except UserError as error:
-            say(f"error: {error}")
-            continue
-        context += new
-        if len(context) > model.config.block_size:
-            context = context[-max(len(new), model.config.block_size // 2) :]
-        text = Text(tokenizer, config.stop)
-        with contextlib.suppress(KeyboardInterrupt):  # it may come while the text is being shown, too
-            for _, piece in write(model, context, config, machine, [text]):
-                show(piece)
-        show("\n")
-        # An answer that was cut off ends, too: the model has seen no question in the midst of one.
-        ends = text.reason == "end" or (tokenizer.chat_template and tokenizer.eot is not None)
-        context += text.ids + ([tokenizer.eot] if ends else [])
+# Compiling takes seconds and saves less than a millisecond a step, so only very long texts gain.
+COMPILE_FROM_TOKENS = 20_000
+SEPARATOR = "---------------"  # between samples, as in nanoGPT
+DATA = Path(__file__).parent / "data"
 
 
 def main() -> None:
-    config, given = configuration.load(SampleConfig, sys.argv[1:])
+    config, given = config_loader.load(SampleConfig, sys.argv[1:])
     if config.temperature == 0 and "num_samples" not in given:
-        config.num_samples = 1  # greedy texts are all the same
-    prompt = "" if config.interactive else read_prompt(config.start)
-    model, tokenizer, machine = load(config)
+        config.num_samples = 1  # greedy samples are all the same
+    prompt = ""
+    if "start" in given or not config.interactive:
+        prompt = read_prompt(config.start)
     try:
+        writer = load(config)
         if config.interactive:
-            converse(model, tokenizer, config, machine)
+            converse(writer, first_message=prompt)
         else:
-            print_samples(model, tokenizer, as_message(tokenizer, prompt), config, machine)
-    except (MemoryError, RuntimeError) as error:  # torch has a class of its own on a GPU, and none on a CPU
-        if "memory" not in str(error):
+            print_samples(writer, as_message(writer.tokenizer, prompt))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             "out of memory: ask for fewer --num_samples, fewer --max_new_tokens, or --quantize=int8"
         ) from None
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether torch or Python could not allocate memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # On a CPU and on a Mac torch has no class of its own for it.
+    return "DefaultCPUAllocator" in str(error) or "MPS backend out of memory" in str(error)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load(config: SampleConfig) -> Writer:
+    """Load the model and its tokenizer, and say which checkpoint it is."""
+    source = find_source(config)
+    model = from_pretrained(source).eval()
+    tokenizer = find_tokenizer(source)
+    machine = open_machine(
+        config.device,
+        config.dtype,
+        config.compile,
+        long=config.max_new_tokens >= COMPILE_FROM_TOKENS,
+    )
+    for note in machine.notes:
+        say(note)
+    if config.quantize == "int8":
+        quantize(model)
+    model.to(machine.device, machine.dtype)
+    if not machine.on_gpu:
+        store_by_columns(model)
+    return Writer(model, tokenizer, machine, config)
+
+
+def find_source(config: SampleConfig) -> Path:
+    """Return the model's folder, or nanoGPT's ckpt.pt, that the configuration asks for."""
+    source = Path(config.init_from)
+    if config.init_from == "resume" or (source / "run.json").exists():
+        out_dir = Path(config.out_dir) if config.init_from == "resume" else source
+        names = ("best", "last") if config.checkpoint == "auto" else (config.checkpoint,)
+        source, state = find_checkpoint(out_dir, names)
+        loss = state.get("best_val_loss")
+        loss_text = f", best val loss {loss:.4f}" if loss is not None else ""
+        say(f"loaded {source}, step {state['step']}{loss_text}")
+        return source
+    if source.suffix == ".pt":
+        return source
+    folder = find_pretrained(config.init_from)
+    is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+    if is_adapter and (folder.parent / "config.json").exists():
+        raise UserError(
+            f"{folder} holds no whole model: pass {folder.parent}, where the adapter is merged"
+        )
+    return folder
+
+
+def find_tokenizer(source: Path) -> Any:
+    """Return the tokenizer of a model; UserError if there is none.
+
+    A chat template that is not ours is removed, because messages cannot be written by it.
+    """
+    if source.suffix == ".pt":
+        tokenizer = load_tokenizer(source.parent)
+        if tokenizer is None:
+            tokenizer = nanogpt_tokenizer(source)
+    else:
+        tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise UserError(
+            f"{source} has no tokenizer, so its ids cannot be turned into text. Put the model's "
+            "tokenizer.json, or its vocab.json and merges.txt, into that folder"
+        )
+    template = tokenizer.chat_template
+    if template and not is_our_chat_template(template):
+        say(f"{source}: its chat template is not one of train.py's: texts go in as they are")
+        tokenizer.chat_template = None
+    return tokenizer
+
+
+def nanogpt_tokenizer(file: Path) -> Any:
+    """Return the tokenizer of nanoGPT's ckpt.pt, which holds none itself.
+
+    GPT-2's vocabulary is known by its size. Otherwise it is that of the data set that the file
+    names, if data/ has it prepared with the same vocabulary size.
+    """
+    checkpoint = read_nanogpt(file)
+    vocab_size = checkpoint.config.vocab_size
+    if vocab_size == 50257:
+        return get_tokenizer("gpt2")
+    name = checkpoint.dataset
+    advice = f"Put the tokenizer.json of its {vocab_size:,} tokens into {file.parent}"
+    if name is None:
+        raise UserError(f"{file} does not name the data set that its tokenizer is from. {advice}")
+    folder = DATA / name
+    # The name comes from the file: it may not lead out of data/.
+    if folder.parent != DATA or not (folder / "meta.json").is_file():
+        script = f": python data/{name}/prepare.py" if (folder / "prepare.py").is_file() else ""
+        raise UserError(
+            f"{file} was trained on the data set {name!r}, which is not prepared in {DATA}, so its "
+            f"tokenizer is not known. Prepare it{script}. Or put the tokenizer.json of its "
+            f"{vocab_size:,} tokens into {file.parent}"
+        )
+    tokenizer = dataset_tokenizer(folder)
+    if tokenizer is None or tokenizer.vocab_size != vocab_size:
+        found = "no known tokenizer" if tokenizer is None else f"{tokenizer.vocab_size:,} tokens"
+        raise UserError(
+            f"{file} has {vocab_size:,} tokens and was trained on the data set {name!r}, but "
+            f"{folder / 'meta.json'} has {found}. {advice}"
+        )
+    say(f"tokenizer: that of {folder}")
+    return tokenizer
+
+
+def dataset_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer that a data set's meta.json describes, or None if it describes none."""
+    file = folder / "meta.json"
+    try:
+        meta = dict(json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}). Prepare the data again") from None
+    return from_meta(meta, folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def read_prompt(start: str) -> str:
+    """Return --start itself, the content of a file for FILE:path, or standard input for "-"."""
+    if start == "-":
+        try:
+            start = sys.stdin.read()
+        except ValueError as error:
+            raise UserError(f"standard input is not UTF-8 text: {error}") from None
+    elif start.startswith("FILE:"):
+        file = Path(start.removeprefix("FILE:"))
+        try:
+            start = file.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"the prompt's file {file} cannot be read as UTF-8 text: {error}"
+            ) from None
+    if not start:
+        raise UserError(
+            "the prompt is empty: give at least one character with --start, "
+            "for example --start=$'\\n'"
+        )
+    return start
+
+
+def as_message(tokenizer: Any, text: str) -> str:
+    """Put a user's message into the chat template, if the model was trained with one."""
+    if not tokenizer.chat_template:
+        return text
+    pieces = chat_pieces([{"role": "user", "content": text}])
+    return "".join(piece.text for piece in pieces)
+
+
+def encode(tokenizer: Any, prompt: str, block_size: int) -> list[int]:
+    """Return the ids of a prompt; UserError if it is longer than the model's context.
+
+    `<|endoftext|>` in it becomes the end-of-text token, as in nanoGPT, if the tokenizer has one.
+    """
+    parts = [prompt]
+    if tokenizer.eot is not None:
+        parts = prompt.split(END_OF_TEXT)
+    ids: list[int] = []
+    for i, part in enumerate(parts):
+        if i > 0:
+            ids.append(tokenizer.eot)
+        ids.extend(int(token) for token in tokenizer.encode(part))
+    if len(ids) > block_size:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, the model's context only {block_size}: shorten it"
+        )
+    return ids
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
+@dataclass
+class Writer:
+    """A loaded model and everything that is needed to write with it."""
+
+    model: GPT
+    tokenizer: Any
+    machine: Machine
+    config: SampleConfig
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return the ids of a prompt; UserError if it is too long."""
+        return encode(self.tokenizer, prompt, self.model.config.block_size)
+
+    def write(
+        self, prompt: list[int], texts: list[TextStream], speed: Speed
+    ) -> Iterator[tuple[int, str]]:
+        """Continue the prompt once for each of `texts`; yield (index of the text, new characters).
+
+        In a conversation Ctrl-C ends the texts, not the program.
+        """
+        config = self.config
+        sampling = Sampling(
+            temperature=config.temperature,
+            top_k=config.top_k or 0,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+        )
+        # Far apart, so that no two samples of different --seed share their random numbers.
+        seeds = [config.seed * 1_000_003 + i for i in range(len(texts))]
+        steps = stream(
+            self.model,
+            [prompt] * len(texts),
+            config.max_new_tokens,
+            sampling,
+            seeds=seeds,
+            compiled=self.machine.compiled,
+        )
+        try:
+            for tokens in steps:
+                speed.count(sum(text.finish_reason is None for text in texts))
+                for i, token in enumerate(tokens):
+                    new = texts[i].add(token)
+                    if new:
+                        yield i, new
+                if all(text.finish_reason is not None for text in texts):
+                    break
+        except KeyboardInterrupt:
+            if not config.interactive:
+                raise
+        for i, text in enumerate(texts):
+            if text.finish_reason is None:
+                new = text.finish("length")
+                if new:
+                    yield i, new
+
+    def tokens_per_second_bound(self, count: int) -> float | None:
+        """Return the tokens/s at which `count` texts would use the GPU's whole memory bandwidth.
+
+        Each decoding step reads all weights once. None for a device that is not in CARDS.
+        """
+        card = CARDS.get(self.machine.name)
+        if card is None:
+            return None
+        return card.bandwidth_gbs * 1e9 / decode_bytes(self.model) * count
+
+
+class Speed:
+    """Measure the time to the first token, and the tokens per second after it."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.first: float | None = None  # when the first token came
+        self.last = self.started
+        self.tokens = 0
+        self.tokens_at_first = 0
+
+    def count(self, tokens: int) -> None:
+        """Count the tokens of one decoding step, which have just arrived."""
+        self.last = time.perf_counter()
+        self.tokens += tokens
+        if self.first is None:
+            self.first = self.last
+            self.tokens_at_first = self.tokens
+
+    def summary(self, bound: float | None) -> str:
+        """Describe the speed. bound: the tokens/s that memory bandwidth allows, if it is known."""
+        if self.first is None:
+            return "no token"
+        unit = "token" if self.tokens == 1 else "tokens"
+        text = f"{self.tokens} {unit}, first after {self.first - self.started:.2f} s"
+        tokens = self.tokens - self.tokens_at_first
+        seconds = self.last - self.first
+        if tokens == 0 or seconds == 0:
+            return text
+        rate = tokens / seconds
+        text += f", then {rate:,.0f} tokens/s" if rate >= 1 else f", then {rate:.2f} tokens/s"
+        if bound is not None:
+            text += f", {rate / bound:.0%} of what the memory's speed allows ({bound:,.0f})"
+        return text
+
+
+def print_samples(writer: Writer, prompt: str) -> None:
+    """Write all samples as one batch: the first one as it grows, the others after it.
+
+    With --json it is one line of JSON for each sample.
+    """
+    config = writer.config
+    ids = writer.encode(prompt)
+    texts = [TextStream(writer.tokenizer, config.stop) for _ in range(config.num_samples)]
+    speed = Speed()
+    if not config.json:
+        show(prompt)
+    for i, new in writer.write(ids, texts, speed):
+        if i == 0 and not config.json:
+            show(new)
+    for i, text in enumerate(texts):
+        if config.json:
+            show(json.dumps(describe_sample(i, prompt, text)) + "\n")
+        elif i == 0:
+            show(f"\n{SEPARATOR}\n")
+        else:
+            show(f"{prompt}{text.shown}\n{SEPARATOR}\n")
+    summary = speed.summary(writer.tokens_per_second_bound(len(texts)))
+    if len(texts) > 1:
+        summary = f"{len(texts)} texts in one batch: {summary}"
+    say(summary)
+
+
+def describe_sample(index: int, prompt: str, text: TextStream) -> dict[str, Any]:
+    """Return what --json prints of a sample."""
+    return {
+        "sample": index,
+        "prompt": prompt,
+        "text": text.shown,
+        "tokens": len(text.ids),
+        "finish": text.finish_reason,
+    }
+
+
+def converse(writer: Writer, first_message: str = "") -> None:
+    """Answer messages from the keyboard. The context is kept; if it is full, its older half goes.
+
+    first_message: answered before anything is read from the keyboard.
+    """
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 (gives input() its line editing)
+    # Otherwise an incomplete character at the end of the input would be read again and again.
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    verb = "answers" if writer.tokenizer.chat_template else "continues it"
+    say(
+        f"type a text and press Enter, and the model {verb}. "
+        "Ctrl-C stops a text, Ctrl-C or Ctrl-D at the > quits"
+    )
+    context: list[int] = []
+    if first_message:
+        say(f"> {first_message}")
+        context = answer(writer, context, first_message)
+    while True:
+        try:
+            message = input("> " if sys.stdin.isatty() else "")
+            message.encode()
+        except (EOFError, KeyboardInterrupt):
+            return
+        except ValueError as error:
+            say(f"error: that was not UTF-8 text: {error}")
+            continue
+        if message:
+            context = answer(writer, context, message)
+
+
+def answer(writer: Writer, context: list[int], message: str) -> list[int]:
+    """Show the model's answer to a message; return the context with the message and the answer."""
+    tokenizer = writer.tokenizer
+    block_size = writer.model.config.block_size
+    try:
+        new = writer.encode(as_message(tokenizer, message))
+    except UserError as error:
+        say(f"error: {error}")
+        return context
+    context = context + new
+    if len(context) > block_size:
+        kept = max(len(new), block_size // 2)
+        context = context[-kept:]
+    text = TextStream(tokenizer, writer.config.stop)
+    speed = Speed()
+    with contextlib.suppress(KeyboardInterrupt):  # it may also come while the text is shown
+        for _, piece in writer.write(context, [text], speed):
+            show(piece)
+    show("\n")
+    say(speed.summary(writer.tokens_per_second_bound(1)))
+    context = context + text.ids
+    # In training every answer ended with the token, so one that was cut off gets it, too.
+    is_chat = tokenizer.chat_template and tokenizer.eot is not None
+    if text.finish_reason == "end" or is_chat:
+        context.append(tokenizer.eot)
+    return context
+
+
+def say(text: str) -> None:
+    """Print a message for the user, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print a part of a text at once, on standard output."""
+    # A terminal in another encoding (cp1252 on Windows) shows a question mark instead of failing.
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"the text cannot be written: {error.strerror or error}") from None
+
+
 if __name__ == "__main__":
-    configuration.run_main(main, WeightsError)
+    run_main(main)

@@ -1,4 +1,4 @@
-# Loss and perplexity of OpenAI's gpt2-large (774M)
+# Measure loss and perplexity of OpenAI's gpt2-large (774M)
 #
 #   python train.py config/eval_gpt2_large.py
 #   python train.py config/eval_gpt2_large.py --dataset=my.txt
@@ -8,6 +8,6 @@
 # VRAM    5 GiB (predicted)
 
 batch_size = 8
-eval_iters = 500  # many, for a good estimate
+eval_iters = 500  # many batches, so that chance changes the loss little
 eval_only = True
 init_from = "gpt2-large"

@@ -1,17 +1,17 @@
-# Shakespeare by characters, 10.7M: the first run on a GPU
+# First run on a GPU: 10.7M, Shakespeare by characters
 #
 #   python train.py config/train_shakespeare_char.py
 #   python sample.py --out_dir=out-shakespeare-char
 #
-# Result  validation loss 1.45 over the whole split, tiny Shakespeare (nanoGPT: 1.4697)
-# Time    12 to 17 s on an H200, imports included (measured)
+# Result  validation loss 1.45 over the whole split (nanoGPT: 1.4697)
+# Time    12 to 17 s with imports, measured on an H200
 # VRAM    1.4 GiB (predicted)
 
 out_dir = "out-shakespeare-char"
 eval_interval = 250
-eval_iters = 0  # the whole split
+eval_iters = 0  # measure on the whole validation split
 log_interval = 50
-always_save_checkpoint = False
+always_save_checkpoint = False  # you use best/: the last model overfits
 
 wandb_project = "shakespeare-char"
 wandb_run_name = "mini-gpt"
@@ -24,17 +24,16 @@ block_size = 256  # characters of context
 n_layer = 6
 n_head = 6
 n_embd = 384
-dropout = 0.2
+dropout = 0.2  # the text is small and would soon be learned by heart
 
-# Short and hot: Muon for the matrices takes half of AdamW's steps to the same loss here, and the linear decay to 0 over
-# most of the run does the rest. More steps overfit.
+# Few steps at a high rate: Muon needs half as many steps as AdamW here. More steps overfit.
 optimizer = "muon"
 learning_rate = 7e-3
 weight_decay = 0.3
-beta1 = 0.9  # Muon's momentum, too
-beta2 = 0.99  # few tokens a step, so average over more steps
+beta1 = 0.9  # also Muon's momentum
+beta2 = 0.99  # a step has few tokens, so the mean goes over more steps
 schedule = "wsd"
-decay_fraction = 0.6
+decay_fraction = 0.6  # the rate falls over most of the run
 min_lr = 0.0
 warmup_iters = 100
 max_iters = 750

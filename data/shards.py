@@ -1,238 +1,395 @@
-"""Token shards on disk, in llm.c's layout: written whole or not at all, read as one long sequence.
+"""Read and write token shards, the files in which a data set's tokens lie.
 
-A shard is a header of 256 little-endian int32 (magic, version, token count, zeros) and then the tokens: uint16 under
-(20240520, 1), uint32 under (20240801, 7). A mask shard has the first header and one uint8 a token. nanoGPT's
-train.bin and val.bin are bare uint16.
+A shard is a header of 1,024 bytes, followed by the tokens. The header is 256 little-endian int32: a
+magic number, a version, the number of tokens, zeros. This is the layout of llm.c and
+modded-nanogpt:
 
-Windows are read from the file, not through a memory map. It costs the same (16 windows of 1,025 tokens: 39 us against
-37 us, page cache warm), while a map's resident memory grows with every page touched until it holds the corpus, and a
-file that shrinks or a disk that fails under a map kills the process with SIGBUS instead of raising an error.
+    type      magic number   version   used for
+    uint16    20240520       1         tokens
+    uint32    20240801       7         tokens of a vocabulary over 65,535
+    uint8     20240520       1         mask shards: 1 where the token is a trained target
+
+nanoGPT's train.bin and val.bin have no header and hold uint16 tokens.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
+import math
 import os
 import re
 import struct
-import threading
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from config import UserError
+from gpt12.errors import UserError
+from gpt12.files import remove_link, sync
 
 HEADER_BYTES = 1024
-UINT16, UINT32, MASK = np.dtype("<u2"), np.dtype("<u4"), np.dtype("u1")
-MAGIC = {UINT16: (20240520, 1), UINT32: (20240801, 7), MASK: (20240520, 1)}
-MAX_OPEN = 64  # files a split keeps open: 100 GB are 500 shards, and some systems allow 256 files in all
-CHUNK = 1 << 20  # tokens read at once where a split is scanned
+SHARD_TOKENS = 100_000_000  # tokens in a full shard, as in the published FineWeb shards
+UINT8 = np.dtype("u1")
+UINT16 = np.dtype("<u2")
+UINT32 = np.dtype("<u4")
+FORMATS = {
+    UINT8: (20240520, 1),
+    UINT16: (20240520, 1),
+    UINT32: (20240801, 7),
+}  # (magic number, version)
+BARE_NAMES = ("train.bin", "val.bin")  # the only files that may have no header
+MAX_OPEN_MAPS = 64  # each holds a file descriptor, and some systems allow a process only 256
+CHUNK_TOKENS = 1 << 20  # tokens read at once when a whole split is scanned
+MAX_CHECKED_CHUNKS = 50
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The shard type that holds every id of a vocabulary."""
-    return UINT16 if vocab_size <= 65535 else UINT32
+    """Return the smallest shard type that holds every id of a vocabulary."""
+    if vocab_size <= 65535:
+        return UINT16
+    return UINT32
+
+
+# ----------------------------------------------------------------------------------------------
+# Writing
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write one shard from a 1-D array of uint16, uint32 or (a mask) uint8; a kill leaves the old file or the new."""
-    with Path(f"{path}.tmp").open("wb") as file:
-        file.write(bytes(HEADER_BYTES) + tokens.tobytes())
-        _publish(file, tokens.dtype, path)
+    """Write one shard from a 1-D array of uint16, uint32 or (for a mask) uint8.
+
+    A crash at any moment leaves either the old file or the whole new one.
+    """
+    with _create(path) as file:
+        file.write(tokens.tobytes())
+        _publish(file, path, tokens.dtype)
 
 
-def _publish(file: BinaryIO, dtype: np.dtype, path: Path) -> None:
-    """Give a shard its header, which comes last so that half a shard has no magic, and its name; closes the file."""
+def _temporary(path: Path) -> Path:
+    """Return the name under which a shard is written until it is complete."""
+    return path.with_name(path.name + ".tmp")
+
+
+def _create(path: Path) -> BinaryIO:
+    """Open a new temporary file for a shard and leave room for its header."""
+    temporary = _temporary(path)
+    remove_link(temporary)
+    file = temporary.open("wb")
+    file.write(bytes(HEADER_BYTES))
+    return file
+
+
+def _publish(file: BinaryIO, path: Path, dtype: np.dtype) -> None:
+    """Complete a shard: write its header, force it to the disk, and give it its final name.
+
+    The header comes last, so that half a shard has no magic number.
+    """
     count = (file.tell() - HEADER_BYTES) // dtype.itemsize
+    magic, version = FORMATS[dtype]
     file.seek(0)
-    file.write(struct.pack("<3i", *MAGIC[dtype], count))
+    file.write(struct.pack("<3i", magic, version, count))
     file.flush()
     os.fsync(file.fileno())
-    file.close()
-    os.replace(file.name, path)  # noqa: PTH105 (the file knows its name, not its Path)
+    file.close()  # Windows cannot rename an open file
+    _temporary(path).replace(path)
+    sync(path.parent)
 
 
 class ShardWriter:
-    """Writes a stream of tokens as {stem}_000000.bin, ...; memory stays flat, and only whole shards bear such a name.
+    """Write a stream of tokens as {stem}_000000.bin, {stem}_000001.bin, ... in constant memory.
 
-    `start` goes on after that many tokens of an interrupted writer; whatever else it left is removed.
+    A shard has the ending .bin.tmp until it is complete, so a file that ends in .bin is always
+    whole.
     """
 
-    def __init__(self, folder: Path, stem: str, dtype: np.dtype, shard_tokens: int = 100_000_000, start: int = 0):
-        self.folder, self.stem, self.dtype, self.shard_tokens, self.count = folder, stem, dtype, shard_tokens, start
+    def __init__(
+        self,
+        folder: Path,
+        stem: str,
+        dtype: np.dtype,
+        shard_tokens: int = SHARD_TOKENS,
+        start: int = 0,
+    ) -> None:
+        """Start a stream, or continue one after `start` tokens of an interrupted writer.
+
+        Whatever that writer wrote after those tokens is removed.
+
+        Raises UserError if fewer than `start` tokens are on the disk.
+        """
+        self.folder = folder
+        self.stem = stem
+        self.dtype = dtype
+        self.shard_tokens = shard_tokens
+        self.count = start  # tokens written so far
+        self._path = folder  # the final name of the shard that is being written
         self._file: BinaryIO | None = None
-        held = 0
-        for path in sorted(folder.glob(f"{stem}_{'[0-9]' * 6}.bin*")):
-            wanted = min(start - int(path.name[len(stem) + 1 :][:6]) * shard_tokens, shard_tokens)
-            held += max(0, min(wanted, (path.stat().st_size - HEADER_BYTES) // dtype.itemsize))
+        self._keep_first(start)
+
+    def _shard_path(self, index: int) -> Path:
+        return self.folder / f"{self.stem}_{index:06d}.bin"
+
+    def _keep_first(self, start: int) -> None:
+        """Remove what lies after the first `start` tokens, and reopen the shard they end in."""
+        found = 0
+        for path in sorted(self.folder.glob(f"{self.stem}_{'[0-9]' * 6}.bin*")):
+            index = int(path.name[len(self.stem) + 1 :][:6])
+            wanted = min(start - index * self.shard_tokens, self.shard_tokens)
             if wanted <= 0:
                 path.unlink()
-            elif wanted < shard_tokens:
-                self._file = path.replace(f"{self._path()}.tmp").open("r+b")
-                self._file.truncate(HEADER_BYTES + wanted * dtype.itemsize)
-                self._file.seek(0, os.SEEK_END)
-        if held != start:
+                continue
+            held = (path.stat().st_size - HEADER_BYTES) // self.dtype.itemsize
+            found += max(0, min(wanted, held))
+            if wanted < self.shard_tokens:
+                self._reopen(path, index, wanted)
+        if found != start:
             raise UserError(
-                f"{folder} has lost {stem} shards that its progress.json counts: delete that file, begin anew."
+                f"{self.folder} has fewer {self.stem} tokens than its progress.json says. "
+                "Delete progress.json and prepare the data again."
             )
 
-    def _path(self) -> Path:
-        return self.folder / f"{self.stem}_{self.count // self.shard_tokens:06d}.bin"
+    def _reopen(self, path: Path, index: int, tokens: int) -> None:
+        """Go on writing a shard after its first `tokens` tokens."""
+        self._path = self._shard_path(index)
+        self._file = path.replace(_temporary(self._path)).open("r+b")
+        self._file.truncate(HEADER_BYTES + tokens * self.dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append a 1-D array of ids; ValueError if one does not fit the dtype, where a cast would wrap it."""
-        if len(tokens) and int(tokens.max()) > np.iinfo(self.dtype).max:
-            raise ValueError(f"id {tokens.max()} does not fit into {self.dtype}")
+        """Append a 1-D array of ids. Raises ValueError if an id does not fit the shard's type."""
+        if len(tokens) > 0 and int(tokens.max()) > np.iinfo(self.dtype).max:
+            raise ValueError(
+                f"id {tokens.max()} does not fit into {self.dtype}"
+            )  # a cast would wrap it
         tokens = np.ascontiguousarray(tokens, self.dtype)
-        while len(tokens):
+        while len(tokens) > 0:
             if self._file is None:
-                self._file = Path(f"{self._path()}.tmp").open("wb")  # noqa: SIM115 (closed when it is full)
-                self._file.write(bytes(HEADER_BYTES))
-            path, part = self._path(), tokens[: self.shard_tokens - self.count % self.shard_tokens]
+                self._path = self._shard_path(self.count // self.shard_tokens)
+                self._file = _create(self._path)
+            room = self.shard_tokens - self.count % self.shard_tokens
+            part = tokens[:room]
+            tokens = tokens[room:]
             self._file.write(part.data)
             self.count += len(part)
-            tokens = tokens[len(part) :]
-            if self.count % self.shard_tokens == 0:
-                _publish(self._file, self.dtype, path)
-                self._file = None
+            if len(part) == room:
+                self.close()
 
     def flush(self) -> None:
-        """Put all tokens so far on the disk, so that a later writer can start there."""
+        """Force all tokens so far to the disk, so that a later writer can start after them."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Publish the last shard, though it is not full."""
+        """Complete the last shard even if it is not full."""
         if self._file is not None:
-            _publish(self._file, self.dtype, self._path())
+            _publish(self._file, self._path, self.dtype)
             self._file = None
 
 
-def find(folder: Path, split: str) -> list[Path]:
-    """The shards of a split in order: train_*.bin and *_train_*.bin, else exactly train.bin; may be none."""
+# ----------------------------------------------------------------------------------------------
+# Reading
+
+
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """Return the shards of a split in order, or an empty list.
+
+    They are train_*.bin and *_train_*.bin, or exactly train.bin if there are none of these (val
+    likewise).
+    """
     name = re.compile(rf"(.+_)?{split}_(?!mask_).*\.bin")
     shards = sorted(path for path in folder.glob("*.bin") if name.fullmatch(path.name))
-    return shards or [path for path in [folder / f"{split}.bin"] if path.exists()]
+    bare = folder / f"{split}.bin"
+    if not shards and bare.exists():
+        return [bare]
+    return shards
+
+
+class Shard(NamedTuple):
+    """A shard file whose header and length agreed when it was opened."""
+
+    path: Path
+    dtype: np.dtype
+    length: int  # in tokens
+    offset: int  # bytes before the first token
 
 
 class Tokens:
-    """A split's shards as one sequence: len(), .dtype, gather(). `mask` is the same of its mask shards, or None.
+    """The shards of a split, read through memory maps as one sequence of tokens.
 
-    Opening reads the headers only. UserError for a shard that is cut short, that is no shard, or whose header lies.
+    Opening reads each header and compares it with the length of the file. A shard that is cut
+    short, or that is no shard, is a UserError then. A shard that becomes shorter between opening
+    and its first use is a UserError, too. Do not shorten a shard that is in use: reading a page
+    that a map has lost ends the process (SIGBUS).
+
+    paths: the shard files. dtype: the type of a token.
+    mask: the split's mask shards as Tokens of the same length, or None.
     """
 
-    def __init__(self, paths: list[Path], mask: Tokens | None = None, is_mask: bool = False):
-        self.paths, self.mask = paths, mask
-        heads = [_inspect(path, is_mask) for path in paths]
-        self.dtype = heads[0][0]
-        self._counts, self._offsets = [count for _, count, _ in heads], [offset for _, _, offset in heads]
-        self._ends = list(itertools.accumulate(self._counts))
+    def __init__(
+        self, paths: list[Path], mask: Tokens | None = None, is_mask: bool = False
+    ) -> None:
+        self.paths = paths
+        self.mask = mask
+        self._shards = [_inspect(path, is_mask) for path in paths]
+        self.dtype = self._shards[0].dtype
+        self._ends = list(itertools.accumulate(shard.length for shard in self._shards))
         self._vocab_size: int | None = None
-        self._files: dict[int, BinaryIO] = {}  # the least recently used first
-        self._lock = threading.Lock()  # seek and read are two calls, and training may read ahead in a thread
-        for path, (dtype, _, _) in zip(paths, heads):
-            if dtype != self.dtype:
-                raise UserError(f"{path} holds {dtype} and {paths[0]} {self.dtype}: are these two data sets?")
-        if mask is not None and mask._counts != self._counts:
+        self._map = functools.lru_cache(maxsize=MAX_OPEN_MAPS)(_map_shard)
+        for shard in self._shards:
+            if shard.dtype != self.dtype:
+                raise UserError(
+                    f"{shard.path} holds {shard.dtype} and {paths[0]} holds {self.dtype}. "
+                    "They seem to belong to two data sets: move one of them to another folder."
+                )
+        if mask is not None and mask._ends != self._ends:
             raise UserError(
-                f"The mask shards in {paths[0].parent} do not fit the token shards. Prepare the data again."
+                f"The mask shards in {paths[0].parent} do not fit the token shards. "
+                "Prepare the data again."
             )
 
     @classmethod
     def open(cls, folder: Path, split: str) -> Tokens:
-        """The split "train" or "val" of a folder, with its mask if it has one."""
-        folder = Path(folder)
-        paths, masks = find(folder, split), sorted(folder.glob(f"{split}_mask_*.bin"))
+        """Open the split "train" or "val" of a folder, with its mask shards if there are any."""
+        paths = find_shards(folder, split)
         if not paths:
-            raise UserError(f"{folder} has no {split} shards ({split}_*.bin, *_{split}_*.bin or {split}.bin).")
-        return cls(paths, mask=cls(masks, is_mask=True) if masks else None)
+            raise UserError(
+                f"{folder} has no {split} shards ({split}_*.bin, *_{split}_*.bin or {split}.bin)."
+            )
+        mask_paths = sorted(folder.glob(f"{split}_mask_*.bin"))
+        mask = cls(mask_paths, is_mask=True) if mask_paths else None
+        return cls(paths, mask=mask)
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            file.close()
+    def close(self) -> None:
+        """Close the memory maps. Windows can neither replace nor delete a file that is mapped."""
+        self._map.cache_clear()
+        if self.mask is not None:
+            self.mask.close()
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Windows of `length` tokens from each start, (len(starts), length); they may cross shard borders."""
-        out = np.empty((len(starts), length), self.dtype)
-        for row, start in zip(out, starts.tolist()):
+        """Return the windows of `length` tokens that begin at `starts`: (len(starts), length).
+
+        A window may cross the borders of shards. Raises ValueError for a window outside the split,
+        and UserError for an id over the vocabulary that check_vocab was told.
+        """
+        windows = np.empty((len(starts), length), self.dtype)
+        for window, start in zip(windows, starts.tolist()):
             if not 0 <= start <= len(self) - length:
-                raise ValueError(f"window [{start}, {start + length}) is outside the {len(self)} tokens")
-            while len(row):
-                shard, first = self._locate(start)
-                part = row[: self._counts[shard] - first]
-                self._read(shard, first, part)
-                row, start = row[len(part) :], start + len(part)
-        if self._vocab_size is not None and out.size and int(out.max()) >= self._vocab_size:
-            row, column = np.argwhere(out >= self._vocab_size)[0].tolist()
-            shard, position = self._locate(int(starts[row]) + column)
-            raise UserError(
-                f"{self.paths[shard]}: token {position} is {out[row, column]}, but the vocabulary has ids 0 to "
-                f"{self._vocab_size - 1}: another tokenizer made it, or it is damaged. Prepare the data again."
-            )
-        return out
+                raise ValueError(
+                    f"window [{start}, {start + length}) is outside the {len(self)} tokens"
+                )
+            self._read(start, window)
+        if self._vocab_size is not None:
+            self._check_ids(starts, windows, self._vocab_size)
+        return windows
 
-    def _locate(self, position: int) -> tuple[int, int]:
-        """(shard, position in it) of a token."""
-        shard = bisect.bisect_right(self._ends, position)
-        return shard, position - self._ends[shard] + self._counts[shard]
+    def _read(self, start: int, window: np.ndarray) -> None:
+        """Fill a window with the tokens from `start` on."""
+        filled = 0
+        while filled < len(window):
+            shard, first = self._locate(start + filled)
+            part = self._map(shard)[first : first + len(window) - filled]
+            window[filled : filled + len(part)] = part
+            filled += len(part)
 
-    def _read(self, shard: int, first: int, out: np.ndarray) -> None:
-        with self._lock:
-            file = self._files.pop(shard, None) or self.paths[shard].open("rb", buffering=0)
-            self._files[shard] = file
-            if len(self._files) > MAX_OPEN:
-                self._files.pop(next(iter(self._files))).close()
-            file.seek(self._offsets[shard] + first * self.dtype.itemsize)
-            if file.readinto(out.data) != out.nbytes:  # type: ignore[attr-defined]
-                raise UserError(f"{self.paths[shard]} has become shorter since it was opened.")
+    def _locate(self, position: int) -> tuple[Shard, int]:
+        """Return the shard that holds a position of the split, and the position within it."""
+        index = bisect.bisect_right(self._ends, position)
+        shard = self._shards[index]
+        return shard, position - (self._ends[index] - shard.length)
+
+    def _check_ids(self, starts: np.ndarray, windows: np.ndarray, vocab_size: int) -> None:
+        """Raise UserError if an id in the windows is not below vocab_size."""
+        if windows.size == 0 or int(windows.max()) < vocab_size:
+            return
+        row, column = np.argwhere(windows >= vocab_size)[0].tolist()
+        shard, position = self._locate(int(starts[row]) + column)
+        raise UserError(
+            f"{shard.path}: token {position} is {windows[row, column]}, but the vocabulary has "
+            f"ids 0 to {vocab_size - 1}. "
+            "The file is damaged, or another tokenizer made it. Prepare the data again."
+        )
 
     def check_vocab(self, vocab_size: int) -> None:
-        """UserError, naming file, position and id, if an id is not below vocab_size.
+        """Raise UserError with file, position and id if an id is not below vocab_size.
 
-        Looks at all of a split of up to 50M tokens and at 50M of a larger one. gather() looks at what it reads from
-        then on, since on a GPU such an id ends in a device-side assert that names nothing.
+        This reads the whole of a split of up to 50 million tokens, and 50 million tokens spread
+        over a larger one. From now on gather() checks what it reads: on a GPU such an id would fail
+        without saying where it is.
         """
         self._vocab_size = vocab_size
-        chunks = range(0, len(self), CHUNK)
-        self._scan(chunks[:: -(-len(chunks) // 50) or 1])
+        chunks = range(0, len(self), CHUNK_TOKENS)
+        stride = max(1, math.ceil(len(chunks) / MAX_CHECKED_CHUNKS))
+        self._largest_id(chunks[::stride])
 
     def max_id(self) -> int:
-        """The largest id of the whole split."""
-        return self._scan(range(0, len(self), CHUNK))
+        """Return the largest id of the whole split."""
+        return self._largest_id(range(0, len(self), CHUNK_TOKENS))
 
-    def _scan(self, starts: range) -> int:
-        return max((int(self.gather(np.array([at]), min(CHUNK, len(self) - at)).max()) for at in starts), default=0)
+    def _largest_id(self, chunk_starts: range) -> int:
+        largest = 0
+        for start in chunk_starts:
+            chunk = self.gather(np.array([start]), min(CHUNK_TOKENS, len(self) - start))
+            largest = max(largest, int(chunk.max()))
+        return largest
 
 
-def _inspect(path: Path, is_mask: bool) -> tuple[np.dtype, int, int]:
-    """(dtype, number of tokens, bytes before the first) of a shard whose header and length agree, else UserError."""
+def _map_shard(shard: Shard) -> np.ndarray:
+    """Map the tokens of a shard into memory, read-only."""
     try:
-        if not path.is_file():  # a pipe would keep us waiting for ever
-            raise OSError(0, "it is no regular file")
+        tokens = np.memmap(
+            shard.path, shard.dtype, mode="r", offset=shard.offset, shape=(shard.length,)
+        )
+    except ValueError:
+        raise UserError(
+            f"{shard.path} has become shorter since it was opened. Prepare the data again."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{shard.path} cannot be read: {error.strerror}.") from None
+    return np.asarray(tokens)  # slices of np.memmap itself are slow
+
+
+def _inspect(path: Path, is_mask: bool) -> Shard:
+    """Read a shard's header. Raises UserError if it does not agree with the file's length."""
+    try:
+        if not path.is_file():  # opening a pipe would wait forever
+            raise UserError(f"{path} cannot be read: it is not a regular file.")
         with path.open("rb") as file:
-            head, size = file.read(12).ljust(12, b"\0"), os.fstat(file.fileno()).st_size
+            header = file.read(12).ljust(12, b"\0")
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    magic, version, count = struct.unpack("<3i", head)
-    dtype = next((dtype for dtype in ((MASK,) if is_mask else (UINT16, UINT32)) if MAGIC[dtype][0] == magic), None)
-    if dtype is None:
-        if path.name not in ("train.bin", "val.bin"):
-            raise UserError(
-                f"{path} is no token shard: it begins with {magic}, not {MAGIC[UINT16][0]} (llm.c's layout)."
-            )
-        if size % UINT16.itemsize:
-            raise UserError(f"{path} was cut short: {size:,} bytes are no whole number of uint16 tokens.")
-        return UINT16, size // UINT16.itemsize, 0
-    expected = HEADER_BYTES + count * dtype.itemsize
-    if version != MAGIC[dtype][1] or count < 0 or size != expected:
+    magic, version, count = struct.unpack("<3i", header)
+    dtypes = (UINT8,) if is_mask else (UINT16, UINT32)
+    for dtype in dtypes:
+        if magic == FORMATS[dtype][0]:
+            _check_header(path, dtype, version, count, size)
+            return Shard(path, dtype, count, offset=HEADER_BYTES)
+    if path.name in BARE_NAMES:
+        return _inspect_bare(path, size)
+    raise UserError(
+        f"{path} is not a token shard: it begins with {magic}, not with {FORMATS[UINT16][0]}, "
+        "as a shard in llm.c's layout does."
+    )
+
+
+def _inspect_bare(path: Path, size: int) -> Shard:
+    if size % UINT16.itemsize != 0:
         raise UserError(
-            f"{path} {'was cut short' if size < expected else 'has a damaged header'}: version {version} and {count:,} "
-            f"tokens, which would be {expected:,} bytes, and it has {size:,}. Prepare or download it again."
+            f"{path} was cut short: {size:,} bytes are not a whole number of uint16 tokens."
         )
-    return dtype, count, HEADER_BYTES
+    return Shard(path, UINT16, size // UINT16.itemsize, offset=0)
+
+
+def _check_header(path: Path, dtype: np.dtype, version: int, count: int, size: int) -> None:
+    expected = HEADER_BYTES + count * dtype.itemsize
+    if version == FORMATS[dtype][1] and count >= 0 and size == expected:
+        return
+    problem = "was cut short" if size < expected else "has a damaged header"
+    raise UserError(
+        f"{path} {problem}: its header says version {version} and {count:,} tokens, which is "
+        f"{expected:,} bytes, and the file has {size:,}. Prepare or download it again."
+    )

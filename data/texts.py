@@ -1,27 +1,43 @@
-"""Documents out of .txt, .csv and .jsonl files, folders of these, and the Hugging Face hub, in constant memory."""
+"""Turn files and hub data sets into documents, and documents into the pieces that are tokenized.
+
+A document is a text, a prompt with its completion, or a conversation.
+"""
 
 from __future__ import annotations
 
 import copy
-import csv
 import itertools
-import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import UserError
+from data.readers import TEXT_SUFFIXES, Row, file_rows, find_files, hub_rows
+from gpt12.errors import UserError
 
-SUFFIXES = (".txt", ".csv", ".jsonl")
-PIECE = 500_000  # characters encoded at once: small enough that memory is flat and every core has some
-# GPT-2's tokenizer cuts before a space or line end that follows something else, so that the ids of the parts are the
-# ids of the whole; the last such place.
-CUT = re.compile(r"(?s).*\S(?=[ \n])")
+# Characters tokenized at once: few enough for constant memory, and enough to keep all cores busy.
+PIECE_CHARACTERS = 500_000
+# GPT-2's tokenizer never joins a space or line end to what stands before it, unless that is white
+# space, too. A text that is cut there has the same ids as a whole. This finds the last such place.
+# (Python counts the separators U+001C to U+001F to white space; GPT-2's pattern does not.)
+LAST_CUT = re.compile(r"(?s).*[\S\x1c-\x1f](?=[ \n])")
 
-# How a conversation is written. The assistant's answers, and the end token after each, are what is trained.
+# How a conversation is written. The {% generation %} tags stand around what is trained, the
+# assistant's answers and the end token after each. transformers, which knows these tags, uses them
+# for return_assistant_tokens_mask, and TRL for assistant_only_loss. They do not change the text.
 CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] | capitalize + ':\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}"
+    "{{ message['content'] | trim + '\n\n' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{{ '### Assistant:\n' if add_generation_prompt else '' }}"
+)
+# The template that earlier versions saved. It writes the same text.
+CHAT_TEMPLATE_WITHOUT_TAGS = (
     "{% for message in messages %}"
     "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] | trim }}"
     "{{ eos_token if message['role'] == 'assistant' else '\n\n' }}"
@@ -32,210 +48,174 @@ ROLES = ("system", "user", "assistant")
 
 
 class Piece(NamedTuple):
-    """A stretch of a document that is encoded by itself."""
+    """A part of a document that is tokenized by itself."""
 
     text: str
     trained: bool = True  # its tokens, and the end token after it, are targets
     end: bool = True  # the end token follows
-    last: bool = True  # the document ends here
+    last: bool = True  # it is the document's last piece
+
+
+def is_our_chat_template(template: str) -> bool:
+    """Return whether a template is the one of chat_pieces(), in this or an earlier version."""
+    return template.strip() in (CHAT_TEMPLATE.strip(), CHAT_TEMPLATE_WITHOUT_TAGS.strip())
 
 
 def chat_pieces(messages: Sequence[Mapping[str, str]]) -> list[Piece]:
-    """A conversation by CHAT_TEMPLATE; if its last message is not the assistant's, then as a prompt for the answer."""
-    pieces, prompt = [], ""
+    """Return the pieces of a conversation, as CHAT_TEMPLATE writes it.
+
+    If its last message is not the assistant's, the last piece is a prompt for the answer.
+    """
+    pieces = []
+    prompt = ""
     for message in messages:
-        role, content = message["role"], message["content"].strip()
-        prompt += f"### {role.capitalize()}:\n"
-        if role == "assistant":
-            pieces += [Piece(prompt, trained=False, end=False, last=False), Piece(content, last=False)]
+        content = message["content"].strip()
+        prompt += f"### {message['role'].capitalize()}:\n"
+        if message["role"] == "assistant":
+            pieces.append(Piece(prompt, trained=False, end=False, last=False))
+            pieces.append(Piece(content, last=False))
             prompt = ""
         else:
             prompt += f"{content}\n\n"
     if prompt:
-        return [*pieces, Piece(f"{prompt}### Assistant:\n", trained=False, end=False)]
-    return [*pieces[:-1], *(piece._replace(last=True) for piece in pieces[-1:])]
+        pieces.append(Piece(f"{prompt}### Assistant:\n", trained=False, end=False))
+    elif pieces:
+        pieces[-1] = pieces[-1]._replace(last=True)
+    return pieces
 
 
 class Documents:
-    """The documents of a file, a folder or a hub data set as a flat stream of pieces; each iteration starts anew.
+    """The documents of a file, a folder or a hub data set, as a stream of pieces.
 
-    source: a path, or "hf:owner/name", or "hf:owner/name:config" where there are several.
-    text_column: the field with the text in .csv, .jsonl and on the hub; "line" makes each line of a .txt a document.
-    kind: "text"; "prompt" for rows with a prompt and a completion, both taken verbatim; "messages" for conversations.
-    files: what is read, in this order; nothing for the hub. whole: they are one document, a single .txt.
-    UserError, naming file and line, for what cannot be read, while iterating too.
+    Each iteration starts at the beginning. Reading a file or folder raises UserError, with file and
+    line, for what cannot be read.
+
+    source: a path, or "hf:owner/name", or "hf:owner/name:config".
+    text_column: the column with the text in .csv, .jsonl and on the hub. "line" makes each line of
+        a text file a document.
+    kind: "text"; "prompt" for rows with a prompt and a completion, which are taken as they are;
+        "messages" for conversations.
+    files: the files that are read, in this order; none for the hub.
+    skipped: the files of a folder that are not read because their endings are not known.
+    is_one_text: whether all is a single document, a text file.
     """
 
     def __init__(self, source: str | Path, text_column: str = "text") -> None:
-        self.source, self.text_column, self._skip = str(source), text_column, 0
-        self.files = [] if self.source.startswith("hf:") else _find(Path(source))
-        self.whole = [f.suffix.lower() for f in self.files] == [".txt"] and text_column != "line"
-        self.kind = next((self._kind_of(where, row) for where, row in self._rows()), "text")
+        self.source = str(source)
+        self.text_column = text_column
+        self.files: list[Path] = []
+        self.skipped: list[Path] = []
+        if not self.source.startswith("hf:"):
+            self.files, self.skipped = find_files(Path(source))
+        suffixes = [file.suffix.lower() for file in self.files]
+        is_one_file = len(suffixes) == 1 and suffixes[0] in TEXT_SUFFIXES
+        self.is_one_text = is_one_file and text_column != "line"
+        self._skip = 0
+        self.kind = "text"
+        for where, row in self._rows():
+            self.kind = self._kind_of(where, row)
+            break
 
     def skip(self, count: int) -> Documents:
-        """These documents without the first `count`."""
+        """Return these documents without the first `count`."""
         rest = copy.copy(self)
         rest._skip += count
         return rest
 
     def __iter__(self) -> Iterator[Piece]:
         for where, row in self._rows():
-            if (kind := self._kind_of(where, row)) != self.kind:
-                raise UserError(f"{where} is of kind {kind!r}, what came before of kind {self.kind!r}: separate them.")
+            kind = self._kind_of(where, row)
+            if kind != self.kind:
+                raise UserError(
+                    f"{where} is of kind {kind!r}, and the rows before are of kind {self.kind!r}. "
+                    "Put them into separate data sets."
+                )
             if kind == "messages":
                 yield from _conversation(where, row["messages"])
-                continue
-            for field in (self.text_column,) if kind == "text" else ("prompt", "completion"):
-                if not isinstance(row[field], str | Iterator):
-                    raise UserError(f"{where}: {field!r} should be a text and is {row[field]!r:.60}.")
-            if kind == "text":
-                yield from _split(row[self.text_column])
-            else:
+            elif kind == "prompt":
+                _check_is_text(where, row, "prompt")
+                _check_is_text(where, row, "completion")
                 yield Piece(row["prompt"], trained=False, end=False, last=False)
                 yield Piece(row["completion"])
+            else:
+                _check_is_text(where, row, self.text_column)
+                yield from split_document(row[self.text_column])
 
-    def _kind_of(self, where: str, row: Mapping[str, Any]) -> str:
+    def _rows(self) -> Iterator[tuple[str, Row]]:
+        """Yield the place and the content of each document."""
+        if self.source.startswith("hf:"):
+            return hub_rows(self.source, self._skip)
+        rows = (file_rows(file, self.text_column) for file in self.files)
+        return itertools.islice(itertools.chain.from_iterable(rows), self._skip, None)
+
+    def _kind_of(self, where: str, row: Row) -> str:
         if self.text_column in row:
             return "text"
         if "prompt" in row and "completion" in row:
             return "prompt"
         if "messages" in row:
             return "messages"
+        found = ", ".join(repr(key) for key in row)
         raise UserError(
-            f"{where} has no {self.text_column!r}, only {', '.join(map(repr, row))}. "
-            "Name the one that holds the text with --text_column=."
+            f"{where} has no {self.text_column!r}, only {found}. A row should have "
+            f'"{self.text_column}" (or another column with the text, named by --text_column=), '
+            'or "prompt" and "completion", or "messages".'
         )
 
-    def _rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(where it stands, row) of each document; the text of a whole .txt comes in blocks."""
-        if self.files:
-            return itertools.islice(itertools.chain.from_iterable(map(self._file_rows, self.files)), self._skip, None)
-        return _hub_rows(self.source, self._skip)
 
-    def _file_rows(self, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-        if file.suffix.lower() == ".csv":
-            return _csv_rows(file, (self.text_column, "prompt", "completion"))
-        if file.suffix.lower() == ".jsonl":
-            return _jsonl_rows(file)
-        if self.text_column == "line":
-            return ((str(file), {"line": line.rstrip("\r\n")}) for line in _lines(file) if not line.isspace())
-        blocks = (block.replace("\r\n", "\n").replace("\r", "\n") for block in _lines(file, size=1 << 16))
-        return iter([(str(file), {self.text_column: blocks})])
-
-
-def _split(text: str | Iterator[str]) -> Iterator[Piece]:
-    """A document, given whole or in blocks, in pieces of at most PIECE characters."""
-    held, size = [], 0
-    for block in [text] if isinstance(text, str) else text:
-        held.append(block)
-        size += len(block)
-        if size > PIECE:
-            rest, start = "".join(held), 0
-            while len(rest) - start > PIECE:
-                match = CUT.match(rest, start, start + PIECE)
-                end = match.end() if match else start + PIECE  # a text without a space must be cut somewhere
-                yield Piece(rest[start:end], end=False, last=False)
-                start = end
-            held = [rest[start:]]
-            size = len(held[0])
-    yield Piece("".join(held))
+def _check_is_text(where: str, row: Row, column: str) -> None:
+    if not isinstance(row[column], str | Iterator):
+        raise UserError(f"{where}: {column!r} should be a text and is {row[column]!r:.60}.")
 
 
 def _conversation(where: str, messages: Any) -> list[Piece]:
-    def is_message(message: Any) -> bool:
-        return isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
-
-    if not isinstance(messages, list) or not all(map(is_message, messages)):
+    """Return the pieces of a row's conversation up to its last answer."""
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise UserError(
-            f'{where}: "messages" should be a list of {{"role": ..., "content": a text}}, a role being one of '
-            f"{', '.join(ROLES)}, and is {messages!r:.100}."
+            f'{where}: "messages" should be a list of {{"role": ..., "content": a text}}, where a '
+            f"role is one of {', '.join(ROLES)}, and is {messages!r:.100}."
         )
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        raise UserError(f"{where}: the assistant says nothing in these messages, so there is nothing to train on.")
-    return chat_pieces(messages[: answers[-1] + 1])
-
-
-def _find(path: Path) -> list[Path]:
-    """The file itself, or those of a folder and the folders in it, sorted."""
-    if not os.path.exists(path):  # noqa: PTH110 (unlike Path.exists, False for a name that no system allows)
-        raise UserError(f"There is no file or folder {str(path)[:200]!r}.")
-    files = [path]
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file() and f.name[0] != ".")
-    if not files or files[0].suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path} {'holds' if path.is_dir() else 'is'} no text that is known: {', '.join(SUFFIXES)}.")
-    return files
-
-
-def _lines(file: Path, size: int = 0) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends, or blocks of lines of `size` bytes or more; no byte order mark."""
-    offset, number = 0, 1
-    try:
-        with file.open("rb") as stream:
-            while part := stream.read(size) + stream.readline():
-                yield part.decode("utf-8").removeprefix("" if offset else "\ufeff")
-                offset, number = offset + len(part), number + part.count(b"\n")
-    except UnicodeDecodeError as error:
-        encoding = "UTF-16" if not offset and part[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
-        number, offset = number + part[: error.start].count(b"\n"), offset + error.start
+    end = len(messages)
+    while end > 0 and messages[end - 1]["role"] != "assistant":
+        end -= 1
+    if end == 0:
         raise UserError(
-            f"{file} is not UTF-8: line {number} holds the byte 0x{part[error.start]:02x} at offset {offset:,}. "
-            f"Convert it: iconv -f {encoding} -t UTF-8 {file} > new{file.suffix}"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
+            f"{where} has no message of the assistant, so there is nothing to train on."
+        )
+    return chat_pieces(messages[:end])
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_lines(file), 1):
-        if line.isspace():
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and message.get("role") in ROLES
+        and isinstance(message.get("content"), str)
+    )
+
+
+def split_document(text: str | Iterator[str]) -> Iterator[Piece]:
+    """Yield a text, given whole or in blocks, in pieces of at most PIECE_CHARACTERS."""
+    blocks = iter([text]) if isinstance(text, str) else text
+    held: list[str] = []
+    held_characters = 0
+    for block in blocks:
+        held.append(block)
+        held_characters += len(block)
+        if held_characters <= PIECE_CHARACTERS:
             continue
-        where = f"{file}, line {number}"
-        try:
-            row = json.loads(line.rstrip("\r\n"))
-        except (ValueError, RecursionError) as error:
-            reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            raise UserError(f"{where} is broken JSON: {reason}.") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{where} should be an object like {{"text": "..."}} and is {line.strip():.60}.')
-        yield where, row
+        joined = "".join(held)
+        start = 0
+        while len(joined) - start > PIECE_CHARACTERS:
+            end = _cut_place(joined, start)
+            yield Piece(joined[start:end], end=False, last=False)
+            start = end
+        held = [joined[start:]]
+        held_characters = len(held[0])
+    yield Piece("".join(held))
 
 
-def _csv_rows(file: Path, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)  # of the whole process; its default refuses texts over 131,072 characters
-    # Strict: else one quotation mark that is never closed swallows the rest of the file in silence.
-    reader = csv.DictReader(_lines(file), strict=True)
-    try:
-        names = list(reader.fieldnames or ())
-        if twice := next((name for name in wanted if names.count(name) > 1), None):
-            raise UserError(
-                f"{file} has {names.count(twice)} columns named {twice!r}: rename those that are not meant, or name "
-                "another with --text_column=."
-            )
-        for row in reader:
-            where = f"{file}, line {reader.line_num}"
-            if any(row.get(None, ())):
-                raise UserError(
-                    f"{where} has more fields than the header: a text with a comma in it should stand in quotation marks."
-                )
-            yield where, row
-    except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num + 1} begins a row of broken CSV: {error}.") from None
-
-
-def _hub_rows(source: str, skip: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The training split of a hub data set, streamed, without its first `skip` rows."""
-    name, _, config = source.removeprefix("hf:").partition(":")
-    import datasets
-
-    try:
-        stream = datasets.load_dataset(name, config or None, split="train", streaming=True)
-        tables = stream.skip(skip).with_format("arrow").iter(1000)  # three times as fast as row by row
-        for number, row in enumerate((row for table in tables for row in table.to_pylist()), skip):
-            yield f"{source}, row {number}", row
-    except Exception as error:  # a foreign library's: whatever it is, the name or the network is what can be mended
-        raise UserError(
-            f"{source} cannot be read: {type(error).__name__}: {error}\nCheck the name, the network and, for a private "
-            "one, `hf auth login`; or get its texts as .txt, .csv or .jsonl files: python train.py --dataset=FOLDER"
-        ) from error
+def _cut_place(text: str, start: int) -> int:
+    """Return where the piece that begins at `start` ends."""
+    limit = start + PIECE_CHARACTERS
+    match = LAST_CUT.match(text, start, limit)
+    return match.end() if match else limit  # a text without a space must be cut somewhere

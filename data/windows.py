@@ -1,7 +1,8 @@
-"""Which tokens a step sees: pure functions of a seed and a position, so that resuming is arithmetic.
+"""Decide which tokens each training step and each evaluation sees.
 
-B windows in a batch, T = block_size tokens in a window. Targets are the inputs shifted by one; -1 is a target that is
-not trained.
+Both are pure functions of a seed and a position, so resuming a run needs no saved order.
+
+B: windows in a batch. T: block_size, tokens in a window.
 """
 
 from __future__ import annotations
@@ -11,116 +12,174 @@ import math
 
 import numpy as np
 
-from config import UserError
 from data.shards import Tokens
+from gpt12.errors import UserError
+from gpt12.targets import IGNORE_INDEX
 
-ROUNDS = 6
-IGNORE = -1
-
-
-def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where each index goes in a permutation of [0, size) that `key` picks, computed without an array of that size.
-
-    A Feistel network over pairs (i // b, i % b) with a*b just over `size`: every round adds to one half, modulo its
-    range, a hash of the other, which can be undone and so is a bijection. An index sent outside [0, size) is sent on
-    until it falls inside (cycle walking; Black and Rogaway 2002), which keeps it one.
-    """
-    a = math.isqrt(size - 1) + 1
-    b = -(-size // a)
-    keys = np.frombuffer(hashlib.sha512(str(key).encode()).digest(), "<u8")[:ROUNDS]
-    out = index.astype(np.uint64)
-    walking = np.arange(len(out))
-    while len(walking):
-        high, low = np.divmod(out[walking], np.uint64(b))
-        for i, k in enumerate(keys):
-            if i % 2:
-                high = (high + _mix(low, k)) % np.uint64(a)
-            else:
-                low = (low + _mix(high, k)) % np.uint64(b)
-        out[walking] = high * np.uint64(b) + low
-        walking = walking[out[walking] >= size]
-    return out.astype(np.int64)
-
-
-def _mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
-    """A hash of x and key below 2^62, by the finalizer of MurmurHash3 (fmix64; Appleby 2011)."""
-    x = x ^ key
-    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        x = (x ^ (x >> np.uint64(33))) * np.uint64(multiplier)
-    return x >> np.uint64(2)
-
-
-def _hash(*words: int) -> int:
-    return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8], "little")
-
-
-def _inputs_and_targets(tokens: Tokens, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """x and y, int64 (len(starts), length); y is -1 where the split's mask is 0."""
-    window = tokens.gather(starts, length + 1).astype(np.int64)
-    x, y = window[:, :-1], window[:, 1:]
-    if tokens.mask is not None:
-        y = np.where(tokens.mask.gather(starts + 1, length), y, IGNORE)
-    return np.ascontiguousarray(x), np.ascontiguousarray(y)
+FEISTEL_ROUNDS = 6
 
 
 class TrainWindows:
-    """The training windows in the order they are drawn. A position is the number of windows drawn before.
+    """The training windows in the order in which they are drawn.
 
-    An epoch has `per_epoch` windows, every one drawn once: stride T from a phase below T that the epoch picks, in an
-    order it picks. Packed instruction data (a split with a mask) are rows of T tokens, without a phase.
+    A position is the number of windows drawn before. It does not depend on the batch size or on
+    the number of ranks.
+
+    An epoch has `per_epoch` windows and draws each once, in a random order of its own. They lie T
+    tokens apart; the first begins at the epoch's phase, which is below T. Instruction data (a split
+    with a mask) are packed into rows of T tokens, so there the phase is always 0.
     """
 
-    def __init__(self, tokens: Tokens, block_size: int, seed: int):
+    def __init__(self, tokens: Tokens, block_size: int, seed: int) -> None:
         if len(tokens) < block_size + 1:
-            raise UserError(
-                f"The training split has {len(tokens):,} tokens, and block_size={block_size} needs {block_size + 1:,}: "
-                "give it more text" + (f", or use --block_size={len(tokens) - 1} at most." if len(tokens) > 1 else ".")
-            )
-        self.tokens, self.block_size, self.seed = tokens, block_size, seed
+            raise UserError(_too_short(len(tokens), block_size))
+        self.tokens = tokens
+        self.block_size = block_size
+        self.seed = seed
         if tokens.mask is not None:
-            self.per_epoch, self._phases = (len(tokens) - 1) // block_size, 1
+            self.per_epoch = (len(tokens) - 1) // block_size
+            self._phases = 1
         else:
+            # Leave one block unused, so that every phase has room for the same number of windows.
             self.per_epoch = max(1, (len(tokens) - block_size) // block_size)
             self._phases = min(block_size, len(tokens) - self.per_epoch * block_size)
 
     def starts(self, positions: np.ndarray) -> np.ndarray:
-        """The first token of the window at each position, int64."""
-        epochs, index = np.divmod(positions, self.per_epoch)
+        """Return the index of the first token of the window at each position, int64."""
+        epochs, indices = np.divmod(positions, self.per_epoch)
         starts = np.empty(len(positions), np.int64)
         for epoch in np.unique(epochs).tolist():
-            key, here = _hash(self.seed, epoch), epochs == epoch
-            starts[here] = permute(index[here], self.per_epoch, key) * self.block_size + key % self._phases
+            in_epoch = epochs == epoch
+            key = _epoch_key(self.seed, epoch)
+            phase = key % self._phases
+            order = permute(indices[in_epoch], self.per_epoch, key)
+            starts[in_epoch] = phase + order * self.block_size
         return starts
 
     def batch(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """x and y, int64 (count, T), of the `count` windows from `position` on; they may span epochs."""
-        return _inputs_and_targets(self.tokens, self.starts(np.arange(position, position + count)), self.block_size)
+        """Return inputs and targets of `count` windows from `position` on, int64 (count, T) each.
+
+        The windows may belong to several epochs.
+        """
+        starts = self.starts(np.arange(position, position + count))
+        return _inputs_and_targets(self.tokens, starts, self.block_size)
 
 
 class EvalWindows:
-    """Fixed windows of stride T that have every target of a split once; the last may be short, and is padded."""
+    """Fixed windows, T tokens apart, that hold every target of a split exactly once.
 
-    def __init__(self, tokens: Tokens, block_size: int):
+    The last window may be short; batch() pads it.
+    """
+
+    def __init__(self, tokens: Tokens, block_size: int) -> None:
         if len(tokens) < 2:
             raise UserError(
-                f"{tokens.paths[0]} holds {len(tokens)} tokens; two are needed to predict one. Give it more text."
+                f"{tokens.paths[0]} holds {len(tokens)} tokens, and predicting needs at least two. "
+                "Give it more text."
             )
-        self.tokens, self.block_size = tokens, block_size
-        self.count = -(-(len(tokens) - 1) // block_size)
+        self.tokens = tokens
+        self.block_size = block_size
+        targets = len(tokens) - 1
+        self.count = (targets + block_size - 1) // block_size  # rounded up
 
     def choose(self, n: int) -> np.ndarray:
-        """The indices of n windows spread over the split, always the same, ascending; 0 or too many means all."""
+        """Return the indices of n windows spread over the split, ascending and always the same.
+
+        n: 0, or more windows than there are, means all.
+        """
         if n == 0 or n >= self.count:
             return np.arange(self.count)
         return np.sort(permute(np.arange(n), self.count, key=0))
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """x and y, int64 (len(indices), T), padded with 0 and -1."""
-        x = np.zeros((len(indices), self.block_size), np.int64)
-        y = np.full_like(x, IGNORE)
+        """Return inputs and targets of the windows at `indices`, int64 (len(indices), T) each.
+
+        Inputs are padded with 0 and targets with IGNORE_INDEX.
+        """
+        inputs = np.zeros((len(indices), self.block_size), np.int64)
+        targets = np.full((len(indices), self.block_size), IGNORE_INDEX, np.int64)
         starts = np.asarray(indices) * self.block_size
         lengths = np.minimum(self.block_size, len(self.tokens) - 1 - starts)
         for length in np.unique(lengths).tolist():
-            rows = lengths == length
-            x[rows, :length], y[rows, :length] = _inputs_and_targets(self.tokens, starts[rows], length)
-        return x, y
+            same = lengths == length
+            x, y = _inputs_and_targets(self.tokens, starts[same], length)
+            inputs[same, :length] = x
+            targets[same, :length] = y
+        return inputs, targets
+
+
+def _inputs_and_targets(
+    tokens: Tokens, starts: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the windows at `starts` and the same shifted by one, int64 (len(starts), length).
+
+    A target is IGNORE_INDEX where the split's mask is 0.
+    """
+    windows = tokens.gather(starts, length + 1).astype(np.int64)
+    inputs = windows[:, :-1]
+    targets = windows[:, 1:]
+    if tokens.mask is not None:
+        trained = tokens.mask.gather(starts + 1, length)
+        targets = np.where(trained, targets, IGNORE_INDEX)
+    return np.ascontiguousarray(inputs), np.ascontiguousarray(targets)
+
+
+def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Return where a permutation of 0..size-1, chosen by `key`, sends each index, int64.
+
+    No array of length `size` is needed: an index is encrypted by a Feistel network. It is split
+    into two halves, high and low, and each round adds a hash of one half to the other. A round can
+    be undone, so no two indices meet. The halves' ranges multiply to a little over `size`; a result
+    outside is encrypted again until it lies inside (cycle walking; Black and Rogaway 2002).
+    """
+    high_range = math.isqrt(size - 1) + 1
+    low_range = (size + high_range - 1) // high_range  # rounded up
+    digest = hashlib.sha512(str(key).encode()).digest()
+    round_keys = np.frombuffer(digest, "<u8")[:FEISTEL_ROUNDS]
+    image = indices.astype(np.uint64)
+    outside = np.arange(len(image))  # the places in `image` that need another encryption
+    while len(outside) > 0:
+        image[outside] = _encrypt(image[outside], high_range, low_range, round_keys)
+        outside = outside[image[outside] >= size]
+    return image.astype(np.int64)
+
+
+def _encrypt(
+    numbers: np.ndarray, high_range: int, low_range: int, round_keys: np.ndarray
+) -> np.ndarray:
+    """Encrypt uint64 numbers below high_range * low_range by a Feistel network."""
+    high, low = np.divmod(numbers, np.uint64(low_range))
+    for number, round_key in enumerate(round_keys):
+        if number % 2 == 0:
+            low = (low + _mix(high, round_key)) % np.uint64(low_range)
+        else:
+            high = (high + _mix(low, round_key)) % np.uint64(high_range)
+    return high * np.uint64(low_range) + low
+
+
+def _mix(numbers: np.ndarray, key: np.uint64) -> np.ndarray:
+    """Hash uint64 numbers and a key to numbers below 2^62.
+
+    This is the finalizer of MurmurHash3 (fmix64; Appleby 2011). Its last step keeps 62 bits, so
+    that adding a half to a hash does not overflow.
+    """
+    mixed = numbers ^ key
+    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        mixed = (mixed ^ (mixed >> np.uint64(33))) * np.uint64(multiplier)
+    return mixed >> np.uint64(2)
+
+
+def _epoch_key(seed: int, epoch: int) -> int:
+    """Hash a seed and an epoch to the 64-bit number that chooses the epoch's phase and order."""
+    digest = hashlib.sha256(repr((seed, epoch)).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def _too_short(tokens: int, block_size: int) -> str:
+    message = (
+        f"The training split has {tokens:,} tokens, and block_size={block_size} needs "
+        f"{block_size + 1:,}. Give it more text"
+    )
+    if tokens < 2:
+        return f"{message}."
+    return f"{message}, or use at most --block_size={tokens - 1}."

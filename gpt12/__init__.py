@@ -1,0 +1,31 @@
+"""What the four scripts are built from: one technique or concern per file.
+
+The model     loss.py           output head and cross-entropy in chunks, its Triton kernel
+              lora.py           low-rank adapters        int8.py      8-bit weights
+              linears.py        replacing linear layers  weights.py   Hugging Face folders, ckpt.pt
+              generate.py       choosing tokens, key/value cache, decoding loop
+
+A run         settings.py       every key, its default and its description
+              config_loader.py  defaults, then config files, then --key=value
+              start.py          what a run starts from: configuration, weights, data
+              run.py            everything a run works with       shape.py   the model's shape
+              device.py         what "auto" becomes               memory.py  bytes of a step
+              distributed.py    several processes                 signals.py Ctrl-C
+
+The step      optimizer.py      what a step expects of an optimizer; AdamW is in train.py
+              muon.py           Muon                optim8bit.py   AdamW with 8-bit state
+              cuda_graph.py     recording a step    loader.py      windows on their way to the GPU
+
+The folder    checkpoint.py     what best/ and last/ hold, and how they are replaced
+              saver.py          when they are written    trainer_state.py  what resuming needs
+              run_folder.py     run.json, the lock       metrics.py        metrics.jsonl, loss.png
+              run_log.py        lines on the terminal    clock.py          training time
+
+bench.py      measure.py, measure_decoding.py, gpu_state.py, ladder.py, sweep.py, profile_step.py,
+              versus_transformers.py, plan.py and cards.py (predictions), bench_report.py,
+              bench_picture.py, bench_request.py
+
+Everywhere    errors.py (a user's mistakes), files.py (atomic writes), targets.py (ignored targets),
+              option_types.py and help_page.py (the settings' types and --help), terminal.py,
+              text_stream.py (whole characters and stop strings for sample.py)
+"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ import filelock
 from gpt12.errors import UserError
 
 BLOCK_BYTES = 1 << 20  # read this much at a time when hashing
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves either the old file or the whole new one."""
+    """Write a file so that a crash at any moment leaves the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     remove_link(temporary)
@@ -53,7 +55,8 @@ def sync(path: Path) -> None:
 def remove_link(path: Path) -> None:
     """Remove `path` if it is a symbolic link.
 
-    A run folder from a stranger may contain links that lead out of it; we must not write through them.
+    A run folder from a stranger may contain links that lead out of it; we must not write through
+    them.
     """
     if path.is_symlink():
         path.unlink()
@@ -74,6 +77,12 @@ def lock_folder(folder: Path, if_locked: str) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise UserError(if_locked) from None
+    except NotImplementedError:  # filelock's word for a disk without locks
+        pass
+    except OSError as error:
+        # A network disk may have no locks. There a second writer is not noticed.
+        if error.errno not in NO_LOCKS:
+            raise
     try:
         yield
     finally:
@@ -82,7 +91,7 @@ def lock_folder(folder: Path, if_locked: str) -> Iterator[None]:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Remove a folder that holds nothing but its lock file: the run was refused before it wrote anything."""
+    """Remove a folder that holds nothing but its lock file: nothing was written into it."""
     with contextlib.suppress(OSError):  # the user may have deleted the folder
         if [path.name for path in folder.iterdir()] == [".lock"]:
             (folder / ".lock").unlink()

@@ -1,25 +1,35 @@
-"""What all tests share: the `gpu` mark skips where there is no CUDA device, and how long hypothesis searches."""
+"""What all tests share: no network, one thread, hypothesis profiles, the mark `gpu`, fixtures."""
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-# Models this small are slower on two threads than on one, and another process on the machine makes it worse.
+# Models this small are slower on two threads than on one, all the more on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Hugging Face's libraries read this when they are imported. No test may depend on the hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# HYPOTHESIS_PROFILE=long is the slow search, for before a release.
-settings.register_profile("ci", max_examples=300, deadline=None, derandomize=True, database=None)
-settings.register_profile("long", max_examples=10_000, deadline=None)
+# HYPOTHESIS_PROFILE=long is the slow search, for before a release. Neither profile looks at the
+# clock: on a busy machine a deadline, or the check that data come fast enough, would fail by
+# chance.
+NO_CLOCK = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", NO_CLOCK, max_examples=300, derandomize=True, database=None)
+settings.register_profile("long", NO_CLOCK, max_examples=10_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-# A job in the background of a script inherits an ignored Ctrl-C, and so would every process that a test starts.
+# A job in the background of a script inherits an ignored Ctrl-C, and so would every process that a
+# test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need a GPU where there is none."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -32,9 +42,79 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """train.main, run in-process and killed in a test, leaves its handlers behind: give pytest its own back."""
+    """Restore the signal handlers, which a run that dies in a test leaves behind."""
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Give a test that sets no seed the same random numbers in any order of the tests."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not draw loss.png, which takes as long as a tiny run. The mark `picture` draws it."""
+    if not request.node.get_closest_marker("picture"):
+        monkeypatch.setattr("gpt12.metrics.draw_losses", lambda steps, evaluations, file: None)
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let texts be prepared into a folder of the test's own, and not into data/cache/."""
+    monkeypatch.setattr("data.dataset.DATA", tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """Return a random GPT-2 of `transformers`, and the folder that it was saved in."""
+    from tests.models import random_transformers_model
+
+    model = random_transformers_model()
+    folder = tmp_path_factory.mktemp("theirs")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture
+def batch() -> Any:
+    """Return inputs and targets for the model of `theirs`."""
+    from tests.models import random_batch
+
+    return random_batch()
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> Any:
+    """Return GPT-2's tokenizer. Skip where its files are neither cached nor on the network."""
+    from data.tokenizers import get_tokenizer
+    from gpt12.errors import UserError
+
+    try:
+        return get_tokenizer("gpt2")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the tiny data set of tests/helpers.py. A test that changes a file copies it first."""
+    from tests.helpers import make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("data") / "letters")
+
+
+@pytest.fixture(scope="session")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of four steps. A test that changes it copies it first."""
+    from tests.helpers import run
+
+    out_dir = tmp_path_factory.mktemp("finished") / "out"
+    assert run(dataset, out_dir, "--max_iters=4", "--eval_interval=2") == 0
+    return out_dir

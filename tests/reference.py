@@ -1,7 +1,8 @@
-"""GPT-2 once more, as slowly and plainly as possible: the oracle that model.py and train.py are tested against.
+"""GPT-2 and AdamW, written from the formulas: what model.py and train.py are tested against.
 
-Written from the formulas, one row, one head and one position at a time, in float64. It shares no code with model.py:
-weights come as a dictionary of tensors with GPT-2's published names and layout (Conv1D: (in, out)).
+Everything is computed one row, one head and one position at a time, in float64. No code is shared
+with model.py. The weights are a dictionary of tensors with GPT-2's published names and layout
+(Conv1D: (in, out)).
 """
 
 import math
@@ -57,21 +58,30 @@ def logits(ids: list[int], w: Weights, n_layer: int, n_head: int) -> torch.Tenso
 
 def loss(x, y, w: Weights, n_layer: int, n_head: int) -> torch.Tensor:
     """Mean cross-entropy over the targets of a batch that are not -1."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    total = torch.zeros((), dtype=torch.float64)
+    count = 0
     for ids, targets in zip(x.tolist(), y.tolist(), strict=True):
         scores = logits(ids, w, n_layer, n_head)
         for row, target in zip(scores, targets, strict=True):
             if target != -1:
-                total = total + torch.log(torch.exp(row - row.max()).sum()) + row.max() - row[target]
+                log_sum_exp = torch.log(torch.exp(row - row.max()).sum()) + row.max()
+                total = total + log_sum_exp - row[target]
                 count += 1
     return total / max(1, count)
 
 
 class AdamW:
-    """Loshchilov and Hutter 2017 (arXiv:1711.05101), algorithm 2, with clipping by the global norm before it."""
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101, algorithm 2).
+
+    The gradients are first clipped by their global norm.
+    """
 
     def __init__(self, w: Weights, betas, weight_decay: float, clip: float):
-        self.w, self.betas, self.weight_decay, self.clip, self.t = w, betas, weight_decay, clip, 0
+        self.w = w
+        self.betas = betas
+        self.weight_decay = weight_decay
+        self.clip = clip
+        self.t = 0  # finished updates
         self.m = {name: torch.zeros_like(p) for name, p in w.items()}
         self.v = {name: torch.zeros_like(p) for name, p in w.items()}
 

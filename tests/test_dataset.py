@@ -1,4 +1,7 @@
-"""Data sets by name and path, and the way from texts to shards, against splits and rows put together by hand."""
+"""Data sets by name and path, and the way from texts to shards.
+
+They are compared with splits and rows that are put together by hand.
+"""
 
 import collections
 import functools
@@ -9,19 +12,22 @@ import os
 import pickle
 import signal
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-import data
-from config import UserError
-from data import open_dataset, prepare, prepare_texts
-from data.prepare import val_documents
-from data.run import lock
+from data import dataset as dataset_module
+from data import encode, prepare
+from data.dataset import open_dataset
+from data.prepare import ValidationSplit, prepare_texts
+from data.rows import RowWriter
 from data.shards import UINT16, ShardWriter, Tokens, write_shard
 from data.texts import CHAT_TEMPLATE, Documents, Piece
-from data.tokenizers import ByteTokenizer, CharTokenizer
+from data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from data.windows import TrainWindows
+from gpt12.errors import UserError
+from gpt12.files import lock_folder
 from tests.tiny_bpe import tiny
 
 EOT = 256
@@ -30,7 +36,7 @@ EOT = 256
 @pytest.fixture(autouse=True)
 def house(tmp_path, monkeypatch):
     """An empty data/ of its own for each test, and a working directory beside it."""
-    monkeypatch.setattr(data, "DATA", tmp_path / "data")
+    monkeypatch.setattr(dataset_module, "DATA", tmp_path / "data")
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -50,7 +56,8 @@ def contents(folder):
 
 
 def open_bytes(name, **more):
-    return open_dataset(str(name), **{"tokenizer": "bytes", "block_size": 8, "progress": False} | more)
+    options = {"tokenizer": "bytes", "block_size": 8, "progress": False} | more
+    return open_dataset(str(name), **options)
 
 
 # Splits
@@ -92,11 +99,12 @@ def test_characters_have_a_line_end_between_documents(house, name):
     (house / "rows.csv").write_text("\n".join(["text", *texts]))
     jsonl(house / "rows.jsonl", [{"text": text} for text in texts])
     (house / "lines.txt").write_text("\n".join(texts))
-    dataset = open_bytes(name, tokenizer="char", text_column="line" if name == "lines.txt" else "text")
+    column = "line" if name == "lines.txt" else "text"
+    dataset = open_bytes(name, tokenizer="char", text_column=column)
     whole = [*ids(dataset.train), *ids(dataset.val)]
     assert dataset.tokenizer.decode(whole) == "".join(f"{text}\n" for text in texts)
     without = CharTokenizer("tex 0123456789")  # a model's own, which has no line end
-    again = open_bytes(name, tokenizer=without, text_column="line" if name == "lines.txt" else "text")
+    again = open_bytes(name, tokenizer=without, text_column=column)
     assert without.decode([*ids(again.train), *ids(again.val)]) == "".join(texts)
 
 
@@ -110,12 +118,13 @@ def test_answers_in_characters_end_with_a_line_end(house):
 @pytest.mark.parametrize("count, fraction", [(20, 0.1), (20, 0.001), (500, 0.1), (500, 0.5)])
 def test_many_documents_go_whole_to_one_side(house, count, fraction):
     texts = [f"document {i} " * (i % 7) for i in range(count)]
-    dataset = open_bytes(jsonl(house / "a.jsonl", [{"text": text} for text in texts]), val_fraction=fraction)
+    source = jsonl(house / "a.jsonl", [{"text": text} for text in texts])
+    dataset = open_bytes(source, val_fraction=fraction)
     sides = collections.Counter()
     parts = {"train": [], "val": []}
-    picked = val_documents(Documents(house / "a.jsonl"), fraction)
+    picked = ValidationSplit(Documents(house / "a.jsonl"), fraction)
     for i, text in enumerate(texts):
-        side = "val" if picked(i) else "train"
+        side = "val" if i in picked else "train"
         parts[side] += [*text.encode(), EOT]
         sides[side] += 1
     assert (ids(dataset.train), ids(dataset.val)) == (parts["train"], parts["val"])
@@ -129,18 +138,20 @@ def test_many_documents_go_whole_to_one_side(house, count, fraction):
 
 
 @pytest.mark.parametrize("long", [None, True, False])
-def test_a_share_that_is_far_from_val_fraction_is_told(house, long):
+def test_a_validation_share_far_from_val_fraction_is_reported(house, long):
     jsonl(house / "a.jsonl", [{"text": "x"}] * 40)
-    picked = val_documents(Documents(house / "a.jsonl"), 0.1)
-    texts = ["x" * (1000 if picked(i) == long else 9) for i in range(40)]
+    picked = ValidationSplit(Documents(house / "a.jsonl"), 0.1)
+    texts = ["x" * (1000 if (i in picked) == long else 9) for i in range(40)]
     dataset = open_bytes(jsonl(house / "a.jsonl", [{"text": text} for text in texts]))
-    held, total = len(dataset.val), len(dataset.val) + len(dataset.train)
+    held = len(dataset.val)
+    total = len(dataset.val) + len(dataset.train)
     assert (0.05 <= held / total <= 0.2) == (long is None)
     said = f"validation has {held:,} of {total:,} tokens, {held / total:.2%}, not about 10.00%"
-    assert [warning.split(":")[0] for warning in dataset.warnings] == ([] if long is None else [said])
+    beginnings = [warning.split(":")[0] for warning in dataset.warnings]
+    assert beginnings == ([] if long is None else [said])
 
 
-def test_rows_of_examples_are_not_held_against_val_fraction(house):
+def test_a_padded_row_of_examples_is_not_reported_as_a_wrong_share(house):
     """A few examples fill one row of many, padded: half of the tokens, a tenth of the examples."""
     path = jsonl(house / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 60)
     dataset = open_bytes(path, block_size=256)
@@ -148,10 +159,11 @@ def test_rows_of_examples_are_not_held_against_val_fraction(house):
     assert dataset.warnings == []
 
 
-def test_the_split_of_a_document_is_not_moved_by_those_after_it(house):
+def test_documents_that_are_added_later_do_not_change_the_split(house):
     def picked(count):
         jsonl(house / "a.jsonl", [{"text": "x"}] * count)
-        return [i for i in range(count) if val_documents(Documents(house / "a.jsonl"), 0.1)(i)]
+        split = ValidationSplit(Documents(house / "a.jsonl"), 0.1)
+        return [i for i in range(count) if i in split]
 
     assert picked(50) == [i for i in picked(300) if i < 50]
 
@@ -167,19 +179,28 @@ def test_too_little_text_is_refused_and_leaves_no_data_set(house, text):
 
 
 def test_max_tokens_ends_with_the_document_that_reaches_it(house, monkeypatch):
-    monkeypatch.setattr("data.texts.PIECE", 7)
+    monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 7)
     name = jsonl(house / "a.jsonl", [{"text": "x" * i} for i in range(40)])
     for limit in (60, 61, 65, 66, 67, 10**9):
-        prepare_texts("a", Documents(name), ByteTokenizer(), house / f"{limit}", 0.5, max_tokens=limit, progress=False)
+        prepare_texts(
+            "a",
+            Documents(name),
+            ByteTokenizer(),
+            house / f"{limit}",
+            0.5,
+            max_tokens=limit,
+            progress=False,
+        )
         lengths = list(itertools.accumulate(range(1, 41)))  # with their end tokens
         expected = next((length for length in lengths if length >= limit), lengths[-1])
         total = sum(len(Tokens.open(house / f"{limit}", split)) for split in ("train", "val"))
         assert total == expected
 
 
-def test_the_bar_ends_at_its_total(house):
+def test_the_progress_bar_ends_at_its_total(house):
     class Bar:
-        total, n = None, 0
+        total = None
+        n = 0
 
         def update(self, n):
             self.n += n
@@ -187,8 +208,11 @@ def test_the_bar_ends_at_its_total(house):
 
     totals = []
     (house / "a.txt").write_text("éight by" * 100_000)
-    documents, bar = Documents("a.txt"), Bar()
-    for _ in prepare._encoded(documents, CharTokenizer(" béghity"), prepare.Progress([]), bar, 900_000, None):
+    documents = Documents("a.txt")
+    bar = Bar()
+    tokenizer = CharTokenizer(" béghity")
+    progress = prepare.PreparationProgress([])
+    for _ in prepare._encode_documents(documents, tokenizer, progress, bar, 900_000, None):
         pass
     assert bar.n == 800_000 and len(totals) > 1
     assert all(abs(total - 800_000) < 3 for total in totals)
@@ -197,17 +221,41 @@ def test_the_bar_ends_at_its_total(house):
 # The cache
 
 
-def test_a_models_tokenizer_finds_what_its_name_has_made(house):
+def test_a_models_tokenizer_finds_the_cache_of_its_name(house):
     (house / "a.txt").write_text("Lorem ipsum dolor sit amet. " * 40)
     by_name = open_bytes("a.txt")
     assert open_bytes("a.txt", tokenizer=ByteTokenizer()).folder == by_name.folder
-    chars = [CharTokenizer("".join(sorted({*"Lorem ipsum dolor sit amet.", extra}))) for extra in "xy"]
-    assert open_bytes("a.txt", tokenizer=chars[0]).folder != open_bytes("a.txt", tokenizer=chars[1]).folder
+    letters = "".join(sorted({*"Lorem ipsum dolor sit amet."}))
+    with_x = open_bytes("a.txt", tokenizer=CharTokenizer(letters + "x"))
+    with_y = open_bytes("a.txt", tokenizer=CharTokenizer(letters + "y"))
+    assert with_x.folder != with_y.folder
+
+
+def test_tokens_that_were_added_to_the_models_tokenizer_stay_with_it(house, monkeypatch):
+    """A model with a padding token behind its vocabulary trains on data of the plain tokenizer."""
+    monkeypatch.setattr("data.tokenizers.get_tokenizer", lambda name: tiny)
+    entry = {"id": tiny.vocab_size, "content": "<pad>", "special": True}
+    padded = GPT2Tokenizer(tiny.names, tiny.merges, [entry])
+    (house / "a.txt").write_text("the cat is on the mat. " * 40)
+    name = str(open_dataset("a.txt", tokenizer=tiny, block_size=8, progress=False).folder)
+    dataset = open_dataset("a.txt", tokenizer=padded, block_size=8, progress=False)
+    assert str(dataset.folder) == name
+    assert dataset.tokenizer.vocab_size == tiny.vocab_size + 1
+    assert dataset.vocab_size == tiny.vocab_size
+    # The other way round: data that were prepared for that model fit a model without the token.
+    open_dataset("a.txt", tokenizer=padded, val_fraction=0.2, block_size=8, progress=False)
+    dataset = open_dataset("a.txt", tokenizer=tiny, val_fraction=0.2, block_size=8, progress=False)
+    assert dataset.vocab_size == dataset.tokenizer.vocab_size == tiny.vocab_size
 
 
 def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypatch):
     made = []
-    monkeypatch.setattr(data, "prepare_texts", lambda *a, **k: made.append(a[0]) or prepare_texts(*a, **k))
+
+    def prepare_and_note(name, *args, **kwargs):
+        made.append(name)
+        return prepare_texts(name, *args, **kwargs)
+
+    monkeypatch.setattr(dataset_module, "prepare_texts", prepare_and_note)
     (house / "my text.txt").write_text("some text, long enough for all of this " * 3)
     (house / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 30)
 
@@ -220,7 +268,12 @@ def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypat
     assert fresh and first.name.startswith("my-text-")
     assert folder("my text.txt", block_size=16) == folder(house / "my text.txt") == (first, 0)
     chars = CharTokenizer("".join(sorted(set("some text, long enough for all of this "))))
-    for change in ({"val_fraction": 0.2}, {"tokenizer": "char"}, {"tokenizer": chars}, {"text_column": "line"}):
+    for change in (
+        {"val_fraction": 0.2},
+        {"tokenizer": "char"},
+        {"tokenizer": chars},
+        {"text_column": "line"},
+    ):
         other, fresh = folder("my text.txt", **change)
         assert fresh and other != first
     os.utime(house / "my text.txt", (0, 0))
@@ -237,13 +290,110 @@ def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypat
     assert not list((house / "data" / "cache").glob("*.tmp"))
 
 
+def test_skipped_files_are_counted_and_named(house):
+    (house / "texts").mkdir()
+    for i in range(7):
+        (house / f"texts/{i}.pdf").write_text("pdf")
+    (house / "texts/a.md").write_text("some text, long enough for all of this " * 3)
+    for dataset in (open_bytes("texts"), open_bytes("texts")):  # the second time out of the cache
+        assert dataset.warnings == [
+            "7 files were skipped in texts, because only .txt, .md, .csv, .jsonl are read: "
+            "0.pdf, 1.pdf, 2.pdf, 3.pdf, 4.pdf and 2 more."
+        ]
+        assert len(dataset.train) > 8
+
+
+@pytest.mark.parametrize(
+    "kind, row",
+    [
+        ("text", {"text": "some text"}),
+        ("prompt", {"prompt": "a", "completion": "b"}),
+        ("messages", {"messages": [{"role": "assistant", "content": "Ho"}]}),
+    ],
+)
+def test_a_data_set_says_what_kind_it_is(house, kind, row):
+    path = jsonl(house / "a.jsonl", [row] * 30)
+    assert open_bytes(path, block_size=64).kind == kind
+
+
+def test_all_unknown_characters_of_a_data_set_are_listed(house, monkeypatch):
+    """Also those that lie in different pieces of the text."""
+    monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 50)
+    (house / "own.txt").write_text("abc " * 20 + "é" + " abc" * 100 + "漢")
+    with pytest.raises(UserError) as caught:
+        open_bytes("own.txt", tokenizer=CharTokenizer(" abc"))
+    message = str(caught.value)
+    assert "own.txt: the tokenizer does not know 2 of the characters" in message
+    assert "characters: 'é' (U+00E9), '漢' (U+6F22)" in message
+    assert "config/train_shakespeare_cpu.py --dataset=own.txt --tokenizer=char" in message
+
+
+def test_names_in_the_cache_are_allowed_on_windows(house):
+    names = ["hf:owner/name:config", 'a "b"? <c>|*.txt', "con.txt"]
+    for name in names:
+        request = dataset_module.DatasetRequest(name, "bytes", 0.1, "text", 8)
+        folder = dataset_module._cache_folder(request, "content", row=None)
+        assert not set(folder.name) & set('<>:"/\\|?*')
+        assert folder.name != "con"
+
+
+def names_in_use(path):
+    """Return the files at or below `path` that this process has open or mapped."""
+    names = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6:
+            names.append(fields[5].strip())
+    return [name for name in names if name == path or name.startswith(f"{path}/")]
+
+
+def test_no_file_is_open_or_mapped_when_it_is_replaced(house, monkeypatch):
+    """On Windows these calls fail for a file or folder that this process has open."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs Linux to see which files are open")
+
+    replaced = []
+
+    def checked(function):
+        def checking(path, *args, **kwargs):
+            for name in [path, *args[:1]]:
+                assert not names_in_use(os.path.realpath(name))
+            replaced.append(str(path))
+            return function(path, *args, **kwargs)
+
+        return checking
+
+    for name in ("replace", "rename", "unlink"):
+        monkeypatch.setattr(os, name, checked(getattr(os, name)))
+    (house / "a.txt").write_text("some text, long enough for all of this " * 3)
+    open_bytes("a.txt")
+    jsonl(house / "b.jsonl", [{"prompt": "a", "completion": "b"}] * 30)
+    open_bytes("b.jsonl")
+    assert any("train_000000.bin" in name for name in replaced)
+    assert any(name.endswith("a-text.tmp") for name in replaced)
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error(house, monkeypatch):
+    """Windows cannot open a folder."""
+    original = os.open
+
+    def no_folders(path, *args, **kwargs):
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", no_folders)
+    (house / "a.txt").write_text("some text, long enough for all of this " * 3)
+    assert len(open_bytes("a.txt").train) > 8
+
+
 # Killed and continued
 
 
 def killed_at(call, work):
-    """Run `work` in a process of its own that is killed just before its call number `call` that touches a file.
+    """Run `work` in a process that is killed before its call number `call` that touches a file.
 
-    True if it was; False if it came to its end first.
+    Returns True if it was killed, False if it came to its end first.
     """
     calls = 0
 
@@ -259,10 +409,18 @@ def killed_at(call, work):
 
     child = os.fork()
     if child == 0:
-        for owner, name in ((ShardWriter, "add"), (ShardWriter, "flush"), (prepare, "write_whole"), (os, "replace")):
-            setattr(owner, name, counted(getattr(owner, name)))
-        work()
-        os._exit(0)
+        try:
+            for owner, name in (
+                (ShardWriter, "add"),
+                (ShardWriter, "flush"),
+                (prepare, "write_atomically"),
+                (os, "replace"),
+            ):
+                setattr(owner, name, counted(getattr(owner, name)))
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)  # an error must not lead the child back into pytest
     _, status = os.waitpid(child, 0)
     assert status in (0, signal.SIGKILL)
     return status != 0
@@ -271,14 +429,18 @@ def killed_at(call, work):
 @pytest.mark.parametrize("kind", ["one text", "many documents"])
 def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch, kind):
     monkeypatch.setattr(prepare, "ShardWriter", functools.partial(ShardWriter, shard_tokens=1000))
-    monkeypatch.setattr(prepare, "BATCH", 900)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 900)
     monkeypatch.setattr(prepare, "SAVE_TOKENS", 1100)
-    monkeypatch.setattr("data.texts.PIECE", 300)
+    # A kill, unlike a power cut, loses no write.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 300)
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcd \n"), rng.integers(0, 600))) for _ in range(24)]
     if kind == "one text":
-        (house / "a.txt").write_text("".join(texts[:12]))
-    source = "a.txt" if kind == "one text" else jsonl(house / "a.jsonl", [{"text": text} for text in texts])
+        source = "a.txt"
+        (house / source).write_text("".join(texts[:12]))
+    else:
+        source = jsonl(house / "a.jsonl", [{"text": text} for text in texts])
 
     class Counting(ByteTokenizer):
         encoded = 0
@@ -294,7 +456,8 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
 
     expected = work(house / "unbroken")
     assert len(expected) >= 5 and "progress.json" not in expected
-    again, size = 0, Counting.encoded
+    again = 0
+    size = Counting.encoded
     for call in range(1, 500):
         folder = house / f"killed-{call}"
         if not killed_at(call, functools.partial(work, folder)):
@@ -311,7 +474,11 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
 def test_the_hub_is_not_asked_for_what_is_there(house, monkeypatch):
     class Hub(Documents):
         def __init__(self, source, text_column="text"):
-            self.source, self.text_column, self.files, self.kind = source, text_column, [], "text"
+            self.source = source
+            self.text_column = text_column
+            self.kind = "text"
+            self.files = []
+            self.skipped = []
 
         def skip(self, count):
             return itertools.islice(self, count, None)
@@ -319,10 +486,10 @@ def test_the_hub_is_not_asked_for_what_is_there(house, monkeypatch):
         def __iter__(self):
             return iter([Piece(f"row {i}") for i in range(50)])
 
-    monkeypatch.setattr(data, "Documents", Hub)
+    monkeypatch.setattr(dataset_module, "Documents", Hub)
     first = open_bytes("hf:owner/name")
     assert first.documents == 50 and first.folder.name.startswith("name-")
-    monkeypatch.setattr(data, "Documents", None)
+    monkeypatch.setattr(dataset_module, "Documents", None)
     assert open_bytes("hf:owner/name", block_size=4).folder == first.folder
 
 
@@ -334,18 +501,21 @@ def test_an_unfinished_data_set_is_not_opened(house):
         open_bytes(house)
 
 
-def test_progress_that_the_shards_do_not_bear_out_is_refused(house):
+def test_progress_beyond_what_the_shards_hold_is_refused(house):
     with pytest.raises(UserError, match="progress.json"):
         ShardWriter(house, "train", UINT16, shard_tokens=10, start=25)
 
 
-def test_two_at_once_do_not_write_over_each_other(house):
+def test_a_locked_folder_is_reported_as_data_preparation(house):
     (house / "a.txt").write_text("long enough to be split in two")
-    with lock(house / "data" / "cache" / "a-text.tmp"), pytest.raises(UserError, match="another"):
+    building = house / "data" / "cache" / "a-text.tmp"
+    with lock_folder(building, "held by the test"), pytest.raises(UserError) as caught:
         open_bytes("a.txt")
+    assert f"Another process is preparing the data in {building}" in str(caught.value)
+    assert "out_dir" not in str(caught.value)
 
 
-def test_memory_is_constant(house):
+def test_preparing_a_longer_text_takes_no_more_memory(house):
     text = "All work and no play makes Jack a dull boy.\n" * 100
     peaks = []
     for copies in (1000, 4000):  # 4.4 and 17.6 MB
@@ -370,19 +540,24 @@ def examples(count=300, longest=30):
 
 
 def test_examples_are_packed_whole_and_only_answers_are_targets(house):
-    pairs, block = examples(), 160
+    pairs = examples()
+    block = 160
     name = jsonl(house / "a.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
     dataset = open_bytes(name, block_size=block)
     found = collections.Counter()
     for split in (dataset.train, dataset.val):
-        tokens, mask = np.array(ids(split)), np.array(ids(split.mask))
+        tokens = np.array(ids(split))
+        mask = np.array(ids(split.mask))
         rows = TrainWindows(split, block, seed=0).per_epoch
         assert len(tokens) == rows * block + 1 and tokens[-1] == EOT
         assert not mask[::block].any()
         used = 0
-        for row, trained in zip(tokens[:-1].reshape(-1, block), mask[:-1].reshape(-1, block), strict=True):
-            # An answer follows ">" and ends with the end token; the rest of the row is prompt, or padding.
-            inside, expected = False, []
+        token_rows = tokens[:-1].reshape(-1, block)
+        mask_rows = mask[:-1].reshape(-1, block)
+        for row, trained in zip(token_rows, mask_rows, strict=True):
+            # An answer follows ">" and ends with the end token. The rest is prompt or padding.
+            inside = False
+            expected = []
             for token in row.tolist():
                 expected.append(int(inside))
                 inside = (inside or token == ord(">")) and token != EOT
@@ -393,19 +568,21 @@ def test_examples_are_packed_whole_and_only_answers_are_targets(house):
         assert used > (rows - 1) * block * 0.93  # little padding
         _, y = TrainWindows(split, block, seed=0).batch(0, rows)
         assert sorted(y[y >= 0].tolist()) == sorted(tokens[mask == 1].tolist())
-    assert found == collections.Counter(p + c for p, c in pairs)  # so none is split, lost or doubled
+    # No example is split, lost or doubled.
+    assert found == collections.Counter(p + c for p, c in pairs)
     assert dataset.meta["row"] == block and dataset.meta["cut"] == 0 and not dataset.warnings
     assert dataset.documents == len(pairs)
     assert 0.05 < len(dataset.val) / len(dataset.train) < 0.2
 
 
-def test_rows_that_wait_are_bounded_and_none_is_lost(house):
-    writer = prepare.RowWriter(house, "train", UINT16, size=10, padding=999)
+def test_open_rows_are_bounded_and_no_example_is_lost(house):
+    writer = RowWriter(house, "train", UINT16, size=10, padding=999)
     for i in range(100):
         writer.add(np.full(6, i), np.ones(6, np.uint8))
-        assert len(writer._rows) <= 64
+        assert len(writer._open_rows) <= 64
     writer.close()
-    assert collections.Counter(ids(Tokens.open(house, "train"))) == dict.fromkeys(range(100), 6) | {999: 401}
+    counts = collections.Counter(ids(Tokens.open(house, "train")))
+    assert counts == dict.fromkeys(range(100), 6) | {999: 401}
 
 
 def test_examples_too_long_are_cut_and_counted(house):
@@ -414,7 +591,9 @@ def test_examples_too_long_are_cut_and_counted(house):
     dataset = open_bytes(name, block_size=10, val_fraction=0.5)
     assert dataset.meta["cut"] == 10
     assert any("10 of 20 examples" in warning for warning in dataset.warnings)
-    rows = [row for split in (dataset.train, dataset.val) for row in np.reshape(ids(split)[:-1], (-1, 10)).tolist()]
+    rows = []
+    for split in (dataset.train, dataset.val):
+        rows += np.reshape(ids(split)[:-1], (-1, 10)).tolist()
     assert [*b"abcccccccc"] in rows
     assert not any(row[0] == row[2] == ord("a") for row in rows)  # nothing would be trained in it
 
@@ -423,21 +602,23 @@ def test_examples_too_long_are_cut_and_counted(house):
 def test_few_examples_are_split_by_example(house, count, held_out):
     name = jsonl(house / "a.jsonl", [{"prompt": "a", "completion": "b"}] * count)
     dataset = open_bytes(name)
-    assert [sum(ids(split.mask)) for split in (dataset.train, dataset.val)] == [2 * (count - held_out), 2 * held_out]
+    assert sum(ids(dataset.train.mask)) == 2 * (count - held_out)
+    assert sum(ids(dataset.val.mask)) == 2 * held_out
 
 
-def test_a_first_token_that_nothing_predicts_is_no_target(house):
+def test_the_first_token_of_a_row_is_never_a_target(house):
     name = jsonl(house / "a.jsonl", [{"prompt": "", "completion": "abc"}] * 4)
     dataset = open_bytes(name)
     assert ids(dataset.train) == [*b"abc", EOT, *b"abc", EOT, *b"abc", EOT, *[EOT] * 5]
     assert ids(dataset.train.mask) == [0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0]
 
 
-def test_conversations_keep_their_template(house):
+def test_a_data_set_of_conversations_keeps_the_chat_template(house):
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}] * 2
     dataset = open_bytes(jsonl(house / "a.jsonl", [{"messages": chat}] * 25), block_size=128)
     assert dataset.tokenizer.chat_template == CHAT_TEMPLATE
-    text = dataset.tokenizer.decode([t for t, m in zip(ids(dataset.train), ids(dataset.train.mask), strict=True) if m])
+    pairs = zip(ids(dataset.train), ids(dataset.train.mask), strict=True)
+    text = dataset.tokenizer.decode([token for token, trained in pairs if trained])
     assert set(text.split("<|endoftext|>")) == {"Ho", ""}
 
 
@@ -475,9 +656,34 @@ def test_a_name_in_data_comes_first_and_a_missing_one_names_the_nearest(house):
 
 
 @pytest.mark.parametrize("name", ["", "\0", "~", "a/b/c", "../a", "x" * 5000, "\ud800", "hf"])
-def test_a_name_that_is_nothing_is_refused(house, name):
+def test_an_impossible_name_is_refused(house, name):
     with pytest.raises(UserError, match="no data set|too long"):
         open_bytes(name)
+
+
+def test_a_path_that_does_not_exist_is_said_not_to_exist(house):
+    for name in ("own.txt", "texts/own", "./own"):
+        with pytest.raises(UserError, match="no such file or folder exists"):
+            open_bytes(name)
+    with pytest.raises(UserError) as caught:
+        open_bytes("own")
+    assert "no such file" not in str(caught.value)
+
+
+def test_a_script_that_works_when_it_is_imported_is_not_imported(house):
+    """nanoGPT's prepare.py downloads and writes at import, and has no function to call."""
+    folder = house / "data" / "theirs"
+    folder.mkdir()
+    (folder / "prepare.py").write_text(
+        f"import os\nos.mkdir({str(house / 'ran')!r})\ndef process(example):\n    return example\n"
+    )
+    said = r"has no function prepare\(\).*: python .*theirs/prepare\.py"
+    with pytest.raises(UserError, match=said):
+        open_bytes("theirs")
+    assert not (house / "ran").exists()
+    (folder / "prepare.py").write_text("def prepare(:\n")
+    with pytest.raises(UserError, match=r"theirs/prepare\.py is not a Python file"):
+        open_bytes("theirs")
 
 
 @pytest.mark.parametrize("cost", ["", "COST = '17 GB, 5 hours'"])
@@ -490,13 +696,13 @@ def test_small_data_sets_prepare_themselves_and_large_ones_say_how(house, monkey
         "    from pathlib import Path\n    from tests.test_dataset import shards\n"
         "    shards(Path(__file__).parent, tokenizer='bytes', vocab_size=257)\n"
     )
-    monkeypatch.setattr(data, "__path__", [*data.__path__, str(house / "data")])
     if not cost:
         assert len(open_bytes(name).train) == 9
     for gpu, preset in ((True, "char"), (False, "cpu")) if cost else ():
         monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
-        said = r"17 GB, 5 hours.*python .*large/prepare\.py\n.*--dataset=my\.txt, .*config/train_shakespeare_"
-        with pytest.raises(UserError, match=rf"{said}{preset}\.py$"):
+        command = r"17 GB, 5 hours.*python .*large/prepare\.py\n"
+        instead = rf".*--dataset=my\.txt, .*config/train_shakespeare_{preset}\.py$"
+        with pytest.raises(UserError, match=command + instead):
             open_bytes(name)
 
 
@@ -509,13 +715,16 @@ def test_nanogpts_pickle_is_not_opened(house):
     np.arange(12, dtype=np.uint16).tofile(house / "val.bin")
     (house / "meta.pkl").write_bytes(pickle.dumps(Trap()))
     dataset = open_dataset(str(house), block_size=8)
-    assert (dataset.vocab_size, dataset.tokenizer, len(dataset.train), len(dataset.val)) == (40, None, 40, 12)
+    assert dataset.vocab_size == 40
+    assert dataset.tokenizer is None
+    assert len(dataset.train) == 40
+    assert len(dataset.val) == 12
     assert "never opened" in dataset.warnings[0]
     assert not (house / "sprung").exists()
 
 
-def test_bare_shards_are_gpt2s(house, monkeypatch):
-    monkeypatch.setattr(data, "get_tokenizer", {"gpt2": tiny}.get)
+def test_shards_without_meta_json_are_taken_for_gpt2s(house, monkeypatch):
+    monkeypatch.setattr(dataset_module, "get_tokenizer", {"gpt2": tiny}.get)
     dataset = open_dataset(str(shards(house / "x", tiny.vocab_size)), block_size=8)
     assert dataset.tokenizer is tiny and dataset.vocab_size == tiny.vocab_size
     with pytest.raises(UserError, match="the vocabulary has ids"):
@@ -544,7 +753,7 @@ def test_another_tokenizer_than_the_data_sets_is_refused(house):
         "\xff",
     ],
 )
-def test_damaged_meta_is_refused(house, text):
+def test_a_damaged_meta_json_is_refused(house, text):
     (shards(house / "x") / "meta.json").write_text(text, "latin-1")
     with pytest.raises(UserError, match=r"meta\.json is damaged"):
         open_bytes(house / "x")

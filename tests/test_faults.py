@@ -1,87 +1,90 @@
-"""Faults from end to end: damaged and forged files, a disk that is really full, numbers that blow up."""
+"""Faults from end to end: damaged and forged files, a full disk, numbers that are not finite."""
 
+import itertools
 import json
 import math
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kill_loop import OPTIONS, make_dataset
-from safetensors.torch import load_file
 
-import train
-from config import UserError
-from data import run as run_folder
-from data.run import Metrics, find_checkpoint, read_run
-from model import GPT, GPTConfig, WeightsError
+from gpt12 import checkpoint
+from gpt12.checkpoint import Progress, find_checkpoint
+from gpt12.errors import UserError
+from gpt12.metrics import Metrics
+from gpt12.run_folder import read_run
+from gpt12.weights import from_pretrained, save_pretrained
+from model import GPT, GPTConfig, parameter_count
 from tests.harmless import FEW, harmless
+from tests.helpers import ROOT, losses, read_rows, resume, run, same_tensors, trainer, weights
+
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("data") / "letters")
-
-
-@pytest.fixture(scope="module")
-def finished(dataset, tmp_path_factory) -> Path:
-    """A run of four steps, with last, last.prev and best."""
-    out_dir = tmp_path_factory.mktemp("run") / "out"
-    assert run(dataset, out_dir, "--max_iters=4") == 0
-    return out_dir
-
-
-def run(dataset, out_dir, *options) -> int:
-    return train.main([*OPTIONS, f"--dataset={dataset}", f"--out_dir={out_dir}", "--eval_interval=2", *options])
-
-
-def resume(out_dir, *options) -> int:
-    return train.main(["--init_from=resume", f"--out_dir={out_dir}", *options])
-
-
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Damage
 
 
 def regions(content: bytes, name: str) -> dict[str, int]:
-    """A place in each part of a file."""
+    """Return a place in each part of a file."""
     places = {"first": 0, "middle": len(content) // 2, "last": len(content) - 1}
     if name.endswith(".safetensors"):
         body = 8 + struct.unpack("<Q", content[:8])[0]
-        places |= {f"length {i}": i for i in range(8)} | {"header": 9, "header's end": body - 1, "body": body}
+        places |= {f"length {i}": i for i in range(8)}
+        places |= {"header": 9, "header's end": body - 1, "body": body}
     return places
 
 
-def test_every_region_of_every_file_of_a_real_checkpoint(finished, tmp_path):
-    """Damaged in turn, cut at fifty places, or gone: refused by its name, and the one before is offered."""
-    shutil.copytree(finished, tmp_path / "out")
-    last = tmp_path / "out" / "last"
+def test_damage_in_any_region_of_any_file_of_a_checkpoint_is_refused(finished, tmp_path):
+    """Changed, cut or gone: the file is named, and the checkpoint before is offered."""
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    last = out_dir / "last"
+    shutil.copytree(last, out_dir / "last.prev")
     files = sorted(path.name for path in last.iterdir())
-    assert {"model.safetensors", "trainer.safetensors", "config.json", "tokenizer.json", "trainer.json"} <= {*files}
+    known = {"model.safetensors", "trainer.safetensors", "config.json", "tokenizer.json"}
+    assert known | {"trainer.json"} <= {*files}
     for name in files:
-        file, good = last / name, (last / name).read_bytes()
-        cuts = [good[: len(good) * i // 50] for i in range(50)]
-        flips = [good[:i] + bytes([good[i] ^ 0x55]) + good[i + 1 :] for i in regions(good, name).values()]
-        for bad in [*cuts, *flips, good + b"\0", None]:
-            file.unlink() if bad is None else file.write_bytes(bad)
+        file = last / name
+        good = file.read_bytes()
+        bad = [good[: len(good) * i // 50] for i in range(50)]
+        bad += [
+            good[:i] + bytes([good[i] ^ 0x55]) + good[i + 1 :] for i in regions(good, name).values()
+        ]
+        bad += [good + b"\0", None]
+        for content in bad:
+            if content is None:
+                file.unlink()
+            else:
+                file.write_bytes(content)
             with pytest.raises(UserError) as error:
-                find_checkpoint(tmp_path / "out", ("last",))
+                find_checkpoint(out_dir, ("last",))
             assert f"{file} is damaged" in str(error.value)
             assert "last.prev: rename it" in str(error.value)
         with pytest.raises(UserError, match="damaged"):
-            resume(tmp_path / "out")
+            resume(out_dir)
         file.write_bytes(good)
-    assert find_checkpoint(tmp_path / "out", ("last",))[1]["step"] == 4
+    assert find_checkpoint(out_dir, ("last",))[1]["step"] == 4
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize(
     ("at", "what"),
-    [(0, b"\0"), (4, b"\2"), (8, b"\xff"), (11, b"\x80"), (1030, b"\xff\xff"), (-3, b""), (1000, b""), (3, b"")],
+    [
+        (0, b"\0"),
+        (4, b"\2"),
+        (8, b"\xff"),
+        (11, b"\x80"),
+        (1030, b"\xff\xff"),
+        (-3, b""),
+        (1000, b""),
+        (3, b""),
+    ],
     ids=["magic", "version", "count", "sign", "id", "cut body", "cut header", "cut magic"],
 )
 def test_a_damaged_shard_is_refused_before_the_first_step(dataset, tmp_path, split, at, what):
@@ -94,14 +97,17 @@ def test_a_damaged_shard_is_refused_before_the_first_step(dataset, tmp_path, spl
     assert not (tmp_path / "out").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Forgeries
+
+
+TINY_SHAPE = GPTConfig(8, 11, 1, 2, 8)
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    GPT(GPTConfig(8, 11, 1, 2, 8)).save_pretrained(folder)
+    save_pretrained(GPT(TINY_SHAPE), folder)
     return folder
 
 
@@ -112,7 +118,9 @@ JSON = st.recursive(
     | st.sampled_from([0, 1, 8, 2**63, -1, 1e999])
     | st.floats()
     | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 SPLICE = st.tuples(st.floats(0, 1), st.integers(0, 9), st.binary(max_size=9))
@@ -129,7 +137,9 @@ TENSOR = st.fixed_dictionaries(
             ["F32", "F16", "BF16", "F64", "I8", "U8", "BOOL", "I64", "F8_E4M3", "C64", "F4", "Q9"]
         ),
         "shape": st.lists(st.integers(-1, 40) | st.sampled_from([2**32, 2**63, 2**64]), max_size=4),
-        "data_offsets": st.lists(st.integers(-1, 6000) | st.sampled_from([2**63, 2**64 - 1]), max_size=3),
+        "data_offsets": st.lists(
+            st.integers(-1, 6000) | st.sampled_from([2**63, 2**64 - 1]), max_size=3
+        ),
     }
 )
 CHANGES = st.dictionaries(st.integers(0, 20), TENSOR | JSON, max_size=3)
@@ -138,8 +148,10 @@ LENGTHS = st.none() | st.integers(0, 2**64 - 1) | st.sampled_from([0, 8, 2**32, 
 
 @given(changes=CHANGES, length=LENGTHS, cuts=st.lists(SPLICE, max_size=2))
 @settings(FEW)
-def test_any_safetensors_are_weights_or_refused(tiny_model, tmp_path_factory, changes, length, cuts):
-    """Tensors that lie about type, shape and place; a header whose length lies; bytes that are cut, lost or new."""
+def test_any_safetensors_are_weights_or_refused(
+    tiny_model, tmp_path_factory, changes, length, cuts
+):
+    """Wrong types, shapes, places and lengths in the header; bytes that are cut, lost or new."""
     folder = tmp_path_factory.getbasetemp() / "fuzzed-weights"
     folder.mkdir(exist_ok=True)
     shutil.copy(tiny_model / "config.json", folder)
@@ -155,9 +167,9 @@ def test_any_safetensors_are_weights_or_refused(tiny_model, tmp_path_factory, ch
     (folder / "model.safetensors").write_bytes(content)
     try:
         with harmless("/nowhere"):
-            model = GPT.from_pretrained(folder)
-        assert model.num_params() == GPT(GPTConfig(8, 11, 1, 2, 8)).num_params()
-    except WeightsError as error:
+            model = from_pretrained(folder)
+        assert parameter_count(model.config) == parameter_count(TINY_SHAPE)
+    except UserError as error:
         assert str(folder) in str(error)
 
 
@@ -179,9 +191,11 @@ def test_any_safetensors_are_weights_or_refused(tiny_model, tmp_path_factory, ch
 def test_a_config_that_lies_is_refused_before_memory_is_asked_for(tiny_model, tmp_path, change):
     shutil.copytree(tiny_model, tmp_path / "m")
     known = json.loads((tiny_model / "config.json").read_text())
-    (tmp_path / "m" / "config.json").write_text(change if isinstance(change, str) else json.dumps(known | change))
-    with harmless("/nowhere"), pytest.raises(WeightsError, match=str(tmp_path)):
-        GPT.from_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(
+        change if isinstance(change, str) else json.dumps(known | change)
+    )
+    with harmless("/nowhere"), pytest.raises(UserError, match=str(tmp_path)):
+        from_pretrained(tmp_path / "m")
 
 
 @pytest.mark.parametrize(
@@ -203,60 +217,80 @@ def test_a_config_that_lies_is_refused_before_memory_is_asked_for(tiny_model, tm
 def test_an_index_that_lies_is_refused(tiny_model, tmp_path, names):
     shutil.copy(tiny_model / "config.json", tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    with harmless("/nowhere"), pytest.raises(WeightsError) as error:
-        GPT.from_pretrained(tmp_path)
+    with harmless("/nowhere"), pytest.raises(UserError) as error:
+        from_pretrained(tmp_path)
     assert tmp_path.name in str(error.value)
     assert str(error.value).encode()
 
 
 @pytest.mark.parametrize(
-    "weights", [None, [1], {1: 2}, {"transformer.wte.weight": 3}, {}, {"transformer.wte.weight": torch.ones(11, 8)}]
+    "weights",
+    [
+        None,
+        [1],
+        {1: 2},
+        {"transformer.wte.weight": 3},
+        {},
+        {"transformer.wte.weight": torch.ones(11, 8)},
+    ],
 )
 @pytest.mark.parametrize("shape", [{}, {"n_head": 0}, {"n_layer": 10**7}, {"block_size": -8}])
 def test_a_ckpt_that_lies_is_refused(tmp_path, weights, shape):
     args = {"block_size": 8, "vocab_size": 11, "n_layer": 1, "n_head": 2, "n_embd": 8} | shape
     torch.save({"model": weights, "model_args": args}, tmp_path / "ckpt.pt")
-    with harmless("/nowhere"), pytest.raises(WeightsError, match=r"ckpt\.pt"):
-        GPT.from_pretrained(tmp_path / "ckpt.pt")
+    with harmless("/nowhere"), pytest.raises(UserError, match=r"ckpt\.pt"):
+        from_pretrained(tmp_path / "ckpt.pt")
 
 
-FIGURES = ["step", "position", "tokens", "elapsed_s", "best_val_loss", "sha256", "evaluated_step", "checksum"]
+VALUES = ["step", "position", "tokens", "elapsed_s", "best_val_loss", "sha256", "evaluated_step"]
+VALUES += ["checksum", "format"]
 
 
 @given(
-    state=st.dictionaries(st.sampled_from(FIGURES), JSON, max_size=3),
+    state=st.dictionaries(st.sampled_from(VALUES), JSON, max_size=3),
     signed=st.booleans(),
-    facts=st.dictionaries(st.sampled_from(["config", "data", "dtype"]), JSON, max_size=2),
-    rows=st.lists(st.dictionaries(st.sampled_from(["step", "tokens", "loss", "lr", "val_loss"]), JSON), max_size=4),
+    facts=st.dictionaries(
+        st.sampled_from(["config", "data", "dtype", "requested"]), JSON, max_size=2
+    ),
+    rows=st.lists(
+        st.dictionaries(st.sampled_from(["step", "tokens", "loss", "lr", "val_loss"]), JSON),
+        max_size=4,
+    ),
     cuts=st.tuples(*[st.none() | SPLICE] * 3),
 )
 @example(state={"sha256": [[None, None]]}, signed=True, facts={}, rows=[], cuts=(None, None, None))
 @example(state={"best_val_loss": "x"}, signed=True, facts={}, rows=[], cuts=(None, None, None))
 @settings(FEW)
-def test_any_run_folder_is_read_or_refused(finished, tmp_path_factory, state, signed, facts, rows, cuts):
-    """trainer.json forged, with a checksum that is right; run.json and metrics.jsonl likewise, and damaged bytes."""
+def test_any_run_folder_is_read_or_refused(
+    finished, tmp_path_factory, state, signed, facts, rows, cuts
+):
+    """Forged files, trainer.json also with a checksum that is right, and damaged bytes."""
     out_dir = tmp_path_factory.getbasetemp() / "fuzzed-run"
     if not out_dir.exists():
         shutil.copytree(finished, out_dir)
-    trainer = json.loads((finished / "last" / "trainer.json").read_text()) | state
+    content = trainer(finished) | state
     if signed:
-        trainer.pop("checksum", None)
-        trainer["checksum"] = run_folder._checksum(trainer)
+        content.pop("checksum", None)
+        content["checksum"] = checkpoint._checksum(content)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     texts = {
-        "last/trainer.json": json.dumps(trainer),
+        "last/trainer.json": json.dumps(content),
         "run.json": json.dumps(json.loads((finished / "run.json").read_text()) | facts),
         "metrics.jsonl": (finished / "metrics.jsonl").read_text() + lines,
     }
     for (name, text), cut in zip(texts.items(), cuts, strict=True):
         (out_dir / name).write_bytes(text.encode() if cut is None else splice(text.encode(), cut))
     with harmless(out_dir):
-        for read in (lambda: find_checkpoint(out_dir, ("last",))[1], lambda: read_run(out_dir)["config"]):
-            try:
-                found = read()
-                assert found["init_from"] if "init_from" in found else f"{found['best_val_loss'] or 0:.4f}"
-            except UserError as error:
-                assert str(out_dir) in str(error)
+        try:
+            found = find_checkpoint(out_dir, ("last",))[1]
+            progress = Progress.from_trainer_json(found)
+            assert isinstance(progress.best_val_loss or 0.0, (int, float))
+        except UserError as error:
+            assert str(out_dir) in str(error)
+        try:
+            assert "init_from" in read_run(out_dir)["config"]
+        except UserError as error:
+            assert str(out_dir) in str(error)
         metrics = Metrics(out_dir / "metrics.jsonl", 10)
         metrics.append({"step": 11, "tokens": 1, "loss": 1.0, "lr": 0.1})
         metrics.close()
@@ -264,15 +298,15 @@ def test_any_run_folder_is_read_or_refused(finished, tmp_path_factory, state, si
 
 
 def test_links_in_a_strangers_run_are_not_written_through(finished, dataset, tmp_path):
-    """Whatever we write, and write first under another name, may be a link that leads out of the folder."""
-    out_dir, outside = tmp_path / "out", tmp_path / "outside"
+    """Any name that we write, also the temporary ones, may be a link out of the folder."""
+    out_dir = tmp_path / "out"
+    outside = tmp_path / "outside"
     shutil.copytree(finished, out_dir)
     (outside / "folder").mkdir(parents=True)
     names = [".lock", *(f"{name}.tmp" for name in ("run.json", "metrics.jsonl", "loss.png"))]
     for name in names:
         (out_dir / name).unlink(missing_ok=True)
         (out_dir / name).symlink_to(outside / f"made-{name}")
-    shutil.rmtree(out_dir / "last.prev")
     for name in ("last.tmp", "last.prev", "best.tmp", "previous.tmp", "previous"):
         (out_dir / name).symlink_to(outside / "folder")
     assert resume(out_dir, "--max_iters=6") == 0
@@ -281,19 +315,7 @@ def test_links_in_a_strangers_run_are_not_written_through(finished, dataset, tmp
     assert [path.name for path in outside.rglob("*")] == ["folder"]
 
 
-def test_resuming_writes_into_the_folder_that_it_reads(finished, tmp_path, monkeypatch):
-    """Renamed since, or a stranger's whose run.json names another place."""
-    shutil.copytree(finished, tmp_path / "out")
-    facts = read_run(tmp_path / "out")
-    facts["config"]["out_dir"] = str(tmp_path / "elsewhere")
-    (tmp_path / "out" / "run.json").write_text(json.dumps(facts))
-    monkeypatch.chdir(tmp_path)  # whose out/ is the default
-    assert train.main(["--init_from=resume", "--max_iters=6"]) == 0
-    assert find_checkpoint(tmp_path / "out", ("last",))[1]["step"] == 6
-    assert not (tmp_path / "elsewhere").exists()
-
-
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A disk that is really full, and one that really cannot be written
 
 
@@ -311,72 +333,108 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
-@pytest.mark.parametrize("left", [10_000, 70_000], ids=["no room for the estimate", "ends within a file"])
-def test_a_file_system_that_is_full(dataset, disk, tmp_path, capsys, left):
-    plan = ["--lr_decay_iters=8", "--eval_interval=100"]
+@pytest.mark.usefixtures("no_picture")  # which a thread draws beside the saves, into the same room
+def tensor_bytes(out_dir: Path) -> int:
+    """Return the bytes of all tensors in last/, which is what a save asks for."""
+    total = 0
+    for file in ("model", "trainer"):
+        total += sum(t.numel() * t.element_size() for t in weights(out_dir, file=file).values())
+    return total
+
+
+@pytest.mark.parametrize(
+    "estimate_fits", [False, True], ids=["no space for the estimate", "ends within a file"]
+)
+def test_a_run_on_a_full_file_system_keeps_its_old_checkpoint_and_goes_on(
+    dataset, disk, tmp_path, capsys, estimate_fits
+):
+    plan = ["--lr_decay_iters=8", "--eval_interval=100", "--n_embd=64"]
     assert run(dataset, disk / "out", "--max_iters=4", *plan) == 0
-    shutil.rmtree(disk / "out" / "last.prev")
     capsys.readouterr()
+    last = disk / "out" / "last"
+    estimate = tensor_bytes(disk / "out")
+    written = sum(file.stat().st_blocks * 512 for file in last.iterdir())
+    assert estimate < written
+    left = (estimate + written) // 2 if estimate_fits else estimate // 2
     filler = disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(disk).free - left))
     assert resume(disk / "out", "--max_iters=8") == 1
     out = capsys.readouterr().out
-    assert "could not save" in out and "What was there before is untouched; make room" in out
-    assert ("are free" if left < 50_000 else "No space left on device") in out
-    assert find_checkpoint(disk / "out", ("last",))[1]["step"] == 4
-    assert [row["step"] for row in rows_of(disk / "out") if "loss" in row][:8] == [*range(1, 9)]
+    assert "could not save" in out
+    assert "What was there before is untouched; make room" in out
+    assert ("No space left on device" if estimate_fits else "are free") in out
+    assert trainer(disk / "out")["step"] == 4
+    assert list(losses(disk / "out"))[:8] == [*range(1, 9)]
     filler.unlink()
     assert resume(disk / "out", "--max_iters=8") == 0
     assert run(dataset, tmp_path / "whole", "--max_iters=8", *plan) == 0
-    ours, whole = (load_file(folder / "last" / "model.safetensors") for folder in (disk / "out", tmp_path / "whole"))
-    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    assert same_tensors(weights(disk / "out"), weights(tmp_path / "whole"))
 
 
-def test_a_file_system_that_is_read_only(dataset, disk):
+def test_a_run_on_a_read_only_file_system_is_refused(dataset, disk):
     assert run(dataset, disk / "out", "--max_iters=2") == 0
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    for begin in (lambda: resume(disk / "out", "--max_iters=4"), lambda: run(dataset, disk / "new")):
-        with pytest.raises(UserError, match="cannot be written: Read-only file system"):
-            begin()
-    assert find_checkpoint(disk / "out", ("last",))[1]["step"] == 2
+    message = "cannot be written: Read-only file system"
+    with pytest.raises(UserError, match=message):
+        resume(disk / "out", "--max_iters=4")
+    with pytest.raises(UserError, match=message):
+        run(dataset, disk / "new")
+    assert trainer(disk / "out")["step"] == 2
 
 
-def rows_of(out_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+# --------------------------------------------------------------------------------------------------
+# Kills
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Numbers that blow up
+def test_a_run_that_is_killed_four_times_ends_like_the_unbroken_run():
+    """The short form of tests/manual/kill_loop.py: two kills at random calls, two inside a save."""
+    argv = [sys.executable, "-m", "tests.manual.kill_loop", "--kills=4", "--seed=6", "--by_calls"]
+    result = subprocess.run([*argv, "--presets=0"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "kills 4 (2 inside" in result.stdout
+    assert "losses 0" in result.stdout
 
 
-def test_updates_skipped_between_two_logs_are_told(dataset, tmp_path, monkeypatch, capsys):
-    forward, calls = GPT.forward, iter(range(10**6))
+# --------------------------------------------------------------------------------------------------
+# Numbers that are not finite
+
+SAVE_ONCE = ["--eval_interval=12", "--save_interval_s=1e9", "--gradient_accumulation_steps=1"]
+
+
+def poison_loss(monkeypatch, steps: tuple[int, ...], value: float) -> None:
+    """Let the training loss of these steps, counted from 1, be `value`."""
+    forward = GPT.forward
+    count = itertools.count(1)
 
     def poisoned(self, *args, **kwargs):
         logits, loss = forward(self, *args, **kwargs)
-        return logits, loss * math.nan if self.training and next(calls) in (1, 2) else loss
+        if self.training and next(count) in steps:
+            loss = loss * value
+        return logits, loss
 
     monkeypatch.setattr(GPT, "forward", poisoned)
-    assert run(dataset, tmp_path, "--max_iters=12", "--log_interval=4") == 0
+
+
+def test_updates_skipped_between_two_logs_are_reported(dataset, tmp_path, monkeypatch, capsys):
+    poison_loss(monkeypatch, (2, 3), math.nan)
+    assert run(dataset, tmp_path, "--max_iters=12", "--log_interval=4", *SAVE_ONCE) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
-    assert len(told) == 1 and told[0].startswith("step 4: loss or gradient not finite; skipped 2 update(s)")
+    assert len(told) == 1
+    assert told[0].startswith("step 4: loss or gradient not finite; skipped 2 update(s)")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_told_skipped_and_survived(dataset, tmp_path, monkeypatch, capsys, value):
-    """At steps 5 and 6 of 12: those two updates do not happen, the others do, and no file holds a NaN."""
-    forward, calls = GPT.forward, iter(range(10**6))
-
-    def poisoned(self, *args, **kwargs):
-        logits, loss = forward(self, *args, **kwargs)
-        return logits, loss * value if self.training and next(calls) in (4, 5) else loss
-
-    monkeypatch.setattr(GPT, "forward", poisoned)
-    assert run(dataset, tmp_path, "--max_iters=12", "--eval_interval=4") == 0
+def test_a_loss_that_is_not_finite_is_reported_and_its_update_skipped(
+    dataset, tmp_path, monkeypatch, capsys, value
+):
+    """Of 12 updates those two do not happen, the others do, and no file holds a NaN."""
+    poison_loss(monkeypatch, (5, 6), value)
+    assert run(dataset, tmp_path, "--max_iters=12", *SAVE_ONCE) == 0
     out = capsys.readouterr().out
-    assert "step 5: loss or gradient not finite" in out and "step 6: loss or gradient not finite" in out
-    assert [row["step"] for row in rows_of(tmp_path) if row.get("loss", 0) is None] == [5, 6]
-    steps = {t.item() for n, t in load_file(tmp_path / "last" / "trainer.safetensors").items() if n.endswith(".step")}
-    assert steps == {10.0}
-    for file in ("model.safetensors", "trainer.safetensors"):
-        assert all(t.isfinite().all() for t in load_file(tmp_path / "last" / file).values())
+    assert "step 5: loss or gradient not finite" in out
+    assert "step 6: loss or gradient not finite" in out
+    assert [row["step"] for row in read_rows(tmp_path) if row.get("loss", 0) is None] == [5, 6]
+    saved = weights(tmp_path, file="trainer")
+    assert {t.item() for name, t in saved.items() if name.endswith(".step")} == {10.0}
+    for tensors in (saved, weights(tmp_path)):
+        assert all(torch.isfinite(t).all() for t in tensors.values())

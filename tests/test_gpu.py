@@ -1,60 +1,84 @@
-"""What only a GPU can show: compiled bf16 numerics, the fused loss, CUDA graphs, memory. Run there: pytest -m gpu."""
+"""What only a GPU can show: bf16 numerics, the fused loss, CUDA graphs, memory. pytest -m gpu."""
 
 import gc
+import itertools
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import train
-from config.machine import Machine
 from data.shards import write_shard
-from model import GPT, MASKED, GPTConfig, Sampling, cross_entropy_chunk, fused_cross_entropy_chunk
+from gpt12.device import Machine
+from gpt12.generate import Sampling, generate
+from gpt12.lora import add_lora
+from gpt12.loss import cross_entropy_chunk, fused_cross_entropy_chunk
+from gpt12.memory import GIB, step_memory
+from gpt12.saver import Saver
+from gpt12.start import prepare_model
+from gpt12.targets import IGNORE_INDEX
+from gpt12.weights import save_pretrained
+from model import GPT, GPTConfig
+from tests.helpers import (
+    built,
+    config,
+    losses,
+    resume,
+    run,
+    same_tensors,
+    same_weights,
+    trainer,
+    weights,
+)
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_picture")]
 SMALL = GPTConfig(128, 1000, 4, 4, 256, bias=True)
 
 
-def make_step(shape=SMALL, dtype=torch.bfloat16, compiled=True, **changes) -> train.Step:
+def make_step(
+    shape: GPTConfig = SMALL,
+    dtype: torch.dtype = torch.bfloat16,
+    compiled: bool = True,
+    **changes,
+) -> train.TrainStep:
+    """Return a step on the GPU. changes: keys of the configuration."""
     torch.manual_seed(0)
     values = {
-        "optimizer": "adamw",
+        "batch_size": 8,
+        "block_size": shape.block_size,
+        "dropout": shape.dropout,
+        "cuda_graph": False,
+        "dtype": str(dtype).removeprefix("torch."),
         "learning_rate": 1e-3,
-        "weight_decay": 0.1,
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "grad_clip": 1.0,
     }
-    values |= {"gradient_accumulation_steps": 1, "batch_size": 8, "block_size": shape.block_size, "cuda_graph": False}
-    values |= {
-        "recompute": "none",
-        "dtype": "bfloat16" if dtype == torch.bfloat16 else "float32",
-        "lora_rank": 0,
-        "quantize": "none",
-    }
-    config = SimpleNamespace(**values | changes)
+    found = config(**values | changes)
     machine = Machine(torch.device("cuda", 0), dtype, compiled)
     model = GPT(shape)
-    train.prepare_model(model, config, machine)
-    return train.Step(model, config, machine)
+    prepare_model(model, found, machine)
+    return train.TrainStep(model, found, machine)
 
 
-def fill(step: train.Step, seed: int = 0) -> None:
-    """Ids with structure, so that there is something to learn."""
+def fill(step: train.TrainStep, seed: int = 0) -> None:
+    """Fill the step's buffers with ids that have a structure to learn."""
     generator = torch.Generator().manual_seed(seed)
-    ids = (
-        torch.randint(1, 4, (*step.x.shape[:2], step.x.size(2) + 1), generator=generator).cumsum(2) * 7
-    ) % step.model.config.vocab_size
+    micro_steps, batch_size, block_size = step.x.shape
+    shape = (micro_steps, batch_size, block_size + 1)
+    ids = torch.randint(1, 4, shape, generator=generator).cumsum(2) * 7
+    ids %= step.model.config.vocab_size
     step.x.copy_(ids[..., :-1])
     step.y.copy_(ids[..., 1:])
 
 
+# --------------------------------------------------------------------------------------------------
+# Numerics. tests/test_loss.py has the loss's backward scale, on the GPU too.
+
+
 @pytest.mark.parametrize("recompute", ["none", "pointwise", "block"])
 def test_every_gradient_of_the_compiled_bf16_step_is_near_fp32(recompute):
-    exact, fast = make_step(dtype=torch.float32, compiled=False), make_step(recompute=recompute)
+    exact = make_step(dtype=torch.float32, compiled=False)
+    fast = make_step(recompute=recompute)
     for step in (exact, fast):
         fill(step)
         step(0.0)
@@ -64,29 +88,43 @@ def test_every_gradient_of_the_compiled_bf16_step_is_near_fp32(recompute):
 
 
 @pytest.mark.parametrize("targets", [0, 1, 77])
-def test_the_fused_loss_is_the_formula(targets):
+def test_the_fused_loss_equals_the_plain_formula(targets):
     generator = torch.Generator("cuda").manual_seed(0)
     logits = torch.randn(77, 50304, device="cuda", generator=generator) * 3
-    target = torch.full((77,), MASKED, device="cuda")
+    target = torch.full((77,), IGNORE_INDEX, device="cuda")
     target[:targets] = torch.randint(0, 50257, (targets,), device="cuda", generator=generator)
     if targets > 1:
-        target[0], target[1] = 0, 50256
-    exact, fused, rounded = logits.double(), logits.clone(), logits.bfloat16()
-    wanted = cross_entropy_chunk(exact, target, 50257)
-    assert fused_cross_entropy_chunk(fused, target, 50257).item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-6)
+        target[0] = 0
+        target[1] = 50256
+    exact = logits.double()
+    wanted = cross_entropy_chunk(exact, target, 50257).item()
+    fused = logits.clone()
+    loss = fused_cross_entropy_chunk(fused, target, 50257).item()
+    assert loss == pytest.approx(wanted, rel=1e-5, abs=1e-6)
     assert (fused - exact).abs().max() < 1e-6
-    assert fused_cross_entropy_chunk(rounded, target, 50257).item() == pytest.approx(wanted.item(), rel=1e-3, abs=1e-6)
+    rounded = logits.bfloat16()
+    loss = fused_cross_entropy_chunk(rounded, target, 50257).item()
+    assert loss == pytest.approx(wanted, rel=1e-3, abs=1e-6)
     assert (rounded - exact).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_recorded_step_gives_the_plain_steps_losses(optimizer, compiled):
-    """Dropout on: the replayed graph draws the plain step's random numbers. The spread is that of two plain runs."""
+    """With dropout: the graph draws the plain step's random numbers.
+
+    Two plain runs show how much the GPU's order of additions matters.
+    """
+    shape = GPTConfig(128, 1000, 2, 4, 128, dropout=0.1)
     curves = []
     for graph in (False, False, True):
-        shape = GPTConfig(128, 1000, 2, 4, 128, dropout=0.1)
-        step = make_step(shape, compiled=compiled, optimizer=optimizer, cuda_graph=graph, gradient_accumulation_steps=2)
+        step = make_step(
+            shape,
+            compiled=compiled,
+            optimizer=optimizer,
+            cuda_graph=graph,
+            gradient_accumulation_steps=2,
+        )
         step.model.train()
         torch.manual_seed(1)
         curve = []
@@ -100,18 +138,42 @@ def test_a_recorded_step_gives_the_plain_steps_losses(optimizer, compiled):
     assert (curves[2] - curves[0]).abs().max().item() <= max(3 * spread, 2e-3)
 
 
-def test_200_steps_of_the_final_path_end_where_the_plain_path_ends():
+def test_200_steps_of_the_fastest_path_end_where_the_plain_path_ends():
+    plain = {"compiled": False, "dtype": torch.float32}
+    fastest = {"recompute": "pointwise", "cuda_graph": True}
     ends = []
-    for options in ({"compiled": False, "dtype": torch.float32}, {"recompute": "pointwise", "cuda_graph": True}):
+    for options in (plain, fastest):
         step = make_step(**options)
-        last = []
+        curve = []
         for i in range(200):
             fill(step, i)
             step(1e-3)
-            last.append(step.loss.item())
-        ends.append(sum(last[150:]) / 50)
-    print("mean of the last 50 losses, plain fp32 and final path:", ends)
+            curve.append(step.loss.item())
+        ends.append(sum(curve[150:]) / 50)
+    print("mean of the last 50 losses, plain fp32 and the fastest path:", ends)
     assert ends[0] == pytest.approx(ends[1], abs=0.01)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_bad_updates_are_skipped_on_the_device(optimizer, value):
+    step = make_step(compiled=False, optimizer=optimizer)
+    fill(step)
+    step(1e-3)
+    before = [p.clone() for p in step.model.parameters()]
+    weight = step.model.transformer.ln_f.weight
+    hook = weight.register_hook(lambda gradient: torch.full_like(gradient, value))
+    step(1e-3)
+    hook.remove()
+    assert step.bad.item() == 1
+    assert same_weights(step.model, before)
+    step(1e-3)
+    assert step.bad.item() == 0
+    assert not torch.equal(before[0], next(step.model.parameters()))
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
 
 
 @pytest.mark.parametrize(
@@ -119,9 +181,11 @@ def test_200_steps_of_the_final_path_end_where_the_plain_path_ends():
     [(12, 12, 768, True), (12, 12, 768, False), (24, 16, 1024, True), (36, 20, 1280, True)],
 )
 @pytest.mark.parametrize(("recompute", "batch_size"), [("none", 4), ("pointwise", 8), ("block", 8)])
-def test_memory_is_as_predicted(n_layer, n_head, n_embd, compiled, recompute, batch_size):
+def test_a_step_takes_the_memory_that_is_predicted(
+    n_layer, n_head, n_embd, compiled, recompute, batch_size
+):
     shape = GPTConfig(1024, 50257, n_layer, n_head, n_embd)
-    gc.collect()  # what an earlier test left would be freed, and subtracted, while this one measures
+    gc.collect()  # what an earlier test left would be freed while this one measures
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -131,27 +195,29 @@ def test_memory_is_as_predicted(n_layer, n_head, n_embd, compiled, recompute, ba
         step.y.random_(0, 50257)
         step(1e-4)
     measured = torch.cuda.max_memory_allocated() - before
-    predicted = sum(train.step_memory(shape, step.config, recompute, compiled=compiled).values())
+    predicted = sum(step_memory(shape, step.config, recompute, compiled).values())
     print(
-        f"{n_layer} layers, {recompute}, {batch_size}: predicted {predicted / 2**30:.2f}, measured {measured / 2**30:.2f} GiB"
+        f"{n_layer} layers, {recompute}, {batch_size}: predicted {predicted / GIB:.2f}, "
+        f"measured {measured / GIB:.2f} GiB"
     )
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_bad_updates_are_skipped_on_the_device(value):
-    step = make_step(compiled=False)
-    fill(step)
-    step(1e-3)
-    before = [p.clone() for p in step.model.parameters()]
-    hook = step.model.transformer["ln_f"].weight.register_hook(lambda g: torch.full_like(g, value))
-    step(1e-3)
-    hook.remove()
-    assert step.bad.item() == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
-    step(1e-3)
-    assert step.bad.item() == 0
-    assert not torch.equal(before[0], next(step.model.parameters()))
+@pytest.mark.parametrize("lora", [False, True])
+def test_saving_takes_no_second_model_on_the_device(tmp_path, lora):
+    model = GPT(GPTConfig(256, 5000, 8, 8, 512)).cuda()
+    if lora:
+        add_lora(model, rank=8, alpha=16.0)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    save_pretrained(model, tmp_path)
+    largest_matrix = 4 * 4 * 512 * 512  # bytes; there are 16 of them, and 16 smaller ones
+    assert torch.cuda.max_memory_allocated() - before <= 4 * largest_matrix
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing text
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -162,7 +228,7 @@ def test_the_recorded_decoder_writes_what_recomputation_writes(compiled):
         for p in model.parameters():
             p.mul_(5)  # a decided model: no ties that rounding could turn
     prompts = [[1, 2, 3], [7], [5] * 20]
-    texts = model.generate(prompts, 120, sampling=Sampling(temperature=0), compiled=compiled)
+    texts = generate(model, prompts, 120, sampling=Sampling(temperature=0), compiled=compiled)
     for prompt, text in zip(prompts, texts, strict=True):
         ids = list(prompt)
         for token in text:
@@ -170,46 +236,77 @@ def test_the_recorded_decoder_writes_what_recomputation_writes(compiled):
             ids.append(token)
 
 
-def test_deterministic_training_resumes_bit_for_bit(tmp_path, monkeypatch):
-    folder = tmp_path / "data"
+# --------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """A data set of 97 ids."""
+    folder = tmp_path_factory.mktemp("data") / "letters"
     folder.mkdir()
-    tokens = (np.cumsum(np.random.default_rng(0).integers(1, 4, 30000)) % 97).astype(np.uint16)
+    steps = np.random.default_rng(0).integers(1, 4, 30000)
+    tokens = (np.cumsum(steps) % 97).astype(np.uint16)
     write_shard(folder / "train_000000.bin", tokens[:25000])
     write_shard(folder / "val_000000.bin", tokens[25000:])
     (folder / "meta.json").write_text(json.dumps({"vocab_size": 97}))
-    shape = "--n_layer=2 --n_head=2 --n_embd=64 --block_size=64 --batch_size=8 --gradient_accumulation_steps=2 --dropout=0.1"
-    argv = [
-        *shape.split(),
-        f"--dataset={folder}",
-        "--deterministic",
-        "--eval_interval=100",
-        "--max_iters=20",
-        "--warmup_iters=2",
-    ]
-    assert train.main([*argv, f"--out_dir={tmp_path / 'whole'}"]) == 0
-    original, count = train.Step.__call__, iter(range(100))
+    return folder
 
-    def call(self, *args):
+
+ON_GPU = ["--device=cuda", "--dtype=auto", "--compile=auto", "--n_layer=2", "--n_embd=64"]
+ON_GPU += ["--block_size=64", "--batch_size=8", "--dropout=0.1", "--eval_interval=100"]
+
+
+def test_deterministic_training_resumes_bit_for_bit(letters, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    options = [*ON_GPU, "--deterministic", "--max_iters=20"]
+    original = train.TrainStep.__call__
+    count = itertools.count()
+
+    def killed_at_the_eighth_step(self, *args):
         if next(count) == 7:
             raise SystemExit
         original(self, *args)
 
-    with monkeypatch.context() as m, pytest.raises(SystemExit):
-        m.setattr(train.Step, "__call__", call)
-        train.main([*argv, f"--out_dir={tmp_path / 'broken'}", "--save_interval_s=0"])
-    assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'broken'}"]) == 0
-    a, b = (train.GPT.from_pretrained(tmp_path / out / "last").state_dict() for out in ("whole", "broken"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    torch.use_deterministic_algorithms(False)
+    try:
+        assert run(letters, whole, *options) == 0
+        with monkeypatch.context() as m, pytest.raises(SystemExit):
+            m.setattr(train.TrainStep, "__call__", killed_at_the_eighth_step)
+            run(letters, broken, *options, "--save_interval_s=0")
+        assert resume(broken) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses(broken) == losses(whole)
+    for file in ("model", "trainer"):
+        assert same_tensors(weights(broken, file=file), weights(whole, file=file))
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_saving_takes_no_second_model_on_the_device(tmp_path, lora):
-    model = GPT(GPTConfig(256, 5000, 8, 8, 512)).cuda()
-    if lora:
-        model.add_lora(8, 16.0)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    model.save_pretrained(tmp_path)
-    assert torch.cuda.max_memory_allocated() - before <= 4 * 4 * 4 * 512 * 512  # four of the largest matrices, of 32
+def test_a_run_notes_its_gpu_and_is_resumed_on_it_as_it_was(letters, tmp_path):
+    """On the same card recompute and the micro-batch are not decided again."""
+    options = [*ON_GPU, "--batch_size=auto", "--gradient_accumulation_steps=16", "--recompute=auto"]
+    assert run(letters, tmp_path, *options, "--max_iters=6") == 0
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["device"] == torch.cuda.get_device_name()
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert facts["device_memory_gib"] == round(total / GIB, 1)
+    decided = facts["config"]
+    assert decided["batch_size"] * decided["gradient_accumulation_steps"] == 16
+    assert (decided["recompute"], facts["requested"]["recompute"]) == ("none", "auto")
+    assert resume(tmp_path, "--max_iters=8") == 0
+    assert json.loads((tmp_path / "run.json").read_text())["config"] == decided | {"max_iters": 8}
+    assert trainer(tmp_path)["step"] == 8
+
+
+def test_a_save_of_a_run_with_a_recorded_step_holds_the_weights_after_the_replay(letters, tmp_path):
+    """The checkpoint has the tensors that the graph updates, not copies of them."""
+    options = [*ON_GPU, "--cuda_graph=True", "--max_iters=12"]
+    found = train.Trainer(built(letters, tmp_path, *options))
+    assert found.train() == 0
+    assert found.update.graph is not None
+    saver: Saver = found.saver
+    assert saver.saved_step == 12
+    now = found.model.transformer.wpe.weight.cpu()
+    assert torch.equal(weights(tmp_path)["transformer.wpe.weight"], now)
+    counts = {t.item() for name, t in weights(tmp_path, file="trainer").items() if ".step" in name}
+    assert counts == {12.0}

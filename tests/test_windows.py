@@ -1,11 +1,11 @@
-"""The order of training windows and the cover of evaluation windows, against counting them one by one."""
+"""The order of training windows and the cover of evaluation windows, counted one by one."""
 
 import numpy as np
 import pytest
 
-from config import UserError
-from data.shards import MASK, UINT16, Tokens, write_shard
+from data.shards import UINT8, UINT16, Tokens, write_shard
 from data.windows import EvalWindows, TrainWindows, permute
+from gpt12.errors import UserError
 
 
 def split(folder, size, shard=100, mask=None):
@@ -14,19 +14,20 @@ def split(folder, size, shard=100, mask=None):
     for i, start in enumerate(range(0, size, shard)):
         write_shard(folder / f"train_{i:06d}.bin", ids[start : start + shard])
         if mask is not None:
-            write_shard(folder / f"train_mask_{i:06d}.bin", np.array(mask[start : start + shard], MASK))
+            part = np.array(mask[start : start + shard], UINT8)
+            write_shard(folder / f"train_mask_{i:06d}.bin", part)
     return Tokens.open(folder, "train")
 
 
 @pytest.mark.parametrize("size", [*range(1, 70), 255, 256, 257, 1000, 4097, 99991])
-def test_permute_is_a_bijection(size):
+def test_permute_sends_every_index_to_another_place(size):
     for key in (0, 1, 2**64 - 1):
         image = permute(np.arange(size), size, key)
         assert np.array_equal(np.sort(image), np.arange(size))
         np.testing.assert_array_equal(permute(np.arange(size)[::-3], size, key), image[::-3])
 
 
-def test_permute_of_more_than_fits_in_memory_stays_inside_and_apart():
+def test_permute_of_more_indices_than_fit_in_memory():
     for size in (3 * 10**12 + 1, 2**62):
         image = permute(np.arange(10_000) + size // 2, size, key=5)
         assert image.min() >= 0 and image.max() < size
@@ -35,7 +36,10 @@ def test_permute_of_more_than_fits_in_memory_stays_inside_and_apart():
 
 
 def test_permute_looks_random():
-    """Over many keys each index goes to each place about equally often, neighbours too (chi-square, 99 degrees)."""
+    """Over many keys each index goes to each place about equally often, and so do neighbours.
+
+    Both are chi-square tests, with 81 and 8 degrees of freedom and limits far in the tail.
+    """
     images = np.array([permute(np.arange(10), 10, key) for key in range(5000)])
     counts = np.array([np.bincount(column, minlength=10) for column in images.T])
     assert ((counts - 500) ** 2 / 500).sum() < 150
@@ -44,11 +48,13 @@ def test_permute_looks_random():
 
 
 @pytest.mark.parametrize(
-    "size, block", [(9, 8), (16, 8), (17, 8), (23, 8), (24, 8), (25, 8), (1000, 8), (1003, 8), (640, 1)]
+    "size, block",
+    [(9, 8), (16, 8), (17, 8), (23, 8), (24, 8), (25, 8), (1000, 8), (1003, 8), (640, 1)],
 )
 def test_an_epoch_draws_every_window_once(tmp_path, size, block):
     windows = TrainWindows(split(tmp_path, size), block, seed=1)
-    orders, phases = [], set()
+    orders = []
+    phases = set()
     for epoch in range(40):
         x, y = windows.batch(epoch * windows.per_epoch, windows.per_epoch)
         np.testing.assert_array_equal(x, x[:, :1] + np.arange(block))
@@ -67,16 +73,23 @@ def test_an_epoch_draws_every_window_once(tmp_path, size, block):
         assert len(ranks) == 40
 
 
-def test_seeds_differ_and_repeat(tmp_path):
+def test_a_seed_repeats_its_order_and_another_seed_has_another(tmp_path):
     tokens = split(tmp_path, 1000)
-    one, again, other = (TrainWindows(tokens, 8, seed).starts(np.arange(50)).tolist() for seed in (1, 1, 2))
+
+    def starts(seed):
+        return TrainWindows(tokens, 8, seed).starts(np.arange(50)).tolist()
+
+    one = starts(seed=1)
+    again = starts(seed=1)
+    other = starts(seed=2)
     assert one == again != other
 
 
-def test_positions_are_independent_of_batch_size_and_ranks(tmp_path):
+def test_a_position_means_the_same_window_at_every_batch_size(tmp_path):
     windows = TrainWindows(split(tmp_path, 200), 8, seed=3)
     one_by_one = np.concatenate([windows.batch(i, 1)[0] for i in range(120)])
-    assert windows.per_epoch == 24  # so that most batches below span two epochs, and the largest six
+    # Most batches below span two epochs, and the largest one spans six.
+    assert windows.per_epoch == 24
     for size in (2, 5, 7, 40, 120):
         batches = np.concatenate([windows.batch(i, size)[0] for i in range(0, 120, size)])[:120]
         np.testing.assert_array_equal(batches, one_by_one)
@@ -84,7 +97,7 @@ def test_positions_are_independent_of_batch_size_and_ranks(tmp_path):
     np.testing.assert_array_equal(windows.batch(far, 3)[0][2], windows.batch(far + 2, 1)[0][0])
 
 
-def test_rows_are_drawn_whole_and_without_phase(tmp_path):
+def test_rows_of_instruction_data_are_drawn_whole(tmp_path):
     mask = [int(i % 8 not in (0, 1) and i < 40) for i in range(41)]
     windows = TrainWindows(split(tmp_path, 41, shard=13, mask=mask), 8, seed=0)
     assert windows.per_epoch == 5
@@ -98,7 +111,9 @@ def test_rows_are_drawn_whole_and_without_phase(tmp_path):
 @pytest.mark.parametrize("size", [2, 3, 8, 9, 10, 16, 17, 100, 101])
 def test_evaluation_covers_every_target_once(tmp_path, size):
     windows = EvalWindows(split(tmp_path, size), 8)
-    assert windows.choose(0).tolist() == windows.choose(windows.count).tolist() == list(range(windows.count))
+    everything = list(range(windows.count))
+    assert windows.choose(0).tolist() == everything
+    assert windows.choose(windows.count).tolist() == everything
     for order in (np.arange(windows.count), np.arange(windows.count)[::-1]):
         x, y = windows.batch(order)
         assert x.shape == y.shape == (windows.count, 8)
@@ -107,27 +122,37 @@ def test_evaluation_covers_every_target_once(tmp_path, size):
         assert not x[y < 0].any()
 
 
-def test_evaluation_honours_the_mask(tmp_path):
+def test_evaluation_ignores_targets_whose_mask_is_zero(tmp_path):
     mask = [0, 1, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1]
-    _, y = (windows := EvalWindows(split(tmp_path, 12, shard=5, mask=mask), 4)).batch(windows.choose(0))
+    windows = EvalWindows(split(tmp_path, 12, shard=5, mask=mask), 4)
+    _, y = windows.batch(windows.choose(0))
     assert sorted(y[y >= 0]) == [1, 2, 5, 7, 8, 11]
 
 
-def test_chosen_evaluation_windows_are_fixed_spread_and_nested(tmp_path):
+def test_chosen_evaluation_windows_are_fixed_and_spread_over_the_split(tmp_path):
     windows = EvalWindows(split(tmp_path, 8001), 8)
-    few, more = windows.choose(20).tolist(), windows.choose(100).tolist()
+    few = windows.choose(20).tolist()
+    more = windows.choose(100).tolist()
     assert few == sorted(set(few)) == windows.choose(20).tolist() and len(few) == 20
     assert set(few) < set(more)
     assert min(more) < 50 and max(more) > 950
 
 
-def test_too_little_text_says_what_would_fit(tmp_path):
+def test_too_little_text_names_the_largest_block_size_that_fits(tmp_path):
     tokens = split(tmp_path, 8)
     assert TrainWindows(tokens, 7, 0).per_epoch == 1
-    with pytest.raises(UserError, match="--block_size=7"):
+    with pytest.raises(UserError, match="at most --block_size=7"):
         TrainWindows(tokens, 8, 0)
     (tmp_path / "one").mkdir()
     with pytest.raises(UserError, match="more text"):
         TrainWindows(split(tmp_path / "one", 1), 8, 0)
     with pytest.raises(UserError, match="holds 1 tokens"):
         EvalWindows(split(tmp_path / "one", 1), 8)
+
+
+def test_the_order_for_a_seed_never_changes(tmp_path):
+    """A later version that resumes a run has to draw the same windows as this one."""
+    windows = TrainWindows(split(tmp_path, 1000), 8, seed=1337)
+    assert windows.starts(np.arange(6)).tolist() == [754, 10, 394, 522, 338, 946]
+    assert windows.starts(np.array([123, 124, 5000, 10**12])).tolist() == [762, 910, 367, 39]
+    assert EvalWindows(windows.tokens, 8).choose(6).tolist() == [12, 14, 41, 60, 63, 105]

@@ -1,4 +1,7 @@
-"""A byte-pair encoding of a dozen merges, by our class and by a slow function written from GPT-2's description."""
+"""A byte-pair encoding of a dozen merges, twice.
+
+`tiny` is our class. `encode_slowly` is written from GPT-2's description and shares no code with it.
+"""
 
 import itertools
 
@@ -9,29 +12,46 @@ from data.tokenizers import GPT2Tokenizer
 END = "<|endoftext|>"
 
 
-def printable():
-    """GPT-2's 256 names of bytes, from its paper's code: three ranges of Latin-1 stand for themselves."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+def names_of_bytes():
+    """Return GPT-2's character for each of the 256 bytes, as in the code of its paper.
+
+    Three ranges of Latin-1 stand for themselves. The other bytes get the characters from 256 on.
+    """
+    kept = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in kept]
     names = {byte: chr(byte) for byte in kept}
-    return {b: names.get(b) or chr(256 + [c for c in range(256) if c not in names].index(b)) for b in range(256)}
+    for i, byte in enumerate(others):
+        names[byte] = chr(256 + i)
+    return names
 
 
-NAMES = printable()
+NAMES = names_of_bytes()
 MERGES = ["h e", "t he", "Ġ the", "Ġ c", "a t", "Ġc at", "' s", "Ċ Ċ", "Ġ Ġ", "1 2", "ð Ł", "Ġ t"]
 TINY = [*sorted(NAMES.values()), *(merge.replace(" ", "") for merge in MERGES), END]
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def encode_slowly(text):
-    """GPT-2's encoding from its description: cut by its regular expression, then merge the earliest pair first."""
+    """Encode a text: cut it by GPT-2's regular expression, then merge the earliest pair first."""
     ids = []
-    for word in regex.findall(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", text):
+    for word in regex.findall(PATTERN, text):
         parts = [NAMES[byte] for byte in word.encode()]
-        while ranks := [MERGES.index(" ".join(pair)) for pair in itertools.pairwise(parts) if " ".join(pair) in MERGES]:
+        while ranks := ranks_of_pairs(parts):
             left, right = MERGES[min(ranks)].split()
             at = next(i for i in range(len(parts)) if parts[i : i + 2] == [left, right])
             parts[at : at + 2] = [left + right]
         ids += [TINY.index(part) for part in parts]
     return ids
+
+
+def ranks_of_pairs(parts):
+    """Return the places in MERGES of all neighbours that can be merged."""
+    pairs = [" ".join(pair) for pair in itertools.pairwise(parts)]
+    return [MERGES.index(pair) for pair in pairs if pair in MERGES]
 
 
 tiny = GPT2Tokenizer(TINY, MERGES)

@@ -1,8 +1,9 @@
-"""Tiny Shakespeare through GPT-2's tokenizer, to fine-tune on: 301,966 tokens to train on, 36,059 to validate.
+"""Prepare tiny Shakespeare with GPT-2's tokenizer, to fine-tune on.
 
     python data/shakespeare/prepare.py
 
-The text is that of data/shakespeare_char/prepare.py.
+It has 301,966 tokens to train on and 36,059 to validate. The text is that of
+data/shakespeare_char/prepare.py.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a script's own folder is searched for `config` and `data`, not the repository
+if (
+    __name__ == "__main__"
+):  # Python looks for imports in this script's folder, not in the repository
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from config import run_main
 from data.shakespeare_char import prepare as shakespeare_char
 from data.tokenizers import get_tokenizer
+from gpt12.errors import run_main
 
 HERE = Path(__file__).parent
 
@@ -26,4 +29,4 @@ def prepare(folder: Path = HERE) -> None:
 
 
 if __name__ == "__main__":
-    run_main(prepare, page=__doc__)
+    run_main(prepare, help_page=__doc__)

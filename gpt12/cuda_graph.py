@@ -1,0 +1,55 @@
+"""Record GPU work as a CUDA graph and replay it.
+
+A step of a small model is hundreds of kernels of a few microseconds. Launching them one by one
+takes the host longer than the GPU needs to run them; a graph launches all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from gpt12.device import Machine
+from gpt12.errors import UserError
+from gpt12.settings import TrainConfig
+
+# Recording a step of more layers than this, over all micro-batches, would make a graph of over
+# 50,000 kernels.
+MAX_LAYERS = 1000
+
+
+def record(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Record `work` without running it.
+
+    It must have run before, so that nothing is compiled or allocated for the first time. It may not
+    ask the GPU for a value. Replaying reads and writes the same tensors, and draws new random
+    numbers.
+    """
+    torch.cuda.synchronize()
+    # While recording, cached memory could not be given back to the driver.
+    torch.cuda.empty_cache()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def use_graph_for_training(config: TrainConfig, n_layer: int, machine: Machine) -> bool:
+    """Decide whether the training step is recorded.
+
+    Not possible with several ranks, with float16 (its loss scale lives on the host), with torchao's
+    optimizer, and with uncompiled recomputation under dropout (torch then asks the host for the
+    generator's state).
+    """
+    if config.cuda_graph is True and not machine.on_gpu:
+        raise UserError("cuda_graph=True needs a GPU")
+    if config.cuda_graph is False or not machine.on_gpu or machine.world > 1:
+        return False
+    if machine.dtype == torch.float16 or config.optimizer == "adamw8bit":
+        return False
+    if config.recompute != "none" and config.dropout > 0 and not machine.compiled:
+        return False
+    if config.cuda_graph is True:
+        return True
+    return config.gradient_accumulation_steps * n_layer <= MAX_LAYERS

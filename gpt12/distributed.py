@@ -1,0 +1,158 @@
+"""Several processes, one per GPU, as torchrun starts them: ranks, joining, waiting for rank 0.
+
+If a process dies, torchrun notices it, names the rank, sends SIGTERM to the others and kills them
+after 30 seconds. The others wait inside a collective operation until then, so they cannot save: a
+run continues from its last checkpoint, with `--init_from=resume`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from gpt12.errors import UserError
+
+# Rank 0 may prepare data for hours. NCCL's barrier would give up after 10 minutes.
+PREPARATION_TIMEOUT = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all processes of the run."""
+
+    rank: int = 0
+    world: int = 1  # number of processes
+    local: int = 0  # rank on this machine, which is the index of its GPU
+
+
+def torchrun_ranks() -> Ranks:
+    """Read the ranks from torchrun's environment variables; without torchrun there is one."""
+    return Ranks(
+        rank=int(os.environ.get("RANK", "0")),
+        world=int(os.environ.get("WORLD_SIZE", "1")),
+        local=int(os.environ.get("LOCAL_RANK", "0")),
+    )
+
+
+@contextlib.contextmanager
+def process_group(device: str, backend: str) -> Iterator[None]:
+    """Join the other processes for the duration of the block. Does nothing for a single process.
+
+    device: the `device` key of the configuration. backend: torch.distributed's backend for GPUs.
+    """
+    ranks = torchrun_ranks()
+    if ranks.world == 1:
+        yield
+        return
+    on_gpu = torch.cuda.is_available() and device not in ("cpu", "mps")
+    check_processes(device, on_gpu)
+    if on_gpu:
+        torch.cuda.set_device(ranks.local)
+    dist.init_process_group(backend if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def check_processes(device: str, on_gpu: bool) -> None:
+    """Raise UserError unless each process gets a GPU of its own. All ranks find the same."""
+    if device.startswith("cuda:"):
+        raise UserError(
+            f"device={device} would put all {torchrun_ranks().world} processes on one GPU: "
+            "pass --device=cuda"
+        )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
+    if on_gpu and processes > torch.cuda.device_count():
+        raise UserError(
+            f"{processes} processes were started, but this machine has "
+            f"{torch.cuda.device_count()} GPU(s): --nproc_per_node={torch.cuda.device_count()}"
+        )
+
+
+@contextlib.contextmanager
+def reported_by_rank_0() -> Iterator[None]:
+    """Let rank 0 alone report a user's mistake, which every rank meets in the same way.
+
+    The others end with the same exit status and say nothing.
+    """
+    try:
+        yield
+    except UserError:
+        if torchrun_ranks().rank == 0:
+            raise
+        raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Let rank 0 run the block alone; the other ranks run it afterwards.
+
+    Rank 0 prepares data or downloads weights, and the others find them ready.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    # Over gloo, whose timeout can be chosen per group. The group is created by all ranks together.
+    group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
+    if dist.get_rank() > 0:
+        dist.barrier(group)
+    yield
+    if dist.get_rank() == 0:
+        dist.barrier(group)
+
+
+def data_parallel(model: nn.Module, ranks: int, device: torch.device) -> nn.Module:
+    """Return the model, wrapped so that the gradients of several ranks are averaged."""
+    if ranks == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # Few large messages disturb the computation beside them less than many small ones.
+        bucket_cap_mb=100,
+    )
+
+
+def is_rank_0() -> bool:
+    """Tell whether this process is the one that writes files and prints."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Tell whether an error means that another process has ended."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    return "by peer" in str(error)  # gloo raises a plain RuntimeError: "Connection closed by peer"
+
+
+def value_of_rank_0(value: bool, device: torch.device) -> bool:
+    """Return rank 0's value on every rank: for example, only rank 0 knows if a file was written."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(int(value), device=device)
+    dist.broadcast(shared, 0)
+    return bool(shared)
+
+
+def lost_rank_advice(out_dir: Path) -> str:
+    """Say that another process has ended, and how to continue."""
+    message = (
+        "rank 0 has lost the others: one of them has ended. torchrun names it below; if it had a "
+        "message of its own, that stands above"
+    )
+    if (out_dir / "last").exists() or (out_dir / "last.prev").exists():
+        message += (
+            ". Continue from the last checkpoint with the same torchrun line and "
+            f"--init_from=resume --out_dir={out_dir}"
+        )
+    return message

@@ -1,0 +1,58 @@
+"""Bring training windows from the shards into the training step's buffers on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from data.windows import TrainWindows
+from gpt12.device import Machine
+from gpt12.targets import IGNORE_INDEX
+
+BUFFERS = 2  # the host fills one while the GPU copies from the other
+
+
+class Loader:
+    """Loads the windows of a step. On a GPU the copy runs while the host goes on."""
+
+    def __init__(self, windows: TrainWindows, x: Tensor, y: Tensor, machine: Machine):
+        """x, y: the step's buffers on the device, (micro-steps, B, T) int64."""
+        self.windows = windows
+        self.x = x
+        self.y = y
+        self.machine = machine
+        # Page-locked memory, which the GPU can copy from without the host's help.
+        shape = (BUFFERS, 2, *x.shape)
+        self.buffers = torch.zeros(shape, dtype=torch.int64, pin_memory=machine.on_gpu)
+        self.copied: list[torch.cuda.Event | None] = [None] * BUFFERS
+        self.turn = 0
+
+    def load(self, position: int) -> list[int] | None:
+        """Load the windows of the step that begins at `position`.
+
+        Micro-batch m of a step belongs to rank m % world, so a step has the same windows with any
+        number of ranks.
+        Returns the number of targets in each micro-batch, or None if every position is a target.
+        """
+        self.turn = (self.turn + 1) % BUFFERS
+        event = self.copied[self.turn]
+        if event is not None:
+            event.synchronize()  # the GPU may still be reading this buffer
+        x, y = self.buffers[self.turn]
+        micro_steps, batch_size, _ = x.shape
+        for m in range(micro_steps):
+            micro_batch = m * self.machine.world + self.machine.rank
+            start = position + micro_batch * batch_size
+            inputs, targets = self.windows.batch(start, batch_size)
+            x[m].copy_(torch.from_numpy(inputs))
+            y[m].copy_(torch.from_numpy(targets))
+        # Only CUDA can tell when a copy is over, so elsewhere the copy is waited for.
+        self.x.copy_(x, non_blocking=self.machine.on_gpu)
+        self.y.copy_(y, non_blocking=self.machine.on_gpu)
+        if self.machine.on_gpu:
+            event = torch.cuda.Event()
+            event.record()
+            self.copied[self.turn] = event
+        if self.windows.tokens.mask is None:
+            return None
+        return (y != IGNORE_INDEX).sum((1, 2)).tolist()

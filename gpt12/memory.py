@@ -1,0 +1,292 @@
+"""GPU memory of a training step: the formula, and the choices that follow from it.
+
+The formula serves recompute=auto, batch_size=auto, the line that a run prints, and bench.py --plan.
+Advice after running out of memory is at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from gpt12.device import Machine
+from gpt12.errors import UserError
+from gpt12.loss import CHUNK_ROWS
+from gpt12.option_types import Recompute
+from gpt12.settings import TrainConfig
+from model import GPTConfig, Matrix, layer_matrices, parameter_count
+
+GIB = 2**30
+# From the fastest to the one that needs the least memory.
+RECOMPUTE: tuple[Recompute, ...] = ("none", "pointwise", "block")
+# What a layer keeps for the backward pass, in numbers per token and channel.
+KEPT = {
+    # input 1, LayerNorm 1, query, key and value 3, attention 1, stream 1, LayerNorm 1, MLP inside
+    # 4, GELU 4
+    "none": 16,
+    "pointwise": 10,  # without the two LayerNorms and GELU's output
+    "block": 1,  # the input
+}
+# Uncompiled, autocast converts LayerNorm's input to float32 and keeps the copy.
+KEPT_UNCOMPILED = {"none": 2, "pointwise": 1, "block": 0}
+WORKSPACE_BYTES = 2**25  # buffers of cuBLAS and small tensors
+ROOM_FOR_ROWS = 8  # batch_size=auto: choose the cheapest recomputation that fits this many rows
+MAX_TOKENS = 32 * 1024  # batch_size=auto: a larger micro-batch is no faster
+CPU_BATCH_SIZE = 8
+SAFETY = 0.9  # use at most this share of the free memory
+
+
+def lora_matrices(shape: GPTConfig, config: TrainConfig) -> list[Matrix]:
+    """Return the matrices of a layer that get a LoRA adapter; none without lora_rank."""
+    if config.lora_rank == 0:
+        return []
+    if config.lora_targets == "all":
+        return layer_matrices(shape)
+    targets = config.lora_targets.split(",")
+    return [m for m in layer_matrices(shape) if m.name.rpartition(".")[2] in targets]
+
+
+def trained_parameters(shape: GPTConfig, config: TrainConfig) -> int:
+    """Count the parameters in memory that get gradients: all, or LoRA's adapters."""
+    if config.lora_rank == 0:
+        return parameter_count(shape, padded=True)
+    per_layer = 0
+    for matrix in lora_matrices(shape, config):
+        per_layer += config.lora_rank * (matrix.inputs + matrix.outputs)
+    return shape.n_layer * per_layer
+
+
+def step_memory(
+    shape: GPTConfig, config: TrainConfig, recompute: str, compiled: bool = True
+) -> dict[str, float]:
+    """Return the bytes of GPU memory at the peak of a step, by kind.
+
+    Their sum is what torch.cuda.max_memory_allocated would report. config: batch_size, block_size,
+    gradient_accumulation_steps, dtype, optimizer and LoRA's keys count.
+
+    The peak is the largest of three moments: in the loss, when all activations are alive beside a
+    chunk of logits; in the backward pass of the last layer; and at the end of the backward pass,
+    when all gradients are there.
+    """
+    work = _Work(shape, config, recompute, compiled)
+    moments = [work.in_the_loss(), work.in_the_last_layer(), work.at_the_end()]
+    return max(moments, key=lambda moment: sum(moment.values()))
+
+
+class _Work:
+    """The quantities that the three moments share."""
+
+    def __init__(self, shape: GPTConfig, config: TrainConfig, recompute: str, compiled: bool):
+        self.config = config
+        self.recompute = recompute
+        self.full = config.lora_rank == 0  # all parameters are trained
+        self.number = 4 if config.dtype == "float32" else 2  # bytes of an activation
+        self.master = 2 if config.optimizer == "adamw8bit" else 4  # bytes of a trained parameter
+        self.moment_bytes = 2 if config.optimizer == "adamw8bit" else 8
+        self.uncompiled = not compiled and self.number == 2
+        self.n_layer = shape.n_layer
+        self.parameters = parameter_count(shape, padded=True)
+        self.trained = trained_parameters(shape, config)
+        self.table = shape.padded_vocab_size * shape.n_embd  # numbers in the embedding table
+        self.vocab = shape.padded_vocab_size
+        self.tokens = int(config.batch_size) * config.block_size
+        self.stream = self.number * shape.n_embd * self.tokens  # bytes of one (B, T, C) tensor
+        # LoRA's adapters read all inputs of the layer's matrices and add to all outputs.
+        self.widths_in = sum(m.inputs for m in layer_matrices(shape)) / shape.n_embd
+        self.widths_out = sum(m.outputs for m in layer_matrices(shape)) / shape.n_embd
+        self.dropout = shape.dropout
+
+    def kept_per_layer(self) -> float:
+        """Return what a layer keeps, in (B, T, C) tensors."""
+        kept: float = KEPT[self.recompute]
+        if self.uncompiled:
+            kept += KEPT_UNCOMPILED[self.recompute]
+        if self.recompute == "none" and self.dropout > 0:
+            kept += 1  # two masks of one byte per number
+        if self.recompute == "none" and not self.full and self.config.lora_dropout > 0:
+            # The masks of the adapters' inputs, one byte per number, and one such input.
+            kept += self.widths_in / 2 + 1
+        if self.recompute == "pointwise" and not self.full:
+            kept += self.widths_out  # the adapters' products, which "none" does not keep
+        return kept
+
+    def parameters_and_state(self) -> dict[str, float]:
+        """Return what is there all the time."""
+        if self.full:
+            weights = self.master * self.parameters
+        else:
+            weights = self.number * self.parameters + 4 * self.trained
+        gradients = 0
+        if self.config.gradient_accumulation_steps > 1:
+            gradients = self.master * self.trained
+        return {
+            "weights": float(weights),
+            "moments": float(self.moment_bytes * self.trained),
+            "gradients": float(gradients),
+        }
+
+    def head_gradient(self) -> float:
+        """Return the bytes of the head's part of the embedding's gradient, which is in float32."""
+        return 4.0 * self.table if self.full else 0.0
+
+    def in_the_loss(self) -> dict[str, float]:
+        """All activations are alive, and a chunk of logits beside them."""
+        logit_bytes = self.number
+        if self.uncompiled:
+            logit_bytes += 4  # a float32 copy of the chunk
+        workspace = float(WORKSPACE_BYTES)
+        if self.full and self.number < self.master:
+            workspace += self.number * self.table  # the head's weight in 16 bits
+            if self.recompute == "none":
+                # The 16-bit copies of all weights are kept for the backward pass.
+                workspace += self.number * (self.parameters - self.table)
+        moment = self.parameters_and_state()
+        moment["activations"] = (self.kept_per_layer() * self.n_layer + 4) * self.stream
+        chunk = logit_bytes * min(self.tokens, CHUNK_ROWS) * self.vocab
+        moment["logits"] = chunk + self.head_gradient()
+        moment["workspace"] = workspace
+        return moment
+
+    def in_the_last_layer(self) -> dict[str, float]:
+        """The backward pass of the last layer holds that layer's gradients beside all that is kept.
+
+        The numbers of (B, T, C) tensors in it were fitted to measurements.
+        """
+        if self.recompute != "block":
+            gradients = 10.0
+        elif self.full:
+            gradients = 21.5  # and all activations of this layer, computed again
+        else:
+            gradients = 40.0
+        moment = self.parameters_and_state()
+        moment["activations"] = (self.kept_per_layer() * self.n_layer + gradients) * self.stream
+        moment["logits"] = self.head_gradient()
+        return moment
+
+    def at_the_end(self) -> dict[str, float]:
+        """All gradients are there, and both parts of the embedding's."""
+        moment = self.parameters_and_state()
+        moment["gradients"] = float(self.master * self.trained)
+        moment["activations"] = 13.0 * self.stream
+        moment["logits"] = self.head_gradient()
+        return moment
+
+
+def step_gib(shape: GPTConfig, config: TrainConfig, recompute: str, compiled: bool) -> float:
+    """Return the predicted peak of a step in GiB."""
+    return sum(step_memory(shape, config, recompute, compiled).values()) / GIB
+
+
+# --------------------------------------------------------------------------------------------------
+# Choices
+
+
+def available_memory(machine: Machine) -> float:
+    """Return the bytes of GPU memory that this process may use, including what it already holds."""
+    free, total = torch.cuda.mem_get_info(machine.device)
+    share = torch.cuda.get_per_process_memory_fraction(machine.device)
+    return min(free + torch.cuda.memory_reserved(machine.device), share * total)
+
+
+def choose_recompute(shape: GPTConfig, config: TrainConfig, machine: Machine) -> Recompute:
+    """Return the cheapest recomputation that fits config.batch_size rows, else "block"."""
+    if not machine.on_gpu:
+        return "none"
+    room = SAFETY * available_memory(machine)
+    for recompute in RECOMPUTE:
+        if sum(step_memory(shape, config, recompute, machine.compiled).values()) < room:
+            return recompute
+    return "block"
+
+
+def choose_batch_size(shape: GPTConfig, config: TrainConfig, machine: Machine) -> TrainConfig:
+    """Resolve batch_size="auto" and recompute="auto"; return the new configuration.
+
+    gradient_accumulation_steps is then the number of rows of a step on all ranks, and the
+    micro-batch has to divide a rank's share of them. On a GPU the recomputation is the cheapest one
+    that fits 8 rows, and the micro-batch the largest that fits, up to 32k tokens. On a CPU there
+    are at most 8 rows.
+    """
+    if config.batch_size != "auto":
+        if config.recompute == "auto":
+            config = replace(config, recompute=choose_recompute(shape, config, machine))
+        return config
+    rows = config.gradient_accumulation_steps // machine.world
+    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
+    if config.eval_only or not machine.on_gpu:
+        fitting = [size for size in sizes if size <= CPU_BATCH_SIZE]
+        recompute: Recompute = "none" if config.recompute == "auto" else config.recompute
+        return _with_batch_size(config, fitting[-1], rows, recompute, machine)
+    recompute = config.recompute
+    if recompute == "auto":
+        trial = replace(config, batch_size=min(ROOM_FOR_ROWS, rows))
+        recompute = choose_recompute(shape, trial, machine)
+    largest = sizes[0]
+    for size in sizes:
+        trial = _with_batch_size(config, size, rows, recompute, machine)
+        needed = sum(step_memory(shape, trial, recompute, machine.compiled).values())
+        fits = needed < SAFETY * available_memory(machine)
+        if fits and size * config.block_size <= MAX_TOKENS:
+            largest = size
+    return _with_batch_size(config, largest, rows, recompute, machine)
+
+
+def _with_batch_size(
+    config: TrainConfig, batch_size: int, rows: int, recompute: Recompute, machine: Machine
+) -> TrainConfig:
+    """Return the configuration with this micro-batch and the same rows per step."""
+    return replace(
+        config,
+        batch_size=batch_size,
+        gradient_accumulation_steps=rows // batch_size * machine.world,
+        recompute=recompute,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Out of memory
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that the GPU's memory is used up.
+
+    While a CUDA graph is recorded, running out of memory breaks off the recording, which raises an
+    error of its own.
+    """
+    return any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))
+
+
+def out_of_memory_advice(config: TrainConfig) -> UserError:
+    """Return an error that says how much memory there was and what to change, best first."""
+    gib = 2**30
+    free, total = torch.cuda.mem_get_info()
+    peak = torch.cuda.max_memory_allocated()
+    usable = free + torch.cuda.memory_reserved()
+    lines = [
+        f"out of GPU memory: {peak / gib:.1f} GiB were in use, the card has {total / gib:.1f} GiB, "
+        f"other programs leave {usable / gib:.1f}.",
+        "Try, in this order:",
+    ]
+    for knob in _memory_knobs(config):
+        lines.append(f"  {knob}")
+    return UserError("\n".join(lines))
+
+
+def _memory_knobs(config: TrainConfig) -> list[str]:
+    knobs = []
+    if config.recompute == "none":
+        knobs.append("--recompute=pointwise")
+    if config.recompute in ("none", "pointwise"):
+        knobs.append("--recompute=block")
+    if config.batch_size != "auto" and int(config.batch_size) > 1:
+        half = int(config.batch_size) // 2
+        double = 2 * config.gradient_accumulation_steps
+        knobs.append(
+            f"--batch_size={half} --gradient_accumulation_steps={double} "
+            "(the same step in smaller pieces)"
+        )
+    knobs.append("--optimizer=adamw8bit")
+    knobs.append("--lora_rank=16 (fine-tuning)")
+    knobs.append(f"--block_size={config.block_size // 2}")
+    return knobs

@@ -1,0 +1,360 @@
+"""What a training run tells: lines on the terminal, a progress bar, metrics, a sample text.
+
+Only rank 0 tells anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpt12.errors import UserError
+from gpt12.generate import Sampling, generate
+from gpt12.memory import step_gib
+from gpt12.metrics import Metrics, Picture, start_wandb
+from gpt12.run import Run
+from gpt12.run_folder import describe_run, set_aside, write_json
+from gpt12.start import as_dict, warn_of_long_run
+from gpt12.targets import IGNORE_INDEX
+from model import parameter_count
+
+SAMPLE_TOKENS = 160  # length of the text written at each evaluation
+
+
+def say(text: str) -> None:
+    """Print a line above the progress bar."""
+    from tqdm import tqdm
+
+    # A reader that has gone, a full disk under a log file, or a signal in the middle of another
+    # line must not end the run. RuntimeError is what Python raises for the last.
+    with contextlib.suppress(OSError, RuntimeError):
+        tqdm.write(text)
+        sys.stdout.flush()  # else a log file gets the line much later
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the loss, without overflow."""
+    return math.exp(min(loss, 700))
+
+
+class RunLog:
+    """Tells about one run. On ranks other than 0 every method does nothing."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.active = run.machine.rank == 0
+        self.progress = run.progress
+        self.told_time_left = False
+        self.skipped = 0.0  # skipped updates that were told
+        self.wandb: Any = None
+        self.bar: Any = None
+        self.metrics: Metrics | None = None
+        self.picture = Picture(run.out_dir / "loss.png")
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        if self.active:
+            say(text)
+
+    # ---------------------------------------------------------------------------------------------
+    # Beginning and end
+
+    def introduce(self) -> None:
+        """Say what will be trained, on what, and with which data."""
+        run = self.run
+        config = run.config
+        shape = run.model.config
+        for note in [*run.request.notes, *run.machine.notes, *run.dataset.warnings]:
+            self.say(note)
+        self.say(
+            f"model: {parameter_count(shape):,} parameters ({shape.n_layer} layers, "
+            f"{shape.n_head} heads, {shape.n_embd} channels, context {config.block_size} tokens, "
+            f"vocabulary {shape.vocab_size:,})"
+        )
+        if config.lora_rank:
+            trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+            self.say(f"LoRA: {trained:,} parameters are trained, the others stay as they are")
+        self.say(self._data_line())
+        self.say(self._step_line())
+        gib = step_gib(shape, config, config.recompute, run.machine.compiled)
+        size = f"{gib:.1f} GiB" if gib >= 0.05 else f"{1024 * gib:.0f} MiB"
+        self.say(f"memory: about {size} at the peak of a step (recompute={config.recompute})")
+        if run.machine.device.type == "cpu":
+            warning = warn_of_long_run(shape, config, cores=torch.get_num_threads())
+            if warning is not None:
+                self.say(warning)
+        if run.request.resumed:
+            self.say(f"resuming at step {self.progress.step:,}")
+
+    def _data_line(self) -> str:
+        dataset = self.run.dataset
+        documents = ""
+        if dataset.documents is not None:
+            documents = f"{dataset.documents:,} document{'' if dataset.documents == 1 else 's'}, "
+        assert dataset.train is not None
+        line = (
+            f"data: {dataset.name}, {documents}{len(dataset.train):,} training and "
+            f"{len(dataset.val):,} validation tokens"
+        )
+        if dataset.train.mask is not None:
+            line += "; only the answers are trained"
+        elif self.run.config.init_from != "scratch":
+            # Somebody who fine-tunes on instructions should see that these are none.
+            line += "; plain text, every token is trained"
+        return line
+
+    def _step_line(self) -> str:
+        run = self.run
+        config = run.config
+        micro_batches = config.gradient_accumulation_steps
+        per_step = run.windows_per_step * config.block_size
+        epoch = run.train_windows.per_epoch / run.windows_per_step
+        plural = "micro-batch" if micro_batches == 1 else "micro-batches"
+        processes = ""
+        if run.machine.world > 1:
+            processes = f" on {run.machine.world} processes"
+        return (
+            f"step: {config.batch_size} sequences x {config.block_size} tokens x {micro_batches} "
+            f"{plural}{processes} = {per_step:,} tokens; {config.max_iters:,} steps are "
+            f"{config.max_iters / epoch:,.2f} epochs of {epoch:,.1f} steps"
+        )
+
+    def open(self) -> None:
+        """Set an earlier run's files aside, write run.json, and open metrics.jsonl."""
+        if not self.active:
+            return
+        run = self.run
+        config = run.config
+        facts = describe_run(
+            as_dict(config),
+            requested=run.request.requested,
+            device=run.machine.name,
+            device_memory_gib=_rounded(run.machine.memory_gib()),
+            dtype=config.dtype,
+            compile=run.machine.compiled,
+            world_size=run.machine.world,
+            data={
+                "name": run.dataset.name,
+                "sha256": run.dataset.source_sha256,
+                "tokens": len(run.train_windows.tokens),
+            },
+        )
+        if config.wandb_log:
+            self.wandb = start_wandb(
+                config.wandb_project,
+                config.wandb_run_name,
+                config.out_dir,
+                facts,
+                self.progress.wandb_id,
+            )
+            self.progress.wandb_id = self.wandb.id
+        if not run.request.resumed:
+            previous = set_aside(run.out_dir)
+            if previous is not None:
+                self.say(f"the earlier run in {run.out_dir} was moved to {previous}")
+        write_json(run.out_dir / "run.json", facts)
+        resume_step = self.progress.step if run.request.resumed else None
+        self.metrics = Metrics(run.out_dir / "metrics.jsonl", resume_step)
+
+    def open_bar(self) -> None:
+        """Show a progress bar on a terminal. A log file gets a line per logged step instead."""
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            total=self.run.config.max_iters,
+            initial=self.progress.step,
+            unit="step",
+            disable=None if self.active else True,
+            smoothing=0.05,
+        )
+
+    def close(self, status: int, saved: bool) -> None:
+        """Say what came out and what to type next."""
+        if not self.active:
+            return
+        assert self.metrics is not None
+        self.picture.wait()
+        self.metrics.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=status)
+        out_dir = self.run.out_dir
+        step = self.progress.step
+        if status > 128:
+            self.say(f"stopped at step {step:,}")
+            if saved:
+                self.say(f"go on with: python train.py --init_from=resume --out_dir={out_dir}")
+            return
+        best = ""
+        if self.progress.best_val_loss is not None:
+            best = (
+                f", best val loss {self.progress.best_val_loss:.4f} at step "
+                f"{self.progress.best_step:,}"
+            )
+        self.say(
+            f"{step:,} steps in {self.progress.elapsed_s:.1f} s of training{best}; "
+            f"curves: {out_dir}/loss.png"
+        )
+        self._warn_if_not_better()
+        if self.run.dataset.tokenizer is not None:
+            self.say(f"read what it writes: python sample.py --out_dir={out_dir}")
+
+    def _warn_if_not_better(self) -> None:
+        """Say so if fine-tuning made the model no better than it was at step 0."""
+        best = self.progress.best_val_loss
+        if self.run.request.resumed or best is None or self.metrics is None:
+            return
+        for row in self.metrics.evaluations:
+            start = row.get("val_loss")
+            if row["step"] == 0 and start is not None and start <= best:
+                self.say(
+                    f"no better than at the start, val loss {start:.4f}: try a lower learning_rate"
+                )
+
+    # ---------------------------------------------------------------------------------------------
+    # During training
+
+    def log_step(
+        self,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        bad: float,
+        skipped: float,
+        steps_per_s: float | None,
+    ) -> None:
+        """Record a step in the metrics and show it.
+
+        bad: updates in a row, up to now, that were skipped. skipped: all skipped updates.
+        """
+        tokens_per_s = None
+        if steps_per_s:
+            per_step = self.run.windows_per_step * self.run.config.block_size
+            tokens_per_s = round(steps_per_s * per_step)
+        if self.active:
+            self._record(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s)
+            self._show_step(loss, lr, tokens_per_s, steps_per_s)
+        if skipped > self.skipped:
+            self.say(
+                f"step {self.progress.step}: loss or gradient not finite; skipped "
+                f"{skipped - self.skipped:.0f} update(s) since the last log, the last {bad:.0f} in "
+                "a row"
+            )
+            self.skipped = skipped
+
+    def _show_step(
+        self, loss: float, lr: float, tokens_per_s: int | None, steps_per_s: float | None
+    ) -> None:
+        speed = f", {tokens_per_s:,} tokens/s" if tokens_per_s else ""
+        self.bar.set_postfix_str(f"loss {loss:.4f}{speed}", refresh=False)
+        if not self.bar.disable:
+            return
+        line = f"step {self.progress.step}: loss {loss:.4f}, lr {lr:.2e}{speed}"
+        if steps_per_s and not self.told_time_left:
+            self.told_time_left = True
+            line += _time_left(self.run.config.max_iters - self.progress.step, steps_per_s)
+        self.say(line)
+
+    def say_hopeless(self) -> None:
+        """Explain why training stops after too many updates that were not finite."""
+        bad_steps = self.run.config.max_bad_steps
+        self.say(
+            f"stopping at step {self.progress.step}: the last {bad_steps} updates had a loss or "
+            "gradient that is not finite. The weights are as before the first of them. Training "
+            f"window {self.progress.position}; try a lower learning_rate or --dtype=float32"
+        )
+
+    def log_evaluation(self, train_loss: float, val_loss: float, better: bool) -> None:
+        """Record an evaluation and show it."""
+        best = ", the best so far" if better else ""
+        self.say(
+            f"step {self.progress.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f} "
+            f"(perplexity {perplexity(val_loss):.2f}){best}"
+        )
+        if self.active:
+            self._record(train_loss=train_loss, val_loss=val_loss)
+
+    def _record(self, **values: float | None) -> None:
+        """Write a row into metrics.jsonl and, under the same names, to Weights & Biases."""
+        assert self.metrics is not None
+        row: dict[str, Any] = {"step": self.progress.step, "tokens": self.progress.tokens}
+        row.update(values)
+        row["elapsed_s"] = round(self.progress.elapsed_s, 3)
+        self.metrics.append(row)
+        if self.wandb:
+            del row["step"]  # Weights & Biases keeps it apart
+            self.wandb.log(row, step=self.progress.step)
+
+    def draw(self) -> None:
+        """Draw loss.png anew."""
+        if self.active and self.metrics is not None:
+            self.picture.draw(self.metrics)
+
+    def show_sample(self) -> None:
+        """Print a text that the model writes as it is now."""
+        if not self.active or self.run.dataset.tokenizer is None:
+            return
+        model = self.run.model
+        was_training = model.training
+        model.eval()
+        try:
+            text = self._sample_text()
+        except torch.OutOfMemoryError:  # a sample must not end the run
+            text = "(no sample: too little memory beside the training step)"
+        model.train(was_training)
+        self.say("".join(f"    | {line}\n" for line in text.splitlines()))
+
+    def _sample_text(self) -> str:
+        run = self.run
+        tokenizer = run.dataset.tokenizer
+        assert tokenizer is not None
+        start = self._sample_prompt()
+        count = min(SAMPLE_TOKENS, 2 * run.config.block_size)
+        with run.machine.autocast():
+            [ids] = generate(
+                run.model,
+                [start],
+                count,
+                sampling=Sampling(0.8, top_k=200),
+                seeds=[run.config.seed],
+            )
+        if run.dataset.val.mask is not None:
+            # Show the question, and the answer up to its end.
+            if tokenizer.eot in ids:
+                ids = ids[: ids.index(tokenizer.eot)]
+            ids = start + ids
+        return tokenizer.decode(ids).strip()
+
+    def _sample_prompt(self) -> list[int]:
+        """Return the ids to begin with: a question, the end-of-text token, or a line end."""
+        tokenizer = self.run.dataset.tokenizer
+        assert tokenizer is not None
+        x, y = self.run.val_windows.batch(np.array([0]))
+        if self.run.dataset.val.mask is not None:
+            answer = int((y[0] != IGNORE_INDEX).argmax())
+            return x[0, : 1 + answer].tolist()
+        if tokenizer.eot is not None:
+            return [tokenizer.eot]
+        try:
+            return list(tokenizer.encode("\n"))
+        except UserError:  # a vocabulary of characters without a line end
+            return x[0, :1].tolist()
+
+
+def _time_left(steps: int, steps_per_s: float) -> str:
+    """Return how long `steps` will take, nothing for less than a minute."""
+    seconds = steps / steps_per_s
+    if seconds <= 60:
+        return ""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours:
+        return f", about {hours} h {minutes} min to go"
+    return f", about {minutes} min to go"
+
+
+def _rounded(gib: float | None) -> float | None:
+    return None if gib is None else round(gib, 1)

@@ -1,0 +1,199 @@
+"""What several test files share: a tiny data set, tiny runs, and what a run leaves on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.shards import write_shard
+from gpt12 import config_loader
+from gpt12.device import Machine
+from gpt12.settings import TrainConfig
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parents[1]
+CPU = Machine(torch.device("cpu"), torch.float32, compiled=False)
+
+# A model that takes milliseconds a step: one layer, 16 channels, two micro-batches of four rows.
+TINY = (
+    "--device=cpu --dtype=float32 --compile=False --block_size=16 --n_layer=1 --n_head=2 "
+    "--n_embd=16 --batch_size=4 --gradient_accumulation_steps=2 --eval_iters=2 "
+    "--learning_rate=1e-2 --warmup_iters=2 --eval_interval=10"
+).split()
+
+# A run of 16 steps with a checkpoint after every step.
+OPTIONS = [
+    *TINY,
+    *"--gradient_accumulation_steps=1 --dropout=0.1 --eval_iters=1 --max_iters=16".split(),
+    *"--eval_interval=5 --save_interval_s=0".split(),
+]
+
+# For a run that a test interrupts: it cannot end by itself first.
+ENDLESS = ["--max_iters=1000000000"]
+
+
+def make_dataset(folder: Path) -> Path:
+    """Write two training shards and a validation shard over 13 letters.
+
+    One of three letters follows each letter. 2,600 tokens to train on, 400 to validate.
+    """
+    generator = np.random.default_rng(0)
+    tokens = (np.cumsum(generator.integers(1, 4, 3000)) % 13).astype(np.uint16)
+    folder.mkdir()
+    write_shard(folder / "train_000000.bin", tokens[:1500])
+    write_shard(folder / "train_000001.bin", tokens[1500:2600])
+    write_shard(folder / "val_000000.bin", tokens[2600:])
+    meta = {
+        "tokenizer": "char",
+        "vocab_size": 13,
+        "chars": "\nabcdefghijkl",
+        "documents": 1,
+        "source_sha256": "0" * 64,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------
+# Running
+
+
+def command(script: str, *options: str) -> list[str]:
+    """Return the command line that starts one of our scripts with ROOT as working directory."""
+    return [sys.executable, script, *options]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a process that a test starts: one thread, and `more`."""
+    return os.environ | {"OMP_NUM_THREADS": "1"} | more
+
+
+def run(dataset: Path, out_dir: Path, *options: str) -> int:
+    """Train a tiny model in this process and return the exit status."""
+    import train
+
+    return train.main([*TINY, f"--dataset={dataset}", f"--out_dir={out_dir}", *options])
+
+
+def resume(out_dir: Path, *options: str) -> int:
+    """Resume a run in this process and return the exit status."""
+    import train
+
+    return train.main(["--init_from=resume", f"--out_dir={out_dir}", *options])
+
+
+def built(dataset: Path, out_dir: Path, *options: str) -> Any:
+    """Return the Run of a tiny model, built but not trained."""
+    return built_from([*TINY, f"--dataset={dataset}", f"--out_dir={out_dir}", *options])
+
+
+def built_from(argv: list[str]) -> Any:
+    """Return the Run that a command line asks for, built but not trained."""
+    from gpt12.run import build_run
+    from gpt12.start import read_request
+
+    return build_run(read_request(argv))
+
+
+# --------------------------------------------------------------------------------------------------
+# Parts of a run
+
+
+def config(*options: str, **changes: Any) -> TrainConfig:
+    """Return the configuration of a tiny step: two rows of eight tokens, nothing "auto".
+
+    options: as on the command line. changes: values by key.
+    """
+    tiny = "--batch_size=2 --block_size=8 --gradient_accumulation_steps=1 --recompute=none"
+    found, _ = config_loader.load(
+        TrainConfig, [*tiny.split(), "--learning_rate=1e-2", "--dtype=float32", *options]
+    )
+    return replace(found, **changes)
+
+
+def set_weights(model: GPT) -> GPT:
+    """Set all weights by a formula: golden values must not depend on a version's random numbers."""
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            values = 0.3 * torch.sin(torch.arange(p.numel()) * (i + 1.7)).view_as(p)
+            if p.ndim == 1 and i % 2:
+                values = values + 1
+            p.copy_(values)
+    return model
+
+
+def small_gpt(**changes: Any) -> GPT:
+    """Return a model of two layers, 8 channels and 13 tokens, with weights set by a formula."""
+    shape = {"block_size": 8, "vocab_size": 13, "n_layer": 2, "n_head": 2, "n_embd": 8}
+    return set_weights(GPT(GPTConfig(**shape | {"bias": True} | changes)))
+
+
+def small_step(machine: Machine = CPU, model: GPT | None = None, **changes: Any) -> Any:
+    """Return a TrainStep of the small model. changes: keys of the configuration."""
+    import train
+
+    return train.TrainStep(model or small_gpt(), config(**changes), machine)
+
+
+def random_rows(rows: int = 2, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs and targets for small_step, (rows, 8) each."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randint(0, 13, (2, rows, 8), generator=generator)
+    return x, y
+
+
+def fill(step: Any, x: torch.Tensor, y: torch.Tensor) -> list[int]:
+    """Put a batch into a step's buffers and return the number of targets in each micro-batch."""
+    from gpt12.targets import IGNORE_INDEX
+
+    step.x.copy_(x.view_as(step.x))
+    step.y.copy_(y.view_as(step.y))
+    return (step.y != IGNORE_INDEX).sum((1, 2)).tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run leaves
+
+
+def read_rows(out_dir: Path) -> list[dict]:
+    """Return the rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out_dir: Path, key: str = "loss") -> dict[int, float]:
+    """Return one column of metrics.jsonl by step. Rows that lack it are left out."""
+    return {row["step"]: row[key] for row in read_rows(out_dir) if key in row}
+
+
+def evaluations(out_dir: Path) -> list[int]:
+    """Return the steps at which a run was evaluated."""
+    return [row["step"] for row in read_rows(out_dir) if "val_loss" in row]
+
+
+def trainer(out_dir: Path, name: str = "last") -> dict:
+    """Return a checkpoint's trainer.json."""
+    return json.loads((out_dir / name / "trainer.json").read_text())
+
+
+def weights(out_dir: Path, name: str = "last", file: str = "model") -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint: its model's, or with file="trainer" the trainer's."""
+    from safetensors.torch import load_file
+
+    return load_file(out_dir / name / f"{file}.safetensors")
+
+
+def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Tell whether two dictionaries hold the same tensors, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_weights(a: torch.nn.Module, b: list[torch.Tensor]) -> bool:
+    """Tell whether a model's parameters equal a list of tensors, bit for bit."""
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b, strict=True))

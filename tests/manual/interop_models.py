@@ -1,0 +1,201 @@
+"""The small runs that tests/manual/interop.py opens in other programs, and ours to compare with."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.texts import chat_pieces
+from data.tokenizers import get_tokenizer, load_tokenizer
+from gpt12.errors import UserError
+from gpt12.targets import IGNORE_INDEX
+from gpt12.weights import from_pretrained
+
+ROOT = Path(__file__).parents[2]
+TRAIN = (
+    "--device=cpu --dtype=float32 --compile=False --block_size=64 --batch_size=4 --max_iters=60 "
+    "--gradient_accumulation_steps=1 --eval_iters=4 --eval_interval=30 --warmup_iters=5 "
+    "--learning_rate=1e-2"
+).split()
+SHAPE = "--n_layer=2 --n_head=2 --n_embd=64".split()
+NAMES = ("ada", "bob", "cleo", "dan", "eve")
+PROMPT = "ada asks"
+MESSAGES = [
+    {"role": "system", "content": " Be kind.\n"},
+    {"role": "user", "content": "  say ada"},
+    {"role": "assistant", "content": "ada, ada\n\nand ada. "},
+    {"role": "user", "content": "say bob"},
+    {"role": "assistant", "content": "bob"},
+]
+NEW_TOKENS = 20
+
+
+@dataclass
+class Runs:
+    """The best/ folders of the runs, and files for the checks.
+
+    text: GPT-2's tokenizer, no biases. char: a character tokenizer, biases. lora: adapters on top
+    of `text`. chat: conversations, on top of `text`.
+    tokenizer: "gpt2", or "bytes" if GPT-2's files are neither cached nor reachable.
+    work: a folder for what the checks write.
+    llama_cpp: a checkout of llama.cpp, or None.
+    """
+
+    text: Path
+    char: Path
+    lora: Path
+    chat: Path
+    tokenizer: str
+    work: Path
+    llama_cpp: Path | None = None
+
+
+def train_runs(work: Path) -> Runs:
+    """Train the runs in the folder `work`. Runs that are already there are taken as they are."""
+    tokenizer = "gpt2"
+    try:
+        get_tokenizer("gpt2")
+    except UserError as error:
+        print(f"GPT-2's tokenizer is not available, bytes take its place: {error}")
+        tokenizer = "bytes"
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "sentences.txt").write_text(sentences(400, "\n"), "utf-8")
+    (work / "chat.jsonl").write_text(conversations(200), "utf-8")
+    text = f"--tokenizer={tokenizer}"
+    run_train(work, "text", "--dataset=sentences.txt", text, "--bias=False", *SHAPE)
+    run_train(work, "char", "--dataset=sentences.txt", "--tokenizer=char", "--bias=True", *SHAPE)
+    # By a relative path, which must not keep PEFT from finding the base from elsewhere.
+    run_train(work, "lora", "--dataset=sentences.txt", "--init_from=text/best", "--lora_rank=4")
+    run_train(work, "chat", "--dataset=chat.jsonl", "--init_from=text")
+    best = {name: work / name / "best" for name in ("text", "char", "lora", "chat")}
+    return Runs(**best, tokenizer=tokenizer, work=work)
+
+
+def run_train(work: Path, name: str, *options: str) -> None:
+    if not (work / name / "best").exists():
+        run_script("train.py", *TRAIN, f"--out_dir={name}", *options, folder=work)
+
+
+def sentences(count: int, separator: str) -> str:
+    """Return sentences with changing words: easy to learn, but not by heart."""
+    chance = random.Random(0)
+    lines = [f"{chance.choice(NAMES)} asks {chance.choice(NAMES)} again." for _ in range(count)]
+    return separator.join(lines)
+
+
+def conversations(count: int) -> str:
+    """Return conversations of two answers as JSON lines."""
+    chance = random.Random(0)
+    lines = []
+    for _ in range(count):
+        first = chance.choice(NAMES)
+        second = chance.choice(NAMES)
+        messages = [
+            {"role": "user", "content": f"say {first}"},
+            {"role": "assistant", "content": f"{first} and {first}"},
+            {"role": "user", "content": f"say {second}"},
+            {"role": "assistant", "content": second},
+        ]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    return "".join(lines)
+
+
+def run_script(script: str, *options: str, folder: Path) -> str:
+    """Run one of our scripts in a folder; return its standard output."""
+    return run_command([sys.executable, str(ROOT / script), *options], folder)
+
+
+def run_command(command: list[str], folder: Path) -> str:
+    """Run a command without network; return its standard output. RuntimeError if it fails."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    if done.returncode != 0:
+        said = (done.stdout + done.stderr).strip().splitlines()
+        raise RuntimeError(f"{' '.join(command[:4])} ...: {' / '.join(said[-3:])}")
+    return done.stdout
+
+
+# --------------------------------------------------------------------------------------------------
+# What our side says
+
+
+def our_logits(folder: Path, ids: Tensor) -> Tensor:
+    """Return the logits (B, T, V) of our model for ids (B, T)."""
+    with torch.no_grad():
+        return from_pretrained(folder).eval()(ids)[0]
+
+
+def our_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a folder as sample.py reads it."""
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None, f"{folder} has no tokenizer"
+    return tokenizer
+
+
+def our_text(folder: Path, prompt: str = PROMPT) -> str:
+    """Return sample.py's greedy continuation of a prompt, without the prompt."""
+    options = ["--temperature=0", f"--start={prompt}", f"--max_new_tokens={NEW_TOKENS}", "--json"]
+    options += ["--device=cpu", "--dtype=float32", f"--init_from={folder}"]
+    return json.loads(run_script("sample.py", *options, folder=ROOT))["text"]
+
+
+def our_conversation(folder: Path, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+    """Return the ids of a conversation, and the ids that are trained, IGNORE_INDEX for others."""
+    tokenizer = our_tokenizer(folder)
+    ids: list[int] = []
+    trained: list[int] = []
+    for piece in chat_pieces(messages):
+        new = tokenizer.encode(piece.text).tolist()
+        if piece.end:
+            new.append(tokenizer.eot)
+        ids += new
+        trained += new if piece.trained else [IGNORE_INDEX] * len(new)
+    return ids, trained
+
+
+def our_loss(folder: Path, messages: list[dict[str, str]]) -> float:
+    """Return our model's mean loss on the answers of a conversation."""
+    ids, trained = our_conversation(folder, messages)
+    with torch.no_grad():
+        model = from_pretrained(folder).eval()
+        loss = model(torch.tensor([ids[:-1]]), torch.tensor([trained[1:]]))[1]
+    return loss.item()
+
+
+def batch(folder: Path) -> Tensor:
+    """Return ids (2, 24) of the training text."""
+    ids = our_tokenizer(folder).encode(sentences(40, "\n"))
+    return torch.tensor(ids[:48].astype("int64")).view(2, 24)
+
+
+def largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    return (ours - theirs.detach()).abs().max().item()
+
+
+def check_equal(what: str, ours: object, theirs: object) -> None:
+    """Raise AssertionError that shows both, if they differ."""
+    if ours != theirs:
+        raise AssertionError(f"{what} differ: ours {ours!r:.150}, theirs {theirs!r:.150}")
+
+
+def check_close(what: str, difference: float, limit: float = 1e-4) -> None:
+    """Raise AssertionError if two results are further apart than `limit`."""
+    if not difference <= limit:
+        raise AssertionError(f"{what} differ by {difference:.1e}, more than {limit:.0e}")

@@ -1,0 +1,43 @@
+"""Models and comparisons that several test files share."""
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt12.targets import IGNORE_INDEX
+from model import GPT, GPTConfig
+
+SHAPE = {"vocab_size": 97, "n_layer": 3, "n_head": 4, "n_embd": 48}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the largest error of a, relative to the largest value of b."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def random_transformers_model() -> GPT2LMHeadModel:
+    """A random GPT-2 in which every tensor matters: no bias is 0 and no norm is 1."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(n_positions=32, bos_token_id=0, eos_token_id=0, **SHAPE)  # type: ignore[arg-type]
+    ).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def random_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three rows of 32 tokens for SHAPE and their targets, 16 of which are ignored."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randint(0, SHAPE["vocab_size"], (2, 3, 32), generator=generator)
+    y[0, 5:20] = IGNORE_INDEX
+    y[2, 31] = IGNORE_INDEX
+    return x, y
+
+
+def small_model(dropout: float = 0.0) -> GPT:
+    """A random model of two layers and 13 tokens (64 with padding)."""
+    torch.manual_seed(5)
+    model = GPT(GPTConfig(8, 13, 2, 2, 8, dropout, bias=True))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model

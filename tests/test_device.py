@@ -1,0 +1,162 @@
+"""gpt12/device.py: what "auto" becomes, on machines that are acted where they are not there."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gpt12 import device
+from gpt12.device import CUDA_WHEELS, Machine, open_machine
+from gpt12.errors import UserError
+from tests.helpers import read_rows, run
+
+CUDA = torch.device("cuda")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A machine without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr("gpt12.device.shutil.which", lambda name: None)
+    monkeypatch.setattr("gpt12.device.Path", lambda path: SimpleNamespace(exists=lambda: False))
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with two GPUs that have bfloat16 and a compiler that works."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "Some Card")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    monkeypatch.setattr("gpt12.device._try_compiler", lambda place: None)
+
+
+def test_auto_on_a_cpu_is_float32_and_not_compiled_and_says_why(no_gpu):
+    machine = open_machine("auto", "auto", "auto", training=True)
+    assert machine.device == CPU
+    assert machine.dtype == torch.float32
+    assert not machine.compiled
+    assert machine.notes == [
+        "device: cpu",
+        "compile: off, because on a CPU compiling takes longer than it saves",
+    ]
+
+
+def test_auto_on_a_gpu_is_cuda_bfloat16_and_compiled(two_gpus):
+    machine = open_machine("auto", "auto", "auto", training=True)
+    assert machine.device == torch.device("cuda", 0)
+    assert machine.dtype == torch.bfloat16
+    assert machine.compiled
+    notes = ["device: cuda (Some Card)", "dtype: bfloat16 autocast over float32 weights"]
+    assert machine.notes == notes
+
+
+def test_a_short_run_is_not_compiled_on_a_gpu_either(two_gpus):
+    machine = open_machine("cuda", "bfloat16", "auto", long=False)
+    assert not machine.compiled
+    [note] = machine.notes
+    assert note == "compile: off, because for so little work it takes longer than it saves"
+    assert open_machine("cuda", "bfloat16", True, long=False).compiled  # asked for
+
+
+def test_each_rank_gets_the_gpu_of_its_number(two_gpus, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    machine = open_machine("auto", "float32", False)
+    assert (machine.device.index, machine.rank, machine.world) == (1, 1, 3)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"device=cuda:2: this machine has 2 GPU\(s\)"):
+        open_machine("auto", "float32", False)
+
+
+@pytest.mark.parametrize(("bf16", "words"), [(True, "autocast"), (False, "loss scaling")])
+def test_only_training_speaks_of_autocast_and_loss_scaling(monkeypatch, bf16, words):
+    """sample.py converts the weights themselves."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    for training in (True, False):
+        notes: list[str] = []
+        device._choose_dtype("auto", CUDA, training, notes)
+        assert (words in notes[0]) == training
+
+
+@pytest.mark.parametrize(("in_hardware", "dtype"), [(True, "bfloat16"), (False, "float16")])
+def test_a_gpu_takes_bfloat16_only_where_it_has_it_in_hardware(monkeypatch, in_hardware, dtype):
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation: in_hardware or including_emulation,
+    )
+    assert device._choose_dtype("auto", CUDA, False, []) == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("built_for", [None, "13.0"])
+def test_an_nvidia_card_that_torch_cannot_use_is_reported_with_the_line_that_fixes_it(
+    no_gpu, monkeypatch, built_for
+):
+    monkeypatch.setattr("gpt12.device.shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    notes = open_machine("auto", "auto", False).notes
+    assert notes[0].startswith("device: cpu, although there is an NVIDIA card.")
+    assert f"pip install --force-reinstall torch --index-url {CUDA_WHEELS}" in notes[0]
+    assert ("built without CUDA" in notes[0]) == (built_for is None)
+    with pytest.raises(UserError, match=r"device=cuda, but torch cannot use a GPU.*--device=cpu"):
+        open_machine("cuda", "auto", False)
+
+
+def test_an_apple_gpu_that_is_not_there_is_refused(no_gpu):
+    with pytest.raises(UserError, match=r"device=mps needs a Mac .* Or pass --device=cpu"):
+        open_machine("mps", "auto", False)
+
+
+def test_a_gpu_that_fails_at_its_first_tensor_is_refused(two_gpus, monkeypatch):
+    def fail(*shape, device):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy\nmore lines")
+
+    monkeypatch.setattr(torch, "empty", fail)
+    with pytest.raises(UserError, match=r"device=cuda:1 cannot be used: CUDA error: .* are busy$"):
+        open_machine("cuda:1", "auto", False)
+
+
+def test_a_compiler_that_fails_is_told_and_refused_where_it_was_asked_for(two_gpus, monkeypatch):
+    monkeypatch.setattr("gpt12.device._try_compiler", lambda place: "no C++ compiler")
+    machine = open_machine("cuda", "bfloat16", "auto")
+    assert not machine.compiled
+    assert machine.notes == ["compile: off, because torch.compile fails here: no C++ compiler"]
+    message = "compile=True, but torch.compile fails here: no C.. compiler. Pass --compile=False"
+    with pytest.raises(UserError, match=message):
+        open_machine("cuda", "bfloat16", True)
+
+
+def test_whatever_the_compiler_raises_becomes_one_line(monkeypatch):
+    for error, line in ((RuntimeError("first\nsecond"), "first"), (OSError(), "OSError")):
+
+        def compile_(function, error=error):
+            raise error
+
+        monkeypatch.setattr(torch, "compile", compile_)
+        assert device._try_compiler(CPU) == line
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_have_the_lower_precision_under_autocast_and_weights_stay_float32(dtype):
+    layer = torch.nn.Linear(4, 4)
+    with Machine(CPU, dtype, compiled=False).autocast():
+        assert layer(torch.ones(1, 4)).dtype == dtype
+    with Machine(CPU, torch.float32, compiled=False).autocast():
+        assert layer(torch.ones(1, 4)).dtype == torch.float32
+    assert layer.weight.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_a_run_says_what_auto_became(dataset, tmp_path, capsys):
+    options = ["--device=auto", "--dtype=auto", "--compile=auto", "--max_iters=1"]
+    assert run(dataset, tmp_path, *options) == 0
+    out = capsys.readouterr().out
+    assert out.count("device: ") == 1
+    assert out.count("compile: off") == 1
+    assert read_rows(tmp_path)

@@ -1,0 +1,324 @@
+"""gpt12/distributed.py: several processes train as one does and end together (torchrun, gloo)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from data.shards import Tokens, write_shard
+from data.windows import TrainWindows
+from gpt12.distributed import (
+    Ranks,
+    check_processes,
+    is_lost_rank,
+    lost_rank_advice,
+    process_group,
+    reported_by_rank_0,
+    torchrun_ranks,
+)
+from gpt12.errors import UserError
+from gpt12.targets import IGNORE_INDEX
+from tests.helpers import (
+    ENDLESS,
+    ROOT,
+    TINY,
+    built,
+    built_from,
+    environment,
+    losses,
+    resume,
+    run,
+    trainer,
+    weights,
+)
+from train import Trainer
+
+pytestmark = pytest.mark.usefixtures("no_picture")
+
+
+# --------------------------------------------------------------------------------------------------
+# One process
+
+
+def test_the_ranks_are_those_of_torchruns_environment(monkeypatch):
+    assert torchrun_ranks() == Ranks(rank=0, world=1, local=0)
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert torchrun_ranks() == Ranks(rank=5, world=8, local=1)
+
+
+def test_a_single_process_joins_no_group():
+    with process_group("auto", "nccl"):
+        assert not dist.is_initialized()
+
+
+def test_one_gpu_for_all_processes_is_refused_before_they_join(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = "device=cuda:0 would put all 2 processes on one GPU: pass --device=cuda$"
+    with pytest.raises(UserError, match=message), process_group("cuda:0", "nccl"):
+        pass
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, tmp_path / "out", "--device=cuda:0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_processes_than_gpus_are_refused_by_every_rank(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_processes("cuda", on_gpu=True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    check_processes("cpu", on_gpu=False)
+    with pytest.raises(UserError, match=r"3 processes .* 2 GPU\(s\): --nproc_per_node=2"):
+        check_processes("auto", on_gpu=True)
+
+
+def test_a_mistake_is_reported_by_rank_0_and_ends_the_others_with_the_same_status(monkeypatch):
+    with pytest.raises(UserError), reported_by_rank_0():
+        raise UserError("what is wrong")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end, reported_by_rank_0():
+        raise UserError("what is wrong")
+    assert end.value.code == 2
+
+
+def test_only_the_end_of_another_process_counts_as_a_lost_rank():
+    assert is_lost_rank(dist.DistBackendError("NCCL error"))
+    assert is_lost_rank(RuntimeError("Connection closed by peer [127.0.0.1]:1234"))
+    assert not is_lost_rank(RuntimeError("a bug"))
+
+
+def test_a_lost_rank_is_told_to_continue_only_where_there_is_a_checkpoint(tmp_path):
+    assert lost_rank_advice(tmp_path).endswith("that stands above")
+    for name in ("last.prev", "last"):
+        (tmp_path / name).mkdir()
+        assert lost_rank_advice(tmp_path).endswith(f"--init_from=resume --out_dir={tmp_path}")
+        (tmp_path / name).rmdir()
+
+
+def test_each_rank_draws_its_own_dropout_numbers_and_none_twice(
+    dataset, finished, tmp_path, monkeypatch
+):
+    """Only rank 0's random state is saved. Another rank takes new numbers when it is resumed."""
+    drawn = set()
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        Trainer(built(dataset, tmp_path))
+        drawn.add(torch.rand(()).item())
+    Trainer(built_from(["--init_from=resume", f"--out_dir={finished}", "--max_iters=9"]))
+    drawn.add(torch.rand(()).item())
+    assert len(drawn) == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Two processes
+
+
+def torchrun(*argv: str) -> subprocess.Popen:
+    """Start two ranks of a script, on a port that torchrun finds."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.Popen(
+        [*start, *argv],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def torchrun_succeeds(*argv: str) -> str:
+    """Run two ranks to their end and return what they printed."""
+    process = torchrun(*argv)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    return said
+
+
+# train.py that prepares texts in the folder that comes first on its command line.
+ELSEWHERE = """
+import sys
+from pathlib import Path
+
+import data.dataset
+import train
+from gpt12.errors import run_main
+
+data.dataset.DATA = Path(sys.argv.pop(1))
+run_main(train.main)
+"""
+
+
+def test_two_ranks_prepare_a_text_once_and_train_like_one_process(tmp_path, monkeypatch):
+    """The same windows and the same updates; and a single process can resume the run."""
+    monkeypatch.setattr("data.dataset.DATA", tmp_path / "data")
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    letters = np.cumsum(np.random.default_rng(0).integers(1, 4, 4000)) % 13
+    text = tmp_path / "letters.txt"
+    text.write_text("".join("abcdefghijklm"[i] for i in letters))
+    # Two micro-batches a rank: gradients are averaged after the last one only.
+    options = ["--max_iters=6", "--eval_interval=3", "--gradient_accumulation_steps=4"]
+    options += ["--eval_iters=0", "--tokenizer=char"]
+    places = [f"--dataset={text}", f"--out_dir={tmp_path / 'two'}"]
+    script = [str(tmp_path / "elsewhere.py"), str(tmp_path / "data")]
+    said = torchrun_succeeds(*script, *TINY, *places, *options)
+    assert said.count("6 steps in ") == 1  # only rank 0 tells
+    (prepared,) = (tmp_path / "data/cache").iterdir()
+    assert prepared.name.startswith("letters-")
+    assert run(text, tmp_path / "one", *options) == 0
+    for key in ("loss", "grad_norm", "val_loss"):
+        one = losses(tmp_path / "one", key)
+        two = losses(tmp_path / "two", key)
+        assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-4)
+    for name, tensor in weights(tmp_path / "one").items():
+        assert torch.allclose(tensor, weights(tmp_path / "two")[name], atol=1e-5), name
+    assert resume(tmp_path / "two", "--max_iters=8") == 0
+    assert list(losses(tmp_path / "two")) == list(range(1, 9))
+
+
+def test_two_ranks_resume_the_run_of_one_although_they_share_the_targets_unevenly(tmp_path):
+    """Rows with few targets, and steps in which one rank has none, count as in one process."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    generator = np.random.default_rng(8)
+    tokens = (np.cumsum(generator.integers(1, 4, 40 * 16 + 1)) % 13).astype(np.uint16)
+    shares = generator.choice([0, 0, 0, 0.2, 1], (40, 1))
+    mask = np.append(generator.random((40, 16)) < shares, False).astype(np.uint8)
+    for split in ("train", "val"):
+        write_shard(folder / f"{split}_000000.bin", tokens)
+        write_shard(folder / f"{split}_mask_000000.bin", mask)
+    meta = {"vocab_size": 13, "kind": "prompt", "row": 16}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    windows = TrainWindows(Tokens.open(folder, "train"), 16, 1337)
+    _, y = windows.batch(24, 24)  # of the three steps after resuming
+    targets = (y.reshape(3, 2, -1) != IGNORE_INDEX).sum(2)  # by step and rank
+    assert ((targets == 0).sum(1) == 1).any()
+    fixed = ["--eval_interval=3", "--decay_lr=False"]
+    assert run(folder, tmp_path / "one", *fixed, "--max_iters=6") == 0
+    assert run(folder, tmp_path / "both", *fixed, "--max_iters=3") == 0
+    both = tmp_path / "both"
+    torchrun_succeeds("train.py", "--init_from=resume", f"--out_dir={both}", "--max_iters=6")
+    assert list(losses(both)) == list(range(1, 7))
+    expected = list(losses(tmp_path / "one").values())
+    assert list(losses(both).values()) == pytest.approx(expected, abs=1e-5)
+    for name, tensor in weights(tmp_path / "one").items():
+        assert torch.allclose(tensor, weights(both)[name], atol=1e-5), name
+
+
+# Rank 0 prepares for longer than a collective operation of the process group may take. A plain
+# barrier then fails, which shows that this timeout is in force.
+SLOW_PREPARATION = """
+import contextlib
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from gpt12.distributed import process_group, rank_0_first
+
+LIMIT = timedelta(seconds=1)
+prepared = Path(sys.argv[1])
+
+
+def take_longer_than_the_limit():
+    with contextlib.suppress(RuntimeError):
+        store.wait(["nobody sets this"], 2 * LIMIT)
+
+
+with process_group("cpu", "gloo"):
+    dist.barrier()  # both are here
+    dist.distributed_c10d._set_pg_timeout(LIMIT, dist.group.WORLD)
+    store = dist.PrefixStore("test", dist.distributed_c10d._get_default_store())
+    with rank_0_first():
+        if dist.get_rank() == 0:
+            take_longer_than_the_limit()
+            prepared.write_text("prepared")
+        else:
+            assert prepared.read_text() == "prepared"
+    print(f"rank {dist.get_rank()} has the data", flush=True)
+    if dist.get_rank() == 0:
+        take_longer_than_the_limit()
+    else:
+        try:
+            dist.barrier()
+        except RuntimeError:
+            print("a plain barrier has failed", flush=True)
+"""
+
+
+def test_rank_0_may_prepare_data_for_longer_than_the_process_groups_timeout(tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_PREPARATION)
+    said, _ = torchrun(str(script), str(tmp_path / "data")).communicate()
+    assert "rank 0 has the data" in said, said
+    assert "rank 1 has the data" in said
+    assert "a plain barrier has failed" in said
+
+
+def test_a_users_mistake_is_printed_once(tmp_path):
+    options = ["--dataset=/nowhere/my.txt", f"--out_dir={tmp_path / 'out'}"]
+    process = torchrun("train.py", *TINY, *options)
+    said, _ = process.communicate()
+    assert process.returncode != 0
+    assert said.count("error: There is no data set '/nowhere/my.txt'") == 1, said
+    assert "has lost the others" not in said
+
+
+def test_a_mistake_in_the_configuration_is_printed_by_rank_0_only(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="learning_rate"):
+        run(tmp_path, tmp_path / "out", "--learning_rat=1")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, tmp_path / "out", "--learning_rat=1")
+    assert end.value.code == 2
+
+
+def process_of_rank(process: subprocess.Popen, rank: int) -> int:
+    """Return the process id of one of torchrun's children."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = []
+    for child in children:
+        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            found.append(int(child))
+    [pid] = found
+    return pid
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_a_rank_that_dies_ends_the_run_and_a_checkpoint_is_left(dataset, tmp_path):
+    places = [f"--dataset={dataset}", f"--out_dir={tmp_path}"]
+    process = torchrun("train.py", *TINY, *ENDLESS, *places, "--save_interval_s=0")
+    assert any(line.startswith("step 12:") for line in process.stdout), "it ended before"
+    os.kill(process_of_rank(process, 1), signal.SIGKILL)
+    said, _ = process.communicate()
+    assert process.returncode == 1
+    assert "rank      : 1" in said  # torchrun's own report: which rank, and how it ended
+    assert "SIGKILL" in said
+    # Rank 0 says so too, unless torchrun's signals end it before it notices.
+    assert said.count("rank 0 has lost the others") <= 1
+    assert "[rank0]: Traceback" not in said
+    step = trainer(tmp_path)["step"]
+    assert step >= 11
+    assert resume(tmp_path, f"--max_iters={step + 2}") == 0
+    assert list(losses(tmp_path)) == list(range(1, step + 3))
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_a_signal_to_one_rank_stops_both_after_the_same_step_with_a_save(dataset, tmp_path):
+    places = [f"--dataset={dataset}", f"--out_dir={tmp_path}"]
+    process = torchrun("train.py", *TINY, *ENDLESS, *places)
+    assert any(line.startswith("step 12:") for line in process.stdout), "it ended before"
+    os.kill(process_of_rank(process, 1), signal.SIGTERM)
+    said, _ = process.communicate()
+    assert f"go on with: python train.py --init_from=resume --out_dir={tmp_path}" in said
+    step = trainer(tmp_path)["step"]
+    assert f"stopped at step {step:,}" in said
+    assert list(losses(tmp_path)) == list(range(1, step + 1))
+    assert "has lost the others" not in said

@@ -1,0 +1,142 @@
+"""run_main: what a script prints and returns for mistakes, bugs, Ctrl-C and lost output."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt12.errors import UserError, run_main
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+class DamagedFileError(UserError):
+    pass
+
+
+def exit_status_of(main, help_page=None):
+    with pytest.raises(SystemExit) as done:
+        run_main(main, help_page)
+    return done.value.code
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "printed"),
+    [
+        (UserError("two\nlines"), 2, "error: two\nlines\n"),
+        (DamagedFileError("weights"), 2, "error: weights\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(), 141, ""),
+        (SystemExit(0), 0, ""),
+        (SystemExit(None), 0, ""),
+        (SystemExit(3), 3, ""),
+        (SystemExit("why"), 1, "error: why\n"),
+    ],
+)
+def test_an_exception_becomes_a_status_and_a_message(raised, status, printed, capsys):
+    def main():
+        raise raised
+
+    assert exit_status_of(main) == status
+    assert capsys.readouterr().err == printed
+
+
+@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (143, 143)])
+def test_the_returned_value_is_the_exit_status(returned, status):
+    assert exit_status_of(lambda: returned) == status
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("argument", ["--help", "-h"])
+def test_help_prints_the_page_and_runs_nothing(argument, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", argument])
+    assert exit_status_of(lambda: pytest.fail("main was run"), "\nthe page\n") == 0
+    assert capsys.readouterr().out == "the page\n"
+
+
+def test_a_script_without_options_refuses_an_argument(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--tokens=5"])
+    assert exit_status_of(lambda: pytest.fail("main was run"), "the page") == 2
+    assert "'--tokens=5'" in capsys.readouterr().err
+
+
+SCRIPT = """
+import sys
+from gpt12.errors import UserError, run_main
+def main():
+{body}
+run_main(main)
+"""
+
+
+def run_script(body, stdout, stderr=subprocess.PIPE):
+    # An unbuffered stdout fails in print, a buffered one when it is flushed: here it is buffered.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", SCRIPT.format(body=body)]
+    return subprocess.run(
+        command, cwd=REPOSITORY, stdout=stdout, stderr=stderr, text=True, env=environment
+    )
+
+
+@pytest.fixture
+def unread_pipe():
+    """The writing end of a pipe whose reader has ended, as in `python train.py --help | head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "printed"),
+    [
+        ("    print('page')\n    raise SystemExit(0)", 0, ""),  # as --help does
+        ("    print('a result')", 0, ""),
+        (
+            "    print('x' * 10**6)",
+            141,
+            "",
+        ),  # more than the buffer holds: main itself meets the error
+        ("    print('x')\n    raise UserError('no such key')", 2, "error: no such key\n"),
+    ],
+)
+def test_output_that_nobody_reads_prints_no_traceback(body, status, printed, unread_pipe):
+    done = run_script(body, unread_pipe)
+    assert (done.returncode, done.stderr) == (status, printed)
+
+
+def test_a_bug_shows_its_traceback_even_if_nobody_reads_the_output(unread_pipe):
+    done = run_script("    print('x')\n    1 // 0", unread_pipe)
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_a_mistake_keeps_its_status_if_nobody_reads_the_messages(unread_pipe):
+    assert run_script("    raise UserError('x')", subprocess.DEVNULL, unread_pipe).returncode == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_output_that_cannot_be_written_is_an_error():
+    with Path("/dev/full").open("w") as full:
+        done = run_script("    print('a result')", full)
+    assert done.returncode == 2
+    assert done.stderr == "error: not all of the output could be written: No space left on device\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+def test_a_program_without_standard_output_runs():
+    code = "from gpt12.errors import run_main; run_main(lambda: print('x'))"
+    done = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -c "{code}" >&-'],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,346 @@
+"""gpt12/generate.py against `transformers`, recomputation, and distributions in plain Python."""
+
+import contextlib
+import copy
+import math
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers.generation import logits_process as theirs_process
+
+from gpt12.errors import UserError
+from gpt12.generate import (
+    Decoder,
+    Sampling,
+    SeparateBiasLinear,
+    generate,
+    sample_token,
+    store_by_columns,
+    uniform_draws,
+)
+from gpt12.linears import replace_linears
+from gpt12.weights import from_pretrained, save_pretrained
+from model import GPT, GPTConfig
+from tests.helpers import ROOT
+from tests.texts import GREEDY, PROMPTS, VOCAB, random_theirs, recomputed, with_loud_padding
+
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="no C++ compiler on this machine",
+)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """One random GPT-2 as `transformers` has it and as we read it. Our padding is the likeliest."""
+    theirs = random_theirs(256)
+    folder = tmp_path_factory.mktemp("theirs")
+    theirs.save_pretrained(folder)
+    return theirs, with_loud_padding(from_pretrained(folder).eval())
+
+
+@pytest.fixture(scope="module")
+def greedy(both):
+    return [recomputed(both[1], prompt, 200) for prompt in PROMPTS]
+
+
+def test_greedy_with_the_cache_is_full_recomputation_and_transformers(both, greedy):
+    theirs, ours = both
+    assert len({tuple(text[-20:]) for text in greedy}) > 1  # else any cache would do
+    for prompt, expected in zip(PROMPTS, greedy, strict=True):
+        idx = torch.tensor([prompt])
+        options = {"max_new_tokens": 200, "do_sample": False, "pad_token_id": 0}
+        [text] = theirs.generate(idx, attention_mask=torch.ones_like(idx), **options).tolist()
+        assert text == prompt + expected
+        assert generate(ours, [prompt], 200, sampling=GREEDY) == [expected]
+    assert generate(ours, PROMPTS, 200, sampling=GREEDY) == greedy
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7, 16, 41])
+def test_past_block_size_the_last_half_is_computed_anew(both, tmp_path, block_size):
+    both[0].save_pretrained(tmp_path)
+    model = with_loud_padding(from_pretrained(tmp_path, block_size).eval())
+    prompts = [prompt[:block_size] for prompt in PROMPTS]
+    expected = [recomputed(model, prompt, 100, decided=1e-5) for prompt in prompts]
+    assert generate(model, prompts, 100, sampling=GREEDY) == expected
+
+
+def test_a_text_does_not_depend_on_its_neighbours(both):
+    _, model = both
+    how = Sampling(1.5, top_k=50, repetition_penalty=1.2)
+    seeds = [3, 99, 2**62, 7]
+    together = generate(model, PROMPTS, 60, sampling=how, seeds=seeds)
+    for i in range(4):
+        assert generate(model, [PROMPTS[i]], 60, sampling=how, seeds=[seeds[i]]) == [together[i]]
+    pair = generate(model, [PROMPTS[2], PROMPTS[0]], 60, sampling=how, seeds=[seeds[2], seeds[0]])
+    assert pair == [together[2], together[0]]
+    assert together[0] != generate(model, [PROMPTS[0]], 60, sampling=how, seeds=[4])[0]
+    longer = generate(model, [PROMPTS[0]], 80, sampling=how, seeds=[3])[0]
+    assert longer[:60] == together[0]  # nor on how long it may become
+
+
+def test_weights_stored_by_columns_are_the_same_model(both, greedy, tmp_path):
+    model = copy.deepcopy(both[1])
+    store_by_columns(model)
+    assert {m.weight.stride(0) for m in model.modules() if isinstance(m, torch.nn.Linear)} == {1}
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert generate(model, PROMPTS, 200, sampling=GREEDY) == greedy
+    for name, m in (("rows", both[1]), ("columns", model)):
+        save_pretrained(m, tmp_path / name)
+    assert (tmp_path / "rows/model.safetensors").read_bytes() == (
+        tmp_path / "columns/model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(("prompt", "new"), [([1, 2], 2), ([1] * 15, 4)])
+def test_warming_up_before_recording_stays_inside_draws_and_context(monkeypatch, prompt, new):
+    """The way a GPU goes, with the plain step in place of the recorded one.
+
+    The last draw and the last slot may be all that is left when the step is recorded.
+    """
+    model = GPT(GPTConfig(16, 13, 2, 2, 16)).eval()
+    plain = generate(model, [prompt], new, seeds=[3])
+    side = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    recorded = []
+    monkeypatch.setattr("gpt12.generate.record", recorded.append)
+
+    def advance(self):
+        if not recorded:
+            self.record_step()
+        self.compute_step()
+
+    monkeypatch.setattr(Decoder, "advance", advance)
+    assert generate(model, [prompt], new, seeds=[3]) == plain
+    assert len(recorded) == 1
+
+
+@NEEDS_COMPILER
+def test_compiled_decoding_writes_the_same_texts(both, monkeypatch, tmp_path):
+    """On a CPU, too."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = copy.deepcopy(both[1])
+    sampling = Sampling(1.5, top_k=50, repetition_penalty=1.2)
+    plain = generate(model, [PROMPTS[1]], 30, sampling=sampling)
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": True, "cpp.simdlen": 256}):
+        compiled = generate(model, [PROMPTS[1]], 30, sampling=sampling, compiled=True)
+    assert compiled == plain
+    assert model.compiled
+    assert any(tmp_path.rglob("*.cpp"))
+    assert model.state_dict().keys() == both[1].state_dict().keys()
+    assert model.state_dict()["transformer.h.0.mlp.c_fc.weight"].data_ptr() == (
+        model.transformer.h[0].mlp.c_fc.weight.data_ptr()
+    )
+
+
+def test_what_training_has_compiled_runs_eagerly_while_text_is_written(both):
+    """Otherwise it would be compiled again for each length of a prompt."""
+    model = copy.deepcopy(both[1])
+    plain = generate(model, PROMPTS, 5)
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    for block in model.transformer.h:
+        block.compile(backend=backend, dynamic=False)
+    model.compiled = True
+    assert generate(model, PROMPTS, 5) == plain
+    assert not compiled
+    model(torch.tensor([PROMPTS[1]]))
+    assert compiled
+
+
+def test_loading_and_writing_do_not_import_the_compiler(both, tmp_path):
+    """It takes seconds, and every run of sample.py would wait for it."""
+    save_pretrained(both[1], tmp_path)
+    program = f"""
+import sys
+from gpt12.generate import generate
+from gpt12.weights import from_pretrained
+generate(from_pretrained({str(tmp_path)!r}), [[1, 2]], 3)
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_no_id_of_the_padding_is_ever_sampled(both):
+    ids = generate(both[1], [[1]] * 64, 40, sampling=Sampling(temperature=50.0))
+    assert {token for text in ids for token in text} == set(range(VOCAB))
+
+
+def test_nothing_asked_for_is_nothing_written(both):
+    assert generate(both[1], [[1, 2], [3]], 0) == [[], []]
+    assert generate(both[1], [], 5) == []
+
+
+def test_a_prompt_must_fit(both):
+    for prompt in ([], [1] * 257):
+        with pytest.raises(UserError, match="block_size=256"):
+            generate(both[1], [[1], prompt], 1)
+
+
+def allowed_probabilities(logits: list[float], how: Sampling, seen: set[int]) -> list[float]:
+    """The distribution in plain Python, written from the definitions in Sampling's docstring."""
+    r = how.repetition_penalty
+    t = how.temperature
+    logits = [(x / r if x > 0 else x * r) if i in seen else x for i, x in enumerate(logits)]
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[: how.top_k or None]
+    weight = {i: math.exp((logits[i] - logits[order[0]]) / t) for i in order}
+    total = sum(weight.values())
+    reached = 0.0
+    kept: list[int] = []
+    for i in order:
+        if reached / total >= how.top_p and kept:
+            break
+        kept.append(i)
+        reached += weight[i]
+    kept = [i for i in kept if weight[i] >= how.min_p * weight[order[0]]]
+    total = sum(weight[i] for i in kept)
+    return [weight[i] / total if i in kept else 0.0 for i in range(len(logits))]
+
+
+def transformers_probabilities(logits: torch.Tensor, how: Sampling, seen: set[int]) -> list[float]:
+    steps = [
+        theirs_process.RepetitionPenaltyLogitsProcessor(how.repetition_penalty),
+        theirs_process.TemperatureLogitsWarper(how.temperature),
+        theirs_process.TopKLogitsWarper(how.top_k or len(logits)),
+        theirs_process.TopPLogitsWarper(how.top_p),
+        theirs_process.MinPLogitsWarper(how.min_p),
+    ]
+    ids = torch.tensor([sorted(seen)])
+    scores = logits[None].clone()
+    for step in steps:
+        scores = step(ids, scores)
+    return scores.double().softmax(1)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Sampling(),
+        Sampling(0.5),
+        Sampling(2.0),
+        Sampling(top_k=1),
+        Sampling(top_k=7),
+        Sampling(top_k=1000),
+        Sampling(top_p=0.5),
+        Sampling(top_p=0.9),
+        Sampling(top_p=1e-6),
+        Sampling(min_p=0.1),
+        Sampling(min_p=0.9),
+        Sampling(repetition_penalty=1.7),
+        Sampling(repetition_penalty=0.6),
+        Sampling(0.7, 12, 0.8, 0.15, 1.3),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_with_exactly_their_probabilities(how):
+    """An even grid of draws hits every token as often as its probability says, within one draw."""
+    n = 4000
+    seen = {0, 3, 4, 11}
+    draws = (torch.arange(n) + 0.5) / n
+    for seed in range(3):
+        logits = 3 * torch.randn(30, generator=torch.Generator().manual_seed(seed))
+        expected = allowed_probabilities(logits.tolist(), how, seen)
+        assert expected == pytest.approx(transformers_probabilities(logits, how, seen), abs=1e-6)
+        mask = torch.zeros(30, dtype=torch.bool)
+        mask[list(seen)] = True
+        chosen = sample_token(logits.expand(n, -1), draws, how, mask.expand(n, -1))
+        count = np.bincount(chosen.numpy(), minlength=30)
+        assert np.abs(count - n * np.array(expected)).max() <= 1.01
+        assert not count[np.array(expected) == 0].any()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [Sampling(), *map(Sampling, (0, 1e-30, 1e-99)), Sampling(top_p=1e-9), Sampling(min_p=0.99)],
+)
+def test_the_extreme_draws_and_logits_stay_in_the_distribution(how):
+    below_one = 1 - 2.0**-24
+    logits = torch.tensor(
+        [[3.0, -torch.inf, 2.0, -1e30], [0.0, 0.0, 0.0, 0.0], [-5.0, 1e30, 0.0, 0.0]]
+    )
+    for draw in (0.0, 0.5, below_one):
+        chosen = sample_token(logits, torch.full((3,), draw), how).tolist()
+        assert chosen[0] in (0, 2)
+        assert chosen[2] == 1
+        if how != Sampling():
+            assert chosen[0] == 0
+
+
+def test_the_nucleus_ends_with_the_token_that_reaches_top_p():
+    halves = torch.tensor([[0.0, 0.0, -torch.inf]]).expand(5, -1)
+    assert len(sample_token(halves, torch.arange(5) / 5, Sampling(top_p=0.5)).unique()) == 1
+
+
+def test_the_repetition_penalty_counts_prompt_and_text(both):
+    """With a penalty that forbids what was seen, all other tokens follow before any comes again."""
+    how = Sampling(temperature=0, repetition_penalty=1e9)
+    logits = torch.ones(1, VOCAB)  # all positive, so that dividing forbids
+    _, model = both
+    ids = generate(model, [PROMPTS[3]], 1, sampling=how)[0]
+    assert ids[0] not in PROMPTS[3]
+    seen = torch.zeros(1, VOCAB, dtype=torch.bool)
+    for _ in range(VOCAB):
+        token = sample_token(logits, torch.zeros(1), how, seen)
+        assert not seen[0, token]
+        seen[0, token] = True
+    prompt = PROMPTS[2]
+    [written] = generate(model, [prompt], 30, sampling=Sampling(0, repetition_penalty=1.5))
+    text = prompt + written
+    for end in range(len(prompt), len(text)):
+        row = model(torch.tensor([text[:end]]))[0][0, -1].tolist()
+        row = [(x / 1.5 if x > 0 else x * 1.5) if i in text[:end] else x for i, x in enumerate(row)]
+        assert text[end] == int(np.argmax(row))
+
+
+def test_draws_over_seeds_are_uniform():
+    """Chi-square over 20,000 texts of one token, and over neighbouring seeds, as sample.py uses."""
+    n = 20_000
+    cells = 16
+    draws = np.array([uniform_draws(1337 * 1_000_003 + i, 2).tolist() for i in range(n)])
+    assert 0 <= draws.min() <= draws.max() < 1
+    first, second = (draws * cells).astype(int).T
+    for a, b in ((first, second), (first[:-1], first[1:])):
+        table = np.bincount(a * cells + b, minlength=cells**2)
+        expected = len(a) / cells**2
+        statistic = ((table - expected) ** 2 / expected).sum()
+        assert 180 < statistic < 340  # 255 degrees of freedom: 0.02% lie below, 0.03% above
+
+
+def test_sampled_tokens_follow_the_models_distribution(both):
+    _, model = both
+    n = 6000
+    prompt = [1, 2, 3]
+    texts = generate(model, [prompt] * n, 1, sampling=Sampling(6.0), seeds=range(n))
+    tokens = [text[0] for text in texts]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt]))[0][0, -1]
+    expected = n * (logits / 6).double().softmax(0).numpy()
+    count = np.bincount(tokens, minlength=VOCAB)
+    common = expected >= 5
+    count = np.append(count[common], count[~common].sum())
+    expected = np.append(expected[common], expected[~common].sum() + 1e-9)
+    statistic = ((count - expected) ** 2 / expected).sum()
+    freedom = common.sum() - 1
+    assert freedom > 20
+    assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
+
+
+def test_a_prompt_of_one_token_works_under_autocast(both):
+    """Keys and values have to be bf16 then, whether the bias is part of the product or not."""
+    model = copy.deepcopy(both[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(generate(model, [[1]], 3)[0]) == 3
+        replace_linears(model, SeparateBiasLinear)
+        assert len(generate(model, [[1]], 3)[0]) == 3

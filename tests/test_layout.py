@@ -1,0 +1,214 @@
+"""The layout of the shipped code: who may import what, and what no file may do."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ["model.py", "train.py", "sample.py", "bench.py"]
+FOLDERS = ["gpt12", "data"]
+
+
+def shipped_files() -> list[Path]:
+    """Return our scripts and the files of our packages; presets and caches are something else."""
+    files = [ROOT / name for name in SCRIPTS]
+    for folder in FOLDERS:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            if "cache" not in file.relative_to(ROOT).parts:
+                files.append(file)
+    return files
+
+
+FILES = shipped_files()
+NAMES = [file.relative_to(ROOT).as_posix() for file in FILES]
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text("utf-8"))
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    """Tell whether a node is `if TYPE_CHECKING:`, whose imports never happen."""
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def walk(node: ast.AST, into_functions: bool = True):
+    """Yield a node and all below it, but nothing below `if TYPE_CHECKING:`."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child):
+            continue
+        if isinstance(child, ast.FunctionDef) and not into_functions:
+            continue
+        yield from walk(child, into_functions)
+
+
+def imported_modules(tree: ast.AST, into_functions: bool = True) -> set[str]:
+    """Return the full names of the modules that a file imports, `a.b` for `from a import b` too."""
+    found = set()
+    for node in walk(tree, into_functions):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, "a relative import"
+            assert node.level == 0, "a relative import"
+            found.add(node.module)
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    if parts[-1] == "__init__":
+        parts = parts[:-1]
+    return ".".join(parts)
+
+
+OURS = {module_name(file): file for file in FILES}
+
+
+def ours_among(modules: set[str]) -> set[str]:
+    """Return those modules that are files of ours."""
+    return {module for module in modules if module in OURS and module not in FOLDERS}
+
+
+def test_imports_form_no_cycle():
+    """Also none through an import inside a function."""
+    graph = {}
+    for name, file in OURS.items():
+        graph[name] = ours_among(imported_modules(parse(file))) - {name}
+    finished: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"a cycle: {' -> '.join([*path[path.index(name) :], name])}"
+        if name not in finished:
+            for other in sorted(graph[name]):
+                visit(other, (*path, name))
+            finished.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+def test_model_py_imports_only_torch_the_loss_the_errors_and_the_targets():
+    allowed = {"gpt12.loss", "gpt12.errors", "gpt12.targets"}
+    for module in imported_modules(parse(ROOT / "model.py")):
+        top = module.split(".")[0]
+        if top == "gpt12":
+            assert any(f"{module}.".startswith(f"{name}.") for name in allowed), module
+        else:
+            assert top in {"torch", "__future__", "dataclasses", "math", "typing"}, module
+
+
+def test_the_data_pipeline_imports_of_gpt12_only_errors_files_and_targets():
+    allowed = {"gpt12.errors", "gpt12.files", "gpt12.targets"}
+    for file in FILES:
+        if file.is_relative_to(ROOT / "data"):
+            modules = ours_among(imported_modules(parse(file)))
+            outside = {module for module in modules if not module.startswith("data.")}
+            assert outside <= allowed, f"{file.name} imports {outside - allowed}"
+
+
+def test_the_technique_files_do_not_import_the_scripts():
+    """gpt12/ is what the scripts are built from, except for bench.py's measuring of train.py."""
+    for name, file in OURS.items():
+        if name.startswith("gpt12."):
+            scripts = imported_modules(parse(file)) & {"sample", "bench"}
+            assert not scripts, f"{name} imports {scripts}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_packages_init_is_nearly_empty(folder):
+    tree = parse(ROOT / folder / "__init__.py")
+    assert all(isinstance(node, ast.Expr) for node in tree.body)  # a docstring at most
+    assert len(tree.body) <= 1
+
+
+HEAVY = {"datasets", "wandb", "matplotlib", "transformers", "torchao", "torch._dynamo", "peft"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_heavy_libraries_are_imported_only_where_they_are_needed(name):
+    at_import = imported_modules(parse(ROOT / name), into_functions=False)
+    heavy = {module for module in at_import if module in HEAVY or module.split(".")[0] in HEAVY}
+    assert not heavy
+
+
+# What may stand at a file's top level. Besides it: the settings that must be made before torch is
+# imported, Triton where it is installed, and a prepare.py's path to the repository.
+DEFINITIONS = (
+    *(ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef),
+    ast.Assign,
+    ast.AnnAssign,
+)
+ALLOWED_CALLS = {
+    "os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')",
+}
+
+
+def runs_at_import(node: ast.stmt) -> bool:
+    """Tell whether a statement at the top level does more than define something."""
+    if isinstance(node, DEFINITIONS):
+        return False
+    if isinstance(node, ast.Expr):
+        is_docstring = isinstance(node.value, ast.Constant)
+        return not is_docstring and ast.unparse(node.value) not in ALLOWED_CALLS
+    if isinstance(node, ast.If):
+        test = ast.unparse(node.test)
+        if test == "__name__ == '__main__'" or is_type_checking(node):
+            return False
+        # A definition that exists only under a condition, as the Triton kernel does.
+        return any(runs_at_import(child) for child in [*node.body, *node.orelse])
+    if isinstance(node, ast.Try):  # an optional library
+        statements = [*node.body, *node.orelse, *node.finalbody]
+        for handler in node.handlers:
+            statements += handler.body
+        return any(runs_at_import(child) for child in statements)
+    return True
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_definitions_imports_and_constants_run_at_import(name):
+    for node in parse(ROOT / name).body:
+        assert not runs_at_import(node), f"line {node.lineno}: {ast.unparse(node)[:80]}"
+
+
+FORBIDDEN = [
+    "__wrapped__",
+    "object.__new__",
+    "_compiled_call_impl",
+    "os._exit",
+    "gc.disable",
+    "set_wakeup_fd",
+    "inspect.getsource",
+    "_step_supports_amp_scaling",
+    "torch.nn.init.normal_ =",
+    "setattr(torch",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_file_contains_a_forbidden_hack(name):
+    text = (ROOT / name).read_text("utf-8")
+    assert [word for word in FORBIDDEN if word in text] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_file_assigns_to_an_attribute_of_an_imported_library(name):
+    """Patching a library changes it for everybody who uses it."""
+    tree = parse(ROOT / name)
+    libraries = {module.split(".")[0] for module in imported_modules(tree)} - set(OURS)
+    allowed = ("torch.backends.", "sys.stdout", "sys.argv")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                words = ast.unparse(target)
+                if isinstance(target, ast.Attribute) and words.split(".")[0] in libraries:
+                    assert words.startswith(allowed), f"line {node.lineno}: {words} is replaced"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_are_short_enough_to_read_in_one_sitting(name):
+    assert len((ROOT / name).read_text("utf-8").splitlines()) <= 650

@@ -1,0 +1,174 @@
+"""gpt12/loss.py: the loss against float64, its memory, ignored targets, vocabulary padding."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gpt12.loss import cross_entropy_chunk, linear_cross_entropy
+from gpt12.targets import IGNORE_INDEX
+from model import GPT, GPTConfig
+from tests.models import SHAPE, random_batch, relative, small_model
+
+
+class LargeTensors(TorchDispatchMode):
+    """Keep every storage of so many numbers that is made inside, so that no address comes twice."""
+
+    def __init__(self, numel: int):
+        super().__init__()
+        self.numel = numel
+        self.made: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.numel() >= self.numel:
+                self.made[t.untyped_storage().data_ptr()] = t
+        return out
+
+
+@pytest.mark.parametrize(("dtype", "more"), [(torch.float32, 0), (torch.bfloat16, 4)])
+def test_the_loss_holds_its_logits_in_fp32_and_nothing_else_so_large(dtype, more):
+    logits = torch.randn(64, 128).to(dtype)
+    targets = torch.randint(100, (64,))
+    with LargeTensors(64 * 100) as large:
+        cross_entropy_chunk(logits, targets, 100)
+    large.made.pop(logits.data_ptr(), None)
+    assert sum(t.untyped_storage().nbytes() for t in large.made.values()) == more * logits.numel()
+
+
+@pytest.mark.parametrize("scale", [3.0, 30.0])
+def test_the_loss_and_its_gradient_are_those_of_float64(scale):
+    """GPT-2's number of columns: sums of so many have to be summed well."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 50304, generator=generator) * scale
+    targets = torch.randint(50257, (64,), generator=generator)
+    targets[::7] = IGNORE_INDEX
+    exact = logits.double()[:, :50257].requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(
+        exact, targets, ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    wanted.backward()
+    logits[3, 50257:] = math.inf  # whatever stands in the padding
+    loss = cross_entropy_chunk(logits, targets, 50257)
+    assert loss.item() == pytest.approx(wanted.item(), rel=3e-7)
+    assert (logits[:, :50257] - exact.grad).abs().max() < 3e-7
+    assert not logits[:, 50257:].any()
+
+
+def test_a_masked_row_takes_no_part_whatever_its_logits():
+    logits = torch.full((2, 4), math.inf)
+    logits[1] = 0.0
+    targets = torch.tensor([IGNORE_INDEX, 1])
+    assert cross_entropy_chunk(logits, targets, 4).item() == pytest.approx(math.log(4))
+    assert logits.tolist() == [[0.0] * 4, [0.25, -0.75, 0.25, 0.25]]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_chunks_do_not_change_loss_or_gradients(monkeypatch, chunk):
+    model = small_model()
+    x, y = torch.randint(0, 13, (2, 4, 8))
+    y[1] = IGNORE_INDEX
+    whole = torch.autograd.grad(model(x, y)[1], list(model.parameters()))
+    monkeypatch.setattr("gpt12.loss.CHUNK_ROWS", chunk)
+    parts = torch.autograd.grad(model(x, y)[1], list(model.parameters()))
+    for a, b in zip(parts, whole, strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_evaluating_makes_no_gradient(monkeypatch):
+    model = GPT(GPTConfig(64, 97, 2, 2, 32))
+    idx = torch.arange(120).view(2, 60) % 97
+    with_gradient = model(idx, idx)[1]
+    monkeypatch.setattr(
+        "gpt12.loss.add_product", lambda *args: pytest.fail("a product for the head's gradient")
+    )
+    with torch.no_grad():
+        assert torch.equal(model(idx, idx)[1], with_gradient)
+
+
+def test_padding_of_the_vocabulary_takes_no_part():
+    model = small_model()
+    x, y = torch.randint(0, 13, (2, 4, 8))
+    before = model(x, y)[1]
+    logits = model(x)[0]
+    with torch.no_grad():
+        model.lm_head.weight[13:] = 7.0
+    loss = model(x, y)[1]
+    loss.backward()
+    assert loss.item() == before.item()
+    assert torch.equal(model(x)[0], logits)
+    assert logits.shape == (4, 8, 13)
+    assert not model.lm_head.weight.grad[13:].any()
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("targets", [0, 1, 7, 32])
+def test_the_loss_is_the_mean_over_however_few_targets(targets, known):
+    """Mean over the targets there are, 0 and not NaN without any; both ends of the vocabulary."""
+    model = small_model()
+    x = torch.randint(0, 13, (4, 8))
+    y = torch.full((32,), IGNORE_INDEX)
+    chosen = torch.randperm(32)[:targets]
+    y[chosen] = torch.tensor([0, 12] * 16)[:targets]
+    _, loss = model(x, y.view(4, 8), target_count=targets if known else None)
+    loss.backward()
+    log_probs = model(x)[0].view(-1, 13).log_softmax(1)
+    expected = -sum(log_probs[i, y[i]] for i in chosen) / max(1, targets)
+    assert loss.item() == pytest.approx(float(torch.as_tensor(expected).detach()), rel=1e-5)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("targets", [1023, 1024, 1025, 2047])
+def test_masked_rows_that_are_left_out_of_many_change_nothing(targets):
+    generator = torch.Generator().manual_seed(2)
+    model = small_model()
+    x, y = torch.randint(0, 13, (2, 256, 8), generator=generator)
+    masked = torch.randperm(2048, generator=generator)[targets:]
+    y.view(-1)[masked] = IGNORE_INDEX
+    parameters = list(model.parameters())
+    loss = model(x, y, target_count=targets)[1]
+    full_loss = model(x, y)[1]
+    assert loss.item() == pytest.approx(full_loss.item(), rel=1e-5)
+    gradients = torch.autograd.grad(loss, parameters)
+    full_gradients = torch.autograd.grad(full_loss, parameters)
+    for a, b in zip(gradients, full_gradients, strict=True):
+        assert relative(a, b) < 1e-4
+
+
+def test_lower_precision_stays_near_fp32(monkeypatch):
+    """Under bf16 autocast every parameter's gradient is within 3% of fp32's in norm."""
+    monkeypatch.setattr("gpt12.loss.CHUNK_ROWS", 40)  # of 96: all three chunks count
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, **SHAPE))
+    batch = random_batch()
+    exact = torch.autograd.grad(model(*batch)[1], list(model.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = torch.autograd.grad(model(*batch)[1], list(model.parameters()))
+    for (name, _), a, b in zip(model.named_parameters(), rounded, exact, strict=True):
+        assert ((a - b).norm() / b.norm()).item() < 0.03, name
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu, id="cuda")])
+@pytest.mark.parametrize("divisor", [12_288, 491_520])
+def test_the_gradients_below_the_head_are_scaled_in_float32(device, divisor):
+    """In bf16, 1/divisor would be rounded: every gradient would be 0.2% or 0.3% too large.
+
+    The gradients' own rounding averages out over many numbers; a wrong factor does not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 64, 32, generator=generator).to(device)
+    weight = torch.randn(256, 32, generator=generator).to(device)
+    targets = torch.randint(0, 256, (8, 64), generator=generator).to(device)
+    exact = x.bfloat16().double().requires_grad_()  # a GPU's float32 products may cut digits off
+    rounded = x.bfloat16().requires_grad_()
+    weight = weight.bfloat16().float()
+    for inputs in (exact, rounded):
+        scale = torch.tensor(float(divisor), device=device)
+        linear_cross_entropy(inputs, weight, targets, 256, divisor=scale).backward()
+    ours = rounded.grad.double()
+    theirs = exact.grad
+    factor = (ours * theirs).sum() / (theirs * theirs).sum()
+    assert abs(factor.item() - 1) < 3e-4

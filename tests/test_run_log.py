@@ -1,0 +1,266 @@
+"""gpt12/run_log.py: what a run tells on the terminal."""
+
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data.dataset import open_dataset
+from data.tokenizers import CharTokenizer
+from data.windows import EvalWindows
+from gpt12.run_log import RunLog
+from gpt12.weights import save_pretrained
+from model import GPT, GPTConfig, parameter_count
+from tests.helpers import built, built_from, read_rows, resume, run
+from train import Trainer
+
+pytestmark = pytest.mark.usefixtures("no_picture")
+
+
+def introduction(capsys, dataset, out_dir, *options: str) -> str:
+    """Return what a run says before it trains."""
+    found = built(dataset, out_dir, *options)
+    capsys.readouterr()
+    RunLog(found).introduce()
+    return capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# The introduction
+
+
+def test_the_model_the_data_and_the_tokens_of_a_step_are_told(dataset, tmp_path, capsys):
+    said = introduction(capsys, dataset, tmp_path, "--max_iters=20")
+    parameters = parameter_count(GPTConfig(16, 13, 1, 2, 16, bias=False))
+    assert (
+        f"model: {parameters:,} parameters (1 layers, 2 heads, 16 channels, context 16 tokens, "
+        "vocabulary 13)"
+    ) in said
+    assert f"data: {dataset}, 1 document, 2,600 training and 400 validation tokens\n" in said
+    epoch = (2600 - 16) // 16 / 8
+    assert (
+        "step: 4 sequences x 16 tokens x 2 micro-batches = 128 tokens; 20 steps are "
+        f"{20 / epoch:.2f} epochs of {epoch:.1f} steps"
+    ) in said
+
+
+def test_several_processes_are_told(dataset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = introduction(capsys, dataset, tmp_path)
+    assert "x 2 micro-batches on 2 processes = 128 tokens" in said
+
+
+def test_other_ranks_than_0_say_nothing(dataset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert introduction(capsys, dataset, tmp_path) == ""
+
+
+def test_a_lora_run_says_how_many_parameters_it_trains(dataset, finished, tmp_path, capsys):
+    options = [f"--init_from={finished}", "--lora_rank=2", "--lora_targets=c_fc"]
+    said = introduction(capsys, dataset, tmp_path, *options)
+    trained = 2 * (16 + 64)  # A and B of one layer's (16, 64) matrix
+    assert f"LoRA: {trained} parameters are trained, the others stay as they are" in said
+    assert "LoRA" not in introduction(capsys, dataset, tmp_path)
+
+
+CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
+
+
+@pytest.fixture
+def chat_model(tmp_path_factory) -> Path:
+    """A model with a tokenizer of letters."""
+    folder = tmp_path_factory.mktemp("model")
+    save_pretrained(GPT(GPTConfig(32, len(CHARS), 1, 2, 16)), folder)
+    CharTokenizer(CHARS).save(folder)
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path) -> Path:
+    file = tmp_path / "ask.jsonl"
+    rows = [{"prompt": f"what is {a}?", "completion": f" {a} is {a}."} for a in CHARS[2:28]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_instruction_data_say_that_only_the_answers_are_trained(
+    chat_model, questions, tmp_path, capsys
+):
+    options = [f"--init_from={chat_model}", "--block_size=32"]
+    said = introduction(capsys, questions, tmp_path / "out", *options)
+    [line] = [line for line in said.splitlines() if line.startswith("data: ")]
+    assert line.startswith(f"data: {questions}, 26 documents, ")
+    assert line.endswith("; only the answers are trained")
+    text = tmp_path / "plain.txt"
+    text.write_text("only text. " * 200)
+    said = introduction(capsys, text, tmp_path / "out", *options)
+    assert f"data: {text}, 1 document, " in said
+    assert "only the answers" not in said
+    assert "; plain text, every token is trained" in said
+
+
+def test_the_notes_of_the_request_the_machine_and_the_data_come_first(dataset, tmp_path, capsys):
+    found = built(dataset, tmp_path)
+    found.machine.notes.append("of the machine")
+    found.dataset.warnings.append("of the data")
+    request = replace(found.request, notes=["of the request"])
+    capsys.readouterr()
+    RunLog(replace(found, request=request)).introduce()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "of the request"
+    assert lines.index("of the machine") < lines.index("of the data")
+    assert lines[lines.index("of the data") + 1].startswith("model: ")
+
+
+def test_a_run_of_hours_on_a_cpu_is_warned_of(dataset, tmp_path, capsys):
+    assert "warning: this run will take" not in introduction(capsys, dataset, tmp_path)
+    said = introduction(capsys, dataset, tmp_path, "--max_iters=100000000000")
+    assert "warning: this run will take about" in said
+    assert "config/train_shakespeare_cpu.py" in said
+
+
+def test_a_resumed_run_says_at_which_step_it_continues(finished, capsys):
+    found = built_from(["--init_from=resume", f"--out_dir={finished}", "--max_iters=9"])
+    capsys.readouterr()
+    RunLog(found).introduce()
+    assert "resuming at step 4" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# During training
+
+
+@pytest.mark.parametrize(
+    ("max_iters", "told"), [(101, []), (100 + 60 * 100, ["1 h 40 min"]), (220, ["2 min"])]
+)
+def test_without_a_progress_bar_the_time_to_go_is_told_once(
+    dataset, tmp_path, capsys, max_iters, told
+):
+    found = built(dataset, tmp_path, f"--max_iters={max_iters}")
+    found.progress.step = 100
+    log = RunLog(found)
+    log.bar = SimpleNamespace(disable=True, set_postfix_str=lambda *args, **options: None)
+    log._record = lambda **values: None
+    for steps_per_s in (None, 1.0, 1.0):  # no speed is known at the first step
+        log.log_step(2.0, 0.1, 1.0, bad=0, skipped=0, steps_per_s=steps_per_s)
+    assert re.findall(", about (.*) to go", capsys.readouterr().out) == told
+
+
+def test_metrics_hold_the_promised_columns(dataset, tmp_path):
+    assert run(dataset, tmp_path, "--max_iters=1") == 0
+    evaluation, step, _ = read_rows(tmp_path)
+    of_a_step = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "elapsed_s"}
+    assert set(step) == of_a_step
+    assert set(evaluation) == {"step", "tokens", "train_loss", "val_loss", "elapsed_s"}
+
+
+def test_an_evaluation_tells_the_perplexity_which_is_e_to_the_loss(dataset, tmp_path, capsys):
+    assert run(dataset, tmp_path, "--max_iters=4", "--eval_interval=2") == 0
+    said = re.findall(r"val loss ([\d.]+) \(perplexity ([\d.]+)\)", capsys.readouterr().out)
+    assert len(said) == 3
+    for loss, perplexity in said:
+        assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-3)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("reentrant call")])
+def test_a_line_that_cannot_be_written_costs_no_run(dataset, tmp_path, monkeypatch, error):
+    """The log's disk is full, or a signal comes in the middle of a line."""
+
+    def write(text):
+        raise error
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=lambda: None))
+    assert run(dataset, tmp_path, "--max_iters=2") == 0
+
+
+def exhausted(*args, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_too_little_memory_for_a_sample_does_not_end_the_run(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("gpt12.run_log.generate", exhausted)
+    assert run(dataset, tmp_path, "--max_iters=3") == 0
+    assert capsys.readouterr().out.count("too little memory beside the training step") == 2
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_sample_of_text_without_a_line_end_begins_with_the_texts_first_character(tmp_path):
+    (tmp_path / "one.txt").write_text("abcabc abdbca " * 200)
+    options = ["--tokenizer=char", "--max_iters=2"]
+    assert run(tmp_path / "one.txt", tmp_path / "out", *options) == 0
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_the_sample_of_instruction_data_is_a_question_and_its_answer(
+    chat_model, questions, tmp_path, capsys
+):
+    dataset = open_dataset(str(questions), tokenizer=CharTokenizer(CHARS), block_size=32)
+    x, y = EvalWindows(dataset.val, 32).batch(np.array([0]))
+    first_target = int(np.flatnonzero(y[0] >= 0)[0])
+    question = dataset.tokenizer.decode(x[0][: 1 + first_target])
+    options = [f"--init_from={chat_model}", "--block_size=32", "--max_iters=1"]
+    assert run(questions, tmp_path / "out", *options) == 0
+    assert capsys.readouterr().out.count(f"    | {question.splitlines()[0]}") == 2
+
+
+def test_training_goes_on_in_training_mode_after_a_sample(dataset, tmp_path, monkeypatch):
+    trainer = Trainer(built(dataset, tmp_path))
+    trainer.model.train()
+    trainer.log.show_sample()
+    assert trainer.model.training
+
+
+# --------------------------------------------------------------------------------------------------
+# The end
+
+
+def test_a_finished_run_tells_where_its_curves_are_and_how_to_sample(dataset, tmp_path, capsys):
+    assert run(dataset, tmp_path, "--max_iters=2") == 0
+    said = capsys.readouterr().out
+    assert f"; curves: {tmp_path}/loss.png\nread what it writes: python sample.py --out" in said
+    assert re.search(r"2 steps in [\d.]+ s of training, best val loss [\d.]+ at step 2", said)
+
+
+@pytest.mark.parametrize(("after", "told"), [(1.9, False), (2.1, True)])
+def test_a_run_that_improves_nothing_says_so(dataset, tmp_path, monkeypatch, capsys, after, told):
+    values = iter((2.5, 2.0, 2.5, after))  # training and validation, before and after
+    monkeypatch.setattr("train.evaluate", lambda *args, **options: next(values))
+    assert run(dataset, tmp_path, "--max_iters=2") == 0
+    said = capsys.readouterr().out
+    assert ("no better than at the start, val loss 2.0000" in said) == told
+
+
+def test_an_evaluation_alone_tells_loss_perplexity_and_warnings(dataset, tmp_path, capsys):
+    assert run(dataset, tmp_path / "none", "--eval_only") == 0
+    said = re.findall(r"val loss ([\d.]+), perplexity ([\d.]+) over (\d+)", capsys.readouterr().out)
+    [(loss, perplexity, windows)] = said
+    assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-3)
+    assert windows == "8"
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_evaluation_alone_says_what_makes_its_figure_doubtful(dataset, tmp_path, capsys):
+    (tmp_path / "val.bin").write_bytes((dataset / "val_000000.bin").read_bytes()[1024:])
+    (tmp_path / "meta.pkl").touch()
+    assert run(tmp_path, tmp_path / "none", "--eval_only") == 0
+    said = capsys.readouterr().out
+    assert "The vocabulary is assumed to have 13 ids, the largest one plus one" in said
+
+
+def test_a_resumed_run_is_not_compared_with_its_start(finished, tmp_path, capsys, monkeypatch):
+    import shutil
+
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    monkeypatch.setattr("train.evaluate", lambda *args, **options: 9.0)
+    assert resume(out_dir, "--max_iters=5") == 0
+    assert "no better than at the start" not in capsys.readouterr().out

@@ -1,0 +1,229 @@
+"""gpt12/weights.py: models to and from Hugging Face folders, nanoGPT's ckpt.pt, what is refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, GPT2LMHeadModel
+
+from gpt12.errors import UserError
+from gpt12.lora import add_lora
+from gpt12.weights import from_pretrained, read_nanogpt, save_pretrained
+from model import GPT, GPTConfig
+from tests.models import SHAPE, random_batch, relative
+
+
+def test_transformers_opens_what_we_save(theirs, batch, tmp_path):
+    model, folder = theirs
+    ours = from_pretrained(folder)
+    save_pretrained(ours, tmp_path)
+    again = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(batch[0]).logits, model(batch[0]).logits)
+    assert (
+        load_file(tmp_path / "model.safetensors").keys()
+        == load_file(folder / "model.safetensors").keys()
+    )
+    assert torch.equal(from_pretrained(tmp_path)(batch[0])[0], ours(batch[0])[0])
+
+
+def test_a_model_without_biases_is_saved_and_loaded_unchanged(tmp_path, batch):
+    torch.manual_seed(3)
+    ours = GPT(GPTConfig(block_size=32, bias=False, **SHAPE))
+    save_pretrained(ours, tmp_path)
+    again = from_pretrained(tmp_path)
+    assert not again.config.bias
+    assert again.state_dict().keys() == ours.state_dict().keys()
+    assert torch.equal(again(batch[0])[0], ours(batch[0])[0])
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    assert relative(theirs(batch[0]).logits, ours(batch[0])[0]) < 1e-5
+
+
+def test_a_smaller_block_size_keeps_the_first_positions(theirs, batch):
+    model, folder = theirs
+    cropped = from_pretrained(folder, block_size=16, dropout=0.1)
+    assert (cropped.config.block_size, cropped.config.dropout) == (16, 0.1)
+    cropped.eval()
+    assert relative(cropped(batch[0][:, :16])[0], model(batch[0][:, :16]).logits) < 1e-5
+    with pytest.raises(UserError, match="32 positions"):
+        from_pretrained(folder, block_size=33)
+    with pytest.raises(UserError, match="block_size=16"):
+        cropped(batch[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation_function": "relu"}, "activation_function='relu'"),
+        ({"n_inner": 100}, "n_inner=100"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"scale_attn_weights": False}, "scale_attn_weights"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
+        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"n_head": 7}, "impossible shape"),
+        ({"n_layer": 4}, "h.3.* is missing"),
+        ({"n_embd": 96}, "shape"),
+        ({"n_layer": None}, "not a number"),
+    ],
+)
+def test_other_architectures_are_refused_by_name(theirs, tmp_path, change, message):
+    _, folder = theirs
+    content = json.loads((folder / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=message):
+        from_pretrained(tmp_path)
+
+
+def test_weights_in_several_files_are_read_by_their_index(theirs, tmp_path, batch):
+    model, folder = theirs
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert relative(from_pretrained(tmp_path)(batch[0])[0], model(batch[0]).logits) < 1e-5
+    index["weight_map"][names[0]] = "../a.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="own folder"):
+        from_pretrained(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_pickles_are_refused_and_not_executed(theirs, tmp_path):
+    _, folder = theirs
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    torch.save(Bomb(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pickle"):
+        from_pretrained(tmp_path)
+    torch.save({"model": Bomb(), "model_args": {}}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="without running code"):
+        from_pretrained(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"\xff" * 8, b"\x00" * 64, b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"]
+)
+def test_damaged_safetensors_are_refused(theirs, tmp_path, damage):
+    _, folder = theirs
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(damage)
+    with pytest.raises(UserError, match="damaged"):
+        from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_of_nanogpt_is_read(theirs, tmp_path, batch):
+    _, folder = theirs
+    ours = from_pretrained(folder)
+    state = {f"_orig_mod.{name}": t for name, t in ours.state_dict().items()}
+    state["_orig_mod.transformer.wte.weight"] = state["_orig_mod.transformer.wte.weight"][
+        :97
+    ].clone()
+    state["_orig_mod.lm_head.weight"] = state["_orig_mod.transformer.wte.weight"]
+    args = {"block_size": 32, "bias": True, "dropout": 0.0, **SHAPE}
+    torch.save(
+        {"model": state, "model_args": args, "iter_num": 7, "config": {}}, tmp_path / "ckpt.pt"
+    )
+    assert torch.equal(from_pretrained(tmp_path / "ckpt.pt")(batch[0])[0], ours(batch[0])[0])
+
+
+def test_nanogpts_padded_vocabulary_of_gpt2_is_cut_to_its_ids(tmp_path):
+    shape = {"block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 2}
+    padded = GPT(GPTConfig(vocab_size=50304, **shape))
+    torch.save(
+        {"model": padded.state_dict(), "model_args": shape | {"vocab_size": 50304}},
+        tmp_path / "ckpt.pt",
+    )
+    ours = from_pretrained(tmp_path / "ckpt.pt")
+    x = torch.arange(50249, 50257).view(1, 8)
+    assert ours.config.bias  # checkpoints from before nanoGPT had the key have them
+    assert torch.equal(ours(x)[0], padded(x)[0][..., :50257])
+
+
+def test_biases_that_another_program_trained_are_read_whatever_the_configuration_says(tmp_path):
+    """A model of ours without biases gets zero biases on disk, and other programs train them."""
+    save_pretrained(GPT(GPTConfig(block_size=32, bias=False, **SHAPE)), tmp_path / "ours")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    torch.nn.init.normal_(theirs.transformer.h[1].attn.c_attn.bias)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs/config.json").read_text())["bias"] is False
+    again = from_pretrained(tmp_path / "theirs")
+    assert again.config.bias
+    x, _ = random_batch()
+    assert relative(again(x)[0], theirs(x).logits) < 1e-5
+
+
+def test_a_causal_mask_is_not_taken_for_a_bias(tmp_path):
+    """Older uploads hold it as h.N.attn.bias."""
+    save_pretrained(GPT(GPTConfig(block_size=32, bias=False, **SHAPE)), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for i in range(SHAPE["n_layer"]):
+        tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+        tensors[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert not from_pretrained(tmp_path).config.bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_learns_the_dtype_and_the_end_of_a_text(tmp_path, dtype):
+    save_pretrained(GPT(GPTConfig(block_size=32, **SHAPE)).to(dtype), tmp_path, eot=96)
+    model = GPT2LMHeadModel.from_pretrained(tmp_path, dtype="auto")
+    assert model.dtype == dtype
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype)[6:]
+    written = GenerationConfig.from_pretrained(tmp_path)
+    assert (written.bos_token_id, written.eos_token_id) == (96, 96)
+    # GGUF's converter reads the length of the context by its old name.
+    assert json.loads((tmp_path / "config.json").read_text())["n_ctx"] == 32
+
+
+def test_a_model_whose_tokenizer_has_no_end_of_text_ends_nowhere(tmp_path):
+    save_pretrained(GPT(GPTConfig(block_size=32, **SHAPE)), tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id is None
+
+
+def test_merged_adapters_are_float32_and_the_configuration_says_so(tmp_path):
+    model = GPT(GPTConfig(block_size=32, **SHAPE)).bfloat16()
+    add_lora(model, 2, 4.0)
+    save_pretrained(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_vocabulary_with_added_tokens_loads(theirs, tmp_path):
+    """Such as a <pad> that another program has added."""
+    model = copy.deepcopy(theirs[0])
+    model.resize_token_embeddings(SHAPE["vocab_size"] + 1)
+    model.save_pretrained(tmp_path)
+    ours = from_pretrained(tmp_path)
+    assert ours.config.vocab_size == SHAPE["vocab_size"] + 1
+    x = torch.tensor([[1, SHAPE["vocab_size"], 2]])
+    assert relative(ours(x)[0], model(x).logits) < 1e-5
+
+
+def test_loading_draws_no_random_numbers(theirs):
+    state = torch.random.get_rng_state()
+    from_pretrained(theirs[1])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(0)
+    fresh = GPT(GPTConfig(block_size=32, **SHAPE))  # and afterwards drawing works again
+    assert fresh.transformer.wte.weight.std() > 0.01
+
+
+@pytest.mark.parametrize("dataset", [None, "shakespeare_char"])
+def test_a_nanogpt_checkpoint_names_its_data_set(tmp_path, dataset):
+    model = GPT(GPTConfig(8, 13, 1, 1, 4))
+    args = {"block_size": 8, "vocab_size": 13, "n_layer": 1, "n_head": 1, "n_embd": 4}
+    content = {"model": model.state_dict(), "model_args": args}
+    if dataset is not None:
+        content["config"] = {"dataset": dataset, "batch_size": 12}
+    torch.save(content, tmp_path / "ckpt.pt")
+    assert read_nanogpt(tmp_path / "ckpt.pt").dataset == dataset
