@@ -8,6 +8,7 @@ run continues from its last checkpoint, with `--init_from=resume`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ def process_group(device: str, backend: str) -> Iterator[None]:
     try:
         yield
     finally:
+        # DistributedDataParallel may be part of a reference cycle. If it outlives its process group,
+        # gloo's threads can abort Python at exit.
+        gc.collect()
         dist.destroy_process_group()
 
 

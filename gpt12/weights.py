@@ -119,7 +119,6 @@ def _load_tensors(model: GPT, tensors: dict[str, Tensor], source: str) -> None:
                 f"{source}: lm_head.weight differs from wte.weight: "
                 "an output head with weights of its own is not supported"
             )
-    model.lm_head.weight[model.config.vocab_size :].zero_()
 
 
 def save_pretrained(model: GPT, folder: str | Path, eot: int | None = None) -> None:
