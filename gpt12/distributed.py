@@ -61,8 +61,8 @@ def process_group(device: str, backend: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # DistributedDataParallel may be part of a reference cycle. If it outlives its process group,
-        # gloo's threads can abort Python at exit.
+        # DistributedDataParallel may be part of a reference cycle. If it outlives its process
+        # group, gloo's threads can abort Python at exit.
         gc.collect()
         dist.destroy_process_group()
 
