@@ -31,6 +31,7 @@ from gpt12.errors import UserError, run_main
 from gpt12.generate import Sampling, decode_bytes, store_by_columns, stream
 from gpt12.int8 import quantize
 from gpt12.settings import SampleConfig
+from gpt12.terminal import printable
 from gpt12.text_stream import TextStream
 from gpt12.weights import find_pretrained, from_pretrained, read_nanogpt
 from model import GPT
@@ -449,10 +450,8 @@ def say(text: str) -> None:
 
 def show(text: str) -> None:
     """Print a part of a text at once, on standard output."""
-    # A terminal in another encoding (cp1252 on Windows) shows a question mark instead of failing.
-    encoding = sys.stdout.encoding or "utf-8"
     try:
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.write(printable(text, sys.stdout))
         sys.stdout.flush()
     except BrokenPipeError:
         raise

@@ -164,8 +164,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
     schedule=cosine: linear warm-up, then half a cosine to min_lr at lr_decay_iters (Loshchilov and
     Hutter 2016, arXiv:1608.03983, equation 5). schedule=wsd: warm-up, a plateau, then linear to
-    min_lr over the last `decay_fraction` of the steps (Haegele et al. 2024, arXiv:2405.18392,
-    section 3).
+    min_lr over the last `decay_fraction` of the steps after the warm-up (Haegele et al. 2024,
+    arXiv:2405.18392, section 3).
     """
     if not config.decay_lr:
         return config.learning_rate
@@ -193,7 +193,7 @@ class TrainStep:
     Nothing here waits for the device. The results stay there until somebody reads them:
         loss        mean over the targets of the step, in nats per token
         grad_norm   norm of all gradients before clipping
-        bad         updates in a row that were skipped, because loss or gradient was not finite
+        bad         updates in a row, up to now, that were skipped as not finite
         skipped     all updates that were skipped
     On a GPU, a small step is recorded as a CUDA graph in its fourth call and replayed from then on.
     bench.py measures this object.
@@ -307,7 +307,7 @@ class TrainStep:
         self.grad_norm.copy_(nn.utils.get_total_norm(gradients))
         # 1.0 if the update must be skipped, else 0.0. As a tensor, nothing waits for its value.
         skip = 1 - torch.isfinite(self.grad_norm + self.loss).float()
-        self.bad.add_(1).mul_(skip)  # counts skipped updates; a good one resets it to 0
+        self.bad.add_(1).mul_(skip)  # skipped in a row: a good update resets it to 0
         self.skipped.add_(skip)
         # The optimizers divide by this number while they read the gradients, so clipping costs no
         # pass of its own over them.

@@ -78,7 +78,7 @@ class Reading(Generic[Schema]):
     def __init__(self, schema: type[Schema]) -> None:
         self.config = schema()
         self.types = get_type_hints(schema, include_extras=True)
-        self.sources: dict[str, str] = {}  # key -> where it was set; the key set last is the last
+        self.sources: dict[str, str] = {}  # key -> where; in the order of setting
         self.problems: list[str] = []
         self.doubtful: set[str] = set()  # keys that may not hold what the user meant
 

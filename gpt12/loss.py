@@ -128,13 +128,15 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Ten
     logits[:, vocab_size:] = -math.inf  # a padding logit of 0 would count as exp(0)
     ignored = (targets == IGNORE_INDEX)[:, None]  # (n, 1)
     target = targets.clamp(min=0)[:, None]  # (n, 1); ignored rows get any legal index here
-    x = logits.float()  # (n, V); everything below works in place on it
-    x -= x.amax(dim=1, keepdim=True)
-    target_logit = x.gather(1, target)
-    total = x.exp_().sum(dim=1, keepdim=True)
-    x /= total  # softmax
-    x.scatter_(1, target, x.gather(1, target) - 1)
-    logits.copy_(x.masked_fill_(ignored, 0.0))  # an ignored row has no gradient
+    # One float32 tensor (n, V) is changed in place from step to step, to save memory.
+    shifted = logits.float()
+    shifted -= shifted.amax(dim=1, keepdim=True)
+    target_logit = shifted.gather(1, target)
+    exponentials = shifted.exp_()
+    total = exponentials.sum(dim=1, keepdim=True)
+    probs = exponentials.div_(total)  # softmax
+    gradient = probs.scatter_(1, target, probs.gather(1, target) - 1)
+    logits.copy_(gradient.masked_fill_(ignored, 0.0))  # an ignored row has no gradient
     losses = total.log() - target_logit
     return losses.masked_fill_(ignored, 0.0).sum()
 

@@ -37,17 +37,16 @@ class Muon(Optimizer):
         super().__init__(parameters, lr)
         self.momentum = momentum
         self.weight_decay = weight_decay
-        self.stacks: dict[torch.Size, list[nn.Parameter]] = {}  # parameters of equal shape
-        self.parts: dict[torch.Size, int] = {}
+        # Parameters of equal shape that hold the same number of matrices.
+        self.stacks: dict[tuple[torch.Size, int], list[nn.Parameter]] = {}
         for parameter, count in zip(parameters, stacked):
-            self.stacks.setdefault(parameter.shape, []).append(parameter)
-            self.parts[parameter.shape] = count
+            self.stacks.setdefault((parameter.shape, count), []).append(parameter)
 
     @torch.no_grad()
     def step(self, divide_by: Tensor, skip: Tensor) -> None:
         """Update every stack."""
-        for shape, parameters in self.stacks.items():
-            self._update_stack(parameters, self.parts[shape], divide_by, skip)
+        for (_, parts), parameters in self.stacks.items():
+            self._update_stack(parameters, parts, divide_by, skip)
 
     def _update_stack(
         self, parameters: list[nn.Parameter], parts: int, divide_by: Tensor, skip: Tensor

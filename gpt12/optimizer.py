@@ -20,9 +20,9 @@ class Optimizer:
     lr: the learning rate as a tensor of one number on the device. All optimizers of a run share it:
         a recorded CUDA graph reads the new value from it.
     state: for each parameter its tensors by name, for example {"exp_avg": ...}. The checkpoint
-        saves exactly these, so every value has to be a tensor. An
-        optimizer that computes several parameters as one stack keeps the stack's state under its
-        first parameter, as Muon does.
+        saves exactly these, so every value has to be a tensor (or torchao's 8-bit tensor, which
+        gpt12/optim8bit.py takes apart). An optimizer that computes several parameters as one stack
+        keeps the stack's state under its first parameter, as Muon does.
     """
 
     def __init__(self, parameters: list[nn.Parameter], lr: Tensor):

@@ -21,6 +21,7 @@ from gpt12.run import Run
 from gpt12.run_folder import describe_run, set_aside, write_json
 from gpt12.start import as_dict, warn_of_long_run
 from gpt12.targets import IGNORE_INDEX
+from gpt12.terminal import printable
 from model import parameter_count
 
 SAMPLE_TOKENS = 160  # length of the text written at each evaluation
@@ -33,7 +34,7 @@ def say(text: str) -> None:
     # A reader that has gone, a full disk under a log file, or a signal in the middle of another
     # line must not end the run. RuntimeError is what Python raises for the last.
     with contextlib.suppress(OSError, RuntimeError):
-        tqdm.write(text)
+        tqdm.write(printable(text, sys.stdout))
         sys.stdout.flush()  # else a log file gets the line much later
 
 

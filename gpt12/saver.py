@@ -108,8 +108,8 @@ class SaveTimer:
     """Decides when last/ is due: save_interval_s seconds after the last save, or "auto".
 
     "auto" saves as often as costs 1% of the time: every 100 times the seconds that a save takes.
-    Whatever a save costs, the interval is never longer than a minute during the first ten minutes
-    of a run and ten minutes later, and never shorter than five seconds.
+    Whatever a save costs, the interval is at least five seconds. It is at most one minute in the
+    first ten minutes of a run, and at most ten minutes after that.
     """
 
     SHORTEST = 5.0

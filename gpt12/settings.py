@@ -147,7 +147,9 @@ class TrainConfig(Settings):
         "The lowest learning rate. If you set only learning_rate, to less than this, it is a "
         "tenth of learning_rate.",
     )
-    decay_fraction: FullShare = option(0.4, "Share of the steps over which wsd falls.")
+    decay_fraction: FullShare = option(
+        0.4, "Share of the steps after the warm-up over which wsd falls."
+    )
 
     lora_rank: Whole = option(
         0,

@@ -58,8 +58,8 @@ class StopSignal:
     def agreed(self) -> bool:
         """Tell whether to stop now. Call it once per step, on all ranks.
 
-        With several ranks the answer is that of the step before: the GPU then has work queued while
-        the host waits for the flag, and all ranks stop after the same step.
+        With several ranks the flag is read one step late: the GPU then has work queued while the
+        host waits for it. All ranks stop after the same step.
         """
         if self.machine.world == 1:
             return self.number > 0

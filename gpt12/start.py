@@ -82,11 +82,24 @@ def read_request(argv: list[str]) -> Request:
     config, given = config_loader.load(TrainConfig, argv, check=False)
     if config.init_from != "resume":
         config, given = config_loader.load(TrainConfig, argv)
-        request = Request(config, given)
+        request = Request(_with_data_of_the_run(config, given), given)
     else:
         request = _read_resumed(argv, Path(config.out_dir))
     _check_ranks(request.config)
     return request
+
+
+def _with_data_of_the_run(config: TrainConfig, given: set[str]) -> TrainConfig:
+    """Let --eval_only measure a run on its own data set, unless another one is given."""
+    folder = Path(config.init_from)
+    if not config.eval_only or "dataset" in given or not (folder / "run.json").exists():
+        return config
+    saved = read_run(folder)["config"]
+    own = {}
+    for key in ("dataset", "tokenizer", "val_fraction", "text_column"):
+        if key in saved and key not in given:
+            own[key] = saved[key]
+    return replace(config, **own)
 
 
 def _default_preset() -> str:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TextIO
+
 from gpt12.distributed import torchrun_ranks
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """Return the text with a question mark for each character that the stream cannot show.
+
+    A Windows console may be in cp1252, and a model may write any character.
+    """
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def say(text: str) -> None:

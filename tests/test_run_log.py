@@ -1,5 +1,6 @@
 """gpt12/run_log.py: what a run tells on the terminal."""
 
+import io
 import json
 import math
 import re
@@ -15,7 +16,7 @@ import torch
 from data.dataset import open_dataset
 from data.tokenizers import CharTokenizer
 from data.windows import EvalWindows
-from gpt12.run_log import RunLog
+from gpt12.run_log import RunLog, say
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig, parameter_count
 from tests.helpers import built, built_from, read_rows, resume, run
@@ -177,8 +178,17 @@ def test_a_line_that_cannot_be_written_costs_no_run(dataset, tmp_path, monkeypat
     def write(text):
         raise error
 
-    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=lambda: None))
+    monkeypatch.setattr(
+        sys, "stdout", SimpleNamespace(write=write, flush=lambda: None, encoding="utf-8")
+    )
     assert run(dataset, tmp_path, "--max_iters=2") == 0
+
+
+def test_a_console_in_cp1252_does_not_end_a_run(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    say("a text with \u6f22")
+    assert console.buffer.getvalue().split() == b"a text with ?".split()
 
 
 def exhausted(*args, **options):

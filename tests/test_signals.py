@@ -171,8 +171,9 @@ import termios
 import train
 from gpt12.errors import run_main
 
-if sys.argv.pop(1) == "nohup":
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+# Set both ways: the tests themselves may have been started under nohup.
+nohup = sys.argv.pop(1) == "nohup"
+signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # closing the window sends SIGHUP here
 gate = int(sys.argv.pop(1))
 make_step = train.TrainStep.__call__

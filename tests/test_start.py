@@ -54,6 +54,15 @@ def test_without_arguments_the_preset_that_suits_the_machine_is_used(
     assert f"using config/train_shakespeare_{preset}.py" in capsys.readouterr().out
 
 
+def test_evaluating_a_run_takes_its_own_data_unless_others_are_given(finished, dataset):
+    own = read_request([f"--init_from={finished}", "--eval_only"]).config
+    assert own.dataset == str(dataset)
+    other = read_request([f"--init_from={finished}", "--eval_only", "--dataset=x.txt"]).config
+    assert other.dataset == "x.txt"
+    fine_tuned = read_request([f"--init_from={finished}"]).config
+    assert fine_tuned.dataset == TrainConfig().dataset
+
+
 @pytest.mark.parametrize(("micro_batches", "near"), [(1, 2), (3, 4)])
 def test_micro_batches_that_the_ranks_cannot_share_are_refused(monkeypatch, micro_batches, near):
     monkeypatch.setenv("WORLD_SIZE", "2")

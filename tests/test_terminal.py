@@ -1,6 +1,8 @@
 """Lines and tables on the terminal."""
 
-from gpt12.terminal import Table, say
+import io
+
+from gpt12.terminal import Table, printable, say
 
 
 def test_the_first_column_is_on_the_left_and_the_others_on_the_right():
@@ -27,3 +29,10 @@ def test_only_rank_0_prints(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     say("this")
     assert capsys.readouterr().out == "this\n"
+
+
+def test_a_console_in_cp1252_gets_question_marks_for_what_it_cannot_show():
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    console.write(printable("caf\u00e9 \u6f22", console))
+    console.flush()
+    assert console.buffer.getvalue() == b"caf\xe9 ?"
