@@ -28,6 +28,10 @@ class RowWriter:
     cut, and left out if nothing trained remains. A row's first token is never a target, because
     the token that would predict it is not in the row.
 
+    Attention is not limited to an example, so each sees the examples before it in its row, which it
+    will not see when the model is used. docs/results.md has measurements. With one long example a
+    row, or with a smaller block_size, the difference disappears.
+
     padding: the id that fills the end of a row.
     cut: examples so far that were longer than a row.
     """
