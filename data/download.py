@@ -70,7 +70,7 @@ def download(url: str, title: str) -> bytes:
     from tqdm import tqdm
 
     blocks = []
-    request = urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS)  # noqa: S310 (our addresses only)
+    request = urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS)  # noqa: S310 (ours)
     with request as response:
         size = int(response.headers.get("Content-Length") or 0)
         with tqdm(

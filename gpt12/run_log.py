@@ -105,7 +105,7 @@ class RunLog:
         if dataset.train.mask is not None:
             line += "; only the answers are trained"
         elif self.run.config.init_from != "scratch":
-            # Somebody who fine-tunes on instructions should see that these are none.
+            # Instruction data that were not recognized as such show here.
             line += "; plain text, every token is trained"
         return line
 
