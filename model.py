@@ -184,9 +184,15 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Turn token ids (B, T) into the normalized output of the last layer (B, T, C)."""
-        T = idx.size(1)
+    def forward(
+        self, idx: Tensor, cache: KVCache | None = None, row_length: int | None = None
+    ) -> Tensor:
+        """Turn token ids (B, T) into the normalized output of the last layer (B, T, C).
+
+        row_length: cut the sequences into rows of this many tokens. A token then reads from its own
+        row only; its position still counts from the start of the sequence.
+        """
+        B, T = idx.shape
         if cache is not None:
             position = cache.take_positions(T)  # (B, T): each row continues at its own length
         elif T <= self.wpe.num_embeddings:
@@ -198,9 +204,11 @@ class Transformer(nn.Module):
         # Keep the residual stream in autocast's dtype, not in the embedding's float32: half the
         # memory.
         x = x.to(compute_dtype(x))
+        if row_length is not None:
+            x = x.view(-1, row_length, x.size(-1))  # (B T / row_length, row_length, C)
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache.layer(i))
-        return self.ln_f(x)
+        return self.ln_f(x.view(B, T, -1))
 
 
 class GPT(nn.Module):
@@ -245,6 +253,7 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         divisor: Tensor | float | None = None,
         target_count: int | None = None,
+        row_length: int | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Compute the logits, or the loss if targets are given.
 
@@ -255,9 +264,10 @@ class GPT(nn.Module):
             targets of all micro-batches together.
         target_count: the number of targets that are not ignored, if the caller knows it. It saves
             computing the head for ignored positions.
+        row_length: see Transformer.forward.
         Returns (logits (B, T, vocab_size), None) or (None, loss), the loss a scalar in float32.
         """
-        x = self.transformer(idx)  # (B, T, C)
+        x = self.transformer(idx, row_length=row_length)  # (B, T, C)
         if targets is None:
             logits = self.lm_head(x)  # (B, T, V)
             return logits[..., : self.config.vocab_size], None

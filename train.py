@@ -52,7 +52,7 @@ from gpt12.run import Run, build_run, check_has_training_data, is_complete
 from gpt12.run_folder import lock_run
 from gpt12.run_log import RunLog, perplexity
 from gpt12.saver import Saver
-from gpt12.settings import TrainConfig
+from gpt12.settings import SHORT_ROWS, TrainConfig
 from gpt12.signals import StopSignal
 from gpt12.start import Request, read_request
 from gpt12.targets import IGNORE_INDEX
@@ -183,6 +183,17 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.min_lr + share * (config.learning_rate - config.min_lr)
 
 
+def row_length(step: int, config: TrainConfig) -> int:
+    """Return how many tokens attention sees at once in the update after `step` finished ones.
+
+    The first steps may cut each window into SHORT_ROWS rows: a model learns from near words first
+    (sequence length warm-up, Li et al. 2022, arXiv:2108.06084). Positions count on from row to row,
+    so that all of them are trained from the start.
+    """
+    short = step < config.short_row_share * config.max_iters
+    return config.block_size // SHORT_ROWS if short else config.block_size
+
+
 # --------------------------------------------------------------------------------------------------
 # One update
 
@@ -208,8 +219,7 @@ class TrainStep:
         self.optimizers = build_optimizers(model, config, machine)
         self.lr = self.optimizers[0].lr  # one tensor, shared by all optimizers
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        # With float16, small gradients would be zero: the loss is scaled up, the gradients down
-        # again.
+        # Small gradients would be 0 in float16: the loss is scaled up, the gradients down again.
         half = machine.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=half)
 
@@ -217,6 +227,7 @@ class TrainStep:
         shape = (self.micro_steps, int(config.batch_size), config.block_size)
         self.x = torch.zeros(shape, dtype=torch.int64, device=machine.device)  # (micro-steps, B, T)
         self.y = torch.zeros_like(self.x)
+        self.row_length = config.block_size  # tokens that attention sees at once
         self.divisor = torch.ones((), device=machine.device)
 
         self.loss = torch.zeros((), device=machine.device)
@@ -246,6 +257,12 @@ class TrainStep:
             self.graph.replay()
         else:
             self.compute(target_counts)
+
+    def set_row_length(self, row_length: int) -> None:
+        """Cut the windows into rows of this length. The step is compiled and recorded again."""
+        self.row_length = row_length
+        self.calls = 0
+        self.graph = None  # frees its memory
 
     def set_divisor(self, target_counts: list[int] | None) -> None:
         """Set what each loss is divided by: the number of targets of the whole step.
@@ -282,7 +299,9 @@ class TrainStep:
             last = m == self.micro_steps - 1
             with self.gradients_stay_on_this_rank(not last):
                 with self.machine.autocast():  # mixed precision
-                    _, loss = self.forward(self.x[m], self.y[m], self.divisor, count)
+                    _, loss = self.forward(
+                        self.x[m], self.y[m], self.divisor, count, self.row_length
+                    )
                 self.scaler.scale(loss).backward()
             self.loss += loss.detach()
         if self.machine.world > 1:
@@ -419,7 +438,6 @@ class Trainer:
         self.log.open_bar()
         self.model.train()
         status = 0
-        warm = progress.step + self.update.warmup_calls
         target_counts = self.load()
         with self.stop.handling():
             while True:
@@ -437,14 +455,14 @@ class Trainer:
                 progress.step += 1
                 progress.position += self.run.windows_per_step
                 progress.tokens += self.run.windows_per_step * config.block_size
-                target_counts = self.load()  # the host loads while the device still computes
                 self.clock.count_step()
+                target_counts = self.load()  # the host loads while the device still computes
                 self.log.bar.update()
                 if self.logging_is_due() and self.log_step(lr) >= config.max_bad_steps:
                     self.log.say_hopeless()
                     status = 1
                     break
-                if progress.step == warm:  # everything is compiled and recorded
+                if self.update.calls == self.update.warmup_calls:  # all compiled and recorded
                     self.clock.start()
                 if self.stop.agreed():
                     status = 128 + self.stop.number
@@ -454,9 +472,14 @@ class Trainer:
             return self.finish(status)
 
     def load(self) -> list[int] | None:
-        """Load the next step's windows, unless the run is over."""
-        if self.progress.step >= self.config.max_iters:
+        """Load the next step's windows and say how to cut them, unless the run is over."""
+        step = self.progress.step
+        if step >= self.config.max_iters:
             return None
+        length = row_length(step, self.config)
+        if length != self.update.row_length:
+            self.clock.stop()  # compiling for another length is not training time
+            self.update.set_row_length(length)
         return self.loader.load(self.progress.position)
 
     def logging_is_due(self) -> bool:

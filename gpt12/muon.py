@@ -1,6 +1,7 @@
 """Muon: momentum made orthogonal, for the matrices of the layers.
 
-Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. Embeddings, LayerNorms and biases use
+Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, with the step size of each neuron
+adapted as in NorMuon (Li et al. 2025, arXiv:2510.05491). Embeddings, LayerNorms and biases use
 AdamW.
 """
 
@@ -11,15 +12,20 @@ from torch import Tensor, nn
 
 from gpt12.optimizer import Optimizer
 
+MEAN_SQUARE_DECAY = 0.95  # NorMuon's second beta: the mean goes over about 20 updates
+
 
 class Muon(Optimizer):
-    """Momentum whose update matrix is replaced by the nearest orthogonal one.
+    """Momentum whose update matrix is replaced by the nearest orthogonal one, then evened out.
 
-    The update has AdamW's usual size, 0.2 sqrt(max(rows, columns)) (Liu et al. 2025,
-    arXiv:2502.16982, section 2.2), so that one learning rate serves both optimizers.
+    The orthogonal matrix moves some neurons further than others. Each neuron is divided by the
+    root of its mean square over the last updates, so that all move equally far.
 
-    Matrices of equal shape are stacked and computed as one batch. The stack's momentum is kept as
-    the state of its first parameter.
+    The update has AdamW's usual size, 0.2 per weight (Liu et al. 2025, arXiv:2502.16982, section
+    2.2), so that one learning rate serves both optimizers.
+
+    Matrices of equal shape are stacked and computed as one batch. The stack's state is kept as the
+    state of its first parameter: "momentum" and "mean_square".
     """
 
     def __init__(
@@ -52,10 +58,8 @@ class Muon(Optimizer):
         self, parameters: list[nn.Parameter], parts: int, divide_by: Tensor, skip: Tensor
     ) -> None:
         rows, columns = parameters[0].shape
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        g = torch.stack(gradients).view(-1, rows // parts, columns)
-        g /= divide_by
-        g = torch.where(skip > 0, 0.0, g)
+        g = divided_gradients(parameters, divide_by, skip)
+        g = g.view(-1, rows // parts, columns)  # one matrix after another
         state = self.state.setdefault(parameters[0], {})
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(g)
@@ -63,18 +67,59 @@ class Muon(Optimizer):
         keep = 1 - skip
         momentum = state["momentum"]
         momentum.lerp_(g, keep * (1 - self.momentum))
-        update = orthogonalize(g.lerp(momentum, self.momentum))  # Nesterov's look-ahead
-        length = keep * self.lr * 0.2 * max(g.shape[1:]) ** 0.5
+        direction = orthogonalize(g.lerp_(momentum, self.momentum))  # Nesterov's look-ahead
+        if "mean_square" not in state:  # the first update, or a run that began without it
+            state["mean_square"] = torch.zeros_like(neuron_mean_square(direction))
+        scale = neuron_scale(direction, state["mean_square"], keep)
+        length = (keep * self.lr * 0.2 * scale).expand_as(direction)
         decay = 1 - keep * self.lr * self.weight_decay
-        for parameter, direction in zip(parameters, update.view(-1, rows, columns)):
-            parameter.mul_(decay).sub_(length * direction)
+        direction = direction.reshape(-1, rows, columns)
+        length = length.reshape(-1, rows, columns)
+        for i, parameter in enumerate(parameters):
+            parameter.mul_(decay).addcmul_(direction[i], length[i], value=-1)
+
+
+def neuron_scale(direction: Tensor, mean_square: Tensor, keep: Tensor) -> Tensor:
+    """Return what each neuron of direction (n, rows, columns) is multiplied by, (n, rows, 1).
+
+    Afterwards the mean square of a matrix is 1. A matrix that is wider than tall is scaled by
+    columns: (n, 1, columns).
+    mean_square: the running mean of each neuron's mean square; updated in place. It starts at 0,
+    which needs no correction: only the neurons' ratios matter.
+    """
+    now = neuron_mean_square(direction)
+    mean_square.lerp_(now, keep * (1 - MEAN_SQUARE_DECAY))
+    scale = mean_square.clamp(min=1e-16).rsqrt()
+    size = (now * scale.square()).mean(dim=(1, 2), keepdim=True).sqrt()
+    return scale / size.clamp(min=1e-8)
+
+
+def neuron_mean_square(direction: Tensor) -> Tensor:
+    """Return the mean square of each row, (n, rows, 1), or of each column if these are more."""
+    rows, columns = direction.shape[1:]
+    dim = 2 if rows >= columns else 1
+    norm = torch.linalg.vector_norm(direction, dim=dim, keepdim=True, dtype=torch.float32)
+    return norm.square() / direction.size(dim)
+
+
+def divided_gradients(parameters: list[nn.Parameter], divide_by: Tensor, skip: Tensor) -> Tensor:
+    """Return the gradients divided by `divide_by` as one tensor (n, rows, columns); 0 if skipped.
+
+    The gradients may be infinite or not a number if the update is skipped.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    g = gradients[0].new_empty((len(gradients), *gradients[0].shape))
+    for divided, gradient in zip(g, gradients):
+        torch.div(gradient, divide_by, out=divided)
+    return g.masked_fill_(skip > 0, 0.0)
 
 
 def orthogonalize(g: Tensor) -> Tensor:
     """Return roughly the nearest semi-orthogonal matrix to each of g, (n, rows, columns).
 
     Five Newton-Schulz iterations with a quintic polynomial that is steep at 0 (Jordan et al. 2024).
-    Singular values end between 0.7 and 1.2. On a GPU bf16 is precise enough.
+    Singular values end between 0.7 and 1.2. On a GPU bf16 is precise enough, and is the type of the
+    result.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16() if g.is_cuda else g
@@ -83,8 +128,9 @@ def orthogonalize(g: Tensor) -> Tensor:
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
+        # a x + (b xx + c xx xx) x. Adding a to the small matrix's diagonal saves passes over x.
         xx = x @ x.mT
-        x = a * x + torch.baddbmm(xx, xx, xx, beta=b, alpha=c) @ x
-    if tall:
-        x = x.mT
-    return x.to(g.dtype)
+        polynomial = torch.baddbmm(xx, xx, xx, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        x = polynomial @ x
+    return x.mT if tall else x

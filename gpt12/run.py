@@ -16,7 +16,7 @@ from gpt12.device import Machine, open_machine
 from gpt12.distributed import is_rank_0, rank_0_first
 from gpt12.errors import UserError
 from gpt12.memory import choose_batch_size
-from gpt12.settings import TrainConfig
+from gpt12.settings import SHORT_ROWS, TrainConfig
 from gpt12.shape import with_shape
 from gpt12.start import Request, is_worth_compiling, load_start, model_for_data, prepare_model
 from model import GPT, GPTConfig
@@ -84,6 +84,7 @@ def build_run(request: Request) -> Run:
         deterministic=config.deterministic,
     )
     config = _resolve(config, model.config, dataset, machine)
+    _check_short_rows(config)
     config = choose_batch_size(model.config, config, machine)
     config = _count_epochs(config, dataset)
     prepare_model(model, config, machine)
@@ -132,6 +133,16 @@ def _resolve(
         dtype=str(machine.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         lora_alpha=lora_alpha,
     )
+
+
+def _check_short_rows(config: TrainConfig) -> None:
+    """Refuse a sequence that cannot be cut into rows of equal length."""
+    if config.short_row_share > 0 and config.block_size % SHORT_ROWS != 0:
+        raise UserError(
+            f"short_row_share={config.short_row_share} cuts a sequence into {SHORT_ROWS} rows, but "
+            f"block_size={config.block_size} is not a multiple of {SHORT_ROWS}: choose another "
+            "--block_size, or --short_row_share=0"
+        )
 
 
 def _count_epochs(config: TrainConfig, dataset: Dataset) -> TrainConfig:

@@ -33,6 +33,7 @@ from gpt12.option_types import (
 )
 
 FIRST_GROUP = "The keys that people use first"
+SHORT_ROWS = 8  # short_row_share cuts a sequence into so many rows
 
 
 def option(default: Any, description: str, new_group: str | None = None) -> Any:
@@ -105,6 +106,11 @@ class TrainConfig(Settings):
         "Micro-batches whose gradients one step adds up, over all GPUs. With batch_size=auto it "
         "counts sequences.",
         new_group="Batch and order of the data",
+    )
+    short_row_share: Share = option(
+        0.0,
+        "Share of the steps, from the start, in which attention sees only an eighth of the "
+        "sequence. A model learns from near words first, so it needs fewer tokens.",
     )
     seed: Seed = option(1337, "Start of the random numbers: weights, order of data, dropout.")
 

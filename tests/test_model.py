@@ -67,6 +67,19 @@ def test_logits_loss_and_every_gradient_equal_transformers(
         assert relative(grad, names[name]) < 1e-5, name
 
 
+def test_short_rows_see_only_themselves_and_keep_their_positions(theirs, batch):
+    """`transformers` computes each row alone, from the position that it has in its sequence."""
+    model, folder = theirs
+    x, _ = batch
+    expected = []
+    for start in (0, 8, 16, 24):
+        positions = torch.arange(start, start + 8)[None]
+        expected.append(model(x[:, start : start + 8], position_ids=positions).logits)
+    ours = from_pretrained(folder)
+    hidden = ours.transformer(x, row_length=8)
+    assert relative(ours.lm_head(hidden)[..., : SHAPE["vocab_size"]], torch.cat(expected, 1)) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("n_layer", "n_head", "n_embd", "parameters"),
     [

@@ -1,10 +1,12 @@
-"""gpt12/muon.py: against torch's own Muon and against the singular value decomposition."""
+"""gpt12/muon.py: against torch's own Muon, the singular value decomposition, and plain loops."""
 
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from gpt12.lora import add_lora
-from gpt12.muon import Muon, orthogonalize
+from gpt12.muon import Muon, neuron_scale, orthogonalize
 from tests.helpers import fill, random_rows, small_gpt, small_step
 from train import AdamW
 
@@ -28,8 +30,14 @@ def split(matrix: torch.Tensor) -> list[torch.Tensor]:
     return list(matrix.chunk(3)) if len(matrix) == 24 else [matrix]
 
 
-def test_muon_makes_the_update_of_torchs_muon_on_each_matrix():
+def torchs_scale(direction, mean_square, keep):
+    """Scale as torch's match_rms_adamw: by the matrix's longer side, all neurons alike."""
+    return torch.full((len(direction), 1, 1), max(direction.shape[1:]) ** 0.5)
+
+
+def test_without_scaled_neurons_the_update_is_that_of_torchs_muon_on_each_matrix(monkeypatch):
     """Our stacked update equals torch.optim.Muon on q, k, v and every other matrix in turn."""
+    monkeypatch.setattr("gpt12.muon.neuron_scale", torchs_scale)
     step = small_step(optimizer="muon", weight_decay=0.1, grad_clip=0.0)
     muon = step.optimizers[0]
     assert isinstance(muon, Muon)
@@ -66,6 +74,41 @@ def test_muon_makes_the_update_of_torchs_muon_on_each_matrix():
         assert (a - b).abs().max() < 4e-4
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (12, 4), (4, 12)])
+def test_neurons_are_scaled_as_in_the_papers_loop(shape):
+    """NorMuon (arXiv:2510.05491), algorithm 1, one neuron after another in float64.
+
+    Its neurons are the rows; ours are the columns if there are more of these.
+    """
+    generator = np.random.default_rng(0)
+    mean_square = torch.zeros(1, shape[0], 1) if shape[0] >= shape[1] else torch.zeros(1, 1, 12)
+    running = np.zeros(max(shape))
+    for _ in range(3):
+        direction = generator.normal(size=shape) * np.linspace(1, 9, shape[1])
+        neurons = direction if shape[0] >= shape[1] else direction.T
+        scaled = np.zeros_like(neurons)
+        for i, neuron in enumerate(neurons):
+            running[i] = 0.95 * running[i] + 0.05 * np.mean(neuron**2)
+            scaled[i] = neuron / np.sqrt(running[i])
+        scaled *= np.sqrt(scaled.size) / np.linalg.norm(scaled)
+        expected = scaled if shape[0] >= shape[1] else scaled.T
+        ours = torch.tensor(direction[None], dtype=torch.float32)
+        ours = ours * neuron_scale(ours, mean_square, keep=torch.ones(()))
+        assert torch.allclose(ours[0], torch.tensor(expected, dtype=torch.float32), rtol=1e-4)
+    assert torch.allclose(mean_square.flatten(), torch.tensor(running, dtype=torch.float32))
+
+
+def test_a_step_moves_the_weights_by_a_fifth_of_the_rate():
+    """In the root of the mean square, as AdamW does; decay comes on top."""
+    step = small_step(optimizer="muon", weight_decay=0.0, grad_clip=0.0)
+    muon = step.optimizers[0]
+    before = [p.detach().clone() for p in muon.parameters]
+    step(1e-2, fill(step, *random_rows()))
+    for old, p in zip(before, muon.parameters, strict=True):
+        for moved in split(p.detach() - old):
+            assert moved.square().mean().sqrt().item() == pytest.approx(0.2 * 1e-2, rel=1e-3)
+
+
 def test_gradients_are_divided_before_they_enter_the_momentum():
     momenta = []
     for clip in (0.0, 0.01):
@@ -94,3 +137,54 @@ def test_adapters_are_left_to_adamw():
     add_lora(model, rank=2, alpha=4.0)
     [optimizer] = small_step(model=model, optimizer="muon").optimizers
     assert isinstance(optimizer, AdamW)
+
+
+def test_the_result_is_near_the_polar_factor_in_float64_and_in_bfloat16():
+    """The factor comes from the singular value decomposition (Higham 2008, section 8.1)."""
+    g = torch.randn(2, 48, 80, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    polar = u @ vh
+    exact = orthogonalize(g)
+    rounded = orthogonalize(g.bfloat16()).double()
+    # The iteration leaves singular values between 0.7 and 1.2, so about 0.2 of the norm is apart.
+    assert (exact - polar).norm() < 0.25 * polar.norm()
+    assert (rounded - exact).norm() < 0.1 * polar.norm()
+
+
+def test_a_skipped_update_leaves_weights_and_momentum_bit_by_bit():
+    parameter = nn.Parameter(torch.randn(24, 8))
+    muon = Muon([parameter], [3], torch.tensor(1e-2), momentum=0.9, weight_decay=0.1)
+    parameter.grad = torch.randn(24, 8)
+    muon.step(divide_by=torch.ones(()), skip=torch.zeros(()))
+    weights = parameter.detach().clone()
+    state = {key: value.clone() for key, value in muon.state[parameter].items()}
+    assert set(state) == {"momentum", "mean_square"}
+    for value in (float("nan"), float("inf"), 1.0):
+        parameter.grad = torch.full((24, 8), value)
+        muon.step(divide_by=torch.tensor(value), skip=torch.ones(()))
+        assert torch.equal(parameter, weights)
+        for key, value in muon.state[parameter].items():
+            assert torch.equal(value, state[key])
+
+
+def test_a_skipped_first_update_changes_nothing():
+    parameter = nn.Parameter(torch.randn(24, 8))
+    before = parameter.detach().clone()
+    muon = Muon([parameter], [3], torch.tensor(1e-2), momentum=0.9, weight_decay=0.1)
+    parameter.grad = torch.full((24, 8), float("nan"))
+    muon.step(divide_by=torch.tensor(float("nan")), skip=torch.ones(()))
+    assert torch.equal(parameter, before)
+    assert not muon.state[parameter]["momentum"].any()
+    assert not muon.state[parameter]["mean_square"].any()
+
+
+def test_a_run_from_before_neurons_were_scaled_goes_on_with_its_momentum():
+    parameter = nn.Parameter(torch.randn(24, 8))
+    muon = Muon([parameter], [3], torch.tensor(1e-2), momentum=0.9, weight_decay=0.1)
+    momentum = torch.randn(3, 8, 8)
+    muon.state[parameter] = {"momentum": momentum.clone()}
+    parameter.grad = torch.randn(24, 8)
+    muon.step(divide_by=torch.ones(()), skip=torch.zeros(()))
+    expected = 0.9 * momentum + 0.1 * parameter.grad.view(3, 8, 8)
+    assert torch.allclose(muon.state[parameter]["momentum"], expected, atol=1e-6)
+    assert parameter.isfinite().all()

@@ -82,6 +82,30 @@ def test_resuming_a_finished_run_with_more_steps_continues_it(dataset, tmp_path,
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+@pytest.mark.parametrize("stopped", [1, 2, 3, 5])
+def test_a_run_resumes_exactly_before_and_after_its_rows_get_longer(
+    dataset, tmp_path, monkeypatch, stopped
+):
+    options = ["--short_row_share=0.5", "--max_iters=6", "--save_interval_s=0"]
+
+    def killed(self):
+        raise SystemExit("killed")
+
+    assert run(dataset, tmp_path / "a", *options) == 0
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr("train.Trainer.evaluation_is_due", lambda self: self.progress.step == stopped)
+        m.setattr("train.Trainer.evaluate", killed)
+        run(dataset, tmp_path / "b", *options)
+    assert resume(tmp_path / "b") == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert trainer(tmp_path / "a")["position"] == trainer(tmp_path / "b")["position"]
+
+
+def test_a_sequence_that_cannot_be_cut_into_rows_is_refused(dataset, tmp_path):
+    with pytest.raises(UserError, match="block_size=12 is not a multiple of 8: choose another"):
+        run(dataset, tmp_path / "a", "--short_row_share=0.5", "--block_size=12")
+
+
 def test_a_run_on_other_data_says_so_and_forgets_its_best(dataset, finished, tmp_path, capsys):
     """A loss on other text says nothing: best/ would never be written, and patience would end."""
     folder = shutil.copytree(dataset, tmp_path / "data")

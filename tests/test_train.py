@@ -197,6 +197,21 @@ def test_clipping_scales_all_gradients_to_the_bound():
             assert torch.allclose(t, expected, rtol=1e-4, atol=1e-12), name
 
 
+def test_a_step_cuts_its_windows_into_rows_of_the_length_that_was_set():
+    step = small_step(gradient_accumulation_steps=2)
+    x, y = random_rows(rows=4)
+    _, expected = step.model(x, y, row_length=2)
+    step.set_row_length(2)
+    step(1e-2, fill(step, x, y))
+    assert step.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_first_share_of_the_steps_has_short_rows():
+    short = config(short_row_share=0.3, max_iters=10)
+    assert [train.row_length(step, short) for step in range(6)] == [1, 1, 1, 8, 8, 8]
+    assert train.row_length(0, config()) == 8
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
