@@ -1,4 +1,4 @@
-# Train GPT-2 124M from scratch with Muon and short rows first, in fewer tokens
+# Train GPT-2 124M from scratch with Muon, in fewer tokens
 #
 #   python data/fineweb_edu/prepare.py
 #   python train.py config/train_gpt2_fast.py
