@@ -212,3 +212,14 @@ def test_no_file_assigns_to_an_attribute_of_an_imported_library(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_files_are_short_enough_to_read_in_one_sitting(name):
     assert len((ROOT / name).read_text("utf-8").splitlines()) <= 650
+
+
+def test_every_mutant_breaks_a_line_that_is_there_and_names_a_test_that_is_there():
+    """tests/manual/mutants.py takes an hour, so a renamed line would be noticed late."""
+    from tests.manual.mutant_list import MUTANTS
+    from tests.manual.mutants import problems_of
+
+    for mutant in MUTANTS:
+        assert problems_of(mutant) == []
+        if mutant.test:
+            assert f"def {mutant.test}(" in (ROOT / "tests" / mutant.test_file).read_text("utf-8")

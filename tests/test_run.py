@@ -101,6 +101,12 @@ def test_a_run_resumes_exactly_before_and_after_its_rows_get_longer(
     assert trainer(tmp_path / "a")["position"] == trainer(tmp_path / "b")["position"]
 
 
+def test_a_run_with_short_rows_first_is_another_run(dataset, tmp_path):
+    assert run(dataset, tmp_path / "a", "--max_iters=4", "--short_row_share=0.5") == 0
+    assert run(dataset, tmp_path / "b", "--max_iters=4") == 0
+    assert losses(tmp_path / "a")[1] != losses(tmp_path / "b")[1]
+
+
 def test_a_sequence_that_cannot_be_cut_into_rows_is_refused(dataset, tmp_path):
     with pytest.raises(UserError, match="block_size=12 is not a multiple of 8: choose another"):
         run(dataset, tmp_path / "a", "--short_row_share=0.5", "--block_size=12")

@@ -24,8 +24,8 @@ LOSS = [
     Mutant(
         "ignored positions get a gradient",
         file="gpt12/loss.py",
-        before="logits.copy_(x.masked_fill_(ignored, 0.0))",
-        after="logits.copy_(x)",
+        before="logits.copy_(gradient.masked_fill_(ignored, 0.0))",
+        after="logits.copy_(gradient)",
         test_file="test_loss.py",
     ),
     Mutant(
@@ -62,6 +62,22 @@ LOSS = [
 ]
 
 MODEL = [
+    Mutant(
+        "short rows see their neighbours",
+        file="model.py",
+        before="x = x.view(-1, row_length, x.size(-1))",
+        after="pass",
+        test_file="test_model.py",
+        test="test_short_rows_see_only_themselves_and_keep_their_positions",
+    ),
+    Mutant(
+        "short rows are never used",
+        file="train.py",
+        before="self.update.set_row_length(length)",
+        after="pass",
+        test_file="test_run.py",
+        test="test_a_run_with_short_rows_first_is_another_run",
+    ),
     Mutant(
         "the causal mask is off",
         file="model.py",
@@ -187,8 +203,8 @@ UPDATE = [
     Mutant(
         "each micro-batch is divided by its own number of targets",
         file="train.py",
-        before="_, loss = self.forward(self.x[m], self.y[m], self.divisor, count)",
-        after="_, loss = self.forward(self.x[m], self.y[m], None, count)",
+        before="self.x[m], self.y[m], self.divisor, count, self.row_length",
+        after="self.x[m], self.y[m], None, count, self.row_length",
         test_file="test_train.py",
         test="test_accumulated_micro_batches_give_the_mean_over_all_targets",
     ),
@@ -750,26 +766,42 @@ MUON_AND_MEMORY = [
     Mutant(
         "Muon has no momentum",
         file="gpt12/muon.py",
-        before="update = orthogonalize(g.lerp(momentum, self.momentum))",
-        after="update = orthogonalize(g)",
+        before="direction = orthogonalize(g.lerp_(momentum, self.momentum))",
+        after="direction = orthogonalize(g)",
         test_file="test_muon.py",
-        test="test_muon_makes_the_update_of_torchs_muon_on_each_matrix",
+        test="test_without_scaled_neurons_the_update_is_that_of_torchs_muon_on_each_matrix",
     ),
     Mutant(
         "Muon's update is not orthogonal",
         file="gpt12/muon.py",
-        before="update = orthogonalize(g.lerp(momentum, self.momentum))",
-        after="update = g.lerp(momentum, self.momentum)",
+        before="direction = orthogonalize(g.lerp_(momentum, self.momentum))",
+        after="direction = g.lerp_(momentum, self.momentum)",
         test_file="test_muon.py",
-        test="test_muon_makes_the_update_of_torchs_muon_on_each_matrix",
+        test="test_without_scaled_neurons_the_update_is_that_of_torchs_muon_on_each_matrix",
     ),
     Mutant(
         "query, key and value are orthogonalized as one matrix",
         file="gpt12/muon.py",
-        before="g = torch.stack(gradients).view(-1, rows // parts, columns)",
-        after="g = torch.stack(gradients)",
+        before="g = g.view(-1, rows // parts, columns)",
+        after="g = g.view(-1, rows, columns)",
         test_file="test_muon.py",
-        test="test_muon_makes_the_update_of_torchs_muon_on_each_matrix",
+        test="test_without_scaled_neurons_the_update_is_that_of_torchs_muon_on_each_matrix",
+    ),
+    Mutant(
+        "Muon's neurons are scaled by this update's size alone",
+        file="gpt12/muon.py",
+        before="mean_square.lerp_(now, keep * (1 - MEAN_SQUARE_DECAY))",
+        after="mean_square.copy_(now)",
+        test_file="test_muon.py",
+        test="test_neurons_are_scaled_as_in_the_papers_loop",
+    ),
+    Mutant(
+        "scaled neurons change the size of Muon's update",
+        file="gpt12/muon.py",
+        before="return scale / size.clamp(min=1e-8)",
+        after="return scale",
+        test_file="test_muon.py",
+        test="test_a_step_moves_the_weights_by_a_fifth_of_the_rate",
     ),
     Mutant(
         "a skipped update shrinks Muon's momentum",
