@@ -34,6 +34,21 @@ def random_batch() -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
+# The lengths of the examples in each of three packed rows of 32 tokens.
+PACKED = ((5, 15, 12), (32,), (1, 15, 16))
+
+
+def starts_of(rows: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """Return the example starts (B, T) of rows whose examples have the given lengths."""
+    starts = []
+    for lengths in rows:
+        row: list[int] = []
+        for length in lengths:
+            row += [len(row)] * length
+        starts.append(row)
+    return torch.tensor(starts)
+
+
 def small_model(dropout: float = 0.0) -> GPT:
     """A random model of two layers and 13 tokens (64 with padding)."""
     torch.manual_seed(5)
