@@ -33,7 +33,7 @@ from gpt12.settings import TrainConfig
 from gpt12.start import load_start, read_request
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
-from tests.helpers import ROOT, command, environment, read_rows
+from tests.helpers import ROOT, built_from, command, environment, read_rows
 
 pytestmark = pytest.mark.usefixtures("no_picture", "own_cache")
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
@@ -253,13 +253,29 @@ def test_a_model_learns_the_answers_of_instruction_data(start, instructions, tmp
     assert min(row["val_loss"] for row in evaluations) < 0.5 * evaluations[0]["val_loss"]
 
 
-def test_a_run_on_packed_examples_resumes_bit_for_bit(start, tmp_path):
-    pairs = [{"prompt": f"{a}?", "completion": f"{a}{a}."} for a in CHARS[2:28]]  # 5 to a row
-    file = tmp_path / "short.jsonl"
+@pytest.fixture(scope="module")
+def short_pairs(tmp_path_factory) -> Path:
+    """22 pairs to train on, of which 5 fit into a row of 32 tokens."""
+    file = tmp_path_factory.mktemp("pairs") / "short.jsonl"
+    pairs = [{"prompt": f"{a}?", "completion": f"{a}{a}."} for a in CHARS[2:28]]
     file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return file
+
+
+def test_a_step_on_all_packed_rows_has_the_loss_of_evaluating_them(start, short_pairs, tmp_path):
+    options = [f"--init_from={start}", f"--dataset={short_pairs}", f"--out_dir={tmp_path}"]
+    run = built_from([*QUICK, *options, "--batch_size=5", "--dropout=0"])
+    assert run.train_windows.per_epoch == 5
+    expected = train.evaluate(run.model, run.train_eval_windows, 0, 5, run.machine)
+    trainer = train.Trainer(run)
+    trainer.update(0.0, trainer.load())
+    assert trainer.update.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_on_packed_examples_resumes_bit_for_bit(start, short_pairs, tmp_path):
     fixed = ["--dropout=0.1", "--decay_lr=False", "--batch_size=2"]
-    finetune(start, file, tmp_path / "whole", *fixed, "--max_iters=8")
-    finetune(start, file, tmp_path / "parts", *fixed, "--max_iters=3")
+    finetune(start, short_pairs, tmp_path / "whole", *fixed, "--max_iters=8")
+    finetune(start, short_pairs, tmp_path / "parts", *fixed, "--max_iters=3")
     resume = ["--init_from=resume", f"--out_dir={tmp_path / 'parts'}", "--max_iters=8"]
     assert train.main(resume) == 0
     a, b = (from_pretrained(tmp_path / name / "last").state_dict() for name in ("whole", "parts"))
