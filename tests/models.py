@@ -1,5 +1,7 @@
 """Models and comparisons that several test files share."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -38,7 +40,7 @@ def random_batch() -> tuple[torch.Tensor, torch.Tensor]:
 PACKED = ((5, 15, 12), (32,), (1, 15, 16))
 
 
-def starts_of(rows: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+def starts_of(rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
     """Return the example starts (B, T) of rows whose examples have the given lengths."""
     starts = []
     for lengths in rows:

@@ -342,8 +342,8 @@ WINDOWS = [
     Mutant(
         "the mask is not shifted with the targets",
         file="data/windows.py",
-        before="np.where(mask[:, 1:] & TRAINED,",
-        after="np.where(mask[:, :-1] & TRAINED,",
+        before="targets = np.where(mask[:, 1:] & TRAINED, targets, IGNORE_INDEX)",
+        after="targets = np.where(mask[:, :-1] & TRAINED, targets, IGNORE_INDEX)",
         test_file="test_windows.py",
     ),
     Mutant(
@@ -451,8 +451,8 @@ PREPARATION = [
     Mutant(
         "the first token of an example is a target",
         file="data/rows.py",
-        before="[EXAMPLE_START]",
-        after="[EXAMPLE_START | mask[0]]",
+        before="mask = np.concatenate([[EXAMPLE_START], mask[1:]])",
+        after="mask = np.concatenate([EXAMPLE_START | mask[:1], mask[1:]])",
         test_file="test_dataset.py",
         test="test_the_first_token_of_an_example_is_never_a_target",
     ),
