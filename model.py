@@ -78,11 +78,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """mask: (B, 1, T, T), added to the scores; None hides only later tokens."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.unbind(dim=2)  # each (B, T, H, D)
-        mask = None
         if cache is not None:
             k, v, mask = cache.update(k, v)  # (B, S, H, D) twice, (B, 1, T, S)
         y = F.scaled_dot_product_attention(
@@ -133,18 +135,20 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.recompute = "none"
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.layer(x, cache)
+            return self.layer(x, cache, mask)
         options: dict[str, Any] = {"use_reentrant": False}
         # With dropout, computing again has to draw the same random numbers again.
         options["preserve_rng_state"] = self.training and self.attn.dropout > 0
         if self.recompute == "pointwise":
             options["context_fn"] = keep_matrix_products
-        return checkpoint(self.layer, x, **options)
+        return checkpoint(self.layer, x, cache, mask, **options)
 
-    def layer(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)  # (B, T, C)
+    def layer(self, x: Tensor, cache: LayerCache | None, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)  # (B, T, C)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -185,12 +189,20 @@ class Transformer(nn.Module):
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
 
     def forward(
-        self, idx: Tensor, cache: KVCache | None = None, row_length: int | None = None
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        example_starts: Tensor | None = None,
+        row_length: int | None = None,
     ) -> Tensor:
         """Turn token ids (B, T) into the normalized output of the last layer (B, T, C).
 
+        example_starts: (B, T) int64, for sequences that hold several examples: the index in the
+        sequence of the first token of each token's example. A token then reads from its own example
+        only, and its position counts from there.
+
         row_length: cut the sequences into rows of this many tokens. A token then reads from its own
-        row only; its position still counts from the start of the sequence.
+        row only; its position still counts from the start of the sequence or of the example.
         """
         B, T = idx.shape
         if cache is not None:
@@ -199,6 +211,8 @@ class Transformer(nn.Module):
             position = torch.arange(T, device=idx.device)  # (T,)
         else:
             raise UserError(f"{T} tokens do not fit into block_size={self.wpe.num_embeddings}")
+        if example_starts is not None:
+            position = position - example_starts  # (B, T)
         x = self.wte(idx) + self.wpe(position)  # (B, T, C)
         x = self.drop(x)
         # Keep the residual stream in autocast's dtype, not in the embedding's float32: half the
@@ -206,9 +220,25 @@ class Transformer(nn.Module):
         x = x.to(compute_dtype(x))
         if row_length is not None:
             x = x.view(-1, row_length, x.size(-1))  # (B T / row_length, row_length, C)
+        mask = None
+        if example_starts is not None:
+            mask = example_mask(example_starts.view(x.shape[:2]), x.dtype)
         for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache.layer(i))
+            x = block(x, None if cache is None else cache.layer(i), mask)
         return self.ln_f(x.view(B, T, -1))
+
+
+def example_mask(example_starts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask to add to the attention scores that keeps each token inside its example.
+
+    It is (B, 1, T, T): 0 for a token itself and earlier ones of its example, -inf for all others.
+    Attention would turn a mask of booleans into this form in each layer, and keep each for the
+    backward pass.
+    """
+    same = example_starts[:, :, None] == example_starts[:, None, :]  # (B, T, T)
+    hidden = ~same.tril()
+    mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return mask[:, None]
 
 
 class GPT(nn.Module):
@@ -251,6 +281,7 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         targets: Tensor | None = None,
+        example_starts: Tensor | None = None,
         divisor: Tensor | float | None = None,
         target_count: int | None = None,
         row_length: int | None = None,
@@ -259,6 +290,7 @@ class GPT(nn.Module):
 
         idx: (B, T) token ids.
         targets: (B, T), the next token of each position; IGNORE_INDEX (-1) where it is not trained.
+        example_starts: see Transformer.forward.
         divisor: what the summed loss is divided by. The default is the number of targets, which
             gives the mean in nats per token. With gradient accumulation it is the number of
             targets of all micro-batches together.
@@ -267,7 +299,7 @@ class GPT(nn.Module):
         row_length: see Transformer.forward.
         Returns (logits (B, T, vocab_size), None) or (None, loss), the loss a scalar in float32.
         """
-        x = self.transformer(idx, row_length=row_length)  # (B, T, C)
+        x = self.transformer(idx, example_starts=example_starts, row_length=row_length)  # (B, T, C)
         if targets is None:
             logits = self.lm_head(x)  # (B, T, V)
             return logits[..., : self.config.vocab_size], None

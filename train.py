@@ -145,8 +145,7 @@ def build_optimizers(model: GPT, config: TrainConfig, machine: Machine) -> list[
         taken = {id(p) for p in matrices}
         rest = [p for p in rest if id(p) not in taken]
         if matrices:
-            muon = Muon(matrices, stacked, lr, config.beta1, config.weight_decay)
-            optimizers.append(muon)
+            optimizers.append(Muon(matrices, stacked, lr, config.beta1, config.weight_decay))
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
@@ -210,8 +209,11 @@ class TrainStep:
     bench.py measures this object.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig, machine: Machine):
-        """model: on the device. config: with every "auto" decided but compile and cuda_graph."""
+    def __init__(self, model: GPT, config: TrainConfig, machine: Machine, packed: bool = False):
+        """model: on the device. config: with every "auto" decided but compile and cuda_graph.
+
+        packed: a window holds several examples, which self.example_starts tells apart.
+        """
         self.model = model
         self.config = config
         self.machine = machine
@@ -227,6 +229,7 @@ class TrainStep:
         shape = (self.micro_steps, int(config.batch_size), config.block_size)
         self.x = torch.zeros(shape, dtype=torch.int64, device=machine.device)  # (micro-steps, B, T)
         self.y = torch.zeros_like(self.x)
+        self.example_starts = torch.zeros_like(self.x) if packed else None
         self.row_length = config.block_size  # tokens that attention sees at once
         self.divisor = torch.ones((), device=machine.device)
 
@@ -296,11 +299,12 @@ class TrainStep:
             count = None if target_counts is None else target_counts[m]
             if count == 0 and self.machine.world == 1:
                 continue  # nothing to learn in this micro-batch
+            starts = None if self.example_starts is None else self.example_starts[m]
             last = m == self.micro_steps - 1
             with self.gradients_stay_on_this_rank(not last):
                 with self.machine.autocast():  # mixed precision
                     _, loss = self.forward(
-                        self.x[m], self.y[m], self.divisor, count, self.row_length
+                        self.x[m], self.y[m], starts, self.divisor, count, self.row_length
                     )
                 self.scaler.scale(loss).backward()
             self.loss += loss.detach()
@@ -372,8 +376,7 @@ def evaluate(
 
     count: 0 means all windows.
     Dropout is off. No random number is drawn and the position in the training data does not move.
-    stop: asked before each batch; if it returns True, the evaluation ends and its result is
-    useless.
+    stop: asked before each batch; True ends the evaluation, and its result is useless.
     """
     chosen = windows.choose(count)
     batch = 2 * batch_size  # without gradients this needs less memory than a training step
@@ -387,11 +390,11 @@ def evaluate(
                 break
             part = chosen[first : first + batch]
             # The last batch is filled up, so that there is one shape to compile.
-            inputs, outputs = windows.batch(np.resize(part, batch))
+            inputs, outputs, *starts = windows.batch(np.resize(part, batch))
             outputs[len(part) :] = IGNORE_INDEX
-            x = torch.from_numpy(inputs).to(machine.device)
-            y = torch.from_numpy(outputs).to(machine.device)
-            _, loss = model(x, y, divisor=1.0)
+            arrays = [inputs, outputs, *starts]
+            tensors = [torch.from_numpy(array).to(machine.device) for array in arrays]
+            _, loss = model(*tensors, divisor=1.0)
             losses.append(loss)
             targets += int((outputs != IGNORE_INDEX).sum())
     model.train(was_training)
@@ -401,6 +404,12 @@ def evaluate(
         dist.all_reduce(sums)
         total, targets = sums.tolist()
     return total / max(1, targets)
+
+
+def split_loss(run: Run, windows: EvalWindows, stop: Callable[[], bool] | None = None) -> float:
+    """Return the mean loss over the run's fixed windows of a split. stop: see evaluate."""
+    batch_size = int(run.config.batch_size)
+    return evaluate(run.model, windows, run.eval_count, batch_size, run.machine, stop)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -416,8 +425,11 @@ class Trainer:
         self.progress = run.progress
         self.model = run.model
         self.machine = run.machine
-        self.update = TrainStep(run.model, run.config, run.machine)
-        self.loader = Loader(run.train_windows, self.update.x, self.update.y, run.machine)
+        windows = run.train_windows
+        packed = windows.tokens.mask is not None
+        update = TrainStep(run.model, run.config, run.machine, packed)
+        self.update = update
+        self.loader = Loader(windows, update.x, update.y, run.machine, update.example_starts)
         # Each rank draws its own dropout masks, and a resumed run does not draw its first ones
         # again.
         seed = run.config.seed + run.machine.rank + 1_000_003 * run.progress.step
@@ -512,8 +524,9 @@ class Trainer:
         """
         progress = self.progress
         with self.clock_stopped():
-            train_loss = self.split_loss(self.run.train_eval_windows)
-            val_loss = self.split_loss(self.run.val_windows)
+            stop = self.evaluation_is_cut_short
+            train_loss = split_loss(self.run, self.run.train_eval_windows, stop)
+            val_loss = split_loss(self.run, self.run.val_windows, stop)
             if self.evaluation_is_cut_short():
                 return False
             progress.evaluated_step = progress.step
@@ -535,17 +548,6 @@ class Trainer:
                 self.save("last")
             self.log.draw()
         return True
-
-    def split_loss(self, windows: EvalWindows) -> float:
-        """Return the mean loss over the run's fixed windows of a split."""
-        return evaluate(
-            self.model,
-            windows,
-            self.run.eval_count,
-            int(self.config.batch_size),
-            self.machine,
-            stop=self.evaluation_is_cut_short,
-        )
 
     def evaluation_is_cut_short(self) -> bool:
         """Tell whether a signal ends the evaluation."""
@@ -606,9 +608,7 @@ def evaluate_only(run: Run) -> int:
     log = RunLog(run)
     for note in [*run.request.notes, *run.machine.notes, *run.dataset.warnings]:
         log.say(note)
-    loss = evaluate(
-        run.model, run.val_windows, run.eval_count, int(run.config.batch_size), run.machine
-    )
+    loss = split_loss(run, run.val_windows)
     log.say(
         f"{run.dataset.name}: val loss {loss:.4f}, perplexity {perplexity(loss):.2f} "
         f"over {run.eval_count:,} windows of {run.config.block_size:,} tokens"

@@ -23,8 +23,8 @@ always_save_checkpoint = False  # you use best/; last/ is still written from tim
 patience = 3  # stop once the model overfits
 val_fraction = 0.05  # examples are few, so most of them are for training
 
-# 16 sequences x 1,024 tokens; a sequence holds as many whole examples as fit. An example sees those
-# before it in its sequence. If yours are short and look alike, try a --block_size that fits one.
+# 16 sequences x 1,024 tokens; a sequence holds as many whole examples as fit. Each is trained as if
+# it were alone: it sees no other, and its positions count from its own start.
 batch_size = 16
 gradient_accumulation_steps = 1
 block_size = 1024

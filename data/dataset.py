@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from data.prepare import FEW_DOCUMENTS, check_characters, prepare_texts
 from data.readers import SUFFIXES
+from data.rows import ROW_FORMAT
 from data.shards import UINT16, Tokens, find_shards
 from data.texts import CHAT_TEMPLATE, Documents
 from data.tokenizers import CharTokenizer, Tokenizer, from_meta, get_tokenizer
@@ -232,8 +233,8 @@ def _prepare_cache(request: DatasetRequest, progress: bool) -> tuple[Path, list[
         documents = Documents(request.name, request.text_column)
         skipped = documents.skipped
         content = [(file.name, sha256(file)) for file in documents.files]
-    as_text = _cache_folder(request, content, row=None)
-    as_rows = _cache_folder(request, content, row=request.block_size)
+    as_text = _cache_folder(request, content, rows=None)
+    as_rows = _cache_folder(request, content, rows=(request.block_size, ROW_FORMAT))
     for folder in (as_text, as_rows):
         if folder.exists():
             return folder, skipped
@@ -261,10 +262,10 @@ def _cache_stem(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(name).stem)[:50] or "texts"
 
 
-def _cache_folder(request: DatasetRequest, content: Any, row: int | None) -> Path:
+def _cache_folder(request: DatasetRequest, content: Any, rows: tuple[int, int] | None) -> Path:
     """Return the cache folder for a text.
 
-    row: the length of the rows that instruction data are packed into; None for plain text.
+    rows: length and format of the rows that instruction data are packed into; None for plain text.
     """
     tokenizer = request.tokenizer
     if isinstance(tokenizer, CharTokenizer):
@@ -274,7 +275,7 @@ def _cache_folder(request: DatasetRequest, content: Any, row: int | None) -> Pat
         made_with = tokenizer.name
     else:
         made_with = tokenizer
-    made_by = json.dumps([content, made_with, request.val_fraction, request.text_column, row])
+    made_by = json.dumps([content, made_with, request.val_fraction, request.text_column, rows])
     digest = hashlib.sha256(made_by.encode()).hexdigest()
     return DATA / "cache" / f"{_cache_stem(request.name)}-{digest[:12]}"
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from data.encode import encode_pieces
 from data.rows import RowWriter
-from data.shards import CHUNK_TOKENS, UINT8, ShardWriter, Tokens
+from data.shards import CHUNK_TOKENS, TRAINED, UINT8, ShardWriter, Tokens
 from data.texts import Documents, Piece, chat_pieces
 from data.tokenizers import CharTokenizer, Tokenizer
 from gpt12.errors import UserError
@@ -323,7 +323,7 @@ def _write_rows(
     mask_of_example: list[np.ndarray] = []
     for document, piece, ids in encoded:
         ids_of_example.append(ids)
-        mask_of_example.append(np.full(len(ids), piece.trained, UINT8))
+        mask_of_example.append(np.full(len(ids), TRAINED if piece.trained else 0, UINT8))
         if piece.last:
             writer = val if document in split else train
             writer.add(np.concatenate(ids_of_example), np.concatenate(mask_of_example))

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import UINT8, ShardWriter
+from data.shards import EXAMPLE_START, TRAINED, UINT8, ShardWriter
 
 OPEN_ROWS = 64  # rows that wait for an example that still fits
+# What a row looks like. A text that an older version has packed otherwise is packed again.
+ROW_FORMAT = 2
 
 
 @dataclass
@@ -25,12 +27,11 @@ class RowWriter:
     """Pack examples whole into rows of `size` tokens, and write them as shards and mask shards.
 
     An example goes into the first open row that has room for it. One that is longer than a row is
-    cut, and left out if nothing trained remains. A row's first token is never a target, because
-    the token that would predict it is not in the row.
+    cut, and left out if nothing trained remains. An example's first token is never a target,
+    because no token of the example comes before it.
 
-    Attention is not limited to an example, so each sees the examples before it in its row, which it
-    will not see when the model is used. docs/results.md has measurements. With one long example a
-    row, or with a smaller block_size, the difference disappears.
+    The mask says where each example starts. So the model can keep attention inside an example and
+    count positions from its start: an example is computed as if it were alone.
 
     padding: the id that fills the end of a row.
     cut: examples so far that were longer than a row.
@@ -45,12 +46,13 @@ class RowWriter:
         self._open_rows: list[Row] = []
 
     def add(self, ids: np.ndarray, mask: np.ndarray) -> None:
-        """Place one example. mask is 1 where a token is a target."""
+        """Place one example. mask is TRAINED where a token is a target, else 0."""
         if len(ids) > self.size:
             self.cut += 1
             ids = ids[: self.size]
             mask = mask[: self.size]
-        if not mask.any():
+        mask = np.concatenate([[EXAMPLE_START], mask[1:]])
+        if TRAINED not in mask:
             return
         row = self._row_with_room(len(ids))
         row.ids.append(ids)
@@ -70,7 +72,6 @@ class RowWriter:
     def _write(self, row: Row) -> None:
         ids = np.concatenate([*row.ids, np.full(row.room, self.padding)])
         mask = np.concatenate([*row.masks, np.zeros(row.room, UINT8)])
-        mask[0] = 0
         self.tokens.add(ids)
         self.mask.add(mask)
 

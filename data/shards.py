@@ -7,7 +7,7 @@ modded-nanogpt:
     type      magic number   version   used for
     uint16    20240520       1         tokens
     uint32    20240801       7         tokens of a vocabulary over 65,535
-    uint8     20240520       1         mask shards: 1 where the token is a trained target
+    uint8     20240520       1         mask shards: TRAINED + EXAMPLE_START, for each token
 
 nanoGPT's train.bin and val.bin have no header and hold uint16 tokens.
 """
@@ -39,6 +39,9 @@ FORMATS = {
     UINT16: (20240520, 1),
     UINT32: (20240801, 7),
 }  # (magic number, version)
+# The bits of a mask. Masks of older versions have no EXAMPLE_START: a row of theirs is one example.
+TRAINED = 1  # the token is a target
+EXAMPLE_START = 2  # it is the first token of an example
 BARE_NAMES = ("train.bin", "val.bin")  # the only files that may have no header
 MAX_OPEN_MAPS = 64  # each holds a file descriptor, and some systems allow a process only 256
 CHUNK_TOKENS = 1 << 20  # tokens read at once when a whole split is scanned

@@ -2,6 +2,10 @@
 
 Both are pure functions of a seed and a position, so resuming a run needs no saved order.
 
+A batch is the windows' inputs and targets. For instruction data (a split with a mask) a third array
+gives the example starts: for each input token, the index in its window of the first token of the
+example that it belongs to. A window of such data is a row of whole examples (data/rows.py).
+
 B: windows in a batch. T: block_size, tokens in a window.
 """
 
@@ -12,7 +16,7 @@ import math
 
 import numpy as np
 
-from data.shards import Tokens
+from data.shards import EXAMPLE_START, TRAINED, Tokens
 from gpt12.errors import UserError
 from gpt12.targets import IGNORE_INDEX
 
@@ -26,8 +30,8 @@ class TrainWindows:
     the number of ranks.
 
     An epoch has `per_epoch` windows and draws each once, in a random order of its own. They lie T
-    tokens apart; the first begins at the epoch's phase, which is below T. Instruction data (a split
-    with a mask) are packed into rows of T tokens, so there the phase is always 0.
+    tokens apart; the first begins at the epoch's phase, which is below T. Instruction data are
+    packed into rows of T tokens, so there the phase is always 0.
     """
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int) -> None:
@@ -56,13 +60,13 @@ class TrainWindows:
             starts[in_epoch] = phase + order * self.block_size
         return starts
 
-    def batch(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return inputs and targets of `count` windows from `position` on, int64 (count, T) each.
+    def batch(self, position: int, count: int) -> tuple[np.ndarray, ...]:
+        """Return inputs, targets and, for instruction data, example starts of `count` windows.
 
-        The windows may belong to several epochs.
+        They are the windows from `position` on, int64 (count, T) each, maybe of several epochs.
         """
         starts = self.starts(np.arange(position, position + count))
-        return _inputs_and_targets(self.tokens, starts, self.block_size)
+        return _read_windows(self.tokens, starts, self.block_size)
 
 
 class EvalWindows:
@@ -91,37 +95,45 @@ class EvalWindows:
             return np.arange(self.count)
         return np.sort(permute(np.arange(n), self.count, key=0))
 
-    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return inputs and targets of the windows at `indices`, int64 (len(indices), T) each.
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return inputs, targets and, for instruction data, example starts of some windows.
 
-        Inputs are padded with 0 and targets with IGNORE_INDEX.
+        They are the windows at `indices`, int64 (len(indices), T) each. Targets are padded with
+        IGNORE_INDEX, the others with 0.
         """
         inputs = np.zeros((len(indices), self.block_size), np.int64)
-        targets = np.full((len(indices), self.block_size), IGNORE_INDEX, np.int64)
+        targets = np.full_like(inputs, IGNORE_INDEX)
+        batch = [inputs, targets]
+        if self.tokens.mask is not None:
+            batch.append(np.zeros_like(inputs))
         starts = np.asarray(indices) * self.block_size
         lengths = np.minimum(self.block_size, len(self.tokens) - 1 - starts)
         for length in np.unique(lengths).tolist():
             same = lengths == length
-            x, y = _inputs_and_targets(self.tokens, starts[same], length)
-            inputs[same, :length] = x
-            targets[same, :length] = y
-        return inputs, targets
+            parts = _read_windows(self.tokens, starts[same], length)
+            for whole, part in zip(batch, parts, strict=True):
+                whole[same, :length] = part
+        return tuple(batch)
 
 
-def _inputs_and_targets(
-    tokens: Tokens, starts: np.ndarray, length: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _read_windows(tokens: Tokens, starts: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
     """Return the windows at `starts` and the same shifted by one, int64 (len(starts), length).
 
-    A target is IGNORE_INDEX where the split's mask is 0.
+    If the split has a mask, a target is IGNORE_INDEX where it is not trained, and the example
+    starts are returned, too.
     """
     windows = tokens.gather(starts, length + 1).astype(np.int64)
-    inputs = windows[:, :-1]
-    targets = windows[:, 1:]
-    if tokens.mask is not None:
-        trained = tokens.mask.gather(starts + 1, length)
-        targets = np.where(trained, targets, IGNORE_INDEX)
-    return np.ascontiguousarray(inputs), np.ascontiguousarray(targets)
+    inputs = np.ascontiguousarray(windows[:, :-1])
+    targets = np.ascontiguousarray(windows[:, 1:])
+    if tokens.mask is None:
+        return inputs, targets
+    mask = tokens.mask.gather(starts, length + 1)
+    targets = np.where(mask[:, 1:] & TRAINED, targets, IGNORE_INDEX)
+    is_start = mask[:, :-1] & EXAMPLE_START
+    # Each token's example starts at the last start up to the token, or at 0 before the first.
+    indices = np.arange(length, dtype=np.int64)
+    example_starts = np.maximum.accumulate(np.where(is_start, indices, 0), axis=1)
+    return inputs, targets, example_starts
 
 
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:

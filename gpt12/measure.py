@@ -163,8 +163,10 @@ class StepRunner:
         torch.manual_seed(config.seed)
         self.model = GPT(shape)
         prepare_model(self.model, self.config, machine)
-        self.step = TrainStep(self.model.train(), self.config, machine)
-        self.loader = Loader(windows, self.step.x, self.step.y, machine)
+        packed = windows.tokens.mask is not None
+        step = TrainStep(self.model.train(), self.config, machine, packed)
+        self.step = step
+        self.loader = Loader(windows, step.x, step.y, machine, step.example_starts)
         self.position = 0
         self.target_counts = self.loader.load(self.position)
 

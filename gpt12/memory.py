@@ -63,7 +63,8 @@ def step_memory(
     """Return the bytes of GPU memory at the peak of a step, by kind.
 
     Their sum is what torch.cuda.max_memory_allocated would report. config: batch_size, block_size,
-    gradient_accumulation_steps, dtype, optimizer and LoRA's keys count.
+    gradient_accumulation_steps, dtype, optimizer and LoRA's keys count. The attention mask of
+    instruction data, B * T * T numbers, is left out: SAFETY has room for it.
 
     The peak is the largest of three moments: in the loss, when all activations are alive beside a
     chunk of logits; in the backward pass of the last layer; and at the end of the backward pass,

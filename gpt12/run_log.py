@@ -334,7 +334,7 @@ class RunLog:
         """Return the ids to begin with: a question, the end-of-text token, or a line end."""
         tokenizer = self.run.dataset.tokenizer
         assert tokenizer is not None
-        x, y = self.run.val_windows.batch(np.array([0]))
+        x, y, *_ = self.run.val_windows.batch(np.array([0]))
         if self.run.dataset.val.mask is not None:
             answer = int((y[0] != IGNORE_INDEX).argmax())
             return x[0, : 1 + answer].tolist()

@@ -1,5 +1,7 @@
 """Models and comparisons that several test files share."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -32,6 +34,21 @@ def random_batch() -> tuple[torch.Tensor, torch.Tensor]:
     y[0, 5:20] = IGNORE_INDEX
     y[2, 31] = IGNORE_INDEX
     return x, y
+
+
+# The lengths of the examples in each of three packed rows of 32 tokens.
+PACKED = ((5, 15, 12), (32,), (1, 15, 16))
+
+
+def starts_of(rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Return the example starts (B, T) of rows whose examples have the given lengths."""
+    starts = []
+    for lengths in rows:
+        row: list[int] = []
+        for length in lengths:
+            row += [len(row)] * length
+        starts.append(row)
+    return torch.tensor(starts)
 
 
 def small_model(dropout: float = 0.0) -> GPT:

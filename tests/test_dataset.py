@@ -22,7 +22,7 @@ from data import encode, prepare
 from data.dataset import open_dataset
 from data.prepare import ValidationSplit, prepare_texts
 from data.rows import RowWriter
-from data.shards import UINT16, ShardWriter, Tokens, write_shard
+from data.shards import EXAMPLE_START, TRAINED, UINT16, ShardWriter, Tokens, write_shard
 from data.texts import CHAT_TEMPLATE, Documents, Piece
 from data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from data.windows import TrainWindows
@@ -112,7 +112,7 @@ def test_answers_in_characters_end_with_a_line_end(house):
     name = jsonl(house / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 30)
     dataset = open_bytes(name, tokenizer="char", block_size=3)
     assert dataset.tokenizer.decode(ids(dataset.train)[:6]) == "ab\nab\n"
-    assert ids(dataset.train.mask)[:6] == [0, 1, 1] * 2
+    assert ids(dataset.train.mask)[:6] == [2, 1, 1] * 2
 
 
 @pytest.mark.parametrize("count, fraction", [(20, 0.1), (20, 0.001), (500, 0.1), (500, 0.5)])
@@ -287,6 +287,10 @@ def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypat
     rows, fresh = folder("rows.jsonl")
     assert fresh and folder("rows.jsonl") == (rows, 0)
     assert folder("rows.jsonl", block_size=9)[1]
+    text = folder("my text.txt")[0]
+    monkeypatch.setattr(dataset_module, "ROW_FORMAT", "another version's")
+    assert folder("rows.jsonl")[1]
+    assert folder("my text.txt") == (text, 0)
     assert not list((house / "data" / "cache").glob("*.tmp"))
 
 
@@ -332,7 +336,7 @@ def test_names_in_the_cache_are_allowed_on_windows(house):
     names = ["hf:owner/name:config", 'a "b"? <c>|*.txt', "con.txt"]
     for name in names:
         request = dataset_module.DatasetRequest(name, "bytes", 0.1, "text", 8)
-        folder = dataset_module._cache_folder(request, "content", row=None)
+        folder = dataset_module._cache_folder(request, "content", rows=None)
         assert not set(folder.name) & set('<>:"/\\|?*')
         assert folder.name != "con"
 
@@ -547,7 +551,9 @@ def test_examples_are_packed_whole_and_only_answers_are_targets(house):
     found = collections.Counter()
     for split in (dataset.train, dataset.val):
         tokens = np.array(ids(split))
-        mask = np.array(ids(split.mask))
+        marks = np.array(ids(split.mask))
+        assert ((marks == EXAMPLE_START) == (tokens == ord("<"))).all()  # there an example begins
+        mask = marks & TRAINED
         rows = TrainWindows(split, block, seed=0).per_epoch
         assert len(tokens) == rows * block + 1 and tokens[-1] == EOT
         assert not mask[::block].any()
@@ -566,7 +572,7 @@ def test_examples_are_packed_whole_and_only_answers_are_targets(house):
             found.update(text.split("\0")[:-1])
             used += len(text)
         assert used > (rows - 1) * block * 0.93  # little padding
-        _, y = TrainWindows(split, block, seed=0).batch(0, rows)
+        _, y, _ = TrainWindows(split, block, seed=0).batch(0, rows)
         assert sorted(y[y >= 0].tolist()) == sorted(tokens[mask == 1].tolist())
     # No example is split, lost or doubled.
     assert found == collections.Counter(p + c for p, c in pairs)
@@ -602,15 +608,22 @@ def test_examples_too_long_are_cut_and_counted(house):
 def test_few_examples_are_split_by_example(house, count, held_out):
     name = jsonl(house / "a.jsonl", [{"prompt": "a", "completion": "b"}] * count)
     dataset = open_bytes(name)
-    assert sum(ids(dataset.train.mask)) == 2 * (count - held_out)
-    assert sum(ids(dataset.val.mask)) == 2 * held_out
+    assert ids(dataset.train.mask).count(TRAINED) == 2 * (count - held_out)
+    assert ids(dataset.val.mask).count(TRAINED) == 2 * held_out
 
 
-def test_the_first_token_of_a_row_is_never_a_target(house):
+def test_the_first_token_of_an_example_is_never_a_target(house):
     name = jsonl(house / "a.jsonl", [{"prompt": "", "completion": "abc"}] * 4)
     dataset = open_bytes(name)
     assert ids(dataset.train) == [*b"abc", EOT, *b"abc", EOT, *b"abc", EOT, *[EOT] * 5]
-    assert ids(dataset.train.mask) == [0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert ids(dataset.train.mask) == [2, 1, 1, 1, 2, 1, 1, 1, 2, 1, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_an_example_whose_only_token_is_its_first_is_left_out(house):
+    pairs = [{"prompt": "", "completion": ""}, {"prompt": "a", "completion": "b"}] * 20
+    dataset = open_bytes(jsonl(house / "a.jsonl", pairs))
+    tokens = [*ids(dataset.train), *ids(dataset.val)]
+    assert tokens.count(ord("b")) == [*ids(dataset.train.mask), *ids(dataset.val.mask)].count(2)
 
 
 def test_a_data_set_of_conversations_keeps_the_chat_template(house):
@@ -618,7 +631,7 @@ def test_a_data_set_of_conversations_keeps_the_chat_template(house):
     dataset = open_bytes(jsonl(house / "a.jsonl", [{"messages": chat}] * 25), block_size=128)
     assert dataset.tokenizer.chat_template == CHAT_TEMPLATE
     pairs = zip(ids(dataset.train), ids(dataset.train.mask), strict=True)
-    text = dataset.tokenizer.decode([token for token, trained in pairs if trained])
+    text = dataset.tokenizer.decode([token for token, mark in pairs if mark == TRAINED])
     assert set(text.split("<|endoftext|>")) == {"Ho", ""}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.shards import Tokens, write_shard
+from data.shards import EXAMPLE_START, Tokens, write_shard
 from data.windows import TrainWindows
 from gpt12.distributed import (
     Ranks,
@@ -190,13 +190,14 @@ def test_two_ranks_resume_the_run_of_one_although_they_share_the_targets_unevenl
     tokens = (np.cumsum(generator.integers(1, 4, 40 * 16 + 1)) % 13).astype(np.uint16)
     shares = generator.choice([0, 0, 0, 0.2, 1], (40, 1))
     mask = np.append(generator.random((40, 16)) < shares, False).astype(np.uint8)
+    mask[generator.random(len(mask)) < 0.2] = EXAMPLE_START
     for split in ("train", "val"):
         write_shard(folder / f"{split}_000000.bin", tokens)
         write_shard(folder / f"{split}_mask_000000.bin", mask)
     meta = {"vocab_size": 13, "kind": "prompt", "row": 16}
     (folder / "meta.json").write_text(json.dumps(meta))
     windows = TrainWindows(Tokens.open(folder, "train"), 16, 1337)
-    _, y = windows.batch(24, 24)  # of the three steps after resuming
+    _, y, _ = windows.batch(24, 24)  # of the three steps after resuming
     targets = (y.reshape(3, 2, -1) != IGNORE_INDEX).sum(2)  # by step and rank
     assert ((targets == 0).sum(1) == 1).any()
     fixed = ["--eval_interval=3", "--decay_lr=False"]

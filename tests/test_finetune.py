@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 import sample
 import train
 from data.dataset import open_dataset
-from data.shards import Tokens
+from data.shards import TRAINED, Tokens
 from data.tokenizers import CharTokenizer
 from data.windows import TrainWindows
 from gpt12 import config_loader
@@ -33,7 +33,7 @@ from gpt12.settings import TrainConfig
 from gpt12.start import load_start, read_request
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
-from tests.helpers import ROOT, command, environment, read_rows
+from tests.helpers import ROOT, built_from, command, environment, read_rows
 
 pytestmark = pytest.mark.usefixtures("no_picture", "own_cache")
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
@@ -253,6 +253,35 @@ def test_a_model_learns_the_answers_of_instruction_data(start, instructions, tmp
     assert min(row["val_loss"] for row in evaluations) < 0.5 * evaluations[0]["val_loss"]
 
 
+@pytest.fixture(scope="module")
+def short_pairs(tmp_path_factory) -> Path:
+    """22 pairs to train on, of which 5 fit into a row of 32 tokens."""
+    file = tmp_path_factory.mktemp("pairs") / "short.jsonl"
+    pairs = [{"prompt": f"{a}?", "completion": f"{a}{a}."} for a in CHARS[2:28]]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return file
+
+
+def test_a_step_on_all_packed_rows_has_the_loss_of_evaluating_them(start, short_pairs, tmp_path):
+    options = [f"--init_from={start}", f"--dataset={short_pairs}", f"--out_dir={tmp_path}"]
+    run = built_from([*QUICK, *options, "--batch_size=5", "--dropout=0"])
+    assert run.train_windows.per_epoch == 5
+    expected = train.evaluate(run.model, run.train_eval_windows, 0, 5, run.machine)
+    trainer = train.Trainer(run)
+    trainer.update(0.0, trainer.load())
+    assert trainer.update.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_on_packed_examples_resumes_bit_for_bit(start, short_pairs, tmp_path):
+    fixed = ["--dropout=0.1", "--decay_lr=False", "--batch_size=2"]
+    finetune(start, short_pairs, tmp_path / "whole", *fixed, "--max_iters=8")
+    finetune(start, short_pairs, tmp_path / "parts", *fixed, "--max_iters=3")
+    resume = ["--init_from=resume", f"--out_dir={tmp_path / 'parts'}", "--max_iters=8"]
+    assert train.main(resume) == 0
+    a, b = (from_pretrained(tmp_path / name / "last").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_run_warns_of_answers_without_an_end_of_text(start, instructions, text, tmp_path, capsys):
     told = "no end-of-text token, so answers will not end by themselves. Sample with --stop='\\n'."
     finetune(start, instructions, tmp_path / "a", "--max_iters=1")
@@ -309,12 +338,13 @@ def test_targets_of_prompts_change_no_bit_of_any_gradient(start, instructions, m
             return (
                 ids
                 if self is mask
-                else Window(ids, gather(mask, starts + 1, length - 1) == 0, shift)
+                else Window(ids, (gather(mask, starts + 1, length - 1) & TRAINED) == 0, shift)
             )
 
         monkeypatch.setattr(Tokens, "gather", altered)
-        step = train.TrainStep(from_pretrained(start), config, machine)
-        rows = Loader(TrainWindows(tokens, 32, seed=0), step.x, step.y, machine).load(0)
+        step = train.TrainStep(from_pretrained(start), config, machine, packed=masked)
+        windows = TrainWindows(tokens, 32, seed=0)
+        rows = Loader(windows, step.x, step.y, machine, step.example_starts).load(0)
         step(0.0, rows)
         assert (rows is None) != masked
         assert rows is None or 0 < sum(rows) < step.y.numel() / 2

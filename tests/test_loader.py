@@ -20,37 +20,43 @@ def test_ranks_together_draw_every_window_of_an_epoch_once(tmp_path, world):
     windows = TrainWindows(Tokens.open(tmp_path, "train"), 5, seed=3)
     assert windows.per_epoch == 48
     loaders = []
+    buffers = []
     for rank in range(world):
         x = torch.zeros(4 // world, 2, 5, dtype=torch.int64)  # 4 micro-batches of 2 in all
         y = torch.zeros_like(x)
         machine = Machine(CPU.device, CPU.dtype, compiled=False, rank=rank, world=world)
         loaders.append(Loader(windows, x, y, machine))
+        buffers.append((x, y))
     for epoch in range(3):
         drawn: list[int] = []
         for position in range(epoch * 48, (epoch + 1) * 48, 8):
-            for loader in loaders:
+            for loader, (x, y) in zip(loaders, buffers, strict=True):
                 assert loader.load(position) is None  # every position is a target
-                assert torch.equal(loader.y, loader.x + 1)
+                assert torch.equal(y, x + 1)
             # Micro-batch m belongs to rank m % world.
-            step = torch.stack([loader.x for loader in loaders], dim=1).flatten()[::5].tolist()
+            step = torch.stack([x for x, _ in buffers], dim=1).flatten()[::5].tolist()
             assert step == windows.starts(np.arange(position, position + 8)).tolist()
             drawn += step
         assert sorted(drawn) == [min(drawn) + i * 5 for i in range(48)]
 
 
-def test_the_number_of_targets_in_each_micro_batch_is_returned_for_masked_data(tmp_path):
+def test_of_masked_data_the_examples_are_loaded_and_the_targets_of_a_micro_batch_counted(tmp_path):
     tokens = np.arange(4 * 5 + 1, dtype=np.uint16)
     mask = np.zeros(len(tokens), np.uint8)
-    mask[7:9] = 1  # two targets in the second row
+    mask[5] = mask[7] = 2  # two examples in the second row
+    mask[[6, 8, 9]] = 1  # with three targets
     write_shard(tmp_path / "train_000000.bin", tokens)
     write_shard(tmp_path / "train_mask_000000.bin", mask)
     windows = TrainWindows(Tokens.open(tmp_path, "train"), 5, seed=3)
     x = torch.zeros(4, 1, 5, dtype=torch.int64)  # each row is a micro-batch
-    loader = Loader(windows, x, torch.zeros_like(x), CPU)
-    counts = loader.load(0)
-    assert sorted(counts) == [0, 0, 0, 2]
-    [row] = loader.y[counts.index(2)]
-    assert row[row >= 0].tolist() == [7, 8]
+    y = torch.zeros_like(x)
+    starts = torch.zeros_like(x)
+    counts = Loader(windows, x, y, CPU, starts).load(0)
+    assert sorted(counts) == [0, 0, 0, 3]
+    second = counts.index(3)
+    assert y[second].tolist() == [[6, -1, 8, 9, -1]]
+    assert starts[second].tolist() == [[0, 0, 2, 2, 2]]
+    assert not starts[:second].any() and not starts[second + 1 :].any()
 
 
 def test_a_batch_is_copied_without_waiting_only_on_cuda_where_an_event_marks_its_end(dataset):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from gpt12.targets import IGNORE_INDEX
 from gpt12.weights import from_pretrained
 from model import GPT, GPTConfig, parameter_count
-from tests.models import SHAPE, relative, small_model
+from tests.models import PACKED, SHAPE, relative, small_model, starts_of
 
 
 def published_gradients(model: GPT) -> dict[str, torch.Tensor]:
@@ -78,6 +78,27 @@ def test_short_rows_see_only_themselves_and_keep_their_positions(theirs, batch):
     ours = from_pretrained(folder)
     hidden = ours.transformer(x, row_length=8)
     assert relative(ours.lm_head(hidden)[..., : SHAPE["vocab_size"]], torch.cat(expected, 1)) < 1e-5
+
+
+@pytest.mark.parametrize("row_length", [32, 8])
+def test_packed_examples_are_computed_as_if_each_were_alone(theirs, batch, row_length):
+    """`transformers` computes each alone, and in short rows each part at its own positions."""
+    model, folder = theirs
+    x, _ = batch
+    starts = starts_of(PACKED)
+    ours = from_pretrained(folder)
+    hidden = ours.transformer(x, example_starts=starts, row_length=row_length)
+    logits = ours.lm_head(hidden)[..., : SHAPE["vocab_size"]]
+    for row, lengths in enumerate(PACKED):
+        first = 0
+        for length in lengths:
+            end = first + length
+            for start in sorted({first, *range(0, 32, row_length)} & set(range(first, end))):
+                stop = min(end, (start // row_length + 1) * row_length)
+                positions = torch.arange(start - first, stop - first)[None]
+                expected = model(x[row, start:stop][None], position_ids=positions).logits
+                assert relative(logits[row, start:stop], expected[0]) < 1e-5
+            first = end
 
 
 @pytest.mark.parametrize(
@@ -200,16 +221,17 @@ def test_dropout_acts_only_while_training():
 @pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler on this machine"
 )
-def test_a_compiled_model_has_the_gradients_of_the_plain_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("starts", [None, starts_of([(8,), (3, 5), (2, 2, 4), (8,)])])
+def test_a_compiled_model_has_the_gradients_of_the_plain_one(tmp_path, monkeypatch, starts):
     """Compiled into a cache of its own. Inductor is told the width of vectors, which saves 7 s."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = small_model()
     x, y = torch.randint(0, 13, (2, 4, 8))
-    plain = torch.autograd.grad(model(x, y)[1], list(model.parameters()))
+    plain = torch.autograd.grad(model(x, y, starts)[1], list(model.parameters()))
     for module in (*model.transformer.h, model.transformer.ln_f):
         module.compile(dynamic=False)
     with torch._inductor.config.patch({"cpp.vec_isa_ok": True, "cpp.simdlen": 256}):
-        compiled = torch.autograd.grad(model(x, y)[1], list(model.parameters()))
+        compiled = torch.autograd.grad(model(x, y, starts)[1], list(model.parameters()))
     assert any(tmp_path.rglob("*.cpp"))
     for a, b in zip(compiled, plain, strict=True):
         assert relative(a, b) < 1e-4

@@ -215,7 +215,7 @@ def test_the_sample_of_instruction_data_is_a_question_and_its_answer(
     chat_model, questions, tmp_path, capsys
 ):
     dataset = open_dataset(str(questions), tokenizer=CharTokenizer(CHARS), block_size=32)
-    x, y = EvalWindows(dataset.val, 32).batch(np.array([0]))
+    x, y, _ = EvalWindows(dataset.val, 32).batch(np.array([0]))
     first_target = int(np.flatnonzero(y[0] >= 0)[0])
     question = dataset.tokenizer.decode(x[0][: 1 + first_target])
     options = [f"--init_from={chat_model}", "--block_size=32", "--max_iters=1"]

@@ -17,10 +17,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from data.shards import Tokens
+from data.rows import RowWriter
+from data.shards import UINT16, Tokens
 from data.windows import EvalWindows
 from gpt12.device import Machine
 from gpt12.errors import run_main
+from gpt12.lora import add_lora
 from gpt12.saver import Saver
 from gpt12.targets import IGNORE_INDEX
 from gpt12.trainer_state import trainer_tensors
@@ -40,11 +42,13 @@ from tests.helpers import (
     run,
     same_tensors,
     same_weights,
+    set_weights,
     small_gpt,
     small_step,
     trainer,
     weights,
 )
+from tests.models import starts_of
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -206,6 +210,37 @@ def test_a_step_cuts_its_windows_into_rows_of_the_length_that_was_set():
     assert step.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["none", "pointwise", "block", "lora"])
+def test_a_step_on_packed_rows_is_the_step_on_one_example_a_row(variant):
+    """Loss and gradients are equal: examples of 8, 3 and 5, 2 and 2 and 4, and 8 tokens."""
+    packed = (((8,), (3, 5)), ((2, 2, 4), (8,)))  # two micro-batches of two rows
+    x, y = random_rows(rows=4)
+    y[0, :3] = IGNORE_INDEX
+    lengths = [length for rows in packed for row in rows for length in row]
+    alone_x = torch.zeros(len(lengths), 8, dtype=torch.int64)
+    alone_y = torch.full_like(alone_x, IGNORE_INDEX)
+    parts = zip(x.flatten().split(lengths), y.flatten().split(lengths), strict=True)
+    for i, (inputs, targets) in enumerate(parts):
+        alone_x[i, : len(inputs)] = inputs
+        alone_y[i, : len(inputs)] = targets
+    models = [small_gpt(), small_gpt()]
+    if variant == "lora":
+        for model in models:
+            add_lora(model, 2, 4.0)
+            set_weights(model)
+    else:
+        models[1].set_recompute(variant)
+    alone = small_step(model=models[0], batch_size=len(lengths))
+    accumulated = config(gradient_accumulation_steps=2)
+    together = train.TrainStep(models[1], accumulated, CPU, packed=True)
+    together.example_starts.copy_(torch.stack([starts_of(rows) for rows in packed]))
+    alone(1e-2, fill(alone, alone_x, alone_y))
+    together(1e-2, fill(together, x, y))
+    assert together.loss.item() == pytest.approx(alone.loss.item(), rel=1e-5)
+    for a, b in zip(together.parameters, alone.parameters, strict=True):
+        assert (a.grad - b.grad).abs().max() <= 1e-5 * b.grad.abs().max()
+
+
 def test_the_first_share_of_the_steps_has_short_rows():
     short = config(short_row_share=0.3, max_iters=10)
     assert [train.row_length(step, short) for step in range(6)] == [1, 1, 1, 8, 8, 8]
@@ -348,6 +383,28 @@ def test_an_evaluation_is_the_mean_over_every_target_once(dataset):
     windows = EvalWindows(tokens, 8)
     assert train.evaluate(model, windows, 0, 3, CPU) == pytest.approx(expected, rel=1e-5)
     assert model.training  # again, after it was off
+
+
+def test_an_evaluation_of_packed_rows_is_the_mean_over_examples_computed_alone(tmp_path):
+    model = small_gpt()
+    generator = np.random.default_rng(0)
+    writer = RowWriter(tmp_path, "val", UINT16, size=8, padding=0)
+    total = 0.0
+    targets = 0
+    for length in generator.integers(2, 9, 30).tolist():
+        ids = generator.integers(0, 13, length)
+        mask = generator.integers(0, 2, length).astype(np.uint8)
+        writer.add(ids, mask)
+        with torch.no_grad():
+            log_probs = model(torch.from_numpy(ids)[None])[0][0].log_softmax(1)
+        for t in range(1, length):
+            if mask[t] == 1:
+                total -= log_probs[t - 1, ids[t]].item()
+                targets += 1
+    writer.close()
+    windows = EvalWindows(Tokens.open(tmp_path, "val"), 8)
+    assert windows.count < 25  # packed
+    assert train.evaluate(model, windows, 0, 2, CPU) == pytest.approx(total / targets, rel=1e-5)
 
 
 def test_evaluating_more_often_does_not_move_training(dataset, tmp_path):

@@ -102,10 +102,29 @@ def test_rows_of_instruction_data_are_drawn_whole(tmp_path):
     windows = TrainWindows(split(tmp_path, 41, shard=13, mask=mask), 8, seed=0)
     assert windows.per_epoch == 5
     for epoch in range(4):
-        x, y = windows.batch(epoch * 5, 5)
+        x, y, starts = windows.batch(epoch * 5, 5)
+        assert not starts.any()  # an old mask marks no example: a row is one
         assert sorted(x[:, 0]) == [0, 8, 16, 24, 32]
         for row_x, row_y in zip(x.tolist(), y.tolist(), strict=True):
             assert row_y == [t + 1 if mask[t + 1] else -1 for t in row_x]
+
+
+def test_a_packed_rows_tokens_know_where_their_example_starts(tmp_path):
+    """Marked by 2 in the mask, at any place in the row, and across the borders of shards."""
+    firsts = {0, 3, 4, 8, 17, 23, 25}
+    mask = [2 if i in firsts else i % 2 for i in range(27)]
+    tokens = split(tmp_path, 27, shard=10, mask=mask)
+    for windows in (TrainWindows(tokens, 8, seed=0), EvalWindows(tokens, 8)):
+        if isinstance(windows, TrainWindows):
+            batch = windows.batch(0, 3)
+        else:
+            batch = windows.batch(windows.choose(0))
+        for x, y, starts in zip(*batch, strict=True):
+            length = min(8, 26 - x[0])  # the last window of an evaluation is short
+            for t in range(length):
+                before = [first - x[0] for first in firsts if x[0] <= first <= x[t]]
+                assert starts[t] == max(before, default=0)
+                assert y[t] == (x[t] + 1 if mask[x[t] + 1] == 1 else -1)
 
 
 @pytest.mark.parametrize("size", [2, 3, 8, 9, 10, 16, 17, 100, 101])
@@ -125,7 +144,7 @@ def test_evaluation_covers_every_target_once(tmp_path, size):
 def test_evaluation_ignores_targets_whose_mask_is_zero(tmp_path):
     mask = [0, 1, 1, 0, 0, 1, 0, 1, 1, 0, 0, 1]
     windows = EvalWindows(split(tmp_path, 12, shard=5, mask=mask), 4)
-    _, y = windows.batch(windows.choose(0))
+    _, y, _ = windows.batch(windows.choose(0))
     assert sorted(y[y >= 0]) == [1, 2, 5, 7, 8, 11]
 
 

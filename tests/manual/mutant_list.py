@@ -87,6 +87,22 @@ MODEL = [
         test="test_no_position_sees_the_future",
     ),
     Mutant(
+        "packed examples see their neighbours",
+        file="model.py",
+        before="hidden = ~same.tril()",
+        after="hidden = ~torch.ones_like(same).tril()",
+        test_file="test_model.py",
+        test="test_packed_examples_are_computed_as_if_each_were_alone",
+    ),
+    Mutant(
+        "positions count on from one packed example to the next",
+        file="model.py",
+        before="position = position - example_starts",
+        after="pass",
+        test_file="test_model.py",
+        test="test_packed_examples_are_computed_as_if_each_were_alone",
+    ),
+    Mutant(
         "GELU is the exact one, not GPT-2's approximation",
         file="model.py",
         before='x = F.gelu(x, approximate="tanh")',
@@ -342,8 +358,8 @@ WINDOWS = [
     Mutant(
         "the mask is not shifted with the targets",
         file="data/windows.py",
-        before="trained = tokens.mask.gather(starts + 1, length)",
-        after="trained = tokens.mask.gather(starts, length)",
+        before="targets = np.where(mask[:, 1:] & TRAINED, targets, IGNORE_INDEX)",
+        after="targets = np.where(mask[:, :-1] & TRAINED, targets, IGNORE_INDEX)",
         test_file="test_windows.py",
     ),
     Mutant(
@@ -449,12 +465,12 @@ PREPARATION = [
         test="test_pieces_have_the_ids_of_the_whole",
     ),
     Mutant(
-        "the first token of a row is a target",
+        "the first token of an example is a target",
         file="data/rows.py",
-        before="mask[0] = 0",
-        after="pass",
+        before="mask = np.concatenate([[EXAMPLE_START], mask[1:]])",
+        after="mask = np.concatenate([EXAMPLE_START | mask[:1], mask[1:]])",
         test_file="test_dataset.py",
-        test="test_the_first_token_of_a_row_is_never_a_target",
+        test="test_the_first_token_of_an_example_is_never_a_target",
     ),
     Mutant(
         "a change of the data does not make a new cache",
