@@ -219,8 +219,8 @@ UPDATE = [
     Mutant(
         "each micro-batch is divided by its own number of targets",
         file="train.py",
-        before="self.x[m], self.y[m], self.divisor, count, self.row_length",
-        after="self.x[m], self.y[m], None, count, self.row_length",
+        before="self.x[m], self.y[m], starts, self.divisor, count, self.row_length",
+        after="self.x[m], self.y[m], starts, None, count, self.row_length",
         test_file="test_train.py",
         test="test_accumulated_micro_batches_give_the_mean_over_all_targets",
     ),
@@ -312,7 +312,7 @@ WINDOWS = [
     Mutant(
         "targets are the inputs themselves",
         file="data/windows.py",
-        before="targets = windows[:, 1:]",
+        before="targets = np.ascontiguousarray(windows[:, 1:])",
         after="targets = windows[:, :-1]",
         test_file="test_windows.py",
     ),
