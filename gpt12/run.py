@@ -15,7 +15,7 @@ from gpt12.checkpoint import Progress, find_checkpoint
 from gpt12.device import Machine, open_machine
 from gpt12.distributed import is_rank_0, rank_0_first
 from gpt12.errors import UserError
-from gpt12.memory import choose_batch_size
+from gpt12.memory import check_memory, choose_batch_size
 from gpt12.settings import SHORT_ROWS, TrainConfig
 from gpt12.shape import with_shape
 from gpt12.start import Request, is_worth_compiling, load_start, model_for_data, prepare_model
@@ -86,6 +86,7 @@ def build_run(request: Request) -> Run:
     config = _resolve(config, model.config, dataset, machine)
     _check_short_rows(config)
     config = choose_batch_size(model.config, config, machine)
+    check_memory(model.config, config, machine)
     config = _count_epochs(config, dataset)
     prepare_model(model, config, machine)
 

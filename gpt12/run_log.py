@@ -15,7 +15,7 @@ import torch
 
 from gpt12.errors import UserError
 from gpt12.generate import Sampling, generate
-from gpt12.memory import step_gib
+from gpt12.memory import GIB, needed_memory
 from gpt12.metrics import Metrics, Picture, start_wandb
 from gpt12.run import Run
 from gpt12.run_folder import describe_run, set_aside, write_json
@@ -82,7 +82,7 @@ class RunLog:
             self.say(f"LoRA: {trained:,} parameters are trained, the others stay as they are")
         self.say(self._data_line())
         self.say(self._step_line())
-        gib = step_gib(shape, config, config.recompute, run.machine.compiled)
+        gib = needed_memory(shape, config, config.recompute, run.machine) / GIB
         size = f"{gib:.1f} GiB" if gib >= 0.05 else f"{1024 * gib:.0f} MiB"
         self.say(f"memory: about {size} at the peak of a step (recompute={config.recompute})")
         if run.machine.device.type == "cpu":
