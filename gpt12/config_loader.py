@@ -20,6 +20,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
@@ -67,6 +68,7 @@ def read(
     files, flags = split_command_line(argv, reading.types)
     for name in files:
         reading.apply_file(name)
+    reading.preset = replace(reading.config)
     for flag in flags:
         reading.apply_flag(flag)
     return reading
@@ -77,6 +79,7 @@ class Reading(Generic[Schema]):
 
     def __init__(self, schema: type[Schema]) -> None:
         self.config = schema()
+        self.preset = schema()  # the values before those of the command line
         self.types = get_type_hints(schema, include_extras=True)
         self.sources: dict[str, str] = {}  # key -> where; in the order of setting
         self.problems: list[str] = []

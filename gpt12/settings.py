@@ -103,8 +103,8 @@ class TrainConfig(Settings):
 
     gradient_accumulation_steps: Count = option(
         5 * 8,
-        "Micro-batches whose gradients one step adds up, over all GPUs. With batch_size=auto it "
-        "counts sequences.",
+        "Micro-batches whose gradients one step adds up, over all GPUs. Given with "
+        "batch_size=auto, it counts sequences.",
         new_group="Batch and order of the data",
     )
     short_row_share: Share = option(

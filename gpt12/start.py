@@ -81,12 +81,31 @@ def read_request(argv: list[str]) -> Request:
     # A resumed run's keys are checked together with the saved ones, so not yet.
     config, given = config_loader.load(TrainConfig, argv, check=False)
     if config.init_from != "resume":
-        config, given = config_loader.load(TrainConfig, argv)
+        reading = config_loader.read(TrainConfig, argv)
+        config, given = reading.finish()
+        config = _with_rows_of_the_preset(config, reading)
         request = Request(_with_data_of_the_run(config, given), given)
     else:
         request = _read_resumed(argv, Path(config.out_dir))
     _check_ranks(request.config)
     return request
+
+
+def _with_rows_of_the_preset(
+    config: TrainConfig, reading: config_loader.Reading[TrainConfig]
+) -> TrainConfig:
+    """Let --batch_size=auto, given alone, keep the sequences of a step that a preset has.
+
+    With batch_size=auto, gradient_accumulation_steps counts sequences and not micro-batches.
+    """
+    preset = reading.preset
+    set_in = reading.sources.get("gradient_accumulation_steps", config_loader.COMMAND_LINE)
+    if config.batch_size != "auto" or preset.batch_size == "auto":
+        return config
+    if set_in == config_loader.COMMAND_LINE:
+        return config
+    rows = preset.gradient_accumulation_steps * int(preset.batch_size)
+    return replace(config, gradient_accumulation_steps=rows)
 
 
 def _with_data_of_the_run(config: TrainConfig, given: set[str]) -> TrainConfig:
