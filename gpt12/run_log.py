@@ -201,7 +201,7 @@ class RunLog:
             f"curves: {out_dir}/loss.png"
         )
         self._warn_if_not_better()
-        if self.run.dataset.tokenizer is not None:
+        if status == 0 and self.run.dataset.tokenizer is not None:
             self.say(f"read what it writes: python sample.py --out_dir={out_dir}")
 
     def _warn_if_not_better(self) -> None:

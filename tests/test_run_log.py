@@ -241,6 +241,16 @@ def test_a_finished_run_tells_where_its_curves_are_and_how_to_sample(dataset, tm
     assert re.search(r"2 steps in [\d.]+ s of training, best val loss [\d.]+ at step 2", said)
 
 
+def test_a_run_whose_loss_was_lost_does_not_invite_to_sample(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(Trainer, "log_step", lambda self, lr: 2.0)  # bad steps in a row
+    assert run(dataset, tmp_path, "--max_iters=2", "--max_bad_steps=2") == 1
+    said = capsys.readouterr().out
+    assert "stopping at step 1: the last 2 updates had a loss or gradient that is not fin" in said
+    assert "sample.py" not in said
+
+
 @pytest.mark.parametrize(("after", "told"), [(1.9, False), (2.1, True)])
 def test_a_run_that_improves_nothing_says_so(dataset, tmp_path, monkeypatch, capsys, after, told):
     values = iter((2.5, 2.0, 2.5, after))  # training and validation, before and after
