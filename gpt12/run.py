@@ -70,7 +70,10 @@ def build_run(request: Request) -> Run:
     loaded, tokenizer = load_start(request, checkpoint)
     if loaded is not None:
         config = replace(config, block_size=loaded.config.block_size)
-    dataset = open_data(config, tokenizer)
+    try:
+        dataset = open_data(config, tokenizer)
+    except UserError as error:
+        raise UserError(f"{error}\n{request.advice}".rstrip()) from None
     if request.resumed:
         _forget_best_on_other_data(request, dataset, progress)
     model = model_for_data(loaded, tokenizer, dataset, config)

@@ -266,6 +266,27 @@ def test_a_run_begun_on_a_cpu_is_continued_as_it_is(tmp_path, monkeypatch):
     assert (request.config.recompute, request.notes) == ("none", [])
 
 
+@pytest.mark.parametrize("size", ["char", "cpu"])
+def test_who_gives_keys_but_no_preset_is_told_how_to_change_the_first_run(monkeypatch, size):
+    """The data set is then OpenWebText, which is not prepared here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: size == "char")
+    monkeypatch.setattr("data.dataset.find_shards", lambda folder, split: [])
+    with pytest.raises(UserError, match="openwebtext is not prepared") as error:
+        built_from(["--max_iters=300", "--out_dir=my run"])
+    assert str(error.value).splitlines()[-1] == (
+        "You gave no preset. To change a key of the first run, name its preset: python train.py "
+        f"config/train_shakespeare_{size}.py --max_iters=300 '--out_dir=my run'"
+    )
+
+
+@pytest.mark.parametrize("argv", [["config/train_gpt2.py"], ["--dataset=openwebtext"]])
+def test_who_names_a_preset_or_the_data_gets_no_such_advice(monkeypatch, argv):
+    monkeypatch.setattr("data.dataset.find_shards", lambda folder, split: [])
+    with pytest.raises(UserError, match="openwebtext is not prepared") as error:
+        built_from(argv)
+    assert "You gave no preset" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("options", "rows"),
     [
