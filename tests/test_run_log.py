@@ -41,15 +41,37 @@ def test_the_model_the_data_and_the_tokens_of_a_step_are_told(dataset, tmp_path,
     said = introduction(capsys, dataset, tmp_path, "--max_iters=20")
     parameters = parameter_count(GPTConfig(16, 13, 1, 2, 16, bias=False))
     assert (
-        f"model: {parameters:,} parameters (1 layers, 2 heads, 16 channels, context 16 tokens, "
+        f"model: {parameters:,} parameters (1 layer, 2 heads, 16 channels, context 16 tokens, "
         "vocabulary 13)"
     ) in said
     assert f"data: {dataset}, 1 document, 2,600 training and 400 validation tokens\n" in said
-    epoch = (2600 - 16) // 16 / 8
-    assert (
-        "step: 4 sequences x 16 tokens x 2 micro-batches = 128 tokens; 20 steps are "
-        f"{20 / epoch:.2f} epochs of {epoch:.1f} steps"
-    ) in said
+    assert "\nstep: 4 sequences x 16 tokens x 2 micro-batches = 128 tokens; 20 steps read" in said
+
+
+@pytest.mark.parametrize(
+    ("max_iters", "told"),
+    [
+        (1, "; 1 step read 5% of the text"),  # 8 of its 161 windows
+        (20, "; 20 steps read 99% of the text"),
+        (40, "; 40 steps read the text 2.0 times"),
+        (100_000, "; 100,000 steps read the text 4,968.9 times"),
+    ],
+)
+def test_how_much_of_the_text_a_run_reads_is_told(dataset, tmp_path, capsys, max_iters, told):
+    assert f"{told}\n" in introduction(capsys, dataset, tmp_path, f"--max_iters={max_iters}")
+
+
+def test_one_sequence_and_a_run_that_reads_very_little_are_told(dataset, tmp_path, capsys):
+    options = ["--max_iters=1", "--batch_size=1", "--gradient_accumulation_steps=1"]
+    said = introduction(capsys, dataset, tmp_path, *options)
+    assert "step: 1 sequence x 16 tokens x 1 micro-batch = 16 tokens; 1 step read less than" in said
+
+
+@pytest.mark.parametrize(("batch_size", "warned"), [(82, True), (81, False)])
+def test_a_text_shorter_than_a_step_is_warned_of(dataset, tmp_path, capsys, batch_size, warned):
+    """Two micro-batches of rows of 16 tokens: 2,624 or 2,592 of the text's 2,600."""
+    said = introduction(capsys, dataset, tmp_path, f"--batch_size={batch_size}")
+    assert ("has only 2,600 training tokens, less than one step reads" in said) == warned
 
 
 def test_several_processes_are_told(dataset, tmp_path, capsys, monkeypatch):
@@ -137,6 +159,16 @@ def test_a_resumed_run_says_at_which_step_it_continues(finished, capsys):
 
 # --------------------------------------------------------------------------------------------------
 # During training
+
+
+def test_the_wait_before_the_first_step_is_explained_once(dataset, tmp_path, capsys):
+    assert run(dataset, tmp_path, "--max_iters=4", "--eval_interval=2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("evaluating before the first step") == 1
+    following = lines[lines.index("evaluating before the first step") + 1]
+    assert following.startswith("step 0: train loss")
+    assert resume(tmp_path, "--max_iters=5") == 0
+    assert "evaluating before" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
