@@ -200,9 +200,11 @@ def read_prompt(start: str) -> str:
         file = Path(start.removeprefix("FILE:"))
         try:
             start = file.read_text("utf-8")
+        except FileNotFoundError:
+            raise UserError(f"the prompt file {file} does not exist") from None
         except (OSError, ValueError) as error:
             raise UserError(
-                f"the prompt's file {file} cannot be read as UTF-8 text: {error}"
+                f"the prompt file {file} cannot be read as UTF-8 text: {error}"
             ) from None
     if not start:
         raise UserError(

@@ -342,7 +342,9 @@ def read_config_file(name: str, present: Mapping[str, Any]) -> bytes:
             advice = f"a key is set with two dashes: --{shown}"
         else:
             advice = nearest_preset(name)
-        raise UserError(f"{shown}: no config file that can be read; {advice}") from error
+        missing = isinstance(error, FileNotFoundError)
+        problem = "there is no such file" if missing else "no config file that can be read"
+        raise UserError(f"{shown}: {problem}; {advice}") from error
 
 
 def nearest_preset(name: str) -> str:
@@ -350,7 +352,10 @@ def nearest_preset(name: str) -> str:
     presets = {path.stem: path for path in preset_titles()}
     near = difflib.get_close_matches(Path(name).stem[:MAX_SHOWN], presets, n=1, cutoff=0.5)
     if near:
-        return f"the nearest is {presets[near[0]]}"
+        preset = presets[near[0]]
+        if preset.is_relative_to(Path.cwd()):
+            preset = preset.relative_to(Path.cwd())
+        return f"did you mean {preset}?"
     return "--help lists the presets"
 
 
