@@ -10,6 +10,7 @@ Texts go to standard output as they are written, everything else goes to standar
 
 from __future__ import annotations
 
+import gpt12.installed  # isort: skip  # noqa: F401 (first: it names a missing package)
 import contextlib
 import json
 import sys
