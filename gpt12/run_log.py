@@ -216,7 +216,7 @@ class RunLog:
                 f"{self.progress.best_step:,}"
             )
         self.say(
-            f"{step:,} steps in {self.progress.elapsed_s:.1f} s of training{best}; "
+            f"{_count(step, 'step')} in {self.progress.elapsed_s:.1f} s of training{best}; "
             f"curves: {out_dir}/loss.png"
         )
         self._warn_if_not_better()

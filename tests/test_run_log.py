@@ -271,6 +271,8 @@ def test_a_finished_run_tells_where_its_curves_are_and_how_to_sample(dataset, tm
     said = capsys.readouterr().out
     assert f"; curves: {tmp_path}/loss.png\nread what it writes: python sample.py --out" in said
     assert re.search(r"2 steps in [\d.]+ s of training, best val loss [\d.]+ at step 2", said)
+    assert run(dataset, tmp_path, "--max_iters=1") == 0
+    assert "\n1 step in " in capsys.readouterr().out
 
 
 def test_a_run_whose_loss_was_lost_does_not_invite_to_sample(
