@@ -22,6 +22,7 @@ This file decides what is measured and in which order. How it is measured:
 
 from __future__ import annotations
 
+import gpt12.installed  # isort: skip  # noqa: F401 (first: it names a missing package)
 import os
 import sys
 from collections.abc import Sequence

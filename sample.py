@@ -10,6 +10,7 @@ Texts go to standard output as they are written, everything else goes to standar
 
 from __future__ import annotations
 
+import gpt12.installed  # isort: skip  # noqa: F401 (first: it names a missing package)
 import contextlib
 import json
 import sys
@@ -200,9 +201,11 @@ def read_prompt(start: str) -> str:
         file = Path(start.removeprefix("FILE:"))
         try:
             start = file.read_text("utf-8")
+        except FileNotFoundError:
+            raise UserError(f"the prompt file {file} does not exist") from None
         except (OSError, ValueError) as error:
             raise UserError(
-                f"the prompt's file {file} cannot be read as UTF-8 text: {error}"
+                f"the prompt file {file} cannot be read as UTF-8 text: {error}"
             ) from None
     if not start:
         raise UserError(

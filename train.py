@@ -6,12 +6,12 @@
     torchrun --nproc_per_node=2 train.py config/...          # one process per GPU
 
 The file reads from top to bottom: AdamW and its parameter groups, the learning rate, TrainStep (one
-update), evaluate, Trainer (the loop), and the parts of a run. `main` at the end is a table of
-contents.
+update), evaluate, Trainer (the loop), the commands. `main` at the end is a table of contents.
 """
 
 from __future__ import annotations
 
+import gpt12.installed  # isort: skip  # noqa: F401 (first: it names a missing package)
 import contextlib
 import math
 import os

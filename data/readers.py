@@ -35,7 +35,10 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
     endings = ", ".join(SUFFIXES)
     if not path.is_dir():
         if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"{path} is not a text file that can be read: none of {endings}.")
+            raise UserError(
+                f"{path}: unknown ending. If it is plain text, rename it to {path.name}.txt. "
+                f"Known: {endings}."
+            )
         return [path], []
     files = []
     skipped = []
@@ -146,6 +149,10 @@ def _csv_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
     reader = csv.DictReader(_read_lines(file), strict=True)
     try:
         names = list(reader.fieldnames or ())
+        if len(names) == 1 and ";" in names[0] and names[0] not in columns:
+            raise UserError(
+                f"{file}: its columns seem to be separated by ';'. Save it with ',' between them."
+            )
         for column in columns:
             if names.count(column) > 1:
                 raise UserError(

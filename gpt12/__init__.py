@@ -27,5 +27,5 @@ bench.py      measure.py, measure_decoding.py, gpu_state.py, ladder.py, sweep.py
 
 Everywhere    errors.py (a user's mistakes), files.py (atomic writes), targets.py (ignored targets),
               option_types.py and help_page.py (the settings' types and --help), terminal.py,
-              text_stream.py (whole characters and stop strings for sample.py)
+              text_stream.py (whole characters and stop strings for sample.py), installed.py
 """

@@ -20,6 +20,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
@@ -67,6 +68,7 @@ def read(
     files, flags = split_command_line(argv, reading.types)
     for name in files:
         reading.apply_file(name)
+    reading.preset = replace(reading.config)
     for flag in flags:
         reading.apply_flag(flag)
     return reading
@@ -77,6 +79,7 @@ class Reading(Generic[Schema]):
 
     def __init__(self, schema: type[Schema]) -> None:
         self.config = schema()
+        self.preset = schema()  # the values before those of the command line
         self.types = get_type_hints(schema, include_extras=True)
         self.sources: dict[str, str] = {}  # key -> where; in the order of setting
         self.problems: list[str] = []
@@ -339,7 +342,9 @@ def read_config_file(name: str, present: Mapping[str, Any]) -> bytes:
             advice = f"a key is set with two dashes: --{shown}"
         else:
             advice = nearest_preset(name)
-        raise UserError(f"{shown}: no config file that can be read; {advice}") from error
+        missing = isinstance(error, FileNotFoundError)
+        problem = "there is no such file" if missing else "no config file that can be read"
+        raise UserError(f"{shown}: {problem}; {advice}") from error
 
 
 def nearest_preset(name: str) -> str:
@@ -347,7 +352,10 @@ def nearest_preset(name: str) -> str:
     presets = {path.stem: path for path in preset_titles()}
     near = difflib.get_close_matches(Path(name).stem[:MAX_SHOWN], presets, n=1, cutoff=0.5)
     if near:
-        return f"the nearest is {presets[near[0]]}"
+        preset = presets[near[0]]
+        if preset.is_relative_to(Path.cwd()):
+            preset = preset.relative_to(Path.cwd())
+        return f"did you mean {preset}?"
     return "--help lists the presets"
 
 

@@ -1,4 +1,4 @@
-"""GPU memory of a training step: the formula, and the choices that follow from it.
+"""Memory of a training step: the formula, and the choices that follow from it.
 
 The formula serves recompute=auto, batch_size=auto, the line that a run prints, and bench.py --plan.
 Advice after running out of memory is at the end.
@@ -6,7 +6,9 @@ Advice after running out of memory is at the end.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -30,6 +32,12 @@ KEPT = {
 }
 # Uncompiled, autocast converts LayerNorm's input to float32 and keeps the copy.
 KEPT_UNCOMPILED = {"none": 2, "pointwise": 1, "block": 0}
+# A CPU has no fused attention with dropout: a layer keeps the softmax, the mask and their product,
+# each a whole matrix (B, H, T, T) in float32.
+KEPT_MATRICES = {"none": 3, "pointwise": 1, "block": 0}
+MATRICES_IN_BACKWARD = 6  # the three, computed again or kept, and their gradients
+PROCESS_BYTES = 0.4 * GIB  # on a CPU: Python and the libraries
+CPU_GAPS = 1.1  # on a CPU: what the C library's allocator takes for each byte of a tensor
 WORKSPACE_BYTES = 2**25  # buffers of cuBLAS and small tensors
 ROOM_FOR_ROWS = 8  # batch_size=auto: choose the cheapest recomputation that fits this many rows
 MAX_TOKENS = 32 * 1024  # batch_size=auto: a larger micro-batch is no faster
@@ -58,27 +66,38 @@ def trained_parameters(shape: GPTConfig, config: TrainConfig) -> int:
 
 
 def step_memory(
-    shape: GPTConfig, config: TrainConfig, recompute: str, compiled: bool = True
+    shape: GPTConfig,
+    config: TrainConfig,
+    recompute: str,
+    compiled: bool = True,
+    on_cpu: bool = False,
 ) -> dict[str, float]:
-    """Return the bytes of GPU memory at the peak of a step, by kind.
+    """Return the bytes of memory at the peak of a step, by kind.
 
-    Their sum is what torch.cuda.max_memory_allocated would report. config: batch_size, block_size,
-    gradient_accumulation_steps, dtype, optimizer and LoRA's keys count. The attention mask of
-    instruction data, B * T * T numbers, is left out: SAFETY has room for it.
+    Their sum is what torch.cuda.max_memory_allocated would report; on a CPU, the largest resident
+    memory of the process. config: batch_size, block_size, gradient_accumulation_steps, dtype,
+    optimizer and LoRA's keys count. The attention mask of instruction data, B * T * T numbers, is
+    left out: SAFETY has room for it.
 
     The peak is the largest of three moments: in the loss, when all activations are alive beside a
     chunk of logits; in the backward pass of the last layer; and at the end of the backward pass,
     when all gradients are there.
     """
-    work = _Work(shape, config, recompute, compiled)
+    work = _Work(shape, config, recompute, compiled, on_cpu)
     moments = [work.in_the_loss(), work.in_the_last_layer(), work.at_the_end()]
-    return max(moments, key=lambda moment: sum(moment.values()))
+    peak = max(moments, key=lambda moment: sum(moment.values()))
+    if on_cpu:
+        peak = {kind: CPU_GAPS * size for kind, size in peak.items()}
+        peak["process"] = PROCESS_BYTES
+    return peak
 
 
 class _Work:
     """The quantities that the three moments share."""
 
-    def __init__(self, shape: GPTConfig, config: TrainConfig, recompute: str, compiled: bool):
+    def __init__(
+        self, shape: GPTConfig, config: TrainConfig, recompute: str, compiled: bool, on_cpu: bool
+    ):
         self.config = config
         self.recompute = recompute
         self.full = config.lora_rank == 0  # all parameters are trained
@@ -98,6 +117,10 @@ class _Work:
         self.widths_in = sum(m.inputs for m in layer_matrices(shape)) / shape.n_embd
         self.widths_out = sum(m.outputs for m in layer_matrices(shape)) / shape.n_embd
         self.dropout = shape.dropout
+        self.on_cpu = on_cpu
+        self.matrix = 0.0  # bytes of the attention of all heads, where it is a whole matrix
+        if on_cpu and shape.dropout > 0:
+            self.matrix = 4.0 * shape.n_head * self.tokens * config.block_size
 
     def kept_per_layer(self) -> float:
         """Return what a layer keeps, in (B, T, C) tensors."""
@@ -105,7 +128,7 @@ class _Work:
         if self.uncompiled:
             kept += KEPT_UNCOMPILED[self.recompute]
         if self.recompute == "none" and self.dropout > 0:
-            kept += 1  # two masks of one byte per number
+            kept += 2 if self.on_cpu else 1  # two masks; on a GPU of one byte per number
         if self.recompute == "none" and not self.full and self.config.lora_dropout > 0:
             # The masks of the adapters' inputs, one byte per number, and one such input.
             kept += self.widths_in / 2 + 1
@@ -128,6 +151,10 @@ class _Work:
             "gradients": float(gradients),
         }
 
+    def kept_matrices(self) -> float:
+        """Return the bytes of attention matrices that all layers keep."""
+        return KEPT_MATRICES[self.recompute] * self.n_layer * self.matrix
+
     def head_gradient(self) -> float:
         """Return the bytes of the head's part of the embedding's gradient, which is in float32."""
         return 4.0 * self.table if self.full else 0.0
@@ -145,6 +172,7 @@ class _Work:
                 workspace += self.number * (self.parameters - self.table)
         moment = self.parameters_and_state()
         moment["activations"] = (self.kept_per_layer() * self.n_layer + 4) * self.stream
+        moment["activations"] += self.kept_matrices()
         chunk = logit_bytes * min(self.tokens, CHUNK_ROWS) * self.vocab
         moment["logits"] = chunk + self.head_gradient()
         moment["workspace"] = workspace
@@ -163,6 +191,8 @@ class _Work:
             gradients = 40.0
         moment = self.parameters_and_state()
         moment["activations"] = (self.kept_per_layer() * self.n_layer + gradients) * self.stream
+        matrices = MATRICES_IN_BACKWARD - KEPT_MATRICES[self.recompute]
+        moment["activations"] += self.kept_matrices() + matrices * self.matrix
         moment["logits"] = self.head_gradient()
         return moment
 
@@ -175,9 +205,10 @@ class _Work:
         return moment
 
 
-def step_gib(shape: GPTConfig, config: TrainConfig, recompute: str, compiled: bool) -> float:
-    """Return the predicted peak of a step in GiB."""
-    return sum(step_memory(shape, config, recompute, compiled).values()) / GIB
+def needed_memory(shape: GPTConfig, config: TrainConfig, recompute: str, machine: Machine) -> float:
+    """Return the predicted bytes at the peak of a step on this machine."""
+    on_cpu = machine.device.type == "cpu"
+    return sum(step_memory(shape, config, recompute, machine.compiled, on_cpu).values())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,19 +216,34 @@ def step_gib(shape: GPTConfig, config: TrainConfig, recompute: str, compiled: bo
 
 
 def available_memory(machine: Machine) -> float:
-    """Return the bytes of GPU memory that this process may use, including what it already holds."""
-    free, total = torch.cuda.mem_get_info(machine.device)
-    share = torch.cuda.get_per_process_memory_fraction(machine.device)
-    return min(free + torch.cuda.memory_reserved(machine.device), share * total)
+    """Return the bytes that this process may use, including what it already holds.
+
+    On a GPU its own memory, on a CPU the RAM. Infinity where the system does not tell.
+    """
+    if machine.on_gpu:
+        free, total = torch.cuda.mem_get_info(machine.device)
+        share = torch.cuda.get_per_process_memory_fraction(machine.device)
+        return min(free + torch.cuda.memory_reserved(machine.device), share * total)
+    try:
+        free = _read_kib("/proc/meminfo", "MemAvailable")
+        return 1024.0 * (free + _read_kib("/proc/self/status", "VmRSS"))
+    except OSError:  # not Linux
+        return math.inf
+
+
+def _read_kib(file: str, name: str) -> int:
+    """Return the number in a line `name: 123 kB` of a file of the kernel."""
+    for line in Path(file).read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise OSError(f"{file} does not tell {name}")
 
 
 def choose_recompute(shape: GPTConfig, config: TrainConfig, machine: Machine) -> Recompute:
     """Return the cheapest recomputation that fits config.batch_size rows, else "block"."""
-    if not machine.on_gpu:
-        return "none"
     room = SAFETY * available_memory(machine)
     for recompute in RECOMPUTE:
-        if sum(step_memory(shape, config, recompute, machine.compiled).values()) < room:
+        if needed_memory(shape, config, recompute, machine) < room:
             return recompute
     return "block"
 
@@ -206,20 +252,17 @@ def choose_batch_size(shape: GPTConfig, config: TrainConfig, machine: Machine) -
     """Resolve batch_size="auto" and recompute="auto"; return the new configuration.
 
     gradient_accumulation_steps is then the number of rows of a step on all ranks, and the
-    micro-batch has to divide a rank's share of them. On a GPU the recomputation is the cheapest one
-    that fits 8 rows, and the micro-batch the largest that fits, up to 32k tokens. On a CPU there
-    are at most 8 rows.
+    micro-batch has to divide a rank's share of them. The recomputation is the cheapest one that
+    fits 8 rows, and the micro-batch the largest that fits, up to 32k tokens. On a CPU and for
+    evaluation there are at most 8 rows.
     """
     if config.batch_size != "auto":
         if config.recompute == "auto":
             config = replace(config, recompute=choose_recompute(shape, config, machine))
         return config
     rows = config.gradient_accumulation_steps // machine.world
-    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
-    if config.eval_only or not machine.on_gpu:
-        fitting = [size for size in sizes if size <= CPU_BATCH_SIZE]
-        recompute: Recompute = "none" if config.recompute == "auto" else config.recompute
-        return _with_batch_size(config, fitting[-1], rows, recompute, machine)
+    limit = rows if machine.on_gpu and not config.eval_only else min(rows, CPU_BATCH_SIZE)
+    sizes = [size for size in range(1, limit + 1) if rows % size == 0]
     recompute = config.recompute
     if recompute == "auto":
         trial = replace(config, batch_size=min(ROOM_FOR_ROWS, rows))
@@ -227,7 +270,7 @@ def choose_batch_size(shape: GPTConfig, config: TrainConfig, machine: Machine) -
     largest = sizes[0]
     for size in sizes:
         trial = _with_batch_size(config, size, rows, recompute, machine)
-        needed = sum(step_memory(shape, trial, recompute, machine.compiled).values())
+        needed = needed_memory(shape, trial, recompute, machine)
         fits = needed < SAFETY * available_memory(machine)
         if fits and size * config.block_size <= MAX_TOKENS:
             largest = size
@@ -250,45 +293,77 @@ def _with_batch_size(
 # Out of memory
 
 
+def check_memory(shape: GPTConfig, config: TrainConfig, machine: Machine) -> None:
+    """Raise UserError if a step needs more RAM than is free.
+
+    The kernel would kill the program without a word. A GPU reports it: out_of_memory_advice().
+    """
+    if machine.on_gpu or config.eval_only:
+        return
+    free = available_memory(machine)
+    needed = needed_memory(shape, config, config.recompute, machine)
+    if needed <= free:
+        return
+    pieces = 2
+    while pieces < int(config.batch_size):
+        smaller = replace(config, batch_size=int(config.batch_size) // pieces)
+        if needed_memory(shape, smaller, config.recompute, machine) <= free:
+            break
+        pieces *= 2
+    title = f"a step needs about {needed / GIB:,.1f} GiB of memory, and {free / GIB:,.1f} are free."
+    raise _advice(title, _memory_knobs(config, pieces, on_cpu=True))
+
+
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that the GPU's memory is used up.
+    """Tell whether an error means that the memory is used up.
 
     While a CUDA graph is recorded, running out of memory breaks off the recording, which raises an
-    error of its own.
+    error of its own. Of the RAM's end only the message tells.
     """
+    if "DefaultCPUAllocator" in str(error):
+        return True
     return any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))
 
 
 def out_of_memory_advice(config: TrainConfig) -> UserError:
     """Return an error that says how much memory there was and what to change, best first."""
-    gib = 2**30
+    if not torch.cuda.is_initialized():
+        return _advice("out of memory.", _memory_knobs(config, on_cpu=True))
     free, total = torch.cuda.mem_get_info()
     peak = torch.cuda.max_memory_allocated()
     usable = free + torch.cuda.memory_reserved()
-    lines = [
-        f"out of GPU memory: {peak / gib:.1f} GiB were in use, the card has {total / gib:.1f} GiB, "
-        f"other programs leave {usable / gib:.1f}.",
-        "Try, in this order:",
-    ]
-    for knob in _memory_knobs(config):
+    title = (
+        f"out of GPU memory: {peak / GIB:.1f} GiB were in use, the card has {total / GIB:.1f} GiB, "
+        f"other programs leave {usable / GIB:.1f}."
+    )
+    return _advice(title, _memory_knobs(config))
+
+
+def _advice(title: str, knobs: list[str]) -> UserError:
+    lines = [title, "Try, in this order:"]
+    for knob in knobs:
         lines.append(f"  {knob}")
     return UserError("\n".join(lines))
 
 
-def _memory_knobs(config: TrainConfig) -> list[str]:
+def _memory_knobs(config: TrainConfig, pieces: int = 2, on_cpu: bool = False) -> list[str]:
+    """Return the options that save memory. pieces: into how many to cut the micro-batch."""
     knobs = []
     if config.recompute == "none":
         knobs.append("--recompute=pointwise")
     if config.recompute in ("none", "pointwise"):
         knobs.append("--recompute=block")
     if config.batch_size != "auto" and int(config.batch_size) > 1:
-        half = int(config.batch_size) // 2
-        double = 2 * config.gradient_accumulation_steps
+        size = max(1, int(config.batch_size) // pieces)
         knobs.append(
-            f"--batch_size={half} --gradient_accumulation_steps={double} "
+            f"--batch_size={size} "
+            f"--gradient_accumulation_steps={pieces * config.gradient_accumulation_steps} "
             "(the same step in smaller pieces)"
         )
-    knobs.append("--optimizer=adamw8bit")
+    if not on_cpu:  # it needs bfloat16, which is slow on most CPUs
+        knobs.append("--optimizer=adamw8bit")
     knobs.append("--lora_rank=16 (fine-tuning)")
     knobs.append(f"--block_size={config.block_size // 2}")
+    if on_cpu:
+        knobs.append("config/train_shakespeare_cpu.py (a small model)")
     return knobs

@@ -142,7 +142,7 @@ def draw_losses(steps: list[Row], evaluations: list[Row], file: Path) -> None:
     steps = [row for row in steps if row.get("loss") is not None]
     tokens = [row.get("tokens") for row in steps]
     step_losses = [row["loss"] for row in steps]
-    losses.plot(tokens, step_losses, ".-", color="0.75", lw=1, ms=2, label="training step")
+    losses.plot(tokens, step_losses, ".-", color="0.75", lw=1, ms=2, label="loss of each step")
     _plot_evaluations(losses, evaluations, "train_loss", color=BLUE, marker="o", label="train")
     _plot_evaluations(losses, evaluations, "val_loss", color=ORANGE, marker="s", label="validation")
     _mark_best(losses, evaluations)
@@ -162,9 +162,15 @@ def draw_losses(steps: list[Row], evaluations: list[Row], file: Path) -> None:
 def _plot_evaluations(
     axes: Any, evaluations: list[Row], key: str, color: str, marker: str, label: str
 ) -> None:
+    """Draw one loss of the evaluations.
+
+    Step 0's is left out if there are others: a line from there would pass far above the curve of
+    the steps, and its height would flatten the rest.
+    """
     rows = [row for row in evaluations if row.get(key) is not None]
-    tokens = [row.get("tokens") for row in rows]
-    values = [row[key] for row in rows]
+    later = [row for row in rows if row["step"] > 0] or rows
+    tokens = [row.get("tokens") for row in later]
+    values = [row[key] for row in later]
     axes.plot(tokens, values, color=color, marker=marker, ms=4, lw=1.5, label=label)
 
 

@@ -59,6 +59,12 @@ def card_to_plan_for(config: BenchConfig) -> Card:
     return card
 
 
+def _full_name(name: str) -> str:
+    """Return the name of the only known card that ends like this, else the name itself."""
+    matches = [known for known in CARDS if known.lower().endswith(name.lower())]
+    return matches[0] if len(matches) == 1 else name
+
+
 def card_of_machine(config: BenchConfig, machine: Machine) -> Card | None:
     """Return the datasheet of this machine's GPU, None if it is not known for certain.
 
@@ -292,6 +298,7 @@ def make_plan(config: BenchConfig) -> Plan:
 
     Raises UserError if the card is unknown.
     """
+    config = replace(config, card=_full_name(config.card))
     card = card_to_plan_for(config)
     room_gib = (config.vram_gb or card.vram_gb) - MARGIN_GIB
     candidates = []

@@ -15,7 +15,7 @@ from gpt12.checkpoint import Progress, find_checkpoint
 from gpt12.device import Machine, open_machine
 from gpt12.distributed import is_rank_0, rank_0_first
 from gpt12.errors import UserError
-from gpt12.memory import choose_batch_size
+from gpt12.memory import check_memory, choose_batch_size
 from gpt12.settings import SHORT_ROWS, TrainConfig
 from gpt12.shape import with_shape
 from gpt12.start import Request, is_worth_compiling, load_start, model_for_data, prepare_model
@@ -70,7 +70,10 @@ def build_run(request: Request) -> Run:
     loaded, tokenizer = load_start(request, checkpoint)
     if loaded is not None:
         config = replace(config, block_size=loaded.config.block_size)
-    dataset = open_data(config, tokenizer)
+    try:
+        dataset = open_data(config, tokenizer)
+    except UserError as error:
+        raise UserError(f"{error}\n{request.advice}".rstrip()) from None
     if request.resumed:
         _forget_best_on_other_data(request, dataset, progress)
     model = model_for_data(loaded, tokenizer, dataset, config)
@@ -86,6 +89,7 @@ def build_run(request: Request) -> Run:
     config = _resolve(config, model.config, dataset, machine)
     _check_short_rows(config)
     config = choose_batch_size(model.config, config, machine)
+    check_memory(model.config, config, machine)
     config = _count_epochs(config, dataset)
     prepare_model(model, config, machine)
 

@@ -15,7 +15,7 @@ import torch
 
 from gpt12.errors import UserError
 from gpt12.generate import Sampling, generate
-from gpt12.memory import step_gib
+from gpt12.memory import GIB, needed_memory
 from gpt12.metrics import Metrics, Picture, start_wandb
 from gpt12.run import Run
 from gpt12.run_folder import describe_run, set_aside, write_json
@@ -73,8 +73,9 @@ class RunLog:
         for note in [*run.request.notes, *run.machine.notes, *run.dataset.warnings]:
             self.say(note)
         self.say(
-            f"model: {parameter_count(shape):,} parameters ({shape.n_layer} layers, "
-            f"{shape.n_head} heads, {shape.n_embd} channels, context {config.block_size} tokens, "
+            f"model: {parameter_count(shape):,} parameters ({_count(shape.n_layer, 'layer')}, "
+            f"{_count(shape.n_head, 'head')}, {shape.n_embd} channels, "
+            f"context {config.block_size} tokens, "
             f"vocabulary {shape.vocab_size:,})"
         )
         if config.lora_rank:
@@ -82,7 +83,8 @@ class RunLog:
             self.say(f"LoRA: {trained:,} parameters are trained, the others stay as they are")
         self.say(self._data_line())
         self.say(self._step_line())
-        gib = step_gib(shape, config, config.recompute, run.machine.compiled)
+        self._warn_of_short_text()
+        gib = needed_memory(shape, config, config.recompute, run.machine) / GIB
         size = f"{gib:.1f} GiB" if gib >= 0.05 else f"{1024 * gib:.0f} MiB"
         self.say(f"memory: about {size} at the peak of a step (recompute={config.recompute})")
         if run.machine.device.type == "cpu":
@@ -96,7 +98,7 @@ class RunLog:
         dataset = self.run.dataset
         documents = ""
         if dataset.documents is not None:
-            documents = f"{dataset.documents:,} document{'' if dataset.documents == 1 else 's'}, "
+            documents = f"{_count(dataset.documents, 'document')}, "
         assert dataset.train is not None
         line = (
             f"data: {dataset.name}, {documents}{len(dataset.train):,} training and "
@@ -114,16 +116,31 @@ class RunLog:
         config = run.config
         micro_batches = config.gradient_accumulation_steps
         per_step = run.windows_per_step * config.block_size
-        epoch = run.train_windows.per_epoch / run.windows_per_step
+        epochs = config.max_iters * run.windows_per_step / run.train_windows.per_epoch
+        if epochs > 1:
+            part = f"the text {epochs:,.1f} times"
+        elif epochs >= 0.01:
+            part = f"{epochs:.0%} of the text"
+        else:
+            part = "less than 1% of the text"
         plural = "micro-batch" if micro_batches == 1 else "micro-batches"
         processes = ""
         if run.machine.world > 1:
             processes = f" on {run.machine.world} processes"
         return (
-            f"step: {config.batch_size} sequences x {config.block_size} tokens x {micro_batches} "
-            f"{plural}{processes} = {per_step:,} tokens; {config.max_iters:,} steps are "
-            f"{config.max_iters / epoch:,.2f} epochs of {epoch:,.1f} steps"
+            f"step: {_count(int(config.batch_size), 'sequence')} x {config.block_size} tokens x "
+            f"{micro_batches} {plural}{processes} = {per_step:,} tokens; "
+            f"{_count(config.max_iters, 'step')} read {part}"
         )
+
+    def _warn_of_short_text(self) -> None:
+        """Warn if one step reads all the text."""
+        count = len(self.run.train_windows.tokens)
+        if count < self.run.windows_per_step * self.run.config.block_size:
+            self.say(
+                f"warning: {self.run.dataset.name} has only {count:,} training tokens, less than "
+                "one step reads: the model will learn it by heart"
+            )
 
     def open(self) -> None:
         """Set an earlier run's files aside, write run.json, and open metrics.jsonl."""
@@ -173,6 +190,8 @@ class RunLog:
             disable=None if self.active else True,
             smoothing=0.05,
         )
+        if self.progress.step == 0:
+            self.say("evaluating before the first step")
 
     def close(self, status: int, saved: bool) -> None:
         """Say what came out and what to type next."""
@@ -197,11 +216,11 @@ class RunLog:
                 f"{self.progress.best_step:,}"
             )
         self.say(
-            f"{step:,} steps in {self.progress.elapsed_s:.1f} s of training{best}; "
+            f"{_count(step, 'step')} in {self.progress.elapsed_s:.1f} s of training{best}; "
             f"curves: {out_dir}/loss.png"
         )
         self._warn_if_not_better()
-        if self.run.dataset.tokenizer is not None:
+        if status == 0 and self.run.dataset.tokenizer is not None:
             self.say(f"read what it writes: python sample.py --out_dir={out_dir}")
 
     def _warn_if_not_better(self) -> None:
@@ -265,8 +284,8 @@ class RunLog:
         bad_steps = self.run.config.max_bad_steps
         self.say(
             f"stopping at step {self.progress.step}: the last {bad_steps} updates had a loss or "
-            "gradient that is not finite. The weights are as before the first of them. Training "
-            f"window {self.progress.position}; try a lower learning_rate or --dtype=float32"
+            "gradient that is not finite. The weights are as before the first of them. Try a lower "
+            "learning_rate or --dtype=float32"
         )
 
     def log_evaluation(self, train_loss: float, val_loss: float, better: bool) -> None:
@@ -344,6 +363,11 @@ class RunLog:
             return list(tokenizer.encode("\n"))
         except UserError:  # a vocabulary of characters without a line end
             return x[0, :1].tolist()
+
+
+def _count(number: int, noun: str) -> str:
+    """Return `1 step` or `2 steps`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _time_left(steps: int, steps_per_s: float) -> str:

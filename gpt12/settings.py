@@ -103,8 +103,8 @@ class TrainConfig(Settings):
 
     gradient_accumulation_steps: Count = option(
         5 * 8,
-        "Micro-batches whose gradients one step adds up, over all GPUs. With batch_size=auto it "
-        "counts sequences.",
+        "Micro-batches whose gradients one step adds up, over all GPUs. Given with "
+        "batch_size=auto, it counts sequences.",
         new_group="Batch and order of the data",
     )
     short_row_share: Share = option(
@@ -382,7 +382,7 @@ class BenchConfig(TrainConfig):
     plan: bool = option(False, "Predict memory and speed on a card, without a GPU.")
     card: Text = option(
         "NVIDIA GeForce RTX 4070 Ti",
-        "The card to plan for, by the exact name that its driver gives.",
+        "The card to plan for: the name that its driver gives, or how that ends (RTX 4070 Ti).",
     )
     vram_gb: Positive | None = option(
         None, "Memory of the card to plan for or to imitate, in GB. 1 GiB of it stays free."

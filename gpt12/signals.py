@@ -52,7 +52,7 @@ class StopSignal:
             raise KeyboardInterrupt
         self.number = number
         self.arrived_at = time.monotonic()
-        name = signal.Signals(number).name
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         self.say(f"\n{name}: finishing this step, then saving (press again to quit at once)")
 
     def agreed(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Request:
     given: set[str]  # the keys that the user set
     saved: dict[str, Any] | None = None  # run.json, if a run is resumed
     notes: list[str] = field(default_factory=list)
+    advice: str = ""  # to add where the data set is not prepared
 
     @property
     def resumed(self) -> bool:
@@ -77,16 +79,39 @@ def read_request(argv: list[str]) -> Request:
     Raises UserError with every mistake found.
     """
     if not argv:
-        argv = [_default_preset()]
+        preset = _preset_for_this_machine()
+        if torchrun_ranks().rank == 0:
+            print(f"no preset given: using {preset}, which suits this machine (--help: others)")
+        argv = [str(REPOSITORY / preset)]
     # A resumed run's keys are checked together with the saved ones, so not yet.
     config, given = config_loader.load(TrainConfig, argv, check=False)
     if config.init_from != "resume":
-        config, given = config_loader.load(TrainConfig, argv)
-        request = Request(_with_data_of_the_run(config, given), given)
+        reading = config_loader.read(TrainConfig, argv)
+        config, given = reading.finish()
+        config = _with_rows_of_the_preset(config, reading)
+        config = _with_data_of_the_run(config, given)
+        request = Request(config, given, advice=_advise_a_preset(config, reading, argv))
     else:
         request = _read_resumed(argv, Path(config.out_dir))
     _check_ranks(request.config)
     return request
+
+
+def _with_rows_of_the_preset(
+    config: TrainConfig, reading: config_loader.Reading[TrainConfig]
+) -> TrainConfig:
+    """Let --batch_size=auto, given alone, keep the sequences of a step that a preset has.
+
+    With batch_size=auto, gradient_accumulation_steps counts sequences and not micro-batches.
+    """
+    preset = reading.preset
+    set_in = reading.sources.get("gradient_accumulation_steps", config_loader.COMMAND_LINE)
+    if config.batch_size != "auto" or preset.batch_size == "auto":
+        return config
+    if set_in == config_loader.COMMAND_LINE:
+        return config
+    rows = preset.gradient_accumulation_steps * int(preset.batch_size)
+    return replace(config, gradient_accumulation_steps=rows)
 
 
 def _with_data_of_the_run(config: TrainConfig, given: set[str]) -> TrainConfig:
@@ -102,13 +127,25 @@ def _with_data_of_the_run(config: TrainConfig, given: set[str]) -> TrainConfig:
     return replace(config, **own)
 
 
-def _default_preset() -> str:
-    preset = "train_shakespeare_char" if torch.cuda.is_available() else "train_shakespeare_cpu"
-    if torchrun_ranks().rank == 0:
-        print(
-            f"no preset given: using config/{preset}.py, which suits this machine (--help: others)"
-        )
-    return str(REPOSITORY / "config" / f"{preset}.py")
+def _preset_for_this_machine() -> str:
+    size = "char" if torch.cuda.is_available() else "cpu"
+    return f"config/train_shakespeare_{size}.py"
+
+
+def _advise_a_preset(
+    config: TrainConfig, reading: config_loader.Reading[TrainConfig], argv: list[str]
+) -> str:
+    """Return advice for somebody who changes a key but names neither preset nor data.
+
+    As in nanoGPT that means GPT-2 on OpenWebText, which few people have.
+    """
+    has_preset = set(reading.sources.values()) != {config_loader.COMMAND_LINE}
+    if has_preset or "dataset" in reading.sources or config.init_from != "scratch":
+        return ""
+    return (
+        "You gave no preset. To change a key of the first run, name its preset: "
+        f"python train.py {_preset_for_this_machine()} {shlex.join(argv)}"
+    )
 
 
 def _check_ranks(config: TrainConfig) -> None:

@@ -67,7 +67,7 @@ def from_pretrained(
     _check_shapes(config, tensors, source)
     if block_size is not None and block_size > config.block_size:
         raise UserError(
-            f"{source} has {config.block_size} positions: "
+            f"the model in {source} has a context of {config.block_size} tokens: "
             f"pass --block_size={config.block_size} or less"
         )
     with SkipRandomInit():

@@ -101,4 +101,5 @@ def out_of_memory_above(limit, monkeypatch, *modules):
 def fake_gpu_memory(monkeypatch, gib):
     """torch sees a GPU with this much memory, 1 GiB of it in use."""
     numbers = (int((gib - 1) * 2**30), int(gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: numbers)

@@ -140,3 +140,16 @@ def test_a_program_without_standard_output_runs():
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py"])
+def test_a_missing_package_is_named_with_what_to_do(script):
+    """With -S Python knows no installed package."""
+    done = subprocess.run(
+        [sys.executable, "-S", script], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: numpy is not installed: activate the environment, or pip install -r "
+        "requirements.txt\n",
+    )

@@ -1,6 +1,9 @@
 """gpt12/memory.py: the memory formula against tensors that are kept, and what is chosen by it."""
 
+import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from gpt12.device import Machine
 from gpt12.errors import UserError
 from gpt12.lora import add_lora
 from gpt12.memory import (
+    CPU_GAPS,
     GIB,
     MAX_TOKENS,
     choose_batch_size,
@@ -83,6 +87,43 @@ def test_the_formula_counts_what_a_layer_keeps_for_the_backward_pass(
     assert activations[1] - activations[0] == sum(kept.values())
 
 
+@pytest.mark.parametrize("dropout", [0, 0.1])
+def test_on_a_cpu_the_formula_counts_the_attention_matrices_that_dropout_keeps(dropout):
+    """Against the tensors that a layer saves."""
+    B, T, C = 2, 64, 32
+    shape = GPTConfig(T, 13, 1, 2, C, dropout)
+    [block] = GPT(shape).train().transformer.h
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(t):
+        if t.numel() >= B * T * C and t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    x = torch.randn(B, T, C, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        block(x)
+    activations = []
+    for n_layer in (1, 2):
+        layers = replace(shape, n_layer=n_layer)
+        found = step_memory(layers, config(batch_size=B, block_size=T), "none", on_cpu=True)
+        activations.append(found["activations"])
+    assert activations[1] - activations[0] == pytest.approx(CPU_GAPS * sum(kept.values()))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "recompute", "measured_gib"),
+    [(2, "none", 7.5), (4, "none", 13.2), (4, "block", 4.1)],
+)
+def test_on_a_cpu_the_formula_predicts_what_runs_of_gpt2_took(batch_size, recompute, measured_gib):
+    """The largest resident memory of train.py config/finetune_gpt2.py --init_from=scratch."""
+    shape = replace(GPT2, dropout=0.1)
+    options = full_size(batch_size=batch_size, dtype="float32")
+    kinds = step_memory(shape, options, recompute, compiled=False, on_cpu=True)
+    assert sum(kinds.values()) / GIB == pytest.approx(measured_gib, rel=0.1)
+
+
 @pytest.mark.parametrize("targets", ["all", "c_attn,c_fc"])
 def test_lora_trains_as_many_parameters_as_are_counted(targets):
     shape = GPTConfig(8, 13, 2, 2, 8)
@@ -125,7 +166,14 @@ def test_the_cheapest_recomputation_that_fits_is_chosen(monkeypatch, free, chose
     """124M with 12 rows of 1,024 tokens needs over 5 GiB with none, 4.3 with pointwise."""
     allow(monkeypatch, free)
     assert choose_recompute(GPT2, full_size(), GPU) == chosen
-    assert choose_recompute(GPT2, full_size(), CPU) == "none"
+
+
+@pytest.mark.parametrize(("free", "chosen"), [(45, "none"), (20, "pointwise"), (10, "block")])
+def test_on_a_cpu_too(monkeypatch, free, chosen):
+    """Where dropout makes attention keep whole matrices."""
+    allow(monkeypatch, free)
+    shape = replace(GPT2, dropout=0.1)
+    assert choose_recompute(shape, full_size(dtype="float32"), CPU) == chosen
 
 
 def needed(batch_size: int, recompute: str, **changes) -> float:
@@ -199,6 +247,25 @@ def test_memory_that_this_process_holds_counts_as_free_and_a_cap_counts(monkeypa
         assert memory.available_memory(GPU) == usable * GIB
 
 
+def test_on_a_cpu_the_free_ram_and_what_the_process_holds_are_available(monkeypatch, tmp_path):
+    def read(file, name):
+        return {("/proc/meminfo", "MemAvailable"): 3, ("/proc/self/status", "VmRSS"): 2}[file, name]
+
+    monkeypatch.setattr(memory, "_read_kib", read)
+    assert memory.available_memory(CPU) == 5 * 1024
+    monkeypatch.undo()
+    if Path("/proc/meminfo").exists():
+        assert 0 < memory.available_memory(CPU) < 2**50
+
+
+def test_a_system_that_does_not_tell_its_free_ram_counts_as_unlimited(monkeypatch, tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 12 kB\n")
+    with pytest.raises(OSError, match="MemAvailable"):
+        memory._read_kib(str(tmp_path / "meminfo"), "MemAvailable")
+    monkeypatch.setattr(Path, "read_text", lambda self: (tmp_path / "none").open())
+    assert memory.available_memory(CPU) == math.inf
+
+
 # --------------------------------------------------------------------------------------------------
 # Out of memory
 
@@ -217,6 +284,7 @@ def exhausted_while_recording(*args, **options):
 @pytest.fixture
 def card(monkeypatch):
     """A card of 12 GiB with 1 free."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *args: (GIB, 12 * GIB))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 10 * GIB)
@@ -256,6 +324,46 @@ def test_a_model_that_does_not_fit_ends_with_the_same_advice(
         run(dataset, tmp_path, "--max_iters=1", *options)
 
 
+def test_on_a_cpu_a_run_that_needs_more_than_the_free_ram_ends_before_it_begins(dataset, tmp_path):
+    with pytest.raises(UserError) as error:
+        run(dataset, tmp_path, "--batch_size=100000000", "--recompute=auto")
+    title, _, *knobs = str(error.value).splitlines()
+    assert re.match(r"a step needs about [\d,.]+ GiB of memory, and [\d,.]+ are free\.$", title)
+    names = [knob.split()[0].partition("=")[0] for knob in knobs]
+    assert names == [
+        "--batch_size",
+        "--lora_rank",
+        "--block_size",
+        "config/train_shakespeare_cpu.py",
+    ]
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_the_advised_batch_size_is_one_that_fits(monkeypatch):
+    allow(monkeypatch, 4)
+    asked = full_size(batch_size=64, dtype="float32", recompute="block")
+    with pytest.raises(UserError) as error:
+        memory.check_memory(GPT2, asked, CPU)
+    size, pieces = map(int, re.findall(r"(?:batch_size|steps)=(\d+)", str(error.value)))
+    assert size * pieces == 64
+    fitting = replace(asked, batch_size=size)
+    memory.check_memory(GPT2, fitting, CPU)
+    with pytest.raises(UserError):
+        memory.check_memory(GPT2, replace(asked, batch_size=2 * size), CPU)
+
+
+def test_evaluation_and_a_gpu_are_not_checked_before_they_begin(monkeypatch):
+    allow(monkeypatch, 0)
+    memory.check_memory(GPT2, full_size(), GPU)
+    memory.check_memory(GPT2, full_size(eval_only=True), CPU)
+
+
+def test_a_cpu_that_cannot_allocate_ends_with_advice(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainStep, "compute", lambda *args: torch.empty(2**60))
+    with pytest.raises(UserError, match=r"^out of memory\.\nTry.*\n  --recompute=pointwise\n"):
+        run(dataset, tmp_path, "--max_iters=1", "--recompute=none")
+
+
 def test_another_error_is_not_taken_for_too_little_memory(dataset, tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("a bug about memory")
@@ -268,4 +376,4 @@ def test_another_error_is_not_taken_for_too_little_memory(dataset, tmp_path, mon
 def test_the_predicted_memory_of_a_run_is_told(dataset, tmp_path, capsys):
     RunLog(built(dataset, tmp_path)).introduce()
     line = next(s for s in capsys.readouterr().out.splitlines() if s.startswith("memory:"))
-    assert line == "memory: about 32 MiB at the peak of a step (recompute=none)"  # not 0.0 GiB
+    assert line == "memory: about 0.4 GiB at the peak of a step (recompute=none)"

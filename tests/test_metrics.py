@@ -156,6 +156,20 @@ def test_the_picture_can_be_drawn_from_none_one_and_many_rows(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
 
+def test_the_line_of_the_evaluations_begins_after_step_0_if_there_are_others(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("gpt12.metrics._save_figure", lambda figure, file: figures.append(figure))
+    rows = [evaluation_row(step, 4.0 - step) for step in range(3)]
+    for evaluations in (rows, rows[:1]):
+        draw_losses([step_row(1, 3.5)], evaluations, tmp_path / "loss.png")
+    drawn = []
+    for figure in figures:
+        lines = {line.get_label(): line for line in figure.axes[0].lines}
+        assert "loss of each step" in lines
+        drawn.append([list(lines[name].get_ydata()) for name in ("train", "validation")])
+    assert drawn == [[[3.0, 2.0]] * 2, [[4.0]] * 2]
+
+
 def test_a_picture_that_cannot_be_written_costs_no_run(tmp_path):
     draw_losses([], [], tmp_path / "none" / "loss.png")
 

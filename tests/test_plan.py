@@ -58,13 +58,24 @@ def test_a_card_can_be_described_by_its_datasheet():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"card": "RTX 4070 Ti"}, "NVIDIA GeForce RTX 4070 Ti"),
+        ({"card": "RTX 4070 Laptop"}, "NVIDIA GeForce RTX 4070 Ti"),
         ({"peak_tflops": 40, "bandwidth_gbs": 400}, "vram_gb"),
     ],
 )
 def test_an_unknown_card_is_refused_with_the_known_names(keys, message):
     with pytest.raises(UserError, match=message):
         make_plan(make(**keys))
+
+
+@pytest.mark.parametrize("name", ["RTX 4070 Ti", "rtx 4070 ti", "NVIDIA GeForce RTX 4070 Ti"])
+def test_the_end_of_a_cards_name_is_enough(name):
+    plan = make_plan(make(card=name))
+    assert (plan.name, plan.card) == ("NVIDIA GeForce RTX 4070 Ti", RTX_4070_TI)
+
+
+def test_an_ending_that_several_cards_have_is_refused():
+    with pytest.raises(UserError, match="card=Ti is unknown"):
+        make_plan(make(card="Ti"))
 
 
 def test_a_plan_leaves_one_gib_of_the_card_free():

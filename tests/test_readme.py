@@ -559,7 +559,7 @@ def test_the_readme_is_short_enough_to_be_read():
             "```\npython train.py config/train_gpt2.py --batch_sise=8\n```",
             "did you mean batch_size",
         ),
-        ("```\npython train.py config/train_gpt3.py\n```", "no config file"),
+        ("```\npython train.py config/train_gpt3.py\n```", "no such file"),
         ("```sh\n$ python bench.py --recompute=all\nsome output\n```", "recompute=all must be"),
         ("```\npython bench.py --sweep=batch:1,2\n```", "--batch=1"),
         ("```\ntorchrun --nproc_per_node=3 train.py config/train_gpt2.py\n```", "3 ranks"),

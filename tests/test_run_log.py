@@ -41,15 +41,37 @@ def test_the_model_the_data_and_the_tokens_of_a_step_are_told(dataset, tmp_path,
     said = introduction(capsys, dataset, tmp_path, "--max_iters=20")
     parameters = parameter_count(GPTConfig(16, 13, 1, 2, 16, bias=False))
     assert (
-        f"model: {parameters:,} parameters (1 layers, 2 heads, 16 channels, context 16 tokens, "
+        f"model: {parameters:,} parameters (1 layer, 2 heads, 16 channels, context 16 tokens, "
         "vocabulary 13)"
     ) in said
     assert f"data: {dataset}, 1 document, 2,600 training and 400 validation tokens\n" in said
-    epoch = (2600 - 16) // 16 / 8
-    assert (
-        "step: 4 sequences x 16 tokens x 2 micro-batches = 128 tokens; 20 steps are "
-        f"{20 / epoch:.2f} epochs of {epoch:.1f} steps"
-    ) in said
+    assert "\nstep: 4 sequences x 16 tokens x 2 micro-batches = 128 tokens; 20 steps read" in said
+
+
+@pytest.mark.parametrize(
+    ("max_iters", "told"),
+    [
+        (1, "; 1 step read 5% of the text"),  # 8 of its 161 windows
+        (20, "; 20 steps read 99% of the text"),
+        (40, "; 40 steps read the text 2.0 times"),
+        (100_000, "; 100,000 steps read the text 4,968.9 times"),
+    ],
+)
+def test_how_much_of_the_text_a_run_reads_is_told(dataset, tmp_path, capsys, max_iters, told):
+    assert f"{told}\n" in introduction(capsys, dataset, tmp_path, f"--max_iters={max_iters}")
+
+
+def test_one_sequence_and_a_run_that_reads_very_little_are_told(dataset, tmp_path, capsys):
+    options = ["--max_iters=1", "--batch_size=1", "--gradient_accumulation_steps=1"]
+    said = introduction(capsys, dataset, tmp_path, *options)
+    assert "step: 1 sequence x 16 tokens x 1 micro-batch = 16 tokens; 1 step read less than" in said
+
+
+@pytest.mark.parametrize(("batch_size", "warned"), [(82, True), (81, False)])
+def test_a_text_shorter_than_a_step_is_warned_of(dataset, tmp_path, capsys, batch_size, warned):
+    """Two micro-batches of rows of 16 tokens: 2,624 or 2,592 of the text's 2,600."""
+    said = introduction(capsys, dataset, tmp_path, f"--batch_size={batch_size}")
+    assert ("has only 2,600 training tokens, less than one step reads" in said) == warned
 
 
 def test_several_processes_are_told(dataset, tmp_path, capsys, monkeypatch):
@@ -137,6 +159,16 @@ def test_a_resumed_run_says_at_which_step_it_continues(finished, capsys):
 
 # --------------------------------------------------------------------------------------------------
 # During training
+
+
+def test_the_wait_before_the_first_step_is_explained_once(dataset, tmp_path, capsys):
+    assert run(dataset, tmp_path, "--max_iters=4", "--eval_interval=2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("evaluating before the first step") == 1
+    following = lines[lines.index("evaluating before the first step") + 1]
+    assert following.startswith("step 0: train loss")
+    assert resume(tmp_path, "--max_iters=5") == 0
+    assert "evaluating before" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -239,6 +271,18 @@ def test_a_finished_run_tells_where_its_curves_are_and_how_to_sample(dataset, tm
     said = capsys.readouterr().out
     assert f"; curves: {tmp_path}/loss.png\nread what it writes: python sample.py --out" in said
     assert re.search(r"2 steps in [\d.]+ s of training, best val loss [\d.]+ at step 2", said)
+    assert run(dataset, tmp_path, "--max_iters=1") == 0
+    assert "\n1 step in " in capsys.readouterr().out
+
+
+def test_a_run_whose_loss_was_lost_does_not_invite_to_sample(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(Trainer, "log_step", lambda self, lr: 2.0)  # bad steps in a row
+    assert run(dataset, tmp_path, "--max_iters=2", "--max_bad_steps=2") == 1
+    said = capsys.readouterr().out
+    assert "stopping at step 1: the last 2 updates had a loss or gradient that is not fin" in said
+    assert "sample.py" not in said
 
 
 @pytest.mark.parametrize(("after", "told"), [(1.9, False), (2.1, True)])

@@ -362,7 +362,7 @@ def test_a_line_that_is_no_text_does_not_end_a_conversation(start, line):
         (["--checkpoint=best", "--init_from=/nowhere/else"], "/nowhere/else"),
         (["--start="], "prompt is empty"),
         (["--start=-"], "prompt is empty"),
-        (["--start=FILE:/nowhere/prompt.txt"], "/nowhere/prompt.txt"),
+        (["--start=FILE:/nowhere/prompt.txt"], "prompt file /nowhere/prompt.txt does not exist"),
         (["--start=" + "x" * 33], "33 tokens"),
         (["--start=abcZ", "--checkpoint=last"], "'Z'"),
         (["--max_new_tokens=0"], "max_new_tokens"),

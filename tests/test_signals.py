@@ -41,14 +41,17 @@ def clock(monkeypatch) -> SimpleNamespace:
     return found
 
 
-def test_a_signal_is_remembered_and_told_once_and_a_second_one_ends_at_once(clock):
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")]
+)
+def test_a_signal_is_remembered_and_told_once_and_a_second_one_ends_at_once(clock, number, name):
     said = []
     stop = StopSignal(CPU, said.append)
     assert not stop.agreed()
-    stop.handle(signal.SIGTERM, None)
+    stop.handle(number, None)
     assert stop.agreed()
-    assert stop.number == signal.SIGTERM
-    assert said == ["\nSIGTERM: finishing this step, then saving (press again to quit at once)"]
+    assert stop.number == number
+    assert said == [f"\n{name}: finishing this step, then saving (press again to quit at once)"]
     clock.now += 0.5
     with pytest.raises(KeyboardInterrupt):
         stop.handle(signal.SIGINT, None)

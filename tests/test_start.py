@@ -266,6 +266,47 @@ def test_a_run_begun_on_a_cpu_is_continued_as_it_is(tmp_path, monkeypatch):
     assert (request.config.recompute, request.notes) == ("none", [])
 
 
+@pytest.mark.parametrize("size", ["char", "cpu"])
+def test_who_gives_keys_but_no_preset_is_told_how_to_change_the_first_run(monkeypatch, size):
+    """The data set is then OpenWebText, which is not prepared here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: size == "char")
+    monkeypatch.setattr("data.dataset.find_shards", lambda folder, split: [])
+    with pytest.raises(UserError, match="openwebtext is not prepared") as error:
+        built_from(["--max_iters=300", "--out_dir=my run"])
+    assert str(error.value).splitlines()[-1] == (
+        "You gave no preset. To change a key of the first run, name its preset: python train.py "
+        f"config/train_shakespeare_{size}.py --max_iters=300 '--out_dir=my run'"
+    )
+
+
+@pytest.mark.parametrize("argv", [["config/train_gpt2.py"], ["--dataset=openwebtext"]])
+def test_who_names_a_preset_or_the_data_gets_no_such_advice(monkeypatch, argv):
+    monkeypatch.setattr("data.dataset.find_shards", lambda folder, split: [])
+    with pytest.raises(UserError, match="openwebtext is not prepared") as error:
+        built_from(argv)
+    assert "You gave no preset" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ([], 16),
+        (["--gradient_accumulation_steps=6"], 6),
+    ],
+)
+def test_batch_size_auto_over_a_preset_keeps_the_sequences_of_its_step(options, rows):
+    preset = "config/train_shakespeare_cpu.py"
+    found = read_request([preset, "--batch_size=auto", *options]).config
+    assert (found.batch_size, found.gradient_accumulation_steps) == ("auto", rows)
+
+
+def test_batch_size_auto_without_a_preset_counts_the_default_as_sequences(tmp_path):
+    assert read_request(["--batch_size=auto"]).config.gradient_accumulation_steps == 40
+    (tmp_path / "my.py").write_text("batch_size = 'auto'\ngradient_accumulation_steps = 30\n")
+    found = read_request([str(tmp_path / "my.py"), "--batch_size=auto"]).config
+    assert found.gradient_accumulation_steps == 30
+
+
 def test_batch_size_auto_given_on_resuming_keeps_the_rows_of_a_step(tmp_path):
     write_run(tmp_path, {"batch_size": 3, "gradient_accumulation_steps": 2})
     request = read_request(["--init_from=resume", f"--out_dir={tmp_path}", "--batch_size=auto"])

@@ -301,6 +301,7 @@ def test_reading_a_long_text_takes_constant_memory(tmp_path):
             r"line 50001 holds the byte 0x80 at offset 100,003",
         ),
         ("a.csv", b"id,body\n1,x\n", r"line 2 has no 'text', only 'id', 'body'\..*--text_column="),
+        ("a.csv", b"id;text\n1;x, y\n", r"seem to be separated by ';'\. Save it with ','"),
         ("a.csv", b'text\n"never closed\n', "line 2 begins a row of broken CSV: unexpected end"),
         ("a.csv", b"id,text\n1,x\n2\n", "line 3: 'text' should be a text and is None"),
         (
@@ -354,7 +355,8 @@ def test_reading_a_long_text_takes_constant_memory(tmp_path):
         (
             "a.pdf",
             b"%PDF",
-            r"a.pdf is not a text file that can be read: none of .txt, .md, .csv, .jsonl",
+            r"a\.pdf: unknown ending\. If it is plain text, rename it to a\.pdf\.txt\. "
+            r"Known: \.txt, \.md, \.csv, \.jsonl",
         ),
         (".hidden.txt", b"", "holds no text files: none ends in .txt, .md, .csv, .jsonl"),
     ],

@@ -516,7 +516,7 @@ def test_too_many_bad_updates_stop_the_run_and_last_stays_finite(
     assert run(dataset, tmp_path, *options) == 1
     out = capsys.readouterr().out
     assert "stopping at step 8: the last 3 updates" in out
-    assert "Training window 64" in out
+    assert "Try a lower learning_rate" in out
     assert all(torch.isfinite(t).all() for t in weights(tmp_path).values())
     assert trainer(tmp_path)["step"] == 8
 

@@ -46,7 +46,7 @@ def test_a_smaller_block_size_keeps_the_first_positions(theirs, batch):
     assert (cropped.config.block_size, cropped.config.dropout) == (16, 0.1)
     cropped.eval()
     assert relative(cropped(batch[0][:, :16])[0], model(batch[0][:, :16]).logits) < 1e-5
-    with pytest.raises(UserError, match="32 positions"):
+    with pytest.raises(UserError, match="the model in .* has a context of 32 tokens: pass --block"):
         from_pretrained(folder, block_size=33)
     with pytest.raises(UserError, match="block_size=16"):
         cropped(batch[0])

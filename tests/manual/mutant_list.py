@@ -830,7 +830,7 @@ MUON_AND_MEMORY = [
     Mutant(
         "the memory formula takes dropout's masks for two bytes a number",
         file="gpt12/memory.py",
-        before="kept += 1",
+        before="kept += 2 if self.on_cpu else 1",
         after="kept += 2",
         test_file="test_memory.py",
         test="test_the_formula_counts_what_a_layer_keeps_for_the_backward_pass",
