@@ -32,6 +32,7 @@ from tests.helpers import (
     trainer,
     weights,
 )
+from tests.models import relative
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_picture")]
 SMALL = GPTConfig(128, 1000, 4, 4, 256, bias=True)
@@ -106,6 +107,25 @@ def test_the_fused_loss_equals_the_plain_formula(targets):
     loss = fused_cross_entropy_chunk(rounded, target, 50257).item()
     assert loss == pytest.approx(wanted, rel=1e-3, abs=1e-6)
     assert (rounded - exact).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compiled", "tolerance"),
+    [(torch.float32, False, 1e-4), (torch.bfloat16, False, 3e-2), (torch.bfloat16, True, 3e-2)],
+)
+def test_packed_examples_are_computed_as_if_each_were_alone(dtype, compiled, tolerance):
+    step = make_step(dtype=dtype, compiled=compiled)
+    fill(step)
+    ids = step.x[0]
+    ends = [40, 96, 128]
+    starts = torch.zeros_like(ids)
+    alone = []
+    with torch.no_grad(), step.machine.autocast():
+        for start, end in itertools.pairwise([0, *ends]):
+            starts[:, start:end] = start
+            alone.append(step.model.transformer(ids[:, start:end]))
+        packed = step.model.transformer(ids, example_starts=starts)
+    assert relative(packed.float(), torch.cat(alone, dim=1).float()) < tolerance
 
 
 @pytest.mark.parametrize("compiled", [False, True])
