@@ -193,7 +193,7 @@ class Transformer(nn.Module):
         idx: Tensor,
         cache: KVCache | None = None,
         example_starts: Tensor | None = None,
-        row_length: int | None = None,
+        context_length: int | None = None,
     ) -> Tensor:
         """Turn token ids (B, T) into the normalized output of the last layer (B, T, C).
 
@@ -201,8 +201,8 @@ class Transformer(nn.Module):
         sequence of the first token of each token's example. A token then reads from its own example
         only, and its position counts from there.
 
-        row_length: cut the sequences into rows of this many tokens. A token then reads from its own
-        row only; its position still counts from the start of the sequence or of the example.
+        context_length: cut the sequences into parts of this many tokens. A token then reads from
+        its own part only; its position still counts from the start of the sequence or example.
         """
         B, T = idx.shape
         if cache is not None:
@@ -218,8 +218,8 @@ class Transformer(nn.Module):
         # Keep the residual stream in autocast's dtype, not in the embedding's float32: half the
         # memory.
         x = x.to(compute_dtype(x))
-        if row_length is not None:
-            x = x.view(-1, row_length, x.size(-1))  # (B T / row_length, row_length, C)
+        if context_length is not None:
+            x = x.view(-1, context_length, x.size(-1))  # more and shorter sequences
         mask = None
         if example_starts is not None:
             mask = example_mask(example_starts.view(x.shape[:2]), x.dtype)
@@ -284,7 +284,7 @@ class GPT(nn.Module):
         example_starts: Tensor | None = None,
         divisor: Tensor | float | None = None,
         target_count: int | None = None,
-        row_length: int | None = None,
+        context_length: int | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Compute the logits, or the loss if targets are given.
 
@@ -296,10 +296,12 @@ class GPT(nn.Module):
             targets of all micro-batches together.
         target_count: the number of targets that are not ignored, if the caller knows it. It saves
             computing the head for ignored positions.
-        row_length: see Transformer.forward.
+        context_length: see Transformer.forward.
         Returns (logits (B, T, vocab_size), None) or (None, loss), the loss a scalar in float32.
         """
-        x = self.transformer(idx, example_starts=example_starts, row_length=row_length)  # (B, T, C)
+        x = self.transformer(
+            idx, example_starts=example_starts, context_length=context_length
+        )  # (B, T, C)
         if targets is None:
             logits = self.lm_head(x)  # (B, T, V)
             return logits[..., : self.config.vocab_size], None

@@ -52,7 +52,7 @@ from gpt12.run import Run, build_run, check_has_training_data, is_complete
 from gpt12.run_folder import lock_run
 from gpt12.run_log import RunLog, perplexity
 from gpt12.saver import Saver
-from gpt12.settings import SHORT_ROWS, TrainConfig
+from gpt12.settings import CONTEXT_PARTS, TrainConfig
 from gpt12.signals import StopSignal
 from gpt12.start import Request, read_request
 from gpt12.targets import IGNORE_INDEX
@@ -84,10 +84,10 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def step(self, divide_by: Tensor, skip: Tensor) -> None:
         """Update; the kernel itself divides by `divide_by` and does nothing if `skip` is 1."""
-        lr = self.lr
         if not self.fused:
+            if skip > 0:  # waits for the device
+                return
             divide_gradients(self.parameters, divide_by, skip)
-            lr = lr * (1 - skip)
         for group in self.groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             states = [self._state_of(p) for p in parameters]
@@ -102,7 +102,7 @@ class AdamW(Optimizer):
                 capturable=self.capturable,
                 grad_scale=divide_by if self.fused else None,
                 found_inf=skip if self.fused else None,
-                lr=lr,
+                lr=self.lr,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
                 weight_decay=group["weight_decay"],
@@ -182,15 +182,15 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.min_lr + share * (config.learning_rate - config.min_lr)
 
 
-def row_length(step: int, config: TrainConfig) -> int:
+def context_length(step: int, config: TrainConfig) -> int:
     """Return how many tokens attention sees at once in the update after `step` finished ones.
 
-    The first steps may cut each window into SHORT_ROWS rows: a model learns from near words first
-    (sequence length warm-up, Li et al. 2022, arXiv:2108.06084). Positions count on from row to row,
-    so that all of them are trained from the start.
+    The first steps may cut each window into CONTEXT_PARTS parts: a model learns from near words
+    first (sequence length warm-up, Li et al. 2022, arXiv:2108.06084). Positions count on from part
+    to part, so that all of them are trained from the start.
     """
-    short = step < config.short_row_share * config.max_iters
-    return config.block_size // SHORT_ROWS if short else config.block_size
+    short = step < config.short_context_share * config.max_iters
+    return config.block_size // CONTEXT_PARTS if short else config.block_size
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ class TrainStep:
         self.x = torch.zeros(shape, dtype=torch.int64, device=machine.device)  # (micro-steps, B, T)
         self.y = torch.zeros_like(self.x)
         self.example_starts = torch.zeros_like(self.x) if packed else None
-        self.row_length = config.block_size  # tokens that attention sees at once
+        self.context_length = config.block_size  # tokens that attention sees at once
         self.divisor = torch.ones((), device=machine.device)
 
         self.loss = torch.zeros((), device=machine.device)
@@ -261,9 +261,9 @@ class TrainStep:
         else:
             self.compute(target_counts)
 
-    def set_row_length(self, row_length: int) -> None:
-        """Cut the windows into rows of this length. The step is compiled and recorded again."""
-        self.row_length = row_length
+    def set_context_length(self, context_length: int) -> None:
+        """Cut the windows into parts of this length. The step is compiled and recorded again."""
+        self.context_length = context_length
         self.calls = 0
         self.graph = None  # frees its memory
 
@@ -304,7 +304,7 @@ class TrainStep:
             with self.gradients_stay_on_this_rank(not last):
                 with self.machine.autocast():  # mixed precision
                     _, loss = self.forward(
-                        self.x[m], self.y[m], starts, self.divisor, count, self.row_length
+                        self.x[m], self.y[m], starts, self.divisor, count, self.context_length
                     )
                 self.scaler.scale(loss).backward()
             self.loss += loss.detach()
@@ -488,10 +488,10 @@ class Trainer:
         step = self.progress.step
         if step >= self.config.max_iters:
             return None
-        length = row_length(step, self.config)
-        if length != self.update.row_length:
+        length = context_length(step, self.config)
+        if length != self.update.context_length:
             self.clock.stop()  # compiling for another length is not training time
-            self.update.set_row_length(length)
+            self.update.set_context_length(length)
         return self.loader.load(self.progress.position)
 
     def logging_is_due(self) -> bool:

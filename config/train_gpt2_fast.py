@@ -30,7 +30,7 @@ learning_rate = 4e-3  # for both; the best with steps of 16,384 and of 65,536 to
 beta1 = 0.9  # Muon's momentum and AdamW's
 beta2 = 0.98  # a lower one was worse
 weight_decay = 0.1
-short_row_share = 0.5  # a model learns from near words first, and short rows are faster
+short_context_share = 0.5  # a model learns from near words first, and attention costs less
 
 schedule = "wsd"  # with decay_fraction 1, the rate falls in a straight line to 0
 decay_fraction = 1.0

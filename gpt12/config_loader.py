@@ -109,7 +109,7 @@ class Reading(Generic[Schema]):
         for key, value in base.items():
             if key in self.types:
                 self.set_key(key, [value], f"the saved run: {key}={show(value)}", source="")
-        self.sources.clear()
+        self.sources.clear()  # so what was noted as their source does not matter
 
     def apply_file(self, name: str) -> None:
         """Execute a config file and set the keys that it assigns."""

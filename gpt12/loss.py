@@ -40,8 +40,9 @@ def linear_cross_entropy(
     x: (B, T, C) in the dtype of matrix products. weight: (V, C). targets: (B, T) ids below
     vocab_size, or IGNORE_INDEX.
     divisor: by default the number of targets that are not ignored.
-    target_count: that number, if the caller knows it: then ignored rows are not multiplied with the
-    weight.
+    target_count: the number of targets here that are not ignored, if the caller knows it: then
+    ignored rows are not multiplied with the weight. `divisor` may be larger, if it counts the
+    targets of a whole step.
     fused: use the Triton kernel (GPU only).
     Returns a scalar in float32.
     """

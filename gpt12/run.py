@@ -16,7 +16,7 @@ from gpt12.device import Machine, open_machine
 from gpt12.distributed import is_rank_0, rank_0_first
 from gpt12.errors import UserError
 from gpt12.memory import check_memory, choose_batch_size
-from gpt12.settings import SHORT_ROWS, TrainConfig
+from gpt12.settings import CONTEXT_PARTS, TrainConfig
 from gpt12.shape import with_shape
 from gpt12.start import Request, is_worth_compiling, load_start, model_for_data, prepare_model
 from model import GPT, GPTConfig
@@ -87,7 +87,7 @@ def build_run(request: Request) -> Run:
         deterministic=config.deterministic,
     )
     config = _resolve(config, model.config, dataset, machine)
-    _check_short_rows(config)
+    _check_short_context(config)
     config = choose_batch_size(model.config, config, machine)
     check_memory(model.config, config, machine)
     config = _count_epochs(config, dataset)
@@ -139,13 +139,14 @@ def _resolve(
     )
 
 
-def _check_short_rows(config: TrainConfig) -> None:
-    """Refuse a sequence that cannot be cut into rows of equal length."""
-    if config.short_row_share > 0 and config.block_size % SHORT_ROWS != 0:
+def _check_short_context(config: TrainConfig) -> None:
+    """Refuse a sequence that cannot be cut into parts of equal length."""
+    if config.short_context_share > 0 and config.block_size % CONTEXT_PARTS != 0:
         raise UserError(
-            f"short_row_share={config.short_row_share} cuts a sequence into {SHORT_ROWS} rows, but "
-            f"block_size={config.block_size} is not a multiple of {SHORT_ROWS}: choose another "
-            "--block_size, or --short_row_share=0"
+            f"short_context_share={config.short_context_share} cuts a sequence into "
+            f"{CONTEXT_PARTS} parts, but block_size={config.block_size} is not a multiple of "
+            f"{CONTEXT_PARTS}: choose another "
+            "--block_size, or --short_context_share=0"
         )
 
 

@@ -33,7 +33,7 @@ from gpt12.option_types import (
 )
 
 FIRST_GROUP = "The keys that people use first"
-SHORT_ROWS = 8  # short_row_share cuts a sequence into so many rows
+CONTEXT_PARTS = 8  # short_context_share cuts a sequence into so many parts
 
 
 def option(default: Any, description: str, new_group: str | None = None) -> Any:
@@ -107,7 +107,7 @@ class TrainConfig(Settings):
         "batch_size=auto, it counts sequences.",
         new_group="Batch and order of the data",
     )
-    short_row_share: Share = option(
+    short_context_share: Share = option(
         0.0,
         "Share of the steps, from the start, in which attention sees only an eighth of the "
         "sequence. A model learns from near words first, so it needs fewer tokens.",

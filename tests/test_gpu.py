@@ -131,7 +131,7 @@ def test_packed_examples_are_computed_as_if_each_were_alone(dtype, compiled, tol
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_recorded_step_gives_the_plain_steps_losses(optimizer, compiled):
-    """With dropout: the graph draws the plain step's random numbers. Rows get longer on the way.
+    """With dropout: the graph draws the plain step's random numbers. The context gets longer.
 
     Two plain runs show how much the GPU's order of additions matters.
     """
@@ -150,7 +150,7 @@ def test_a_recorded_step_gives_the_plain_steps_losses(optimizer, compiled):
         curve = []
         for i in range(30):
             if i in (0, 10):
-                step.set_row_length(32 if i == 0 else 128)
+                step.set_context_length(32 if i == 0 else 128)
             fill(step, i)
             step(1e-3)
             curve.append(step.loss.item())

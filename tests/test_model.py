@@ -67,7 +67,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(
         assert relative(grad, names[name]) < 1e-5, name
 
 
-def test_short_rows_see_only_themselves_and_keep_their_positions(theirs, batch):
+def test_a_short_context_hides_other_parts_and_keeps_positions(theirs, batch):
     """`transformers` computes each row alone, from the position that it has in its sequence."""
     model, folder = theirs
     x, _ = batch
@@ -76,25 +76,25 @@ def test_short_rows_see_only_themselves_and_keep_their_positions(theirs, batch):
         positions = torch.arange(start, start + 8)[None]
         expected.append(model(x[:, start : start + 8], position_ids=positions).logits)
     ours = from_pretrained(folder)
-    hidden = ours.transformer(x, row_length=8)
+    hidden = ours.transformer(x, context_length=8)
     assert relative(ours.lm_head(hidden)[..., : SHAPE["vocab_size"]], torch.cat(expected, 1)) < 1e-5
 
 
-@pytest.mark.parametrize("row_length", [32, 8])
-def test_packed_examples_are_computed_as_if_each_were_alone(theirs, batch, row_length):
-    """`transformers` computes each alone, and in short rows each part at its own positions."""
+@pytest.mark.parametrize("context_length", [32, 8])
+def test_packed_examples_are_computed_as_if_each_were_alone(theirs, batch, context_length):
+    """`transformers` computes each alone, and in a short context each part at its own positions."""
     model, folder = theirs
     x, _ = batch
     starts = starts_of(PACKED)
     ours = from_pretrained(folder)
-    hidden = ours.transformer(x, example_starts=starts, row_length=row_length)
+    hidden = ours.transformer(x, example_starts=starts, context_length=context_length)
     logits = ours.lm_head(hidden)[..., : SHAPE["vocab_size"]]
     for row, lengths in enumerate(PACKED):
         first = 0
         for length in lengths:
             end = first + length
-            for start in sorted({first, *range(0, 32, row_length)} & set(range(first, end))):
-                stop = min(end, (start // row_length + 1) * row_length)
+            for start in sorted({first, *range(0, 32, context_length)} & set(range(first, end))):
+                stop = min(end, (start // context_length + 1) * context_length)
                 positions = torch.arange(start - first, stop - first)[None]
                 expected = model(x[row, start:stop][None], position_ids=positions).logits
                 assert relative(logits[row, start:stop], expected[0]) < 1e-5

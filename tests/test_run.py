@@ -86,7 +86,7 @@ def test_resuming_a_finished_run_with_more_steps_continues_it(dataset, tmp_path,
 def test_a_run_resumes_exactly_before_and_after_its_rows_get_longer(
     dataset, tmp_path, monkeypatch, stopped
 ):
-    options = ["--short_row_share=0.5", "--max_iters=6", "--save_interval_s=0"]
+    options = ["--short_context_share=0.5", "--max_iters=6", "--save_interval_s=0"]
 
     def killed(self):
         raise SystemExit("killed")
@@ -101,15 +101,15 @@ def test_a_run_resumes_exactly_before_and_after_its_rows_get_longer(
     assert trainer(tmp_path / "a")["position"] == trainer(tmp_path / "b")["position"]
 
 
-def test_a_run_with_short_rows_first_is_another_run(dataset, tmp_path):
-    assert run(dataset, tmp_path / "a", "--max_iters=4", "--short_row_share=0.5") == 0
+def test_a_run_with_a_short_context_first_is_another_run(dataset, tmp_path):
+    assert run(dataset, tmp_path / "a", "--max_iters=4", "--short_context_share=0.5") == 0
     assert run(dataset, tmp_path / "b", "--max_iters=4") == 0
     assert losses(tmp_path / "a")[1] != losses(tmp_path / "b")[1]
 
 
 def test_a_sequence_that_cannot_be_cut_into_rows_is_refused(dataset, tmp_path):
     with pytest.raises(UserError, match="block_size=12 is not a multiple of 8: choose another"):
-        run(dataset, tmp_path / "a", "--short_row_share=0.5", "--block_size=12")
+        run(dataset, tmp_path / "a", "--short_context_share=0.5", "--block_size=12")
 
 
 def test_a_run_on_other_data_says_so_and_forgets_its_best(dataset, finished, tmp_path, capsys):

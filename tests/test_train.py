@@ -204,8 +204,8 @@ def test_clipping_scales_all_gradients_to_the_bound():
 def test_a_step_cuts_its_windows_into_rows_of_the_length_that_was_set():
     step = small_step(gradient_accumulation_steps=2)
     x, y = random_rows(rows=4)
-    _, expected = step.model(x, y, row_length=2)
-    step.set_row_length(2)
+    _, expected = step.model(x, y, context_length=2)
+    step.set_context_length(2)
     step(1e-2, fill(step, x, y))
     assert step.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -241,10 +241,10 @@ def test_a_step_on_packed_rows_is_the_step_on_one_example_a_row(variant):
         assert (a.grad - b.grad).abs().max() <= 1e-5 * b.grad.abs().max()
 
 
-def test_the_first_share_of_the_steps_has_short_rows():
-    short = config(short_row_share=0.3, max_iters=10)
-    assert [train.row_length(step, short) for step in range(6)] == [1, 1, 1, 8, 8, 8]
-    assert train.row_length(0, config()) == 8
+def test_the_first_share_of_the_steps_has_a_short_context():
+    short = config(short_context_share=0.3, max_iters=10)
+    assert [train.context_length(step, short) for step in range(6)] == [1, 1, 1, 8, 8, 8]
+    assert train.context_length(0, config()) == 8
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -344,10 +344,13 @@ def test_a_mac_which_lacks_fused_kernels_and_float64_trains_the_same(
     for name, t in moments(fused).items():
         assert torch.allclose(t, states[name], rtol=1e-3, atol=1e-7), name
     before = [p.clone() for p in mac.model.parameters()]
+    states = {name: t.clone() for name, t in moments(mac).items()}
     hook = break_gradients(mac)
     mac(1e-2)
     assert mac.bad.item() == 1
     assert same_weights(mac.model, before)
+    for name, t in moments(mac).items():
+        assert torch.equal(t, states[name]), name
     hook.remove()
     mac(1e-2)
     assert not same_weights(mac.model, before)

@@ -63,20 +63,20 @@ LOSS = [
 
 MODEL = [
     Mutant(
-        "short rows see their neighbours",
+        "a short context sees the other parts",
         file="model.py",
-        before="x = x.view(-1, row_length, x.size(-1))",
+        before="x = x.view(-1, context_length, x.size(-1))",
         after="pass",
         test_file="test_model.py",
-        test="test_short_rows_see_only_themselves_and_keep_their_positions",
+        test="test_a_short_context_hides_other_parts_and_keeps_positions",
     ),
     Mutant(
-        "short rows are never used",
+        "the context is never short",
         file="train.py",
-        before="self.update.set_row_length(length)",
+        before="self.update.set_context_length(length)",
         after="pass",
         test_file="test_run.py",
-        test="test_a_run_with_short_rows_first_is_another_run",
+        test="test_a_run_with_a_short_context_first_is_another_run",
     ),
     Mutant(
         "the causal mask is off",
@@ -219,8 +219,8 @@ UPDATE = [
     Mutant(
         "each micro-batch is divided by its own number of targets",
         file="train.py",
-        before="self.x[m], self.y[m], starts, self.divisor, count, self.row_length",
-        after="self.x[m], self.y[m], starts, None, count, self.row_length",
+        before="self.x[m], self.y[m], starts, self.divisor, count, self.context_length",
+        after="self.x[m], self.y[m], starts, None, count, self.context_length",
         test_file="test_train.py",
         test="test_accumulated_micro_batches_give_the_mean_over_all_targets",
     ),

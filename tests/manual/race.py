@@ -32,7 +32,7 @@ BOTH = (
 NANOGPT = "--optimizer=adamw --learning_rate=1e-3 --beta1=0.9 --beta2=0.95 --schedule=cosine"
 OURS = (
     "--optimizer=muon --learning_rate=4e-3 --beta1=0.9 --beta2=0.98 --schedule=wsd "
-    "--decay_fraction=1.0 --short_row_share=0.5"
+    "--decay_fraction=1.0 --short_context_share=0.5"
 )
 NANOGPT_STEPS = 1000
 EVALUATIONS = 4
