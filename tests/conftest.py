@@ -59,6 +59,17 @@ def seeded() -> None:
 
 
 @pytest.fixture
+def fresh_compiler() -> None:
+    """Let torch forget what it compiled in earlier tests.
+
+    It compiles a function for at most 8 kinds of arguments in a process; then it runs it as it is.
+    """
+    import torch
+
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not draw loss.png, which takes as long as a tiny run. The mark `picture` draws it."""
     if not request.node.get_closest_marker("picture"):

@@ -123,6 +123,7 @@ def test_warming_up_before_recording_stays_inside_draws_and_context(monkeypatch,
 
 
 @NEEDS_COMPILER
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_decoding_writes_the_same_texts(both, monkeypatch, tmp_path):
     """On a CPU, too."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -140,6 +141,7 @@ def test_compiled_decoding_writes_the_same_texts(both, monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_what_training_has_compiled_runs_eagerly_while_text_is_written(both):
     """Otherwise it would be compiled again for each length of a prompt."""
     model = copy.deepcopy(both[1])

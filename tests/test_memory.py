@@ -50,6 +50,7 @@ def full_size(**changes):
         ("none", 0, 0.1),
     ],
 )
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_formula_counts_what_a_layer_keeps_for_the_backward_pass(
     recompute, dropout, lora_dropout
 ):

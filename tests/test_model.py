@@ -222,6 +222,7 @@ def test_dropout_acts_only_while_training():
     not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler on this machine"
 )
 @pytest.mark.parametrize("starts", [None, starts_of([(8,), (3, 5), (2, 2, 4), (8,)])])
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_has_the_gradients_of_the_plain_one(tmp_path, monkeypatch, starts):
     """Compiled into a cache of its own. Inductor is told the width of vectors, which saves 7 s."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
