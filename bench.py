@@ -141,7 +141,7 @@ def measure_generation(config: BenchConfig, machine: Machine) -> list[DecodingRe
 
 
 def finish(config: BenchConfig, device: str, results: dict[str, Any]) -> None:
-    """Print the results as JSON if asked for, else write them to bench.json.
+    """Print the results as JSON if asked for, else write them to bench.json or plan.json.
 
     A report is always written, because it is there to be published. Only rank 0 does this.
     """
@@ -149,7 +149,8 @@ def finish(config: BenchConfig, device: str, results: dict[str, Any]) -> None:
         return
     content = bench_report.describe(config, device, results)
     if config.report or not config.json:
-        bench_report.save_json(content)
+        file = bench_report.PLAN_FILE if config.plan else bench_report.JSON_FILE
+        bench_report.save_json(content, file)
     bench_report.say_what_next(results)
     if config.json:
         bench_report.print_json(content)

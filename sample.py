@@ -390,6 +390,7 @@ def describe_sample(index: int, prompt: str, text: TextStream) -> dict[str, Any]
 def converse(writer: Writer, first_message: str = "") -> None:
     """Answer messages from the keyboard. The context is kept; if it is full, its older half goes.
 
+    An empty line begins a new conversation.
     first_message: answered before anything is read from the keyboard.
     """
     with contextlib.suppress(ImportError):  # Windows has none
@@ -399,6 +400,7 @@ def converse(writer: Writer, first_message: str = "") -> None:
     verb = "answers" if writer.tokenizer.chat_template else "continues it"
     say(
         f"type a text and press Enter, and the model {verb}. "
+        "Each is read together with all before it; an empty line begins anew. "
         "Ctrl-C stops a text, Ctrl-C or Ctrl-D at the > quits"
     )
     context: list[int] = []
@@ -416,6 +418,9 @@ def converse(writer: Writer, first_message: str = "") -> None:
             continue
         if message:
             context = answer(writer, context, message)
+        elif context:
+            context = []
+            say("a new conversation")
 
 
 def answer(writer: Writer, context: list[int], message: str) -> list[int]:

@@ -22,6 +22,7 @@ from gpt12.terminal import Table, say
 from gpt12.versus_transformers import Comparison
 
 JSON_FILE = Path("bench.json")
+PLAN_FILE = Path("plan.json")  # a prediction must not replace what was measured
 # Keys that the plan's command does not repeat: it sets them itself, or they belong to the plan.
 KEYS_OF_A_PLAN = ("plan", "card", "batch_size", "recompute")
 
@@ -255,17 +256,17 @@ def print_json(content: dict[str, Any]) -> None:
     say(json.dumps(content))
 
 
-def save_json(content: dict[str, Any]) -> None:
-    """Write the results to bench.json. Raises UserError if that is not possible."""
+def save_json(content: dict[str, Any], file: Path = JSON_FILE) -> None:
+    """Write the results to a file. Raises UserError if that is not possible."""
     text = json.dumps(content, indent=2) + "\n"
     try:
-        write_atomically(JSON_FILE, text.encode())
+        write_atomically(file, text.encode())
     except OSError as error:
         raise UserError(
-            f"{JSON_FILE} cannot be written here: {error.strerror or error}. Go to another folder, "
+            f"{file} cannot be written here: {error.strerror or error}. Go to another folder, "
             "or print the figures with --json"
         ) from None
-    say(f"wrote {JSON_FILE}: all figures, with versions and settings (--json prints them instead)")
+    say(f"wrote {file}: all figures, with versions and settings (--json prints them instead)")
 
 
 def say_what_next(results: dict[str, Any]) -> None:
@@ -280,4 +281,4 @@ def say_what_next(results: dict[str, Any]) -> None:
             "micro-batch, --help lists more"
         )
     if {"step", "ladder", "sample"} <= set(results):
-        say("next: publish bench.json and bench.png; the README says where")
+        say("next: publish bench.json and bench.png, for example as an issue of this project")

@@ -70,6 +70,13 @@ def test_without_json_the_figures_are_written_to_a_file(run, tmp_path, capsys):
     check_step(json.loads((tmp_path / "bench.json").read_text()), 48)
 
 
+def test_a_prediction_does_not_replace_what_was_measured(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bench.main(["--plan"])
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert "wrote plan.json" in capsys.readouterr().out
+
+
 def test_bench_takes_the_options_of_nanogpts_bench(run):
     result, text = run("--profile", "--bias=True", "--real_data=False", "--seed=1")
     assert result["config"]["bias"] is True

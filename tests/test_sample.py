@@ -227,7 +227,7 @@ def test_the_command_line_can_ask_for_int8_weights(start):
 
 def test_a_conversation_keeps_its_context(start, scripted):
     scripted.script[:] = [b"hi", [*b"yo", 256, *b"x"], b"\n"]
-    status, out, err = start("--interactive", stdin=b"one\n\ntwo\nthree\n")
+    status, out, err = start("--interactive", stdin=b"\none\ntwo\nthree\n")
     assert status == 0
     assert out == "hi\nyo\n\n\n"  # a text a line; the last one is a newline itself
     one = [*b"one", *b"hi", 256]
@@ -237,7 +237,16 @@ def test_a_conversation_keeps_its_context(start, scripted):
         [*one[:-1], *b"two", *b"yo", 256, *b"three"],
     ]
     assert err.count(", first after") == 3
-    assert "press Enter, and the model continues it. Ctrl-C" in err
+    assert "press Enter, and the model continues it. Each is read together with all" in err
+    assert "a new conversation" not in err
+
+
+def test_an_empty_line_begins_a_new_conversation(start, scripted):
+    scripted.script[:] = [b"hi", b"yo"]
+    status, _, err = start("--interactive", stdin=b"one\n\ntwo\n")
+    assert status == 0
+    assert [bytes(call) for call in scripted.calls] == [b"one", b"two"]
+    assert err.count("a new conversation") == 1
 
 
 def test_a_full_context_forgets_its_older_half_but_never_the_prompt(start, scripted):
