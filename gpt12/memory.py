@@ -296,7 +296,8 @@ def _with_batch_size(
 def check_memory(shape: GPTConfig, config: TrainConfig, machine: Machine) -> None:
     """Raise UserError if a step needs more RAM than is free.
 
-    The kernel would kill the program without a word. A GPU reports it: out_of_memory_advice().
+    The operating system would kill the program without a word. A GPU's driver raises an error,
+    which out_of_memory_advice() explains.
     """
     if machine.on_gpu or config.eval_only:
         return
@@ -304,12 +305,12 @@ def check_memory(shape: GPTConfig, config: TrainConfig, machine: Machine) -> Non
     needed = needed_memory(shape, config, config.recompute, machine)
     if needed <= free:
         return
-    pieces = 2
-    while pieces < int(config.batch_size):
+    pieces = 0
+    for divisor in _divisors(int(config.batch_size)):
+        pieces = divisor
         smaller = replace(config, batch_size=int(config.batch_size) // pieces)
         if needed_memory(shape, smaller, config.recompute, machine) <= free:
             break
-        pieces *= 2
     title = f"a step needs about {needed / GIB:,.1f} GiB of memory, and {free / GIB:,.1f} are free."
     raise _advice(title, _memory_knobs(config, pieces, on_cpu=True))
 
@@ -318,7 +319,7 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that the memory is used up.
 
     While a CUDA graph is recorded, running out of memory breaks off the recording, which raises an
-    error of its own. Of the RAM's end only the message tells.
+    error of its own. If a CPU's RAM runs out, only the message says so.
     """
     if "DefaultCPUAllocator" in str(error):
         return True
@@ -346,15 +347,24 @@ def _advice(title: str, knobs: list[str]) -> UserError:
     return UserError("\n".join(lines))
 
 
-def _memory_knobs(config: TrainConfig, pieces: int = 2, on_cpu: bool = False) -> list[str]:
-    """Return the options that save memory. pieces: into how many to cut the micro-batch."""
+def _divisors(number: int) -> list[int]:
+    """Return the divisors of a number but 1, ascending."""
+    return [n for n in range(2, number + 1) if number % n == 0]
+
+
+def _memory_knobs(config: TrainConfig, pieces: int = 0, on_cpu: bool = False) -> list[str]:
+    """Return the options that save memory.
+
+    pieces: into how many to cut the micro-batch; 0 means as few as possible.
+    """
     knobs = []
     if config.recompute == "none":
         knobs.append("--recompute=pointwise")
     if config.recompute in ("none", "pointwise"):
         knobs.append("--recompute=block")
     if config.batch_size != "auto" and int(config.batch_size) > 1:
-        size = max(1, int(config.batch_size) // pieces)
+        pieces = pieces or _divisors(int(config.batch_size))[0]
+        size = int(config.batch_size) // pieces
         knobs.append(
             f"--batch_size={size} "
             f"--gradient_accumulation_steps={pieces * config.gradient_accumulation_steps} "

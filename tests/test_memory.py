@@ -340,13 +340,14 @@ def test_on_a_cpu_a_run_that_needs_more_than_the_free_ram_ends_before_it_begins(
     assert not (tmp_path / "run.json").exists()
 
 
-def test_the_advised_batch_size_is_one_that_fits(monkeypatch):
+@pytest.mark.parametrize("rows", [64, 75])
+def test_the_advised_batch_size_is_one_that_fits_and_makes_the_same_step(monkeypatch, rows):
     allow(monkeypatch, 4)
-    asked = full_size(batch_size=64, dtype="float32", recompute="block")
+    asked = full_size(batch_size=rows, dtype="float32", recompute="block")
     with pytest.raises(UserError) as error:
         memory.check_memory(GPT2, asked, CPU)
     size, pieces = map(int, re.findall(r"(?:batch_size|steps)=(\d+)", str(error.value)))
-    assert size * pieces == 64
+    assert size * pieces == rows
     fitting = replace(asked, batch_size=size)
     memory.check_memory(GPT2, fitting, CPU)
     with pytest.raises(UserError):
