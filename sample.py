@@ -400,7 +400,7 @@ def converse(writer: Writer, first_message: str = "") -> None:
     verb = "answers" if writer.tokenizer.chat_template else "continues it"
     say(
         f"type a text and press Enter, and the model {verb}. "
-        "Each is read together with all before it; an empty line begins anew. "
+        "Each text is read together with all before it; an empty line begins anew. "
         "Ctrl-C stops a text, Ctrl-C or Ctrl-D at the > quits"
     )
     context: list[int] = []

@@ -63,7 +63,8 @@ class TrainWindows:
     def batch(self, position: int, count: int) -> tuple[np.ndarray, ...]:
         """Return inputs, targets and, for instruction data, example starts of `count` windows.
 
-        They are the windows from `position` on, int64 (count, T) each, maybe of several epochs.
+        They are the windows from `position` on, int64 (count, T) each. They may belong to several
+        epochs.
         """
         starts = self.starts(np.arange(position, position + count))
         return _read_windows(self.tokens, starts, self.block_size)

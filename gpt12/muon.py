@@ -58,7 +58,7 @@ class Muon(Optimizer):
         self, parameters: list[nn.Parameter], parts: int, divide_by: Tensor, skip: Tensor
     ) -> None:
         rows, columns = parameters[0].shape
-        g = divided_gradients(parameters, divide_by, skip)
+        g = stack_gradients(parameters, divide_by, skip)
         g = g.view(-1, rows // parts, columns)  # one matrix after another
         state = self.state.setdefault(parameters[0], {})
         if "momentum" not in state:
@@ -102,7 +102,7 @@ def neuron_mean_square(direction: Tensor) -> Tensor:
     return norm.square() / direction.size(dim)
 
 
-def divided_gradients(parameters: list[nn.Parameter], divide_by: Tensor, skip: Tensor) -> Tensor:
+def stack_gradients(parameters: list[nn.Parameter], divide_by: Tensor, skip: Tensor) -> Tensor:
     """Return the gradients divided by `divide_by` as one tensor (n, rows, columns); 0 if skipped.
 
     The gradients may be infinite or not a number if the update is skipped.

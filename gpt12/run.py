@@ -73,7 +73,9 @@ def build_run(request: Request) -> Run:
     try:
         dataset = open_data(config, tokenizer)
     except UserError as error:
-        raise UserError(f"{error}\n{request.advice}".rstrip()) from None
+        if not request.advice:
+            raise
+        raise UserError(f"{error}\n{request.advice}") from None
     if request.resumed:
         _forget_best_on_other_data(request, dataset, progress)
     model = model_for_data(loaded, tokenizer, dataset, config)
@@ -145,8 +147,7 @@ def _check_short_context(config: TrainConfig) -> None:
         raise UserError(
             f"short_context_share={config.short_context_share} cuts a sequence into "
             f"{CONTEXT_PARTS} parts, but block_size={config.block_size} is not a multiple of "
-            f"{CONTEXT_PARTS}: choose another "
-            "--block_size, or --short_context_share=0"
+            f"{CONTEXT_PARTS}: choose another --block_size, or --short_context_share=0"
         )
 
 

@@ -237,7 +237,7 @@ def test_a_conversation_keeps_its_context(start, scripted):
         [*one[:-1], *b"two", *b"yo", 256, *b"three"],
     ]
     assert err.count(", first after") == 3
-    assert "press Enter, and the model continues it. Each is read together with all" in err
+    assert "press Enter, and the model continues it. Each text is read together with all" in err
     assert "a new conversation" not in err
 
 

@@ -104,8 +104,8 @@ def show(theirs: Finished, ours: Finished) -> bool:
     print(
         f"\nOurs reached it by step {arrival['step']:,}: "
         f"{last['tokens'] / arrival['tokens']:.2f} times fewer tokens, "
-        f"{last['elapsed_s'] / arrival['elapsed_s']:.2f} times less training time; "
-        f"the whole commands took {theirs.command_s / ours.command_s:.2f} times less."
+        f"{last['elapsed_s'] / arrival['elapsed_s']:.2f} times less training time. "
+        f"The whole commands took {theirs.command_s:.0f} s and {ours.command_s:.0f} s."
     )
     return True
 
