@@ -86,11 +86,13 @@ def test_adamw_makes_torchs_steps_with_decay_for_matrices_and_embeddings_only():
     for seed in range(3):
         x, y = random_rows(seed=seed)
         step(1e-2, fill(step, x, y))
-        theirs.zero_grad()
-        model(x, y)[1].backward()
+        # The same gradients for both: AdamW divides by their size, so the rounding error of a
+        # gradient near 0 would become a whole step.
+        for ours, other in zip(step.model.parameters(), model.parameters(), strict=True):
+            other.grad = ours.grad.clone()
         theirs.step()
     for a, b in zip(step.model.parameters(), model.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+        assert torch.allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw8bit"])
