@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gpt12.optimizer import Optimizer
 
+NEWTON_SCHULZ_ITERATIONS = 4
 MEAN_SQUARE_DECAY = 0.95  # NorMuon's second beta: the mean goes over about 20 updates
 
 
@@ -117,9 +118,9 @@ def stack_gradients(parameters: list[nn.Parameter], divide_by: Tensor, skip: Ten
 def orthogonalize(g: Tensor) -> Tensor:
     """Return roughly the nearest semi-orthogonal matrix to each of g, (n, rows, columns).
 
-    Five Newton-Schulz iterations with a quintic polynomial that is steep at 0 (Jordan et al. 2024).
-    Singular values end between 0.7 and 1.2. On a GPU bf16 is precise enough, and is the type of the
-    result.
+    Newton-Schulz iterations with a quintic polynomial that is steep at 0 (Jordan et al. 2024, who
+    make five). After four, singular values over 0.005 of the matrix's norm lie between 0.68 and
+    1.14. On a GPU bf16 is precise enough, and is the type of the result.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16() if g.is_cuda else g
@@ -127,7 +128,7 @@ def orthogonalize(g: Tensor) -> Tensor:
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
+    for _ in range(NEWTON_SCHULZ_ITERATIONS):
         # a x + (b xx + c xx xx) x. Adding a to the small matrix's diagonal saves passes over x.
         xx = x @ x.mT
         polynomial = torch.baddbmm(xx, xx, xx, beta=b, alpha=c)

@@ -20,6 +20,7 @@ from gpt12.errors import UserError
 from gpt12.gpu_state import MARGIN_GIB
 from gpt12.loss import CHUNK_ROWS
 from gpt12.memory import GIB, RECOMPUTE, step_memory, trained_parameters
+from gpt12.muon import NEWTON_SCHULZ_ITERATIONS
 from gpt12.option_types import Recompute
 from gpt12.settings import BenchConfig
 from gpt12.shape import model_shape
@@ -33,7 +34,6 @@ BANDWIDTH_SHARE = 0.73  # of the datasheet's bandwidth, reached by kernels that 
 SOFTMAX_FLOPS = 60  # float32 operations for an element of the attention matrix in one pass
 SECONDS_PER_LAYER = 0.15e-3  # kernels of a layer starting and running out, in a micro-batch
 
-NEWTON_SCHULZ_ITERATIONS = 5  # in gpt12/muon.py
 LARGEST_BATCH = 1024  # micro-batches up to this size are considered
 # Numbers that the kernels beside the products read and write, for a token, layer and channel.
 # Forward 16: LayerNorm with the sum before it 4, twice; GELU 8. Backward 30: GELU 12; LayerNorm
