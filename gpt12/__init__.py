@@ -9,6 +9,7 @@ A run         settings.py       every key, its default and its description
               config_loader.py  defaults, then config files, then --key=value
               start.py          what a run starts from: configuration, weights, data
               run.py            everything a run works with       shape.py   the model's shape
+              new_model.py      a model without weights, or with random ones
               device.py         what "auto" becomes               memory.py  bytes of a step
               distributed.py    several processes                 signals.py Ctrl-C
 

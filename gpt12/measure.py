@@ -29,13 +29,14 @@ from gpt12.distributed import rank_0_first
 from gpt12.gpu_state import ask_driver, read_gpu_state
 from gpt12.loader import Loader
 from gpt12.memory import choose_recompute, ran_out_of_memory
+from gpt12.new_model import new_model
 from gpt12.option_types import Recompute
 from gpt12.plan import card_of_machine, predict
 from gpt12.settings import BenchConfig
 from gpt12.shape import model_shape
 from gpt12.start import prepare_model
 from gpt12.terminal import say
-from model import GPT, GPTConfig, flops_per_token, parameter_count
+from model import GPTConfig, flops_per_token, parameter_count
 from train import TrainStep
 
 WARMUP_STEPS = 3  # beyond those in which the step is compiled and recorded
@@ -161,7 +162,7 @@ class StepRunner:
         self.config = resolve(config, shape, machine)
         self.machine = machine
         torch.manual_seed(config.seed)
-        self.model = GPT(shape)
+        self.model = new_model(shape)
         prepare_model(self.model, self.config, machine)
         packed = windows.tokens.mask is not None
         step = TrainStep(self.model.train(), self.config, machine, packed)

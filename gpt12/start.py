@@ -17,6 +17,7 @@ from gpt12.device import Machine
 from gpt12.distributed import torchrun_ranks
 from gpt12.errors import UserError
 from gpt12.int8 import quantize
+from gpt12.new_model import new_model
 from gpt12.run_folder import REPOSITORY, read_run
 from gpt12.settings import TrainConfig
 from gpt12.shape import MODEL_KEYS, model_shape
@@ -163,6 +164,7 @@ def _check_ranks(config: TrainConfig) -> None:
 def _read_resumed(argv: list[str], out_dir: Path) -> Request:
     """Merge the saved configuration of the run in out_dir with what is given now."""
     saved = read_run(out_dir)
+    # First what is given now alone, to compare it with the run's; below merged with the run's.
     asked, given = config_loader.load(TrainConfig, argv, check=False)
     for key in FIXED_ON_RESUME:
         if key in given and getattr(asked, key) != saved["config"].get(key):
@@ -297,7 +299,7 @@ def model_for_data(model: GPT | None, tokenizer: Any, dataset: Dataset, config: 
     Raises UserError if the data were made with another tokenizer than the model's.
     """
     if model is None:
-        return GPT(model_shape(config, dataset.vocab_size))
+        return new_model(model_shape(config, dataset.vocab_size))
     other_tokenizer = (
         tokenizer is not None
         and dataset.tokenizer is not None

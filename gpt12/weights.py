@@ -13,18 +13,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from gpt12.errors import UserError
 from gpt12.linears import linear_names
 from gpt12.lora import LoRALinear
+from gpt12.new_model import uninitialized_model
 from model import GPT, GPTConfig, layer_matrices
 
 # Settings in config.json that change the architecture, and the values that this model has. The
@@ -70,8 +70,7 @@ def from_pretrained(
             f"the model in {source} has a context of {config.block_size} tokens: "
             f"pass --block_size={config.block_size} or less"
         )
-    with SkipRandomInit():
-        model = GPT(replace(config, dropout=dropout))
+    model = uninitialized_model(replace(config, dropout=dropout))
     _load_tensors(model, tensors, source)
     if block_size is not None:
         crop_block_size(model, block_size)
@@ -85,24 +84,6 @@ def crop_block_size(model: GPT, block_size: int) -> None:
     wpe.weight = nn.Parameter(wpe.weight[:block_size].clone())
     wpe.num_embeddings = block_size
     model.config = replace(model.config, block_size=block_size)
-
-
-class SkipRandomInit(TorchFunctionMode):
-    """Leave weights uninitialized while a model is built, because they are loaded afterwards.
-
-    Drawing random numbers takes seconds for 124M parameters. The meta device would avoid it, too,
-    but importing what it needs takes as long.
-    """
-
-    random_inits = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in self.random_inits:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 @torch.no_grad()
