@@ -9,8 +9,8 @@ What a run writes (gpt12/saver.py decides what and when):
     both    config.json, generation_config.json, model.safetensors, the tokenizer's files:
             a Hugging Face GPT-2 folder; and trainer.json: the run's progress and the SHA-256 of
             every other file
-    last/   also trainer.safetensors: optimizer state, loss scale, random numbers
-            (gpt12/trainer_state.py)
+    last/   also trainer.safetensors: optimizer state, LoRA's matrices, loss scale, random
+            numbers (gpt12/trainer_state.py)
     best/   of a LoRA run also adapter/, as PEFT writes it
 
 A folder cannot be renamed onto a full one, so a checkpoint X is replaced in steps:
@@ -30,6 +30,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,10 @@ def _write_folder(folder: Path, write: Callable[[Path], None], progress: Progres
 
 
 def _write_trainer_json(folder: Path, progress: Progress) -> None:
-    checksums = {}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            checksums[file.relative_to(folder).as_posix()] = sha256(file)
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    names = [file.relative_to(folder).as_posix() for file in files]
+    with ThreadPoolExecutor() as threads:  # the two large files at the same time
+        checksums = dict(zip(names, threads.map(sha256, files)))
     content: dict[str, Any] = {"format": FORMAT, **asdict(progress), "sha256": checksums}
     content["checksum"] = _checksum(content)
     text = json.dumps(content, indent=2) + "\n"
