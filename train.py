@@ -200,13 +200,13 @@ def context_length(step: int, config: TrainConfig) -> int:
 class TrainStep:
     """One update of the weights: forward and backward over the micro-batches, clip, optimize.
 
-    Nothing here waits for the device. The results stay there until somebody reads them:
+    With a fused optimizer nothing waits for the device. The results stay there until they are read:
         loss        mean over the targets of the step, in nats per token
         grad_norm   norm of all gradients before clipping
         bad         updates in a row, up to now, that were skipped as not finite
         skipped     all updates that were skipped
-    On a GPU, a small step is recorded as a CUDA graph in its fourth call and replayed from then on.
-    bench.py measures this object.
+    On a GPU, a small step is recorded as a CUDA graph in its fourth call and replayed from then on,
+    unless its number of targets changes. bench.py measures this object.
     """
 
     def __init__(self, model: GPT, config: TrainConfig, machine: Machine, packed: bool = False):

@@ -39,10 +39,10 @@ def linear_cross_entropy(
 
     x: (B, T, C) in the dtype of matrix products. weight: (V, C). targets: (B, T) ids below
     vocab_size, or IGNORE_INDEX.
-    divisor: by default the number of targets that are not ignored.
-    target_count: the number of targets here that are not ignored, if the caller knows it: then
-    ignored rows are not multiplied with the weight. `divisor` may be larger, if it counts the
-    targets of a whole step.
+    divisor: by default the number of targets that are not ignored. With gradient accumulation it
+    is that of all micro-batches.
+    target_count: the number of targets here that are not ignored, if the caller knows it. It only
+    saves work: ignored rows are then not multiplied with the weight.
     fused: use the Triton kernel (GPU only).
     Returns a scalar in float32.
     """

@@ -79,7 +79,11 @@ class Saver:
         return init_from if checkpoint is None else str(checkpoint)
 
     def _write_last(self, folder: Path) -> None:
-        """Write the model as a Hugging Face folder, and what resuming needs."""
+        """Write the model as a Hugging Face folder, and what resuming needs.
+
+        A resumed LoRA run does not read this model, whose adapters are merged: it starts from its
+        base model and the adapters among the trainer's state.
+        """
         self._write_model(folder)
         save_trainer_state(folder, self.state)
 

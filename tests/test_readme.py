@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -435,6 +436,26 @@ def check_name(name: str, sources: str) -> None:
         word = re.escape(part)
         found = re.search(rf"(?<![\w.]){word}(?!\w)|\.{word}(?!\w)", sources)
         require(found, f"no source has the word {part}; if not ours, name it in FOREIGN_NAMES")
+    if parts[0] in members_of_classes() and len(parts) == 2:
+        require(parts[1] in members_of_classes()[parts[0]], f"{parts[0]} has no {parts[1]}")
+
+
+@functools.cache
+def members_of_classes() -> dict[str, set[str]]:
+    """Return the methods and attributes of each of our classes."""
+    members: dict[str, set[str]] = {}
+    for path in source_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                names = members.setdefault(node.name, set())
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.FunctionDef):
+                        names.add(inner.name)
+                    elif isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name):
+                        names.add(inner.target.id)
+                    elif isinstance(inner, ast.Attribute):
+                        names.add(inner.attr)
+    return members
 
 
 def check_link(target: str, text: str, folder: Path) -> None:
@@ -595,6 +616,7 @@ def test_the_readme_is_short_enough_to_be_read():
         ("With `--recompute=all` less.", "recompute=all must be"),
         ("The class `Stepp` in `train.py`.", "word Stepp"),
         ("The method `GPT.foward`.", "word foward"),
+        ("The method `Decoder.step`.", "Decoder has no step"),
         ("The key `max_worse_steps`.", "word max_worse_steps"),
         ("See tests/test_nothing.py.", "no such file"),
         ("See gpt12/nothing.py.", "no such file"),
