@@ -36,6 +36,9 @@ KEPT_UNCOMPILED = {"none": 2, "pointwise": 1, "block": 0}
 # each a whole matrix (B, H, T, T) in float32.
 KEPT_MATRICES = {"none": 3, "pointwise": 1, "block": 0}
 MATRICES_IN_BACKWARD = 6  # the three, computed again or kept, and their gradients
+# Of an optimizer's state, for a trained parameter: two moments in float32 or in 8 bits. Muon keeps
+# one in float32, and its update holds a stack of the same size.
+MOMENT_BYTES = {"adamw": 8, "muon": 8, "adamw8bit": 2}
 PROCESS_BYTES = 0.4 * GIB  # on a CPU: Python and the libraries
 CPU_GAPS = 1.1  # on a CPU: what the C library's allocator takes for each byte of a tensor
 WORKSPACE_BYTES = 2**25  # buffers of cuBLAS and small tensors
@@ -103,8 +106,7 @@ class _Work:
         self.full = config.lora_rank == 0  # all parameters are trained
         self.number = 4 if config.dtype == "float32" else 2  # bytes of an activation
         self.master = 2 if config.optimizer == "adamw8bit" else 4  # bytes of a trained parameter
-        # Two moments in float32. Muon keeps one, and its update holds a stack of the same size.
-        self.moment_bytes = 2 if config.optimizer == "adamw8bit" else 8
+        self.moment_bytes = MOMENT_BYTES[config.optimizer]
         self.uncompiled = not compiled and self.number == 2
         self.n_layer = shape.n_layer
         self.parameters = parameter_count(shape, padded=True)
