@@ -22,14 +22,6 @@ from model import GPTConfig, Matrix, layer_matrices, parameter_count
 GIB = 2**30
 # From the fastest to the one that needs the least memory.
 RECOMPUTE: tuple[Recompute, ...] = ("none", "pointwise", "block")
-# What a layer keeps for the backward pass, in numbers per token and channel.
-KEPT = {
-    # input 1, LayerNorm 1, query, key and value 3, attention 1, stream 1, LayerNorm 1, MLP inside
-    # 4, GELU 4
-    "none": 16,
-    "pointwise": 10,  # without the two LayerNorms and GELU's output
-    "block": 1,  # the input
-}
 # Uncompiled, autocast converts LayerNorm's input to float32 and keeps the copy.
 KEPT_UNCOMPILED = {"none": 2, "pointwise": 1, "block": 0}
 # A CPU has no fused attention with dropout: a layer keeps the softmax, the mask and their product,
@@ -115,9 +107,13 @@ class _Work:
         self.vocab = shape.padded_vocab_size
         self.tokens = int(config.batch_size) * config.block_size
         self.stream = self.number * shape.n_embd * self.tokens  # bytes of one (B, T, C) tensor
+        # Widths of activations in units of n_embd.
+        matrices = {matrix.name: matrix for matrix in layer_matrices(shape)}
+        self.qkv = matrices["attn.c_attn"].outputs / shape.n_embd
+        self.hidden = matrices["mlp.c_fc"].outputs / shape.n_embd
         # LoRA's adapters read all inputs of the layer's matrices and add to all outputs.
-        self.widths_in = sum(m.inputs for m in layer_matrices(shape)) / shape.n_embd
-        self.widths_out = sum(m.outputs for m in layer_matrices(shape)) / shape.n_embd
+        self.widths_in = sum(m.inputs for m in matrices.values()) / shape.n_embd
+        self.widths_out = sum(m.outputs for m in matrices.values()) / shape.n_embd
         self.dropout = shape.dropout
         self.on_cpu = on_cpu
         self.matrix = 0.0  # bytes of the attention of all heads, where it is a whole matrix
@@ -126,7 +122,14 @@ class _Work:
 
     def kept_per_layer(self) -> float:
         """Return what a layer keeps, in (B, T, C) tensors."""
-        kept: float = KEPT[self.recompute]
+        # In this order: the layer's input, LayerNorm, query with key and value, attention, the
+        # stream after it, LayerNorm, the MLP's inside, GELU.
+        if self.recompute == "none":
+            kept = 1 + 1 + self.qkv + 1 + 1 + 1 + self.hidden + self.hidden
+        elif self.recompute == "pointwise":  # without the two LayerNorms and GELU's output
+            kept = 1 + self.qkv + 1 + 1 + self.hidden
+        else:
+            kept = 1
         if self.uncompiled:
             kept += KEPT_UNCOMPILED[self.recompute]
         if self.recompute == "none" and self.dropout > 0:
