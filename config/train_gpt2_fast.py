@@ -10,8 +10,9 @@
 # Out of memory? Halve batch_size and double gradient_accumulation_steps: the step stays the same.
 #
 # A shorter run: keep the learning rate, and let the tokens of a step shrink with the square root of
-# the run's tokens. 14 million tokens take steps of 16,384 (16 sequences), 50 million 32,768, this
-# run's 6.6 billion 491,520. The rate rises for a tenth of the steps of a short run.
+# the run's tokens: 491,520 for this run's 6.6 billion, 32,768 for 50 million, 16,384 (16 sequences)
+# for 14 million. The last two were measured (docs/results.md). The rate rises for a tenth of the
+# steps of a short run.
 
 out_dir = "out-gpt2-fast"
 eval_interval = 500

@@ -4,9 +4,9 @@
     python -m tests.manual.race --dataset=my.txt --steps=900 --micro_batch=16
 
 nanoGPT's recipe: AdamW at 1e-3, 65,536 tokens a step, 100 steps of warm-up, a cosine to 0, 1,000
-steps. Its last validation loss is the finish. Ours: Muon, a quarter of the tokens a step, short
-rows first. Its rate falls to 0 at the last of --steps, so a run of more steps is another run: the
-smallest number of steps that ends below the finish is the fair one.
+steps. Its last validation loss is the finish. Ours: Muon, a quarter of the tokens a step, a short
+context first. Its rate falls to 0 at the last of --steps, so a run of more steps is another run:
+the smallest number of steps that ends below the finish is the fair one.
 
 It prints a table and draws race.png. The exit status is 1 if ours does not reach the finish.
 """
@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt12.errors import UserError, run_main
+
 REPOSITORY = Path(__file__).parents[2]
-ROWS = {"nanoGPT": 64, "ours": 16}  # of 1,024 tokens, in a step
+SEQUENCES = {"nanoGPT": 64, "ours": 16}  # of 1,024 tokens, in a step
 BOTH = (
     "--block_size=1024 --n_layer=12 --n_head=12 --n_embd=768 --bias=False --dropout=0.0 "
     "--weight_decay=0.1 --grad_clip=1.0 --min_lr=0.0 --eval_iters=0 --log_interval=50 "
@@ -58,16 +60,19 @@ class Finished:
 
 def recipe(name: str, steps: int, micro_batch: int) -> list[str]:
     """Return the options of train.py for this side of the race."""
-    micro_batch = min(micro_batch, ROWS[name])
-    if ROWS[name] % micro_batch != 0:
-        sys.exit(f"--micro_batch={micro_batch} does not divide the {ROWS[name]} rows of a step")
+    micro_batch = min(micro_batch, SEQUENCES[name])
+    if SEQUENCES[name] % micro_batch != 0:
+        raise UserError(
+            f"--micro_batch={micro_batch} does not divide the {SEQUENCES[name]} sequences of a "
+            "step: choose a power of 2"
+        )
     options = [*BOTH.split(), *(NANOGPT if name == "nanoGPT" else OURS).split()]
     options += [
         f"--max_iters={steps}",
         f"--warmup_iters={steps // 10}",
         f"--eval_interval={max(1, steps // EVALUATIONS)}",
         f"--batch_size={micro_batch}",
-        f"--gradient_accumulation_steps={ROWS[name] // micro_batch}",
+        f"--gradient_accumulation_steps={SEQUENCES[name] // micro_batch}",
     ]
     return options
 
@@ -141,7 +146,9 @@ def main() -> int:
     parser.add_argument("--dataset", required=True, help="as train.py's")
     parser.add_argument("--steps", type=int, default=850, help="of ours, 16,384 tokens each")
     parser.add_argument("--nanogpt_steps", type=int, default=NANOGPT_STEPS)
-    parser.add_argument("--micro_batch", type=int, default=32, help="rows at once; 16 for 12 GB")
+    parser.add_argument(
+        "--micro_batch", type=int, default=32, help="sequences at once; 16 for 12 GB"
+    )
     parser.add_argument("--out_dir", type=Path, default=Path("out-race"))
     args, rest = parser.parse_known_args()
     out_dir = args.out_dir.absolute()
@@ -156,4 +163,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)
