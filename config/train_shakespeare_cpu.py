@@ -1,4 +1,4 @@
-# First run on a CPU: 0.4M, Shakespeare by characters
+# First run on a CPU: 0.2M, Shakespeare by characters
 #
 #   python train.py config/train_shakespeare_cpu.py
 #   python sample.py --out_dir=out-shakespeare-cpu
@@ -8,7 +8,7 @@
 # VRAM    none
 
 out_dir = "out-shakespeare-cpu"
-eval_interval = 225
+eval_interval = 300
 eval_iters = 0  # measure on the whole validation split
 log_interval = 25
 always_save_checkpoint = False  # you use best/
@@ -20,7 +20,7 @@ block_size = 64
 
 n_layer = 2
 n_head = 4
-n_embd = 128
+n_embd = 80
 dropout = 0.0  # the model is too small to overfit in this time
 dtype = "float32"  # in a model this narrow, converting to bfloat16 costs more than it saves
 
@@ -33,4 +33,4 @@ schedule = "wsd"
 decay_fraction = 1.0  # the rate falls from the end of the warm-up on
 min_lr = 0.0
 warmup_iters = 30
-max_iters = 450
+max_iters = 600
