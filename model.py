@@ -197,6 +197,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Turn token ids (B, T) into the normalized output of the last layer (B, T, C).
 
+        cache: keys and values of earlier tokens, for decoding; the new ones are added to it.
         example_starts: (B, T) int64, for sequences that hold several examples: the index in the
         sequence of the first token of each token's example. A token then reads from its own example
         only, and its position counts from there.

@@ -275,8 +275,8 @@ class TrainStep:
         """
         targets = self.x.numel() if target_counts is None else sum(target_counts)
         world = self.machine.world
-        # DistributedDataParallel averages the gradients over the ranks, so each rank divides by the
-        # mean number of targets.
+        # DistributedDataParallel averages the gradients over the ranks, and so divides them by
+        # `world` once more: with N targets each rank divides by N / world.
         self.divisor.fill_(targets / world)
         if world > 1:
             dist.all_reduce(self.divisor)
@@ -427,19 +427,19 @@ class Trainer:
         self.machine = run.machine
         windows = run.train_windows
         packed = windows.tokens.mask is not None
-        update = TrainStep(run.model, run.config, run.machine, packed)
-        self.update = update
-        self.loader = Loader(windows, update.x, update.y, run.machine, update.example_starts)
+        step = TrainStep(run.model, run.config, run.machine, packed)
+        self.train_step = step
+        self.loader = Loader(windows, step.x, step.y, run.machine, step.example_starts)
         # Each rank draws its own dropout masks, and a resumed run does not draw its first ones
         # again.
         seed = run.config.seed + run.machine.rank + 1_000_003 * run.progress.step
         torch.manual_seed(seed)
         if run.checkpoint is not None:
-            load_trainer_state(run.checkpoint, self.update.trainer_state())
+            load_trainer_state(run.checkpoint, self.train_step.trainer_state())
         self.log = RunLog(run)
         self.clock = Clock(run.machine, run.progress.elapsed_s)
         self.stop = StopSignal(run.machine, self.log.say)
-        self.saver = Saver(run, self.update.trainer_state(), self.log.say)
+        self.saver = Saver(run, self.train_step.trainer_state(), self.log.say)
 
     def train(self) -> int:
         """Train to the end and return the exit status."""
@@ -463,7 +463,7 @@ class Trainer:
                 if progress.step >= config.max_iters:
                     break
                 lr = learning_rate(progress.step, config)
-                self.update(lr, target_counts)
+                self.train_step(lr, target_counts)
                 progress.step += 1
                 progress.position += self.run.windows_per_step
                 progress.tokens += self.run.windows_per_step * config.block_size
@@ -474,8 +474,8 @@ class Trainer:
                     self.log.say_hopeless()
                     status = 1
                     break
-                if self.update.calls == self.update.warmup_calls:  # all compiled and recorded
-                    self.clock.start()
+                if self.train_step.calls == self.train_step.warmup_calls:
+                    self.clock.start()  # all is compiled and recorded from now on
                 if self.stop.agreed():
                     status = 128 + self.stop.number
                     break
@@ -489,9 +489,9 @@ class Trainer:
         if step >= self.config.max_iters:
             return None
         length = context_length(step, self.config)
-        if length != self.update.context_length:
+        if length != self.train_step.context_length:
             self.clock.stop()  # compiling for another length is not training time
-            self.update.set_context_length(length)
+            self.train_step.set_context_length(length)
         return self.loader.load(self.progress.position)
 
     def logging_is_due(self) -> bool:
@@ -501,8 +501,8 @@ class Trainer:
 
     def log_step(self, lr: float) -> float:
         """Log the step and return the number of bad updates in a row. Waits for the device."""
-        update = self.update
-        values = torch.stack([update.loss, update.grad_norm, update.bad, update.skipped])
+        step = self.train_step
+        values = torch.stack([step.loss, step.grad_norm, step.bad, step.skipped])
         loss, grad_norm, bad, skipped = values.tolist()
         steps_per_s = self.clock.steps_per_second()
         self.note_time()

@@ -149,6 +149,9 @@ class KVCache:
         self.values = values
         self.length = length
         self.rows = torch.arange(len(length), device=length.device)[:, None]  # (B, 1)
+        # Of the present forward pass. take_positions() sets them, then each layer reads them.
+        self.position: Tensor
+        self.mask: Tensor
         self.take_slots = take_slots  # a decoder may put the compiled function here
 
     @classmethod

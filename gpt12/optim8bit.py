@@ -34,7 +34,7 @@ class AdamW8bit(Optimizer):
     def step(self, divide_by: Tensor, skip: Tensor) -> None:
         """Update. A skipped update leaves the weights, but decays the moments."""
         divide_gradients(self.parameters, divide_by, skip)
-        self.lr.mul_(1 - skip)
+        self.lr.mul_(1 - skip)  # the training step sets it anew before the next update
         self.inner.step()
 
 

@@ -40,7 +40,8 @@ class Optimizer:
 
         divide_by: a number by which all gradients are divided first (clipping).
         skip: 1.0 if parameters and state must stay as they are, because a gradient is not finite;
-        else 0.0. Both are tensors on the device, so that nothing waits for it.
+        else 0.0. AdamW8bit's state cannot: its moments decay.
+        Both are tensors on the device, so that nothing waits for it.
         """
         raise NotImplementedError
 

@@ -84,7 +84,7 @@ def read_request(argv: list[str]) -> Request:
         if torchrun_ranks().rank == 0:
             print(f"no preset given: using {preset}, which suits this machine (--help: others)")
         argv = [str(REPOSITORY / preset)]
-    # A resumed run's keys are checked together with the saved ones, so not yet.
+    # First only to learn init_from: a resumed run's keys are checked together with the saved ones.
     config, given = config_loader.load(TrainConfig, argv, check=False)
     if config.init_from != "resume":
         reading = config_loader.read(TrainConfig, argv)

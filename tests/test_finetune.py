@@ -268,8 +268,8 @@ def test_a_step_on_all_packed_rows_has_the_loss_of_evaluating_them(start, short_
     assert run.train_windows.per_epoch == 5
     expected = train.evaluate(run.model, run.train_eval_windows, 0, 5, run.machine)
     trainer = train.Trainer(run)
-    trainer.update(0.0, trainer.load())
-    assert trainer.update.loss.item() == pytest.approx(expected, rel=1e-5)
+    trainer.train_step(0.0, trainer.load())
+    assert trainer.train_step.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run_on_packed_examples_resumes_bit_for_bit(start, short_pairs, tmp_path):

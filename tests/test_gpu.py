@@ -325,7 +325,7 @@ def test_a_save_of_a_run_with_a_recorded_step_holds_the_weights_after_the_replay
     options = [*ON_GPU, "--cuda_graph=True", "--max_iters=12"]
     found = train.Trainer(built(letters, tmp_path, *options))
     assert found.train() == 0
-    assert found.update.graph is not None
+    assert found.train_step.graph is not None
     saver: Saver = found.saver
     assert saver.saved_step == 12
     now = found.model.transformer.wpe.weight.cpu()

@@ -73,7 +73,7 @@ MODEL = [
     Mutant(
         "the context is never short",
         file="train.py",
-        before="self.update.set_context_length(length)",
+        before="self.train_step.set_context_length(length)",
         after="pass",
         test_file="test_run.py",
         test="test_a_run_with_a_short_context_first_is_another_run",
@@ -293,7 +293,7 @@ LOOP = [
     Mutant(
         "a resumed run starts with a new optimizer",
         file="train.py",
-        before="load_trainer_state(run.checkpoint, self.update.trainer_state())",
+        before="load_trainer_state(run.checkpoint, self.train_step.trainer_state())",
         after="pass",
         test_file="test_train.py",
         test="test_a_killed_run_that_is_resumed_equals_the_unbroken_run_bit_for_bit",
