@@ -206,7 +206,7 @@ class TrainStep:
         bad         updates in a row, up to now, that were skipped as not finite
         skipped     all updates that were skipped
     On a GPU, a small step is recorded as a CUDA graph in its fourth call and replayed from then on,
-    unless its number of targets changes. bench.py measures this object.
+    unless some positions are not targets. bench.py measures this object.
     """
 
     def __init__(self, model: GPT, config: TrainConfig, machine: Machine, packed: bool = False):
@@ -275,8 +275,8 @@ class TrainStep:
         """
         targets = self.x.numel() if target_counts is None else sum(target_counts)
         world = self.machine.world
-        # DistributedDataParallel averages the gradients over the ranks, and so divides them by
-        # `world` once more: with N targets each rank divides by N / world.
+        # DistributedDataParallel averages the gradients over the ranks, which divides them by
+        # `world`. With N targets in the step, each rank therefore divides by N / world.
         self.divisor.fill_(targets / world)
         if world > 1:
             dist.all_reduce(self.divisor)

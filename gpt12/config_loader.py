@@ -153,7 +153,7 @@ class Reading(Generic[Schema]):
 
         said: how the user set it, for the message.
         """
-        self.sources.pop(key, None)  # so that it becomes the last: `derive` reads the order
+        self.sources.pop(key, None)  # to move it to the end: `derive` needs the order
         self.sources[key] = source
         for value in meanings:
             try:

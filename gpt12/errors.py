@@ -1,7 +1,7 @@
 """UserError, the exception for a user's mistake, and the frame around each script's main function.
 
 Exit status: 0 success, 1 a bug or a run that failed, 2 a user's mistake, 128 + a signal's number
-if one ended the program (130 is Ctrl-C, 141 a reader of our output that has gone).
+if one ended the program: 130 for Ctrl-C, 141 if the program that read our output has ended.
 """
 
 from __future__ import annotations

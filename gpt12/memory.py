@@ -109,8 +109,8 @@ class _Work:
         self.stream = self.number * shape.n_embd * self.tokens  # bytes of one (B, T, C) tensor
         # Widths of activations in units of n_embd.
         matrices = {matrix.name: matrix for matrix in layer_matrices(shape)}
-        attention = sum(m.outputs for name, m in matrices.items() if name.startswith("attn."))
-        self.qkv = (attention - matrices["attn.c_proj"].outputs) / shape.n_embd
+        outputs = sum(m.outputs for name, m in matrices.items() if name.startswith("attn."))
+        self.qkv = (outputs - matrices["attn.c_proj"].outputs) / shape.n_embd
         self.hidden = matrices["mlp.c_fc"].outputs / shape.n_embd
         # LoRA's adapters read all inputs of the layer's matrices and add to all outputs.
         self.widths_in = sum(m.inputs for m in matrices.values()) / shape.n_embd

@@ -164,7 +164,8 @@ def _check_ranks(config: TrainConfig) -> None:
 def _read_resumed(argv: list[str], out_dir: Path) -> Request:
     """Merge the saved configuration of the run in out_dir with what is given now."""
     saved = read_run(out_dir)
-    # First what is given now alone, to compare it with the run's; below merged with the run's.
+    # What is given now is read twice: here alone, to compare it with the run's keys, and below
+    # together with them.
     asked, given = config_loader.load(TrainConfig, argv, check=False)
     for key in FIXED_ON_RESUME:
         if key in given and getattr(asked, key) != saved["config"].get(key):

@@ -68,7 +68,8 @@ def test_every_rung_does_the_same_work_on_a_gpu():
     rows = climb_ladder(config, machine_for_training(config))
     labels = ["fp32, eager", *(f"+ {name}" for name in SWITCHED_OFF)]
     assert [row.label for row in rows] == labels
-    # A recorded step makes three steps more before it is timed, so its last loss is another one's.
+    # With a CUDA graph three steps more are made before the clock starts, so the last loss is that
+    # of a later step.
     recorded = labels.index(f"+ {CUDA_GRAPH}")
     for group in (rows[:recorded], rows[recorded:]):
         for row in group:

@@ -445,17 +445,23 @@ def members_of_classes() -> dict[str, set[str]]:
     """Return the methods and attributes of each of our classes."""
     members: dict[str, set[str]] = {}
     for path in source_files():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in nodes:
             if isinstance(node, ast.ClassDef):
                 names = members.setdefault(node.name, set())
-                for inner in ast.walk(node):
-                    if isinstance(inner, ast.FunctionDef):
-                        names.add(inner.name)
-                    elif isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name):
-                        names.add(inner.target.id)
-                    elif isinstance(inner, ast.Attribute):
-                        names.add(inner.attr)
+                names.update(filter(None, map(member_name, ast.walk(node))))
     return members
+
+
+def member_name(node: ast.AST) -> str | None:
+    """Return the name of a method, of a declared field, or of an attribute `self.name`."""
+    if isinstance(node, ast.FunctionDef):
+        return node.name
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return node.target.id
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return node.attr if node.value.id == "self" else None
+    return None
 
 
 def check_link(target: str, text: str, folder: Path) -> None:
