@@ -255,9 +255,10 @@ class Decoder:
         self.compiled = compiled
         self.head_and_sample = head_and_sample
         if compiled:
-            compile_for_decoding(model)
-            self.head_and_sample = torch.compile(head_and_sample, **compile_options())
-            cache.take_slots = torch.compile(take_slots, **compile_options())
+            options = compile_options(B)
+            compile_for_decoding(model, options)
+            self.head_and_sample = torch.compile(head_and_sample, **options)
+            cache.take_slots = torch.compile(take_slots, **options)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def read_prompts(self, prompts: list[list[int]]) -> None:
@@ -460,17 +461,17 @@ class SeparateBiasLinear(nn.Module):
         return y + self.bias.to(y.dtype)  # autocast converts the inputs of products, not of sums
 
 
-def compile_for_decoding(model: GPT) -> None:
+def compile_for_decoding(model: GPT, options: dict[str, Any]) -> None:
     """Compile the blocks and the last LayerNorm in place, for decoding one token at a time."""
     replace_linears(model, SeparateBiasLinear)
     for module in (*model.transformer.h, model.transformer.ln_f):
-        module.compile(**compile_options())
+        module.compile(**options)
     model.compiled = True
 
 
-def compile_options() -> dict[str, Any]:
+def compile_options(batch: int) -> dict[str, Any]:
     """Return the arguments of torch.compile for decoding, where products have one or few rows."""
-    options = {
+    options: dict[str, Any] = {
         # A product with one row becomes a fused reduction instead of a call to cuBLAS.
         "coordinate_descent_tuning": True,
         # Compute GELU once instead of once for each output of the next product.
@@ -478,6 +479,10 @@ def compile_options() -> dict[str, Any]:
         # Compute a sum with a bias once, in the product's own kernel.
         "realize_reads_threshold": 1,
     }
+    if batch == 1:
+        # Also if the sum is read in parts, as q, k and v are. With more texts, where products are
+        # calls to cuBLAS, decoding would be slower.
+        options["realize_acc_reads_threshold"] = 1
     return {"dynamic": False, "options": options}
 
 

@@ -515,7 +515,9 @@ def test_compiling_on_a_cpu_happens_if_it_is_asked_for(start, monkeypatch, optio
     """Compiling itself is tested in test_generate.py, and trying it takes seconds."""
     compiled_models = []
     monkeypatch.setattr("gpt12.device._try_compiler", lambda device: None)
-    monkeypatch.setattr("gpt12.generate.compile_for_decoding", compiled_models.append)
+    monkeypatch.setattr(
+        "gpt12.generate.compile_for_decoding", lambda model, options: compiled_models.append(model)
+    )
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     status, _, err = start(f"--compile={option}", *ONE_TEXT)
     assert (status, len(compiled_models)) == (0, compiled), err
