@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -70,7 +71,7 @@ def recipe(name: str, steps: int, micro_batch: int) -> list[str]:
     options += [
         f"--max_iters={steps}",
         f"--warmup_iters={steps // 10}",
-        f"--eval_interval={max(1, steps // EVALUATIONS)}",
+        f"--eval_interval={math.ceil(steps / EVALUATIONS)}",
         f"--batch_size={micro_batch}",
         f"--gradient_accumulation_steps={SEQUENCES[name] // micro_batch}",
     ]
