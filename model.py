@@ -349,7 +349,10 @@ class Matrix(NamedTuple):
 
 
 def layer_matrices(config: GPTConfig) -> list[Matrix]:
-    """Return the weight matrices of one layer."""
+    """Return the weight matrices of one layer.
+
+    gpt12/memory.py takes those named attn.* as query, key and value, except attn.c_proj.
+    """
     C = config.n_embd
     return [
         Matrix("attn.c_attn", outputs=3 * C, inputs=C, stacked=3),  # query, key and value

@@ -96,7 +96,7 @@ class AdamW(Optimizer):
                 [p.grad for p in parameters],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
-                [],
+                [],  # max_exp_avg_sqs, only for amsgrad
                 [state["step"] for state in states],
                 fused=self.fused,
                 capturable=self.capturable,
@@ -153,8 +153,10 @@ def build_optimizers(model: GPT, config: TrainConfig, machine: Machine) -> list[
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw8bit":
         optimizers.append(AdamW8bit(groups, lr, betas))
-    else:
+    elif config.optimizer in ("adamw", "muon"):
         optimizers.append(AdamW(groups, lr, betas, machine))
+    else:
+        raise NotImplementedError(config.optimizer)
     return optimizers
 
 
@@ -176,10 +178,10 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return config.min_lr
     if config.schedule == "wsd":
         decay_steps = max(1, config.decay_fraction * (end - warmup))
-        share = min(1.0, (end - step) / decay_steps)
+        height = min(1.0, (end - step) / decay_steps)  # 1: learning_rate, 0: min_lr
     else:
-        share = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (end - warmup))
-    return config.min_lr + share * (config.learning_rate - config.min_lr)
+        height = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (end - warmup))
+    return config.min_lr + height * (config.learning_rate - config.min_lr)
 
 
 def context_length(step: int, config: TrainConfig) -> int:
@@ -205,12 +207,12 @@ class TrainStep:
         grad_norm   norm of all gradients before clipping
         bad         updates in a row, up to now, that were skipped as not finite
         skipped     all updates that were skipped
-    On a GPU, a small step is recorded as a CUDA graph in its fourth call and replayed from then on,
-    unless some positions are not targets. bench.py measures this object.
+    On a GPU, a small step is recorded as a CUDA graph in its fourth call and replayed from then on;
+    a step with target_counts never is. bench.py measures this object.
     """
 
     def __init__(self, model: GPT, config: TrainConfig, machine: Machine, packed: bool = False):
-        """model: on the device. config: with every "auto" decided but compile and cuda_graph.
+        """model: on the device. config: batch_size, dtype and recompute are no longer "auto".
 
         packed: a window holds several examples, which self.example_starts tells apart.
         """
@@ -241,8 +243,7 @@ class TrainStep:
         self.calls = 0
         self.use_graph = use_graph_for_training(config, model.config.n_layer, machine)
         self.graph: torch.cuda.CUDAGraph | None = None
-        # Calls until nothing is compiled or recorded any more.
-        self.warmup_calls = 4 if self.use_graph else 1
+        self.warmup_calls = 4 if self.use_graph else 1  # then all is compiled and recorded
 
     def __call__(self, lr: float, target_counts: list[int] | None = None) -> None:
         """Update the weights once from the windows in self.x and self.y.
@@ -252,7 +253,7 @@ class TrainStep:
         self.lr.fill_(lr)
         self.set_divisor(target_counts)
         self.calls += 1
-        if self.graph is not None:
+        if self.graph is not None:  # a run has target_counts in all of its steps or in none
             self.graph.replay()
         elif self.use_graph and self.calls >= self.warmup_calls and target_counts is None:
             self.clear_gradients()
@@ -324,16 +325,15 @@ class TrainStep:
             self.grad_norm.zero_()
             return
         if self.scaler.is_enabled():
+            # Not followed by scaler.step(): `skip` does its work without waiting for the device.
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
-            # scaler.step() is not needed: `skip` does its work without waiting for the device.
         self.grad_norm.copy_(nn.utils.get_total_norm(gradients))
         # 1.0 if the update must be skipped, else 0.0. As a tensor, nothing waits for its value.
         skip = 1 - torch.isfinite(self.grad_norm + self.loss).float()
         self.bad.add_(1).mul_(skip)  # skipped in a row: a good update resets it to 0
         self.skipped.add_(skip)
-        # The optimizers divide by this number while they read the gradients, so clipping costs no
-        # pass of its own over them.
+        # The optimizers divide by `divide_by` as they read the gradients: clipping costs no pass.
         if self.config.grad_clip > 0:
             divide_by = (self.grad_norm / self.config.grad_clip).clamp(min=1)
         else:
@@ -341,7 +341,7 @@ class TrainStep:
         for optimizer in self.optimizers:
             optimizer.step(divide_by, skip)
         if self.scaler.is_enabled():
-            self.scaler.update()
+            self.scaler.update()  # by the infinities that unscale_ found
 
     def clear_gradients(self) -> None:
         """Free all gradients."""
@@ -430,8 +430,7 @@ class Trainer:
         step = TrainStep(run.model, run.config, run.machine, packed)
         self.train_step = step
         self.loader = Loader(windows, step.x, step.y, run.machine, step.example_starts)
-        # Each rank draws its own dropout masks, and a resumed run does not draw its first ones
-        # again.
+        # Each rank draws its own dropout masks, and a resumed run does not repeat the first ones.
         seed = run.config.seed + run.machine.rank + 1_000_003 * run.progress.step
         torch.manual_seed(seed)
         if run.checkpoint is not None:

@@ -20,7 +20,7 @@ Encoded = tuple[Piece, np.ndarray]
 def encode_pieces(
     pieces: Iterable[Piece], tokenizer: Tokenizer, end_ids: list[int]
 ) -> Iterator[Encoded]:
-    """Yield each piece with its ids, in order. end_ids follow where a piece has `end`.
+    """Yield each piece with its ids, in order. end_ids follow a piece that ends its document.
 
     Threads encode some batches ahead while the caller writes the ones before. (tiktoken and numpy
     let other threads run meanwhile.)

@@ -230,6 +230,7 @@ def _encode_documents(
 
     source_bytes: the size of the files, from which the bar's end is estimated; 0 if unknown.
     """
+    # so_far.pieces: those of the document in progress that are encoded already.
     rest = itertools.islice(documents.skip(so_far.documents), so_far.pieces, None)
     tokens = so_far.train + so_far.val
     estimate_total = bar.total is None and source_bytes > 0

@@ -7,7 +7,7 @@ modded-nanogpt:
     type      magic number   version   used for
     uint16    20240520       1         tokens
     uint32    20240801       7         tokens of a vocabulary over 65,535
-    uint8     20240520       1         mask shards: TRAINED + EXAMPLE_START, for each token
+    uint8     20240520       1         mask shards: for each token the bits TRAINED, EXAMPLE_START
 
 Only its name tells a mask shard from a token shard: train_mask_000000.bin lies beside
 train_000000.bin. nanoGPT's train.bin and val.bin have no header and hold uint16 tokens.

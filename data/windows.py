@@ -1,6 +1,7 @@
 """Decide which tokens each training step and each evaluation sees.
 
-Both are pure functions of a seed and a position, so resuming a run needs no saved order.
+The order of training is a pure function of a seed and a position, so resuming a run needs no saved
+order. What an evaluation sees is always the same.
 
 A batch is the windows' inputs and targets. For instruction data (a split with a mask) a third array
 gives the example starts: for each input token, the index in its window of the first token of the
@@ -30,8 +31,8 @@ class TrainWindows:
     the number of ranks.
 
     An epoch has `per_epoch` windows and draws each once, in a random order of its own. They lie T
-    tokens apart; the first begins at the epoch's phase, which is below T. Instruction data are
-    packed into rows of T tokens, so there the phase is always 0.
+    tokens apart. The first begins at the epoch's phase, a random number of tokens below T.
+    Instruction data are packed into rows of T tokens, so there the phase is always 0.
     """
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int) -> None:
@@ -44,7 +45,7 @@ class TrainWindows:
             self.per_epoch = (len(tokens) - 1) // block_size
             self._phases = 1
         else:
-            # Leave one block unused, so that every phase has room for the same number of windows.
+            # One window less than fits at phase 0, so that the same number fits at every phase.
             self.per_epoch = max(1, (len(tokens) - block_size) // block_size)
             self._phases = min(block_size, len(tokens) - self.per_epoch * block_size)
 

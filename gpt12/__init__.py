@@ -1,4 +1,4 @@
-"""What the four scripts are built from: one technique or concern per file.
+"""What the scripts are built from: one technique or concern per file.
 
 The model     loss.py           output head and cross-entropy in chunks, its Triton kernel
               lora.py           low-rank adapters        int8.py      8-bit weights
@@ -18,7 +18,7 @@ The step      optimizer.py      what a step expects of an optimizer; AdamW is in
               cuda_graph.py     recording a step    loader.py      windows on their way to the GPU
 
 The folder    checkpoint.py     what best/ and last/ hold, and how they are replaced
-              saver.py          when they are written    trainer_state.py  what resuming needs
+              saver.py          writes them             trainer_state.py  what resuming needs
               run_folder.py     run.json, the lock       metrics.py        metrics.jsonl, loss.png
               run_log.py        lines on the terminal    clock.py          training time
 

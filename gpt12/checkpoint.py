@@ -1,10 +1,10 @@
 """Checkpoints: folders that are replaced so that a crash at any moment leaves one that loads.
 
-What a run writes (gpt12/saver.py decides what and when):
+What a run writes (by gpt12/saver.py), and when (train.py, Trainer):
 
-    best/   at an evaluation with a new lowest validation loss (never at step 0)
-    last/   when the save timer says so, at every evaluation after step 0 if
-            always_save_checkpoint, at the end, and on Ctrl-C
+    best/   at an evaluation with a new lowest validation loss, never at step 0 (evaluate)
+    last/   when the save timer says so (train), at every evaluation after step 0 if
+            always_save_checkpoint (evaluate), at the end and on Ctrl-C (finish)
 
     both    config.json, generation_config.json, model.safetensors, the tokenizer's files:
             a Hugging Face GPT-2 folder; and trainer.json: the run's progress and the SHA-256 of

@@ -8,7 +8,8 @@ A resumed run has its saved values between the defaults and the files.
 The way of a value: load() -> read() -> apply_saved_values(), apply_file(), apply_flag()
 -> set_key() -> convert() (gpt12/option_types.py checks the type).
 Then finish() -> contradictions() and derive() (gpt12/settings.py: keys that depend on each other).
-All mistakes are collected and raised together.
+All mistakes are collected and raised together. For train.py gpt12/start.py then checks the keys
+that a resumed run cannot change, and the number of ranks.
 """
 
 from __future__ import annotations
@@ -55,10 +56,7 @@ def load(
 def read(
     schema: type[Schema], argv: Sequence[str], base: Mapping[str, Any] | None = None
 ) -> Reading[Schema]:
-    """Read as load() does, but refuse nothing yet.
-
-    For bench.py, which needs to know where each key was set (`Reading.sources`).
-    """
+    """Read as load() does, but refuse nothing yet. `sources` says where each key was set."""
     if "-h" in argv or "--help" in argv:
         print(build_help_page(schema))
         raise SystemExit(0)
@@ -68,7 +66,7 @@ def read(
     files, flags = split_command_line(argv, reading.types)
     for name in files:
         reading.apply_file(name)
-    reading.preset = replace(reading.config)
+    reading.before_flags = replace(reading.config)
     for flag in flags:
         reading.apply_flag(flag)
     return reading
@@ -79,11 +77,12 @@ class Reading(Generic[Schema]):
 
     def __init__(self, schema: type[Schema]) -> None:
         self.config = schema()
-        self.preset = schema()  # the values before those of the command line
+        self.before_flags = schema()  # the values without those of the command line (start.py)
         self.types = get_type_hints(schema, include_extras=True)
         self.sources: dict[str, str] = {}  # key -> where; in the order of setting
         self.problems: list[str] = []
-        self.doubtful: set[str] = set()  # keys that may not hold what the user meant
+        # Keys whose value was refused. What contradicts them is no further mistake.
+        self.doubtful: set[str] = set()
 
     def finish(self, check: bool = True) -> tuple[Schema, set[str]]:
         """Return the configuration and the keys that were set. Raises UserError for problems."""
@@ -108,8 +107,7 @@ class Reading(Generic[Schema]):
         """Set the values of a saved run. They do not count as set by the user."""
         for key, value in base.items():
             if key in self.types:
-                self.set_key(key, [value], f"the saved run: {key}={show(value)}", source="")
-        self.sources.clear()  # so what was noted as their source does not matter
+                self.set_key(key, [value], f"the saved run: {key}={show(value)}", source=None)
 
     def apply_file(self, name: str) -> None:
         """Execute a config file and set the keys that it assigns."""
@@ -148,13 +146,14 @@ class Reading(Generic[Schema]):
         else:
             self.set_key(key, possible_meanings(text), said, COMMAND_LINE)
 
-    def set_key(self, key: str, meanings: Sequence[Any], said: str, source: str) -> None:
+    def set_key(self, key: str, meanings: Sequence[Any], said: str, source: str | None) -> None:
         """Set a key to the first of the values that its type allows, else report a problem.
 
-        said: how the user set it, for the message.
+        said: how the user set it, for the message. source: where, None for a saved run's value.
         """
-        self.sources.pop(key, None)  # to move it to the end: `derive` needs the order
-        self.sources[key] = source
+        if source is not None:
+            self.sources.pop(key, None)  # to move it to the end: `derive` needs the order
+            self.sources[key] = source
         for value in meanings:
             try:
                 converted = convert(value, self.types[key])

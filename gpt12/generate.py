@@ -70,7 +70,8 @@ def sample_token(
     # Invert the cumulative distribution: count the candidates that end at or before the draw.
     cumulative = probs.cumsum(dim=1)
     chosen = (cumulative <= draw[:, None] * cumulative[:, -1:]).sum(dim=1, keepdim=True)
-    # A draw that was rounded up to 1 would point past the last candidate.
+    # A draw that was rounded up to 1 would point past the last candidate with a probability, which
+    # is where the count of such candidates first reaches its maximum.
     last = (probs > 0).cumsum(dim=1).argmax(dim=1, keepdim=True)
     return ids.gather(1, torch.minimum(chosen, last))[:, 0]
 
@@ -149,10 +150,10 @@ class KVCache:
         self.values = values
         self.length = length
         self.rows = torch.arange(len(length), device=length.device)[:, None]  # (B, 1)
-        # Of the present forward pass. take_positions() sets them, then each layer reads them.
+        # Declared only: take_positions() sets them for a forward pass, then each layer reads them.
         self.position: Tensor
         self.mask: Tensor
-        self.take_slots = take_slots  # a decoder may put the compiled function here
+        self.take_slots = take_slots  # Decoder puts the compiled function here
 
     @classmethod
     def empty(cls, config: GPTConfig, batch: int, slots: int, like: Tensor) -> KVCache:
@@ -275,7 +276,7 @@ class Decoder:
                 seen[torch.tensor(prompt, device=device)] = True
         with self.without_compiled_code():
             hidden = self.model.transformer(idx, self.cache)  # (B, T, C)
-            self.cache.length.copy_(lengths)
+            self.cache.length.copy_(lengths)  # the pass has counted the padding, too
             self.choose_next(hidden[torch.arange(len(prompts)), lengths - 1])
 
     def refill(self, b: int, tokens: list[int]) -> None:
@@ -399,8 +400,9 @@ def stream(
     for remaining in range(max_new_tokens, 0, -1):
         wait_for_tokens = decoder.start_copy()
         full = [b for b, text in enumerate(texts) if len(text) == limit]
+        # The device computes the next tokens while the host hands out these. But a full text has to
+        # be shortened first, and the half that stays ends with its newest token.
         if not full and remaining > 1:
-            # The device computes the next tokens while the host hands out these.
             decoder.advance()
         new = wait_for_tokens()
         for text, token in zip(texts, new, strict=True):
@@ -408,7 +410,7 @@ def stream(
         if full and remaining > 1:
             for b in full:
                 texts[b] = texts[b][-max(1, limit // 2) :]
-                decoder.refill(b, texts[b][:-1])  # the next step adds the newest token
+                decoder.refill(b, texts[b][:-1])  # advance() appends the newest token
             decoder.advance()
         yield new
 

@@ -42,7 +42,7 @@ def linear_cross_entropy(
     divisor: by default the number of targets that are not ignored. With gradient accumulation it
     is that of all micro-batches.
     target_count: the number of targets here that are not ignored, if the caller knows it. It only
-    saves work: ignored rows are then not multiplied with the weight.
+    saves work: most ignored rows are then not multiplied with the weight.
     fused: use the Triton kernel (GPU only).
     Returns a scalar in float32.
     """
@@ -67,7 +67,7 @@ def _drop_ignored_rows(x: Tensor, targets: Tensor, target_count: int) -> tuple[T
     The sort needs no answer from the GPU, so the host does not wait. What remains is a multiple of
     1,024 rows, which keeps the number of different shapes small.
     """
-    order = (targets == IGNORE_INDEX).argsort(stable=True)
+    order = (targets == IGNORE_INDEX).argsort(stable=True)  # False comes before True
     rounded = (target_count + 1023) // 1024 * 1024
     kept = order[: min(len(targets), rounded)]
     return x[kept], targets[kept]

@@ -39,8 +39,8 @@ class Optimizer:
         """Update the parameters from their gradients.
 
         divide_by: a number by which all gradients are divided first (clipping).
-        skip: 1.0 if parameters and state must stay as they are, because a gradient is not finite;
-        else 0.0. AdamW8bit's state cannot: its moments decay.
+        skip: 1.0 if the parameters and the state must stay as they are, because a gradient is not
+        finite; else 0.0. (AdamW8bit keeps its parameters only: torchao's moments still decay.)
         Both are tensors on the device, so that nothing waits for it.
         """
         raise NotImplementedError

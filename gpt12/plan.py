@@ -41,6 +41,9 @@ LARGEST_BATCH = 1024  # micro-batches up to this size are considered
 MOVED_NUMBERS = 16 + 30
 MOVED_AGAIN = {"none": 0, "pointwise": 12, "block": 16}  # computed again in the backward pass
 MOVED_BY_ADAPTERS = 54  # adding the adapters' products, 6 for each of 9 outputs
+# Bytes that an update moves for each trained parameter: the gradient (for its norm, then for the
+# update) is read, the weight and two moments are read and written. Muon is counted like AdamW.
+UPDATE_BYTES = {"adamw": 4 + 4 + 24, "muon": 4 + 4 + 24, "adamw8bit": 2 + 2 + 8}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,9 +201,7 @@ def _moved_bytes(config: BenchConfig, shape: GPTConfig, recompute: str, tokens: 
         if micro_steps > 1:
             per_micro_batch += 12 * parameters  # gradients are added up
 
-    # The gradient's norm reads 4 bytes. AdamW reads the gradient and reads and writes the weight
-    # and two moments: 28.
-    per_update = 12 if config.optimizer == "adamw8bit" else 32
+    per_update = UPDATE_BYTES[config.optimizer]
     trained = parameters if all_weights else trained_parameters(shape, config)
     return tokens * per_token + micro_steps * per_micro_batch + per_update * trained
 

@@ -1,4 +1,7 @@
-"""Write a run's checkpoints best/ and last/: what goes into them, and when last/ is due."""
+"""Write a run's checkpoints best/ and last/, and tell when last/ is due again.
+
+Trainer in train.py calls this: evaluate, train and finish say when.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ class Saver:
         self.state = state
         self.say = say
         self.timer = SaveTimer(run.config.save_interval_s, self.size_of("last"))
-        self.saved_step = run.progress.step if run.request.resumed else -1  # of last/
-        self.told_note = False
+        self.saved_step = run.progress.step if run.request.resumed else -1  # in last/
+        self.adapter_note_shown = False
 
     def save(self, name: str) -> bool:
         """Write the checkpoint "best" or "last" and tell whether that worked.
@@ -63,8 +66,8 @@ class Saver:
         self._write_model(folder)
         if self.run.config.lora_rank:
             note = save_adapter(self.run.model, folder / "adapter", self._base_of_adapters())
-            if note is not None and not self.told_note:
-                self.told_note = True
+            if note is not None and not self.adapter_note_shown:
+                self.adapter_note_shown = True
                 self.say(note)
 
     def _base_of_adapters(self) -> str:
@@ -117,7 +120,9 @@ class SaveTimer:
     """
 
     SHORTEST = 5.0
-    FIRST_MINUTES = 600.0  # seconds
+    AT_FIRST = 600.0  # so many seconds after the start, LONGEST_AT_FIRST holds
+    LONGEST_AT_FIRST = 60.0
+    LONGEST = 600.0
     BYTES_PER_SECOND = 1e9  # a guess at the disk's speed, until a save was measured
 
     def __init__(self, interval: float | str, size: int):
@@ -135,7 +140,7 @@ class SaveTimer:
     def _seconds(self, running: float) -> float:
         if not isinstance(self.interval, str):
             return self.interval
-        longest = 60.0 if running < self.FIRST_MINUTES else 600.0
+        longest = self.LONGEST_AT_FIRST if running < self.AT_FIRST else self.LONGEST
         return min(longest, max(self.SHORTEST, 100 * self.cost))
 
     def saved(self, seconds: float) -> None:

@@ -264,8 +264,8 @@ class TrainConfig(Settings):
     def derive(self, sources: Mapping[str, str]) -> None:
         """Set the keys whose value follows from what the user set.
 
-        If both max_iters and num_epochs are given, the last one wins. A learning rate below the
-        default of min_lr lowers min_lr.
+        If two sources set max_iters and num_epochs, the last one wins (in one source they are a
+        contradiction, see above). A learning rate below the default of min_lr lowers min_lr.
         """
         lengths = [key for key in sources if key in ("max_iters", "num_epochs")]
         if lengths and lengths[-1] == "max_iters":

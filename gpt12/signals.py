@@ -1,7 +1,9 @@
 """Stop a run after its current step when a signal arrives, on all ranks after the same step.
 
 Ctrl-C (SIGINT), a scheduler's SIGTERM and a closed terminal (SIGHUP) all mean: finish the step,
-save, and end with exit status 128 + the signal's number.
+save last/, and end with exit status 128 + the signal's number. With one rank an evaluation is cut
+short, and made after resuming. A second signal ends the program at once with status 130 and saves
+nothing; so does Ctrl-C before the loop begins.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def handle(self, number: int, frame: Any) -> None:
-        """Note the first signal; a second one ends the program at once."""
+        """Note the first signal; a second one ends the program at once (run_main in errors.py)."""
         if self.number:
             if time.monotonic() - self.arrived_at < SAME_SIGNAL_SECONDS:
                 return
@@ -58,8 +60,8 @@ class StopSignal:
     def agreed(self) -> bool:
         """Tell whether to stop now. Call it once per step, on all ranks.
 
-        With several ranks the flag is read one step late: the GPU then has work queued while the
-        host waits for it. All ranks stop after the same step.
+        With several ranks it reads the flag of the step before. To wait for this step's flag would
+        leave the GPU without work. All ranks stop after the same step.
         """
         if self.machine.world == 1:
             return self.number > 0

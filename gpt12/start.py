@@ -84,16 +84,14 @@ def read_request(argv: list[str]) -> Request:
         if torchrun_ranks().rank == 0:
             print(f"no preset given: using {preset}, which suits this machine (--help: others)")
         argv = [str(REPOSITORY / preset)]
-    # First only to learn init_from: a resumed run's keys are checked together with the saved ones.
-    config, given = config_loader.load(TrainConfig, argv, check=False)
-    if config.init_from != "resume":
-        reading = config_loader.read(TrainConfig, argv)
+    reading = config_loader.read(TrainConfig, argv)
+    if reading.config.init_from == "resume":
+        request = _read_resumed(argv, reading)
+    else:
         config, given = reading.finish()
         config = _with_rows_of_the_preset(config, reading)
         config = _with_data_of_the_run(config, given)
         request = Request(config, given, advice=_advise_a_preset(config, reading, argv))
-    else:
-        request = _read_resumed(argv, Path(config.out_dir))
     _check_ranks(request.config)
     return request
 
@@ -105,7 +103,7 @@ def _with_rows_of_the_preset(
 
     With batch_size=auto, gradient_accumulation_steps counts sequences and not micro-batches.
     """
-    preset = reading.preset
+    preset = reading.before_flags
     set_in = reading.sources.get("gradient_accumulation_steps", config_loader.COMMAND_LINE)
     if config.batch_size != "auto" or preset.batch_size == "auto":
         return config
@@ -161,12 +159,15 @@ def _check_ranks(config: TrainConfig) -> None:
         )
 
 
-def _read_resumed(argv: list[str], out_dir: Path) -> Request:
-    """Merge the saved configuration of the run in out_dir with what is given now."""
+def _read_resumed(argv: list[str], reading: config_loader.Reading[TrainConfig]) -> Request:
+    """Merge the saved configuration of the run in out_dir with what is given now.
+
+    reading: what is given now, without the saved values. It is compared with them, and then read
+    once more on top of them.
+    """
+    asked, given = reading.finish(check=False)
+    out_dir = Path(asked.out_dir)
     saved = read_run(out_dir)
-    # What is given now is read twice: here alone, to compare it with the run's keys, and below
-    # together with them.
-    asked, given = config_loader.load(TrainConfig, argv, check=False)
     for key in FIXED_ON_RESUME:
         if key in given and getattr(asked, key) != saved["config"].get(key):
             raise UserError(

@@ -110,6 +110,13 @@ def test_all_optimizers_of_a_step_read_one_learning_rate(optimizer):
     assert step.lr.item() == 0.125
 
 
+def test_an_optimizer_that_nobody_builds_is_an_error():
+    """Somebody who adds one and forgets this place must not train with AdamW."""
+    forgotten = replace(small_step().config, optimizer="lion")
+    with pytest.raises(NotImplementedError, match="lion"):
+        train.build_optimizers(small_gpt(), forgotten, CPU)
+
+
 def schedule(**changes):
     values = {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 10, "max_iters": 110}
     return config(**values | changes)

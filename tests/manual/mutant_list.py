@@ -243,8 +243,8 @@ UPDATE = [
     Mutant(
         "the learning rate decays to 0 instead of min_lr",
         file="train.py",
-        before="return config.min_lr + share * (config.learning_rate - config.min_lr)",
-        after="return share * config.learning_rate",
+        before="return config.min_lr + height * (config.learning_rate - config.min_lr)",
+        after="return height * config.learning_rate",
         test_file="test_train.py",
         test="test_the_learning_rate_follows_its_closed_form",
     ),
@@ -877,8 +877,8 @@ CONFIGURATION = [
     Mutant(
         "saved values count as given by the user",
         file="gpt12/config_loader.py",
-        before="self.sources.clear()",
-        after="pass",
+        before="if source is not None:",
+        after="if True:",
         test_file="test_config.py",
     ),
     Mutant(
