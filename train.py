@@ -45,7 +45,7 @@ from gpt12.distributed import (
 from gpt12.errors import UserError, run_main
 from gpt12.loader import Loader
 from gpt12.memory import out_of_memory_advice, ran_out_of_memory
-from gpt12.muon import Muon
+from gpt12.muon import Muon, trained_matrices
 from gpt12.optim8bit import AdamW8bit
 from gpt12.optimizer import Optimizer, divide_gradients
 from gpt12.run import Run, build_run, check_has_training_data, is_complete
@@ -57,7 +57,7 @@ from gpt12.signals import StopSignal
 from gpt12.start import Request, read_request
 from gpt12.targets import IGNORE_INDEX
 from gpt12.trainer_state import TrainerState, load_trainer_state
-from model import GPT, layer_matrices
+from model import GPT
 
 # --------------------------------------------------------------------------------------------------
 # Optimizer and learning rate
@@ -126,38 +126,36 @@ class AdamW(Optimizer):
 def build_optimizers(model: GPT, config: TrainConfig, machine: Machine) -> list[Optimizer]:
     """Return the optimizers that together update every trained parameter.
 
-    optimizer=adamw: AdamW for all. optimizer=muon: Muon for the matrices of the layers, AdamW for
-    the rest. Matrices and embeddings decay; biases and LayerNorms do not (Brown et al. 2020,
-    appendix B).
+    optimizer=muon: Muon for the matrices of the layers, AdamW for the rest. Else one optimizer for all.
     """
     lr = torch.tensor(float(config.learning_rate), device=machine.device)
-    optimizers: list[Optimizer] = []
-    rest = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "muon":
-        matrices: list[nn.Parameter] = []
-        stacked: list[int] = []
-        for block in model.transformer.h:
-            for matrix in layer_matrices(model.config):
-                weight = block.get_parameter(f"{matrix.name}.weight")
-                if weight.requires_grad:  # with LoRA it is frozen
-                    matrices.append(weight)
-                    stacked.append(matrix.stacked)
-        taken = {id(p) for p in matrices}
-        rest = [p for p in rest if id(p) not in taken]
-        if matrices:
-            optimizers.append(Muon(matrices, stacked, lr, config.beta1, config.weight_decay))
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
     betas = (config.beta1, config.beta2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        return [AdamW(decay_groups(trained, config.weight_decay), lr, betas, machine)]
     if config.optimizer == "adamw8bit":
-        optimizers.append(AdamW8bit(groups, lr, betas))
-    elif config.optimizer in ("adamw", "muon"):
-        optimizers.append(AdamW(groups, lr, betas, machine))
-    else:
-        raise NotImplementedError(config.optimizer)
-    return optimizers
+        return [AdamW8bit(decay_groups(trained, config.weight_decay), lr, betas)]
+    if config.optimizer == "muon":
+        matrices, stacked = trained_matrices(model)
+        taken = {id(p) for p in matrices}
+        rest = [p for p in trained if id(p) not in taken]
+        adamw_for_rest = AdamW(decay_groups(rest, config.weight_decay), lr, betas, machine)
+        if not matrices:  # with LoRA they are frozen
+            return [adamw_for_rest]
+        muon = Muon(matrices, stacked, lr, config.beta1, config.weight_decay)
+        return [muon, adamw_for_rest]
+    raise NotImplementedError(config.optimizer)
+
+
+def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Split the parameters: matrices and embeddings decay, biases and LayerNorms do not.
+
+    Brown et al. 2020, arXiv:2005.14165, appendix B.
+    """
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -276,8 +274,8 @@ class TrainStep:
         """
         targets = self.x.numel() if target_counts is None else sum(target_counts)
         world = self.machine.world
-        # DistributedDataParallel averages the gradients over the ranks, which divides them by
-        # `world`. With N targets in the step, each rank therefore divides by N / world.
+        # DistributedDataParallel adds up the ranks' gradients and divides by `world`. To get the
+        # sum / N, where N is the number of targets, each rank divides its own by N / world.
         self.divisor.fill_(targets / world)
         if world > 1:
             dist.all_reduce(self.divisor)
@@ -325,7 +323,8 @@ class TrainStep:
             self.grad_norm.zero_()
             return
         if self.scaler.is_enabled():
-            # Not followed by scaler.step(): `skip` does its work without waiting for the device.
+            # scaler.step() would wait for the device to learn whether a gradient is infinite. The
+            # optimizers get `skip` instead.
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
         self.grad_norm.copy_(nn.utils.get_total_norm(gradients))

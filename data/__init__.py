@@ -1,7 +1,7 @@
 """Text to tokens to shards to windows.
 
     a .txt, .md, .csv or .jsonl file, a folder of them, or a Hugging Face data set
-      -> documents    readers.py (file formats), texts.py (documents, chat template)
+      -> documents    readers.py (file formats), texts.py (documents, their pieces, chat template)
       -> token ids    tokenizers.py (GPT-2's BPE, characters, bytes), encode.py (in threads)
       -> shards       prepare.py (which split, progress), rows.py (packed examples),
                       shards.py (the files train_000000.bin, val_000000.bin, ...; read by memmap)

@@ -228,6 +228,7 @@ def _encode_documents(
 ) -> Iterator[EncodedPiece]:
     """Yield everything after `so_far` in order, and keep it and the bar up to date.
 
+    A document comes in pieces: the parts of a long text, the prompt and the answer of an example.
     source_bytes: the size of the files, from which the bar's end is estimated; 0 if unknown.
     """
     # so_far.pieces: those of the document in progress that are encoded already.

@@ -56,7 +56,7 @@ class TrainWindows:
         for epoch in np.unique(epochs).tolist():
             in_epoch = epochs == epoch
             key = _epoch_key(self.seed, epoch)
-            phase = key % self._phases
+            phase = key % self._phases  # where the epoch's first window begins
             order = permute(indices[in_epoch], self.per_epoch, key)
             starts[in_epoch] = phase + order * self.block_size
         return starts

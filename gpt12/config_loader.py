@@ -149,6 +149,7 @@ class Reading(Generic[Schema]):
     def set_key(self, key: str, meanings: Sequence[Any], said: str, source: str | None) -> None:
         """Set a key to the first of the values that its type allows, else report a problem.
 
+        meanings: what the text may stand for, the preferred value first.
         said: how the user set it, for the message. source: where, None for a saved run's value.
         """
         if source is not None:

@@ -70,8 +70,8 @@ def sample_token(
     # Invert the cumulative distribution: count the candidates that end at or before the draw.
     cumulative = probs.cumsum(dim=1)
     chosen = (cumulative <= draw[:, None] * cumulative[:, -1:]).sum(dim=1, keepdim=True)
-    # A draw that was rounded up to 1 would point past the last candidate with a probability, which
-    # is where the count of such candidates first reaches its maximum.
+    # If rounding makes the draw 1, `chosen` points past the end. `last` is the last candidate whose
+    # probability is not 0: the first place at which the count of such candidates is full.
     last = (probs > 0).cumsum(dim=1).argmax(dim=1, keepdim=True)
     return ids.gather(1, torch.minimum(chosen, last))[:, 0]
 
@@ -400,8 +400,8 @@ def stream(
     for remaining in range(max_new_tokens, 0, -1):
         wait_for_tokens = decoder.start_copy()
         full = [b for b, text in enumerate(texts) if len(text) == limit]
-        # The device computes the next tokens while the host hands out these. But a full text has to
-        # be shortened first, and the half that stays ends with its newest token.
+        # The device computes the next tokens while the host hands out these. But a full text is cut
+        # to its last half first, which ends with the newest token, and the host waits for that.
         if not full and remaining > 1:
             decoder.advance()
         new = wait_for_tokens()

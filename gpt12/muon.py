@@ -11,9 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from gpt12.optimizer import Optimizer
+from model import GPT, layer_matrices
 
 NEWTON_SCHULZ_ITERATIONS = 4
 MEAN_SQUARE_DECAY = 0.95  # NorMuon's second beta: the mean goes over about 20 updates
+
+
+def trained_matrices(model: GPT) -> tuple[list[nn.Parameter], list[int]]:
+    """Return the layers' matrices that are trained, and how many are stacked in each."""
+    matrices: list[nn.Parameter] = []
+    stacked: list[int] = []
+    for block in model.transformer.h:
+        for matrix in layer_matrices(model.config):
+            weight = block.get_parameter(f"{matrix.name}.weight")
+            if weight.requires_grad:
+                matrices.append(weight)
+                stacked.append(matrix.stacked)
+    return matrices, stacked
 
 
 class Muon(Optimizer):

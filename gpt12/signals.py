@@ -1,9 +1,10 @@
 """Stop a run after its current step when a signal arrives, on all ranks after the same step.
 
 Ctrl-C (SIGINT), a scheduler's SIGTERM and a closed terminal (SIGHUP) all mean: finish the step,
-save last/, and end with exit status 128 + the signal's number. With one rank an evaluation is cut
-short, and made after resuming. A second signal ends the program at once with status 130 and saves
-nothing; so does Ctrl-C before the loop begins.
+save last/, and end with exit status 128 + the signal's number. A running
+evaluation is given up and done again after resuming; with several ranks it is finished first. A
+second signal ends the program at once with status 130 and saves nothing; so does Ctrl-C before the
+loop begins.
 """
 
 from __future__ import annotations

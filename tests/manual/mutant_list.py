@@ -164,8 +164,8 @@ UPDATE = [
     Mutant(
         "biases and LayerNorms decay",
         file="train.py",
-        before='{"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},',
-        after='{"params": [p for p in rest if p.ndim < 2], "weight_decay": config.weight_decay},',
+        before='{"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},',
+        after='{"params": [p for p in parameters if p.ndim < 2], "weight_decay": weight_decay},',
         test_file="test_train.py",
         test="test_adamw_makes_torchs_steps_with_decay_for_matrices_and_embeddings_only",
     ),
