@@ -351,7 +351,7 @@ class Matrix(NamedTuple):
 def layer_matrices(config: GPTConfig) -> list[Matrix]:
     """Return the weight matrices of one layer.
 
-    gpt12/memory.py takes those named attn.* as query, key and value, except attn.c_proj.
+    gpt12/memory.py takes the outputs of all attn.* but attn.c_proj as query, key and value.
     """
     C = config.n_embd
     return [

@@ -126,7 +126,7 @@ class AdamW(Optimizer):
 def build_optimizers(model: GPT, config: TrainConfig, machine: Machine) -> list[Optimizer]:
     """Return the optimizers that together update every trained parameter.
 
-    optimizer=muon: Muon for the matrices of the layers, AdamW for the rest. Else one optimizer for all.
+    That is one, or with optimizer=muon two: Muon for the layers' matrices, AdamW for the rest.
     """
     lr = torch.tensor(float(config.learning_rate), device=machine.device)
     betas = (config.beta1, config.beta2)
@@ -251,7 +251,7 @@ class TrainStep:
         self.lr.fill_(lr)
         self.set_divisor(target_counts)
         self.calls += 1
-        if self.graph is not None:  # a run has target_counts in all of its steps or in none
+        if self.graph is not None:  # recorded without target_counts: a run has them always or never
             self.graph.replay()
         elif self.use_graph and self.calls >= self.warmup_calls and target_counts is None:
             self.clear_gradients()
@@ -274,8 +274,8 @@ class TrainStep:
         """
         targets = self.x.numel() if target_counts is None else sum(target_counts)
         world = self.machine.world
-        # DistributedDataParallel adds up the ranks' gradients and divides by `world`. To get the
-        # sum / N, where N is the number of targets, each rank divides its own by N / world.
+        # DistributedDataParallel averages the ranks' gradients. To get their sum / N, each rank
+        # divides by N / world. N is the sum of the ranks' targets: all_reduce adds them up.
         self.divisor.fill_(targets / world)
         if world > 1:
             dist.all_reduce(self.divisor)

@@ -77,11 +77,12 @@ class Reading(Generic[Schema]):
 
     def __init__(self, schema: type[Schema]) -> None:
         self.config = schema()
-        self.before_flags = schema()  # the values without those of the command line (start.py)
+        # The values without those of the command line: start.py asks what the preset alone says.
+        self.before_flags = schema()
         self.types = get_type_hints(schema, include_extras=True)
         self.sources: dict[str, str] = {}  # key -> where; in the order of setting
         self.problems: list[str] = []
-        # Keys whose value was refused. What contradicts them is no further mistake.
+        # Keys whose value was refused. Contradictions with them would only repeat the mistake.
         self.doubtful: set[str] = set()
 
     def finish(self, check: bool = True) -> tuple[Schema, set[str]]:
@@ -266,9 +267,10 @@ class ConfigFile(NamedTuple):
     names_it_reads: set[str]
 
     def looks_like_a_key(self, name: str) -> bool:
-        """Whether the file must have meant an assigned name as a key, and not as a helper.
+        """Whether a name that is no key of this script is probably a misspelt one.
 
-        Keys of other scripts are no mistake: one file may serve several scripts.
+        It is not if the file itself reads it (a helper), or if another script has such a key: one
+        file may serve several scripts.
         """
         if name.startswith("_") or name in ALL_KEYS or name in self.names_it_reads:
             return False

@@ -71,7 +71,7 @@ def sample_token(
     cumulative = probs.cumsum(dim=1)
     chosen = (cumulative <= draw[:, None] * cumulative[:, -1:]).sum(dim=1, keepdim=True)
     # If rounding makes the draw 1, `chosen` points past the end. `last` is the last candidate whose
-    # probability is not 0: the first place at which the count of such candidates is full.
+    # probability is not 0: argmax finds where the count of these first has its maximum.
     last = (probs > 0).cumsum(dim=1).argmax(dim=1, keepdim=True)
     return ids.gather(1, torch.minimum(chosen, last))[:, 0]
 
@@ -188,15 +188,15 @@ class KVCache:
 
 
 def take_slots(length: Tensor, T: int, slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the positions (B, T) of the next T tokens and their mask (B, 1, T, S).
+    """Take the next T slots: add T to length (B,) in place, and return their positions and mask.
 
-    length: (B,), increased by T in place.
-    The mask is 0 for a token's own slot and earlier ones, -inf for later ones.
+    Positions: (B, T). Mask: (B, 1, T, S), 0 for a token's own slot and earlier ones, -inf for later
+    ones.
     """
     position = length[:, None] + torch.arange(T, device=length.device)  # (B, T)
     slot = torch.arange(slots, device=length.device)  # (S,)
-    hidden = (slot > position[:, :, None])[:, None]  # (B, 1, T, S)
-    mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -math.inf)
+    later = (slot > position[:, :, None])[:, None]  # (B, 1, T, S)
+    mask = torch.zeros_like(later, dtype=dtype).masked_fill_(later, -math.inf)
     length.add_(T)
     return position, mask
 

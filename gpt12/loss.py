@@ -64,8 +64,9 @@ def linear_cross_entropy(
 def _drop_ignored_rows(x: Tensor, targets: Tensor, target_count: int) -> tuple[Tensor, Tensor]:
     """Move the rows with a target to the front and cut off most of the others.
 
-    The sort needs no answer from the GPU, so the host does not wait. What remains is a multiple of
-    1,024 rows, which keeps the number of different shapes small.
+    The sort needs no answer from the GPU, so the host does not wait. The number of rows is rounded
+    up to a multiple of 1,024, so that there are few different shapes. Ignored rows among them add
+    nothing.
     """
     order = (targets == IGNORE_INDEX).argsort(stable=True)  # False comes before True
     rounded = (target_count + 1023) // 1024 * 1024
@@ -105,7 +106,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """Scale the saved gradients by `grad`, a scalar. They are read once, so in place."""
+        """Scale the saved gradients by `grad`, a scalar, in place: they are used only once."""
         dx, dw = ctx.saved_tensors
         if dx is not None:
             for start in range(0, len(dx), CHUNK_ROWS):

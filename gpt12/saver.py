@@ -27,7 +27,8 @@ class Saver:
         self.state = state
         self.say = say
         self.timer = SaveTimer(run.config.save_interval_s, self.size_of("last"))
-        self.saved_step = run.progress.step if run.request.resumed else -1  # in last/
+        # The step that last/ holds, -1 for none.
+        self.saved_step = run.progress.step if run.request.resumed else -1
         self.adapter_note_shown = False
 
     def save(self, name: str) -> bool:
@@ -135,9 +136,10 @@ class SaveTimer:
     def is_due(self) -> bool:
         """Tell whether it is time to save."""
         now = time.monotonic()
-        return now - self.last >= self._seconds(now - self.started)
+        return now - self.last >= self._interval(now - self.started)
 
-    def _seconds(self, running: float) -> float:
+    def _interval(self, running: float) -> float:
+        """Return the seconds between two saves, `running` seconds after the start."""
         if not isinstance(self.interval, str):
             return self.interval
         longest = self.LONGEST_AT_FIRST if running < self.AT_FIRST else self.LONGEST

@@ -265,7 +265,8 @@ class TrainConfig(Settings):
         """Set the keys whose value follows from what the user set.
 
         If two sources set max_iters and num_epochs, the last one wins (in one source they are a
-        contradiction, see above). A learning rate below the default of min_lr lowers min_lr.
+        contradiction, see above). If min_lr is not set and the learning rate is below its default,
+        min_lr becomes a tenth of the learning rate.
         """
         lengths = [key for key in sources if key in ("max_iters", "num_epochs")]
         if lengths and lengths[-1] == "max_iters":

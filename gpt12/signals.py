@@ -1,10 +1,9 @@
-"""Stop a run after its current step when a signal arrives, on all ranks after the same step.
+"""Stop a run after its current step when a signal arrives; with several ranks one step later.
 
 Ctrl-C (SIGINT), a scheduler's SIGTERM and a closed terminal (SIGHUP) all mean: finish the step,
-save last/, and end with exit status 128 + the signal's number. A running
-evaluation is given up and done again after resuming; with several ranks it is finished first. A
-second signal ends the program at once with status 130 and saves nothing; so does Ctrl-C before the
-loop begins.
+save last/, and end with exit status 128 + the signal's number. A running evaluation is given up and
+done again after resuming; with several ranks it is finished first. A second signal ends the program
+at once with status 130 and saves nothing; so does Ctrl-C before the loop begins.
 """
 
 from __future__ import annotations
@@ -61,8 +60,8 @@ class StopSignal:
     def agreed(self) -> bool:
         """Tell whether to stop now. Call it once per step, on all ranks.
 
-        With several ranks it reads the flag of the step before. To wait for this step's flag would
-        leave the GPU without work. All ranks stop after the same step.
+        With several ranks the flags are added up now and read in the next call, so that the host
+        does not wait for the GPU. All ranks read the same sum, so they stop after the same step.
         """
         if self.machine.world == 1:
             return self.number > 0
