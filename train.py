@@ -87,7 +87,7 @@ class AdamW(Optimizer):
         if not self.fused:
             if skip > 0:  # waits for the device
                 return
-            divide_gradients(self.parameters, divide_by, skip)
+            divide_gradients(self.parameters, divide_by, skip)  # skip is 0 here
         for group in self.groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             states = [self._state_of(p) for p in parameters]

@@ -7,9 +7,10 @@
                       shards.py (the files train_000000.bin, val_000000.bin, ...; read by memmap)
       -> windows      windows.py (which tokens a step sees, a pure function of seed and position)
 
-The calls: prepare_texts -> encode_pieces (adds the end-of-text token) -> Tokenizer.encode; the ids
-go to ShardWriter.add, those of instruction data through RowWriter.add, which also writes the mask
-shards. In training: Tokens.open -> TrainWindows.batch.
+The calls: prepare_texts -> _encode_documents -> encode_pieces (adds the end-of-text token)
+-> Tokenizer.encode. _write_texts gives the ids to ShardWriter.add; _write_rows gives those of
+instruction data to RowWriter.add, which also writes the mask shards. In training: Tokens.open
+-> TrainWindows.batch.
 
 dataset.py opens a data set by name or path and prepares it if it is not there yet: data/NAME/ by
 NAME/prepare.py, a file into data/cache/. meta.json beside the shards names the tokenizer.

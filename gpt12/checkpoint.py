@@ -1,6 +1,6 @@
 """Checkpoints: folders that are replaced so that a crash at any moment leaves one that loads.
 
-What a run writes (by gpt12/saver.py), and when (train.py, Trainer):
+A run's two checkpoints, written by gpt12/saver.py, and when (train.py, Trainer):
 
     best/   at an evaluation with a new lowest validation loss, never at step 0 (evaluate)
     last/   when the save timer says so (train), at every evaluation after step 0 if

@@ -3,7 +3,8 @@
 A config file is Python and is executed, as in nanoGPT: it may read the present values, import
 modules, define helpers and compute. Read a stranger's before you use it.
 
-A resumed run has its saved values between the defaults and the files.
+A resumed run has its saved values between the defaults and the files. (gpt12/start.py first reads
+without them, to compare.)
 
 The way of a value: load() -> read() -> apply_saved_values(), apply_file(), apply_flag()
 -> set_key() -> convert() (gpt12/option_types.py checks the type).

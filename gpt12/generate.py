@@ -71,7 +71,7 @@ def sample_token(
     cumulative = probs.cumsum(dim=1)
     chosen = (cumulative <= draw[:, None] * cumulative[:, -1:]).sum(dim=1, keepdim=True)
     # If rounding makes the draw 1, `chosen` points past the end. `last` is the last candidate whose
-    # probability is not 0: argmax finds where the count of these first has its maximum.
+    # probability is not 0: there the running count of these first reaches its maximum.
     last = (probs > 0).cumsum(dim=1).argmax(dim=1, keepdim=True)
     return ids.gather(1, torch.minimum(chosen, last))[:, 0]
 
@@ -102,7 +102,7 @@ def _candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     if sampling.top_p < 1:
         more_likely = probs.cumsum(dim=1) - probs  # the probability of all tokens before this one
         keep &= more_likely < sampling.top_p
-        keep[:, 0] = True  # the most likely token stays, whatever rounding says
+        keep[:, 0] = True  # the most likely token (they are sorted) stays, whatever rounding says
     return probs * keep, ids
 
 
@@ -400,8 +400,9 @@ def stream(
     for remaining in range(max_new_tokens, 0, -1):
         wait_for_tokens = decoder.start_copy()
         full = [b for b, text in enumerate(texts) if len(text) == limit]
-        # The device computes the next tokens while the host hands out these. But a full text is cut
-        # to its last half first, which ends with the newest token, and the host waits for that.
+        # advance() once a turn: before waiting, so that the device computes the next tokens while
+        # the host hands out these; if a text is full, after it was cut to its last half, which ends
+        # with the newest token.
         if not full and remaining > 1:
             decoder.advance()
         new = wait_for_tokens()

@@ -50,7 +50,7 @@ def divide_gradients(parameters: list[nn.Parameter], divide_by: Tensor, skip: Te
     """Divide the gradients in place, and set them to zero if the update is skipped.
 
     For optimizers that cannot divide while they read the gradients. Zeros alone do not skip an
-    update: momentum and weight decay still act, so the rate has to become 0, too.
+    update: momentum and weight decay still act. So the caller makes the step itself 0, too.
     """
     for parameter in parameters:
         if parameter.grad is not None:

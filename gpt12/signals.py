@@ -60,8 +60,8 @@ class StopSignal:
     def agreed(self) -> bool:
         """Tell whether to stop now. Call it once per step, on all ranks.
 
-        With several ranks the flags are added up now and read in the next call, so that the host
-        does not wait for the GPU. All ranks read the same sum, so they stop after the same step.
+        With several ranks the largest flag is found now and read in the next call, so that the host
+        does not wait for the GPU. All ranks read the same one, so all stop after the same step.
         """
         if self.machine.world == 1:
             return self.number > 0
