@@ -4,7 +4,7 @@
 #   python sample.py --out_dir=out-shakespeare-cpu
 #
 # Result  validation loss 1.8 over the whole split
-# Time    17 to 24 s with imports, measured on 2 CPU cores
+# Time    17 to 41 s with imports, measured on 2 CPU cores
 # VRAM    none
 
 out_dir = "out-shakespeare-cpu"
