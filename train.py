@@ -144,7 +144,7 @@ def build_optimizers(model: GPT, config: TrainConfig, machine: Machine) -> list[
             return [adamw_for_rest]
         muon = Muon(matrices, stacked, lr, config.beta1, config.weight_decay)
         return [muon, adamw_for_rest]
-    raise NotImplementedError(config.optimizer)
+    raise NotImplementedError(f"no branch here builds optimizer={config.optimizer}")
 
 
 def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -37,10 +37,7 @@ Schema = TypeVar("Schema", bound=Settings)
 
 
 def load(
-    schema: type[Schema],
-    argv: Sequence[str],
-    base: Mapping[str, Any] | None = None,
-    check: bool = True,
+    schema: type[Schema], argv: Sequence[str], base: Mapping[str, Any] | None = None
 ) -> tuple[Schema, set[str]]:
     """Return the configuration that the command line asks for, and the keys that it sets.
 
@@ -48,10 +45,9 @@ def load(
     argv: the command line without the program's name. --help prints the help page and exits.
     base: values between the defaults and argv, from a saved run. Keys that are not in the schema
         are ignored.
-    check: whether values that cannot hold together are refused.
     Raises UserError with every problem, one a line.
     """
-    return read(schema, argv, base).finish(check)
+    return read(schema, argv, base).finish()
 
 
 def read(
@@ -87,7 +83,10 @@ class Reading(Generic[Schema]):
         self.doubtful: set[str] = set()
 
     def finish(self, check: bool = True) -> tuple[Schema, set[str]]:
-        """Return the configuration and the keys that were set. Raises UserError for problems."""
+        """Return the configuration and the keys that were set. Raises UserError for problems.
+
+        check: whether values that cannot hold together are refused.
+        """
         problems = list(self.problems)
         if check:
             problems += self._contradictions()

@@ -38,7 +38,7 @@ from torch.distributed.run import get_args_parser
 
 import train
 from data.shards import write_shard
-from gpt12.config_loader import load
+from gpt12.config_loader import load, read
 from gpt12.errors import UserError
 from gpt12.settings import ALL_KEYS, BenchConfig, SampleConfig, TrainConfig
 from gpt12.start import read_request
@@ -280,7 +280,7 @@ def check_config(script: str, words: list[str], folders: set[str], world: int = 
     if script == "train.py" and not resumes:
         config = read_request(words).config
     else:
-        config, _ = load(SCHEMAS[script], words, check=not resumes)
+        config, _ = read(SCHEMAS[script], words).finish(check=not resumes)
     if script == "bench.py" and config.sweep:
         key, _, values = config.sweep.partition(":")
         for value in values.split(","):
@@ -412,7 +412,7 @@ def check_options(words: list[str], foreign: set[str]) -> None:
     errors = []
     for schema in SCHEMAS.values():
         try:
-            load(schema, complete, check=False)
+            read(schema, complete).finish(check=False)
         except UserError as error:
             errors.append(str(error))
     if len(errors) == len(SCHEMAS):
