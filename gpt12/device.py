@@ -200,6 +200,11 @@ def _try_compiler(device: torch.device) -> str | None:
     def double_plus_one(x: torch.Tensor) -> torch.Tensor:
         return x * 2 + 1
 
+    # torch starts a pool of compiling processes, one a core, and waits at the end of the program
+    # until they have all started. The few GPU kernels here compile as fast in this process. A CPU's
+    # kernels take a C++ compiler longer.
+    if device.type == "cuda":
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     try:
         torch.compile(double_plus_one)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Triton, an unknown GPU: any library may raise

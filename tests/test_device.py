@@ -1,5 +1,8 @@
 """gpt12/device.py: what "auto" becomes, on machines that are acted where they are not there."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +143,35 @@ def test_whatever_the_compiler_raises_becomes_one_line(monkeypatch):
 
         monkeypatch.setattr(torch, "compile", compile_)
         assert device._try_compiler(CPU) == line
+
+
+def test_kernels_of_a_gpu_are_compiled_in_this_process_unless_the_user_says_otherwise(monkeypatch):
+    """torch waits at the end of a program for its pool of compiling processes to start."""
+    key = "TORCHINDUCTOR_COMPILE_THREADS"
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    for found, place, expected in (
+        ("4", CUDA, "4"),
+        (None, CPU, None),
+        (None, CUDA, "1"),
+    ):
+        monkeypatch.setenv(key, "")  # so that its state of before comes back
+        monkeypatch.delenv(key)
+        if found is not None:
+            monkeypatch.setenv(key, found)
+        device._try_compiler(place)
+        assert os.environ.get(key) == expected, place
+
+
+@pytest.mark.gpu
+def test_torch_has_not_read_its_setting_before_ours(monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    program = (
+        "import train, torch; from gpt12.device import open_machine;"
+        "open_machine('cuda', 'bfloat16', True);"
+        "print(torch._inductor.config.compile_threads)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split()[-1:] == ["1"], done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
