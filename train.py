@@ -540,7 +540,7 @@ class Trainer:
             self.log.show_sample()
             if better:
                 saved = value_of_rank_0(self.save("best"), self.machine.device)
-                if not saved:  # best/ still holds the model of before
+                if not saved:  # best/ still holds the previous model
                     progress.best_val_loss, progress.best_step = previous_best
             if progress.step > 0 and self.config.always_save_checkpoint:
                 self.save("last")

@@ -26,7 +26,7 @@ from gpt12.errors import UserError
 from gpt12.files import sha256
 
 DATA = Path(__file__).parent
-SHOWN_FILES = 5  # a warning about skipped files names so many
+SHOWN_FILES = 5  # a warning about skipped files names at most this many
 
 
 @dataclass

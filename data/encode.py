@@ -12,7 +12,7 @@ import numpy as np
 from data.texts import Piece
 from data.tokenizers import Tokenizer
 
-BATCH_CHARACTERS = 500_000  # that a thread encodes at once: enough to make handing them over cheap
+BATCH_CHARACTERS = 500_000  # one call of a thread: enough to make handing it over cheap
 
 Encoded = tuple[Piece, np.ndarray]
 

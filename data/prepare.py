@@ -181,7 +181,7 @@ class PreparationProgress:
     size: int = 0  # bytes read, as UTF-8
     train: int = 0  # tokens written
     val: int = 0
-    source_sha256: str = ""  # each piece is hashed together with the hash of all before
+    source_sha256: str = ""  # each piece is hashed together with the hash of all pieces before it
 
     @classmethod
     def load(cls, folder: Path, made_by: list[Any]) -> PreparationProgress:

@@ -34,7 +34,7 @@ GPT2_VOCAB_SIZE = 50257
 # the space before it; and white space, whose last character goes to the word that follows. "++"
 # matches what GPT-2's own "+" matches, without backtracking.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-SHOWN_CHARACTERS = 20  # a message about unknown characters lists so many
+SHOWN_CHARACTERS = 20  # a message about unknown characters lists at most this many
 # How Hugging Face's tokenizer.json describes a token that a tokenizer looks for before all else.
 SPECIAL_FLAGS = {
     "single_word": False,

@@ -58,7 +58,7 @@ class Loader:
             batch = self.windows.batch(start, batch_size)
             for buffer, array in zip(on_host, batch, strict=True):
                 buffer[m].copy_(torch.from_numpy(array))
-        # Only CUDA can tell when a copy is over, so elsewhere the copy is waited for.
+        # Only CUDA has events that tell when a copy is over. Other devices finish it in copy_().
         for device_buffer, host_buffer in zip(self.on_device, on_host, strict=True):
             device_buffer.copy_(host_buffer, non_blocking=self.machine.on_gpu)
         if self.machine.on_gpu:

@@ -35,7 +35,7 @@ class Metrics:
         self.evaluations: list[Row] = []
         self.steps: list[Row] = []  # evenly thinned, for the picture
         self._seen = 0  # steps so far
-        self._stride = 1  # every how many-th step is kept in self.steps
+        self._stride = 1  # self.steps keeps one of this many steps
         for row in rows:
             self._remember(row)
         self._file: TextIO = open(file, "a", encoding="utf-8")

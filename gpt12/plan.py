@@ -282,7 +282,7 @@ class Plan:
     card: Card
     room_gib: float  # memory for the step
     candidates: list[Prediction]  # several micro-batches for each kind of recomputation
-    rows: list[Prediction]  # of each kind the largest micro-batch, which is the fastest
+    rows: list[Prediction]  # the largest micro-batch of each kind, which is its fastest
 
     @property
     def best(self) -> Prediction | None:

@@ -15,7 +15,7 @@ from gpt12.settings import BenchConfig
 TRACE = Path("trace.json")
 STEPS = 3
 WARMUP_STEPS = 2  # beyond those in which the step is compiled
-KERNELS = 10  # so many of the slowest are listed
+KERNELS = 10  # how many of the slowest are listed
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 

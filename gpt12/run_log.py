@@ -32,7 +32,7 @@ def say(text: str) -> None:
     from tqdm import tqdm
 
     # A reader that has gone, a full disk under a log file, or a signal in the middle of another
-    # line must not end the run. RuntimeError is what Python raises for the last.
+    # line must not end the run. For the last of these, Python raises RuntimeError.
     with contextlib.suppress(OSError, RuntimeError):
         tqdm.write(printable(text, sys.stdout))
         sys.stdout.flush()  # else a log file gets the line much later
@@ -51,7 +51,7 @@ class RunLog:
         self.active = run.machine.rank == 0
         self.progress = run.progress
         self.told_time_left = False
-        self.skipped = 0.0  # skipped updates that were told
+        self.skipped = 0.0  # skipped updates that were reported
         self.wandb: Any = None
         self.bar: Any = None
         self.metrics: Metrics | None = None

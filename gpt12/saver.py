@@ -121,10 +121,10 @@ class SaveTimer:
     """
 
     SHORTEST = 5.0
-    AT_FIRST = 600.0  # so many seconds after the start, LONGEST_AT_FIRST holds
+    AT_FIRST = 600.0  # LONGEST_AT_FIRST holds for this many seconds
     LONGEST_AT_FIRST = 60.0
     LONGEST = 600.0
-    BYTES_PER_SECOND = 1e9  # a guess at the disk's speed, until a save was measured
+    BYTES_PER_SECOND = 1e9  # a guess at the disk's speed, until a save has been measured
 
     def __init__(self, interval: float | str, size: int):
         """size: bytes of a checkpoint."""

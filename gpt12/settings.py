@@ -33,7 +33,7 @@ from gpt12.option_types import (
 )
 
 FIRST_GROUP = "The keys that people use first"
-CONTEXT_PARTS = 8  # short_context_share cuts a sequence into so many parts
+CONTEXT_PARTS = 8  # short_context_share cuts a sequence into this many parts
 
 
 def option(default: Any, description: str, new_group: str | None = None) -> Any:

