@@ -143,7 +143,7 @@ def measure_generation(config: BenchConfig, machine: Machine) -> list[DecodingRe
 def finish(config: BenchConfig, device: str, results: dict[str, Any]) -> None:
     """Print the results as JSON if asked for, else write them to bench.json or plan.json.
 
-    A report is always written, because it is there to be published. Only rank 0 does this.
+    --report always writes the file, because it is meant to be published. Only rank 0 does this.
     """
     if torchrun_ranks().rank != 0:
         return

@@ -154,7 +154,7 @@ class Block(nn.Module):
 
 
 def keep_matrix_products() -> tuple[Any, Any]:
-    """Return the policy of recompute="pointwise": keep matrix products, compute the rest again.
+    """Return the contexts of recompute="pointwise": keep products and attention, redo the rest.
 
     torch names operations only by their internal `aten` names.
     """
@@ -198,9 +198,9 @@ class Transformer(nn.Module):
         """Turn token ids (B, T) into the normalized output of the last layer (B, T, C).
 
         cache: keys and values of earlier tokens, for decoding; the new ones are added to it.
-        example_starts: (B, T) int64, for sequences that hold several examples: the index in the
-        sequence of the first token of each token's example. A token then reads from its own example
-        only, and its position counts from there.
+        example_starts: (B, T) int64, for sequences that hold several examples: for each token, the
+        index at which its example starts. A token then reads from its own example only, and its
+        position counts from that index.
 
         context_length: cut the sequences into parts of this many tokens. A token then reads from
         its own part only; its position still counts from the start of the sequence or example.
@@ -233,8 +233,8 @@ def example_mask(example_starts: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask to add to the attention scores that keeps each token inside its example.
 
     It is (B, 1, T, T): 0 for a token itself and earlier ones of its example, -inf for all others.
-    Attention would turn a mask of booleans into this form in each layer, and keep each for the
-    backward pass.
+    Given a boolean mask, the attention of every layer would make such a mask of its own and keep
+    it for the backward pass.
     """
     same = example_starts[:, :, None] == example_starts[:, None, :]  # (B, T, T)
     hidden = ~same.tril()
@@ -260,10 +260,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw weights from N(0, 0.02) and set biases to zero (Radford et al. 2019, section 2.3).
+        """Draw weights with standard deviation 0.02, zero the biases (Radford et al. 2018, GPT).
 
-        Layers that write into the residual stream get a standard deviation smaller by sqrt(2
-        n_layer), because 2 n_layer of them add up there.
+        For layers that write into the residual stream it is divided by sqrt(2 n_layer), because
+        2 n_layer of them add up there (Radford et al. 2019, GPT-2, section 2.3).
         """
         for name, module in self.named_modules():
             if module is self.lm_head:
@@ -351,7 +351,7 @@ class Matrix(NamedTuple):
 def layer_matrices(config: GPTConfig) -> list[Matrix]:
     """Return the weight matrices of one layer.
 
-    gpt12/memory.py takes the outputs of all attn.* but attn.c_proj as query, key and value.
+    gpt12/memory.py counts the outputs of every attn.* except attn.c_proj as query, key and value.
     """
     C = config.n_embd
     return [

@@ -114,7 +114,7 @@ def find_source(config: SampleConfig) -> Path:
     is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
     if is_adapter and (folder.parent / "config.json").exists():
         raise UserError(
-            f"{folder} holds no whole model: pass {folder.parent}, where the adapter is merged"
+            f"{folder} holds only an adapter: pass {folder.parent}, the model it is merged into"
         )
     return folder
 
@@ -122,7 +122,7 @@ def find_source(config: SampleConfig) -> Path:
 def find_tokenizer(source: Path) -> Any:
     """Return the tokenizer of a model; UserError if there is none.
 
-    A chat template that is not ours is removed, because messages cannot be written by it.
+    A chat template that is not ours is removed, because we cannot format messages with it.
     """
     if source.suffix == ".pt":
         tokenizer = load_tokenizer(source.parent)
@@ -145,8 +145,8 @@ def find_tokenizer(source: Path) -> Any:
 def nanogpt_tokenizer(file: Path) -> Any:
     """Return the tokenizer of nanoGPT's ckpt.pt, which holds none itself.
 
-    GPT-2's vocabulary is known by its size. Otherwise it is that of the data set that the file
-    names, if data/ has it prepared with the same vocabulary size.
+    GPT-2's tokenizer is recognized by its vocabulary size. Any other is taken from the data set
+    that the file names, if it is prepared in data/ with the same vocabulary size.
     """
     checkpoint = read_nanogpt(file)
     vocab_size = checkpoint.config.vocab_size
@@ -157,7 +157,7 @@ def nanogpt_tokenizer(file: Path) -> Any:
     if name is None:
         raise UserError(f"{file} does not name the data set that its tokenizer is from. {advice}")
     folder = DATA / name
-    # The name comes from the file: it may not lead out of data/.
+    # The name comes from the file, so it must not be allowed to lead out of data/.
     if folder.parent != DATA or not (folder / "meta.json").is_file():
         script = f": python data/{name}/prepare.py" if (folder / "prepare.py").is_file() else ""
         raise UserError(
@@ -400,8 +400,8 @@ def converse(writer: Writer, first_message: str = "") -> None:
     verb = "answers" if writer.tokenizer.chat_template else "continues it"
     say(
         f"type a text and press Enter, and the model {verb}. "
-        "Each text is read together with all before it; an empty line begins anew. "
-        "Ctrl-C stops a text, Ctrl-C or Ctrl-D at the > quits"
+        "The model reads each text together with all before it; an empty line starts over. "
+        "Ctrl-C stops a text; Ctrl-C or Ctrl-D at the > prompt quits"
     )
     context: list[int] = []
     if first_message:
@@ -444,7 +444,7 @@ def answer(writer: Writer, context: list[int], message: str) -> list[int]:
     show("\n")
     say(speed.summary(writer.tokens_per_second_bound(1)))
     context = context + text.ids
-    # In training every answer ended with the token, so one that was cut off gets it, too.
+    # In training every answer ended with end-of-text, so one that was cut off gets it, too.
     is_chat = tokenizer.chat_template and tokenizer.eot is not None
     if text.finish_reason == "end" or is_chat:
         context.append(tokenizer.eot)

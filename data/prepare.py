@@ -48,7 +48,7 @@ def prepare_texts(
     If this is killed and called again, it continues and leaves the same shards. Instruction data,
     which are small, start again; they are packed into rows of block_size tokens.
 
-    max_tokens: leave out the documents after so many tokens.
+    max_tokens: leave out the documents after this many tokens.
     expected_tokens: for the progress bar, if neither max_tokens nor the files' size says the end.
     progress: whether to show a progress bar.
     Raises UserError for texts that cannot be read, or that are too short to train and validate on.
@@ -145,9 +145,9 @@ def check_characters(name: str, documents: Documents, tokenizer: CharTokenizer) 
 class ValidationSplit:
     """Decides which documents are for validation: those whose index has a hash below a fraction.
 
-    Documents that are added later do not change the side of those before. Among the first
-    FEW_DOCUMENTS chance might choose none, so there the smallest hashes are chosen, at least one.
-    If there are only so few texts, none is chosen, and prepare_texts splits them by tokens.
+    Among the first FEW_DOCUMENTS chance might choose none, so there the smallest hashes are chosen,
+    at least one. Documents added after those do not change the side of earlier ones. If there are
+    fewer texts than that, none is chosen, and prepare_texts splits them by tokens.
     """
 
     def __init__(self, documents: Documents, fraction: float) -> None:

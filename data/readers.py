@@ -134,7 +134,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
             raise UserError(f"{where} is broken JSON: {error}.") from None
         if not isinstance(row, dict):
             raise UserError(
-                f'{where} should be an object like {{"text": "..."}} and is {line.strip():.60}.'
+                f'{where} should be an object like {{"text": "..."}} but is {line.strip():.60}.'
             )
         yield where, row
 

@@ -10,7 +10,7 @@ import numpy as np
 from data.shards import EXAMPLE_START, TRAINED, UINT8, ShardWriter
 
 OPEN_ROWS = 64  # rows that wait for an example that still fits
-# What a row looks like. A text that an older version has packed otherwise is packed again.
+# Version of the row layout. Texts that an older version packed differently are packed again.
 ROW_FORMAT = 2
 
 

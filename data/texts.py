@@ -17,8 +17,8 @@ from gpt12.errors import UserError
 
 # Characters tokenized at once: few enough for constant memory, and enough to keep all cores busy.
 PIECE_CHARACTERS = 500_000
-# GPT-2's tokenizer never joins a space or line end to what stands before it, unless that is white
-# space, too. A text that is cut there has the same ids as a whole. This finds the last such place.
+# GPT-2's tokenizer never joins a space or line end to a non-white character before it. A text that
+# is cut between the two has the same ids as the uncut text. This finds the last such place.
 # (Python counts the separators U+001C to U+001F to white space; GPT-2's pattern does not.)
 LAST_CUT = re.compile(r"(?s).*[\S\x1c-\x1f](?=[ \n])")
 
@@ -165,7 +165,7 @@ class Documents:
 
 def _check_is_text(where: str, row: Row, column: str) -> None:
     if not isinstance(row[column], str | Iterator):
-        raise UserError(f"{where}: {column!r} should be a text and is {row[column]!r:.60}.")
+        raise UserError(f"{where}: {column!r} should be a text but is {row[column]!r:.60}.")
 
 
 def _conversation(where: str, messages: Any) -> list[Piece]:

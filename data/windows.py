@@ -174,8 +174,8 @@ def _encrypt(
 def _mix(numbers: np.ndarray, key: np.uint64) -> np.ndarray:
     """Hash uint64 numbers and a key to numbers below 2^62.
 
-    This is the finalizer of MurmurHash3 (fmix64; Appleby 2011). Its last step keeps 62 bits, so
-    that adding a half to a hash does not overflow.
+    This is MurmurHash3's finalizer (fmix64; Appleby 2011) with another last step: it keeps 62 bits,
+    so that adding a half to a hash does not overflow.
     """
     mixed = numbers ^ key
     for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):

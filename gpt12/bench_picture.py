@@ -20,7 +20,7 @@ GREEN = "#009E73"
 
 @dataclass(frozen=True)
 class Panel:
-    """Bars for one figure of several measurements, with the number at each bar."""
+    """Bars for one quantity in several measurements, with its value at each bar."""
 
     title: str
     color: str

@@ -63,7 +63,7 @@ def _step_lines(step: StepResult) -> list[tuple[str, str]]:
         lines.append(("MFU", f"{step.mfu:.1%} of the datasheet's bf16 rate, at 6N + 12LCT a token"))
     if step.roofline is not None:
         reached = f"{step.roofline:.0%} of what the datasheet's rate and bandwidth allow"
-        lines.append(("roofline", f"{reached}; predicted were {step.predicted_ms:,.1f} ms"))
+        lines.append(("roofline", f"{reached}; prediction: {step.predicted_ms:,.1f} ms"))
     if step.peak_gib is not None:
         lines.append(
             (
@@ -155,7 +155,7 @@ def show_decoding(rows: Sequence[DecodingResult]) -> None:
         )
     table.print()
     if any(row.bound_share is not None for row in rows):
-        say("bound: reading every weight once per token at the datasheet's bandwidth")
+        say("bound: reading the weights once per decoding step at the datasheet's bandwidth")
 
 
 def show_plan(plan: Plan, config: BenchConfig, argv: Sequence[str]) -> None:
@@ -171,7 +171,7 @@ def show_plan(plan: Plan, config: BenchConfig, argv: Sequence[str]) -> None:
         f"{config.n_layer} layers, {config.n_embd} wide, {method}"
     )
     if config.compile is False:
-        say("uncompiled, it needs this memory but more than this time")
+        say("the times are for a compiled step; uncompiled, it takes longer in the same memory")
     best = plan.best
     if best is None:
         say(NOTHING_FITS)
@@ -241,7 +241,7 @@ def describe(config: BenchConfig, device: str, results: dict[str, Any]) -> dict[
 
 
 def _plan_as_dict(plan: Plan) -> dict[str, Any]:
-    """Return a plan without the candidates, of which the table shows all."""
+    """Return a plan without its candidates, which only the table lists."""
     return {
         "card": plan.name,
         **plan.card._asdict(),

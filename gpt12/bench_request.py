@@ -49,8 +49,8 @@ def read_request(argv: Sequence[str]) -> BenchRequest:
     typed = {key for key in given if reading.sources[key] == config_loader.COMMAND_LINE}
     if config.init_from not in ("scratch", *GPT2_SHAPES):
         raise UserError(
-            f"init_from={config.init_from}: only the shape of a model is measured, so it must be "
-            f"scratch, {', '.join(GPT2_SHAPES)}"
+            f"init_from={config.init_from}: only a model's shape matters here, so it must be "
+            f"one of scratch, {', '.join(GPT2_SHAPES)}"
         )
     if config.compare != "none" and importlib.util.find_spec("transformers") is None:
         raise UserError(

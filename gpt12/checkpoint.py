@@ -1,6 +1,6 @@
 """Checkpoints: folders that are replaced so that a crash at any moment leaves one that loads.
 
-A run's two checkpoints, written by gpt12/saver.py, and when (train.py, Trainer):
+A run's two checkpoints, and when gpt12/saver.py writes them (called by train.py, Trainer):
 
     best/   at an evaluation with a new lowest validation loss, never at step 0 (evaluate)
     last/   when the save timer says so (train), at every evaluation after step 0 if
@@ -9,9 +9,9 @@ A run's two checkpoints, written by gpt12/saver.py, and when (train.py, Trainer)
     both    config.json, generation_config.json, model.safetensors, the tokenizer's files:
             a Hugging Face GPT-2 folder; and trainer.json: the run's progress and the SHA-256 of
             every other file
-    last/   also trainer.safetensors: optimizer state, LoRA's matrices, loss scale, random
-            numbers (gpt12/trainer_state.py)
-    best/   of a LoRA run also adapter/, as PEFT writes it
+    last/   also trainer.safetensors: optimizer state, LoRA's matrices, loss scale, states of
+            the random generators (gpt12/trainer_state.py)
+    best/   in a LoRA run also adapter/, in PEFT's format
 
 A folder cannot be renamed onto a full one, so a checkpoint X is replaced in steps:
 
@@ -45,7 +45,7 @@ FORMAT = 1
 
 @dataclass
 class Progress:
-    """How far a run has come: the values in trainer.json beside `format` and the checksums."""
+    """How far a run has come: the values in trainer.json besides `format` and the checksums."""
 
     step: int = 0  # finished updates
     position: int = 0  # training windows consumed
@@ -258,7 +258,7 @@ def _advice(folder: Path) -> str:
     """Say what to do about a damaged checkpoint."""
     previous = folder.with_name(folder.name.removesuffix(".prev") + ".prev")
     if previous != folder and previous.exists():
-        return f"The one before it is in {previous}: rename it to {folder} to use it"
+        return f"Delete {folder} to use the one before it, {previous}"
     other = folder.with_name("best" if folder.name.startswith("last") else "last")
     if other.exists():
         return f"Delete it or restore it; {other} may still be good"

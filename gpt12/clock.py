@@ -43,8 +43,8 @@ class Clock:
     def steps_per_second(self) -> float | None:
         """Return the speed since the last call, None if no step was counted.
 
-        Call it after something has waited for the device; otherwise steps count that are not
-        finished.
+        Call it after something has waited for the device; otherwise unfinished steps are
+        counted.
         """
         if self.running:
             self._take()

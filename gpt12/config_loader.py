@@ -148,7 +148,7 @@ class Reading(Generic[Schema]):
             self.set_key(key, possible_meanings(text), said, COMMAND_LINE)
 
     def set_key(self, key: str, meanings: Sequence[Any], said: str, source: str | None) -> None:
-        """Set a key to the first of the values that its type allows, else report a problem.
+        """Set a key to the first of `meanings` that its type allows, else report a problem.
 
         meanings: what the text may stand for, the preferred value first.
         said: how the user set it, for the message. source: where, None for a saved run's value.

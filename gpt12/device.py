@@ -75,8 +75,8 @@ def open_machine(
 ) -> Machine:
     """Choose device, dtype and compile where they are "auto", and prepare torch for them.
 
-    training: weights stay float32 and products use autocast; otherwise the weights themselves are
-    converted.
+    training: changes only the notes. In training the weights stay float32 and products use
+    autocast; otherwise the caller converts the weights.
     long: whether there is enough work for compiling to pay off.
     Raises UserError if something was asked for that this machine does not have.
     """
@@ -178,7 +178,7 @@ def _choose_compile(asked: bool | str, device: torch.device, long: bool, notes: 
     if asked is False:
         return False
     if asked == "auto" and device.type != "cuda":
-        notes.append("compile: off, because on a CPU compiling takes longer than it saves")
+        notes.append("compile: off, because without CUDA compiling takes longer than it saves")
         return False
     if asked == "auto" and not long:
         notes.append("compile: off, because for so little work it takes longer than it saves")
@@ -202,7 +202,7 @@ def _try_compiler(device: torch.device) -> str | None:
 
     # torch starts a pool of compiling processes, one a core, and waits at the end of the program
     # until they have all started. The few GPU kernels here compile as fast in this process. A CPU's
-    # kernels take a C++ compiler longer.
+    # kernels go through a C++ compiler, which takes longer: there the pool stays.
     if device.type == "cuda":
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     try:

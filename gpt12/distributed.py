@@ -105,7 +105,7 @@ def rank_0_first() -> Iterator[None]:
     if not dist.is_initialized():
         yield
         return
-    # Over gloo, whose timeout can be chosen per group. The group is created by all ranks together.
+    # A gloo group with a timeout of its own. All ranks have to create it together.
     group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
     if dist.get_rank() > 0:
         dist.barrier(group)
@@ -151,8 +151,8 @@ def value_of_rank_0(value: bool, device: torch.device) -> bool:
 def lost_rank_advice(out_dir: Path) -> str:
     """Say that another process has ended, and how to continue."""
     message = (
-        "rank 0 has lost the others: one of them has ended. torchrun names it below; if it had a "
-        "message of its own, that stands above"
+        "rank 0 has lost the others: one of them has ended. torchrun names it below; if it printed "
+        "an error message, look for it above"
     )
     if (out_dir / "last").exists() or (out_dir / "last.prev").exists():
         message += (

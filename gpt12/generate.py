@@ -172,7 +172,7 @@ class KVCache:
         )
 
     def row(self, b: int) -> KVCache:
-        """Return a view of text b: a cache with a batch of one and the same memory."""
+        """Return a view of text b: a cache with a batch of one that shares this cache's memory."""
         rows = slice(b, b + 1)
         return KVCache(self.keys[:, rows], self.values[:, rows], self.length[rows])
 
@@ -314,9 +314,9 @@ class Decoder:
         self.head_and_sample(hidden, self.model.lm_head, self.state, vocab_size, self.sampling)
 
     def without_compiled_code(self) -> contextlib.AbstractContextManager[Any]:
-        """Run compiled modules eagerly inside: prompts would compile them for each new length.
+        """Run compiled modules eagerly in the block: each new prompt length would recompile them.
 
-        Asking torch for it imports the compiler, which takes seconds, so not without need.
+        set_stance imports torch's compiler, which takes seconds, so it is called only if needed.
         """
         if not self.model.compiled:
             return contextlib.nullcontext()
@@ -400,9 +400,9 @@ def stream(
     for remaining in range(max_new_tokens, 0, -1):
         wait_for_tokens = decoder.start_copy()
         full = [b for b, text in enumerate(texts) if len(text) == limit]
-        # advance() once a turn: before waiting, so that the device computes the next tokens while
-        # the host hands out these; if a text is full, after it was cut to its last half, which ends
-        # with the newest token.
+        # Each turn calls advance() once. Normally it does so before waiting, so that the device
+        # computes the next tokens while the host hands out these. If a text is full, it does so
+        # after waiting: the text is first cut to its last half, which ends with the newest token.
         if not full and remaining > 1:
             decoder.advance()
         new = wait_for_tokens()
@@ -446,9 +446,9 @@ def decode_bytes(model: GPT) -> int:
 class SeparateBiasLinear(nn.Module):
     """nn.Linear that adds the bias in a second operation.
 
-    For a single row inductor then turns the product into one fused pass over the weight. A product
-    with a bias would be a call of a library function. It takes over the weight and the bias of the
-    layer that it replaces, so their names stay.
+    For a single row inductor then turns the product into one fused pass over the weight; a product
+    with a bias would be a library call. This module takes over the weight and the bias of the layer
+    that it replaces, so their names stay.
     """
 
     def __init__(self, base: nn.Linear):
@@ -483,7 +483,7 @@ def compile_options(batch: int) -> dict[str, Any]:
         "realize_reads_threshold": 1,
     }
     if batch == 1:
-        # Also if the sum is read in parts, as q, k and v are. With more texts, where products are
+        # The same for a sum read in parts, as q, k and v are. With more texts, where products are
         # calls to cuBLAS, decoding would be slower.
         options["realize_acc_reads_threshold"] = 1
     return {"dynamic": False, "options": options}

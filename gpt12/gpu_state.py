@@ -25,8 +25,8 @@ DRIVER_FIELDS = (
 # nvmlClocksThrottleReasons: HwSlowdown 0x8, SwThermalSlowdown 0x20, HwThermalSlowdown 0x40,
 # HwPowerBrakeSlowdown 0x80).
 CLOCK_IS_HELD = 0x08 | 0x20 | 0x40 | 0x80
-# Memory of a planned or imitated card that stays free: the driver's context takes 0.4 GiB, a
-# desktop 0.3 and more.
+# Memory of a planned or imitated card that torch does not get: the driver's context takes 0.4 GiB,
+# a desktop 0.3 or more.
 MARGIN_GIB = 1.0
 OWN_CONTEXT_GIB = 0.8  # the most that our own context takes outside of torch's allocator
 OTHERS_GIB = 0.5  # more than this in other programs is worth a warning

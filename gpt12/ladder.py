@@ -1,7 +1,7 @@
 """Show what each technique gains: a plain float32 step, then one technique more at each rung.
 
-The ladder uses only what users can switch off themselves. Four techniques are always there, because
-model.py and train.py have no switch for them:
+The ladder adds only what a key or a torch flag can switch off. Four techniques are on every rung,
+because model.py and train.py have no switch for them:
     the vocabulary padded to a multiple of 64       model.py, GPTConfig.padded_vocab_size
     a residual stream in 16 bits under autocast     model.py, Transformer.forward
     head and loss in chunks of rows                 gpt12/loss.py
@@ -47,7 +47,7 @@ Row = StepResult | OutOfMemory
 def climb_ladder(config: BenchConfig, machine: Machine) -> list[Row]:
     """Measure every rung. machine: as the configuration's "auto" settings choose it.
 
-    If the lowest rung does not fit into memory, all are measured with half the micro-batch.
+    If the lowest rung does not fit into memory, the micro-batch is halved for all until it does.
     """
     if config.recompute in ("auto", "none"):
         config = replace(config, recompute="pointwise")

@@ -43,7 +43,7 @@ class Loader:
 
         Micro-batch m of a step belongs to rank m % world, so a step has the same windows with any
         number of ranks.
-        The GPU may still compute the step before: the copy waits for it there, in the same queue.
+        The GPU may still be computing the previous step: the copy waits behind it in the stream.
         Returns the number of targets in each micro-batch, or None if every position is a target.
         """
         self.turn = (self.turn + 1) % BUFFERS

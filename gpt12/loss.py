@@ -130,7 +130,7 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Ten
     logits[:, vocab_size:] = -math.inf  # a padding logit of 0 would count as exp(0)
     ignored = (targets == IGNORE_INDEX)[:, None]  # (n, 1)
     target = targets.clamp(min=0)[:, None]  # (n, 1); ignored rows get any legal index here
-    # One float32 tensor (n, V) is changed in place from step to step, to save memory.
+    # To save memory, the lines below change one float32 tensor (n, V) in place.
     shifted = logits.float()
     shifted -= shifted.amax(dim=1, keepdim=True)
     target_logit = shifted.gather(1, target)

@@ -180,7 +180,7 @@ class StepRunner:
 
 
 def resolve(config: BenchConfig, shape: GPTConfig, machine: Machine) -> BenchConfig:
-    """Return the configuration of a training step with every "auto" decided as train.py does."""
+    """Return the configuration with dtype, lora_alpha and recompute decided as train.py does."""
     lora_alpha = config.lora_alpha
     if config.lora_rank and lora_alpha is None:
         lora_alpha = 2.0 * config.lora_rank

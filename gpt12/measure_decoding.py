@@ -36,8 +36,8 @@ class DecodingResult:
     prefill_tokens_per_s: float
     ms: float  # median time per new token of all texts
     tokens_per_s: float  # new tokens of all texts together
-    # For a GPU whose datasheet is known: the speed at which its memory can deliver every weight
-    # once per token, and the share of it that was reached.
+    # For a GPU whose datasheet is known: the speed if its memory delivers every weight once
+    # per decoding step (one token of every text), and the share of that speed that was reached.
     bound_tokens_per_s: float | None = None
     bound_share: float | None = None
 
@@ -69,8 +69,8 @@ def measure_decoding(config: BenchConfig, machine: Machine, batch: int) -> Decod
         generate(model, prompts, 1, sampling=sampling, compiled=machine.compiled)
         prefill.append(time.perf_counter() - began)
     arrivals = []
-    # While stream() hands out a token it already computes the next one. The last token has no next
-    # one, so on a CPU it comes at once: make one more than is timed.
+    # stream() computes the next token before it yields one. So on a CPU the last token, after which
+    # there is nothing to compute, comes at once: make one more than is timed.
     count = new_tokens(config)
     for _ in stream(model, prompts, count + 1, sampling, compiled=machine.compiled):
         arrivals.append(time.perf_counter())

@@ -28,7 +28,7 @@ KEPT_UNCOMPILED = {"none": 2, "pointwise": 1, "block": 0}
 # each a whole matrix (B, H, T, T) in float32.
 KEPT_MATRICES = {"none": 3, "pointwise": 1, "block": 0}
 MATRICES_IN_BACKWARD = 6  # the three, computed again or kept, and their gradients
-# Of an optimizer's state, for a trained parameter: two moments in float32 or in 8 bits. Muon keeps
+# Bytes of optimizer state per trained parameter: two moments, in float32 or in 8 bits. Muon keeps
 # one in float32, and its update holds a stack of the same size.
 MOMENT_BYTES = {"adamw": 8, "muon": 8, "adamw8bit": 2}
 PROCESS_BYTES = 0.4 * GIB  # on a CPU: Python and the libraries
@@ -134,7 +134,7 @@ class _Work:
         if self.uncompiled:
             kept += KEPT_UNCOMPILED[self.recompute]
         if self.recompute == "none" and self.dropout > 0:
-            kept += 2 if self.on_cpu else 1  # two masks; on a GPU of one byte per number
+            kept += 2 if self.on_cpu else 1  # two masks; on a GPU each has one byte per number
         if self.recompute == "none" and not self.full and self.config.lora_dropout > 0:
             # The masks of the adapters' inputs, one byte per number, and one such input.
             kept += self.widths_in / 2 + 1
@@ -203,7 +203,7 @@ class _Work:
         return moment
 
     def at_the_end(self) -> dict[str, float]:
-        """All gradients are there, and both parts of the embedding's."""
+        """All gradients are there; the embedding's is held in two parts, lookup and head."""
         moment = self.parameters_and_state()
         moment["gradients"] = float(self.master * self.trained)
         moment["activations"] = 13.0 * self.stream

@@ -1,8 +1,8 @@
 """Predict memory and time of a training step on a card, by counting the work.
 
-Memory comes from gpt12/memory.py. Time follows the roofline model (Williams et al. 2009): matrix
-products run at a share of the card's peak rate, everything else at a share of its bandwidth, and
-the two do not overlap.
+Memory comes from gpt12/memory.py. Time follows the roofline model (Williams et al. 2009), but as a
+sum: matrix products run at a share of the card's peak rate, everything else at a share of its
+bandwidth, and the two do not overlap.
 
 C channels, L layers, H heads, T time (block_size), V padded vocabulary.
 """
@@ -35,7 +35,7 @@ SOFTMAX_FLOPS = 60  # float32 operations for an element of the attention matrix 
 SECONDS_PER_LAYER = 0.15e-3  # kernels of a layer starting and running out, in a micro-batch
 
 LARGEST_BATCH = 1024  # micro-batches up to this size are considered
-# Numbers that the kernels beside the products read and write, for a token, layer and channel.
+# Numbers that all kernels but matrix products read and write, per token, layer and channel.
 # Forward 16: LayerNorm with the sum before it 4, twice; GELU 8. Backward 30: GELU 12; LayerNorm
 # 6, twice; joining the gradients of query, key and value 6.
 MOVED_NUMBERS = 16 + 30
@@ -173,7 +173,7 @@ def _newton_schulz_flops(matrix: Matrix) -> int:
 
 
 def _moved_bytes(config: BenchConfig, shape: GPTConfig, recompute: str, tokens: int) -> float:
-    """Count the bytes that everything beside the matrix products reads and writes in a step."""
+    """Count the bytes that everything but the matrix products reads and writes in a step."""
     C = shape.n_embd
     layers = _layer_weights(shape)
     head = shape.padded_vocab_size * C

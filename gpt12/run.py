@@ -27,7 +27,7 @@ class Run:
     """Everything that a run works with. Nothing in it changes but the progress and the weights."""
 
     request: Request  # what the user asked for
-    config: TrainConfig  # the same with every "auto" decided, but compile and cuda_graph
+    config: TrainConfig  # the same; dtype, batch_size, recompute, max_iters are decided
     out_dir: Path
     machine: Machine
     model: GPT
@@ -56,7 +56,7 @@ class Run:
 
 
 def build_run(request: Request) -> Run:
-    """Open the data, load or make the model, choose the machine, and decide every "auto"."""
+    """Open the data, load or make the model, choose the machine; decide what depends on these."""
     config = request.config
     out_dir = Path(config.out_dir)
     torch.manual_seed(config.seed)  # all ranks draw the same initial weights
@@ -170,8 +170,8 @@ def _forget_best_on_other_data(request: Request, dataset: Dataset, progress: Pro
     progress.worse_evaluations = 0
     best = Path(request.config.out_dir) / "best"
     dataset.warnings.append(
-        "the data are not those that this run began with: its windows are others now, and its best "
-        f"loss no longer counts. Copy {best} to keep it: the best on the new data replaces it"
+        "the data are not those that this run began with: it reads other windows now, and its best "
+        f"loss no longer counts. To keep {best}, copy it: the best on the new data replaces it"
     )
 
 

@@ -105,10 +105,10 @@ class RunLog:
             f"{len(dataset.val):,} validation tokens"
         )
         if dataset.train.mask is not None:
-            line += "; only the answers are trained"
+            line += "; only the answers are trained on"
         elif self.run.config.init_from != "scratch":
             # Instruction data that were not recognized as such show here.
-            line += "; plain text, every token is trained"
+            line += "; plain text, every token is a target"
         return line
 
     def _step_line(self) -> str:

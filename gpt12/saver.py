@@ -22,7 +22,7 @@ class Saver:
     """Saves a run. All ranks call it; rank 0 writes."""
 
     def __init__(self, run: Run, state: TrainerState, say: Callable[[str], None]):
-        """state: what resuming needs beside the weights. say: prints a line."""
+        """state: what resuming needs besides the weights. say: prints a line."""
         self.run = run
         self.state = state
         self.say = say
@@ -72,7 +72,7 @@ class Saver:
                 self.say(note)
 
     def _base_of_adapters(self) -> str:
-        """Return the folder or the hub's name that the weights below the adapters were read from.
+        """Return the folder or hub name from which the adapters' base weights were read.
 
         If init_from is a run, that is one of its checkpoints.
         """
@@ -115,7 +115,7 @@ class Saver:
 class SaveTimer:
     """Decides when last/ is due: save_interval_s seconds after the last save, or "auto".
 
-    "auto" saves as often as costs 1% of the time: every 100 times the seconds that a save takes.
+    "auto" spends about 1% of the time on saving: the interval is 100 times what a save takes.
     Whatever a save costs, the interval is at least five seconds. It is at most one minute in the
     first ten minutes of a run, and at most ten minutes after that.
     """
@@ -146,6 +146,6 @@ class SaveTimer:
         return min(longest, max(self.SHORTEST, 100 * self.cost))
 
     def saved(self, seconds: float) -> None:
-        """Note that a save has just ended, which took so long."""
+        """Record that a save has just ended; it took `seconds`."""
         self.last = time.monotonic()
         self.cost = seconds

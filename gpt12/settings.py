@@ -1,7 +1,7 @@
 """The settings of train.py, sample.py and bench.py: each key with type, default and description.
 
 Add a key by adding a line to one of the classes: the configuration loader and --help read it there.
-The keys that nanoGPT has keep its names, meanings and defaults.
+nanoGPT's keys keep their names, their meanings and, with few exceptions, their defaults.
 """
 # ruff: noqa: RUF009  (option() returns a dataclass field, not a shared object)
 
@@ -218,8 +218,8 @@ class TrainConfig(Settings):
     )
     save_interval_s: Amount | Literal["auto"] = option(
         "auto",
-        "Seconds between writes of last/. auto writes as often as costs at most 1% of the time, "
-        "and at least every 10 minutes.",
+        "Seconds between writes of last/. auto keeps their cost below 1% of the time, but writes "
+        "at least every 10 minutes.",
     )
     max_bad_steps: Count = option(
         20, "The run stops after this many steps in a row whose loss is not a finite number."
@@ -355,8 +355,8 @@ class BenchConfig(TrainConfig):
     python bench.py config/train_gpt2_12gb.py --sweep=batch_size:4,8,16
     python bench.py --plan --init_from=gpt2-xl --lora_rank=16
 
-    All keys of train.py count here, too (python train.py --help), and these. What you ask for is
-    done in turn. If you ask for nothing, the training step is measured. Weights are random:
+    All keys of train.py work here, too (python train.py --help), besides those below. Measurements
+    run one after the other; without any, the training step is measured. Weights are random:
     init_from only gives the shape of the model.
     """
 
@@ -383,7 +383,7 @@ class BenchConfig(TrainConfig):
     plan: bool = option(False, "Predict memory and speed on a card, without a GPU.")
     card: Text = option(
         "NVIDIA GeForce RTX 4070 Ti",
-        "The card to plan for: the name that its driver gives, or how that ends (RTX 4070 Ti).",
+        "The card to plan for: the name that its driver reports, or the end of it (RTX 4070 Ti).",
     )
     vram_gb: Positive | None = option(
         None, "Memory of the card to plan for or to imitate, in GB. 1 GiB of it stays free."
@@ -392,7 +392,7 @@ class BenchConfig(TrainConfig):
     steps: Count = option(20, "Measured steps, after the warm-up.", new_group="How to measure")
     json: bool = option(
         False,
-        "Print all figures as one line of JSON, the last. Otherwise they are written to "
+        "Print all figures as JSON, as the last line of the output. Otherwise they are written to "
         "bench.json.",
     )
     gradient_accumulation_steps: Count = option(1, "Micro-batches in a step, over all GPUs.")

@@ -99,7 +99,7 @@ def read_request(argv: list[str]) -> Request:
 def _with_rows_of_the_preset(
     config: TrainConfig, reading: config_loader.Reading[TrainConfig]
 ) -> TrainConfig:
-    """Let --batch_size=auto, given alone, keep the sequences of a step that a preset has.
+    """With --batch_size=auto alone, keep the preset's number of sequences in a step.
 
     With batch_size=auto, gradient_accumulation_steps counts sequences and not micro-batches.
     """
@@ -339,8 +339,8 @@ def _wrong_tokenizer(model: GPT, tokenizer: Any, dataset: Dataset, config: Train
 def prepare_model(model: GPT, config: TrainConfig, machine: Machine) -> None:
     """Put the model on the device in the form that the configuration asks for.
 
-    config: resolved, no key is "auto" but compile and cuda_graph. Adapters, precision,
-    recomputation and compilation.
+    It adds adapters, sets precision and recomputation, and compiles. config: dtype, recompute and
+    lora_alpha are decided.
     """
     if config.optimizer == "adamw8bit":
         if machine.dtype != torch.bfloat16:

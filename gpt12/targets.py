@@ -1,4 +1,4 @@
 """The value that marks a position which is not a training target."""
 
-# As `ignore_index` of torch's cross_entropy. nanoGPT uses -1, so data written for it works here.
+# Like `ignore_index` of torch's cross_entropy, whose default is -100. nanoGPT uses -1, too.
 IGNORE_INDEX = -1

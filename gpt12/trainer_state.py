@@ -1,4 +1,4 @@
-"""What resuming needs beside the weights: optimizer state, adapters, loss scale, random numbers.
+"""What resuming needs besides the weights: optimizer state, adapters, loss scale, random numbers.
 
 trainer.safetensors holds them under these names:
     optimizer.<parameter>.<key>   state of the optimizer, for example exp_avg

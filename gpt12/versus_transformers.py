@@ -193,7 +193,7 @@ class TheirGeneration:
         prompts = random_prompts(self.config, batch).to(self.machine.device)
         results = []
         for cache in self.caches:
-            self._generate(prompts, cache)  # compiles, if it does
+            self._generate(prompts, cache)  # warm-up; a static cache compiles here
             began, *arrivals = self._generate(prompts, cache)
             prefill_s = arrivals[0] - began
             label = f"transformers, {cache} cache"

@@ -366,7 +366,7 @@ def read_nanogpt(file: Path) -> NanoGPTCheckpoint:
         shape = {name: int(arguments[name]) for name in names}
         if shape["vocab_size"] == NANOGPT_PADDED_VOCAB_SIZE:
             shape["vocab_size"] = 50257
-        # Checkpoints from before nanoGPT had the key have biases.
+        # Checkpoints older than nanoGPT's key `bias` have biases.
         config = GPTConfig(**shape, bias=bool(arguments.get("bias", True)))
         tensors = _published_from_nanogpt(content["model"], config)
         dataset = dict(content.get("config", {})).get("dataset")

@@ -50,7 +50,7 @@ def test_a_step_on_a_known_card_is_told_with_its_limits(capsys):
     text = capsys.readouterr().out
     for part in (
         "50.0% of the datasheet's",
-        "80% of what the datasheet's rate and bandwidth allow; predicted were 60.0 ms",
+        "80% of what the datasheet's rate and bandwidth allow; prediction: 60.0 ms",
         "4.25 GiB in tensors at the peak, 5.00 GiB taken from the driver, of 11.7",
         "4.30 GiB in tensors",
         "575.57, at 2610 of 3105 MHz",
@@ -127,4 +127,4 @@ def test_a_plan_says_when_nothing_fits_and_when_the_step_is_not_compiled(capsys)
     show_plan(make_plan(config), config, [])
     text = capsys.readouterr().out
     assert "nothing fits" in text
-    assert "more than this time" in text
+    assert "it takes longer in the same memory" in text

@@ -95,7 +95,7 @@ def test_only_the_end_of_another_process_counts_as_a_lost_rank():
 
 
 def test_a_lost_rank_is_told_to_continue_only_where_there_is_a_checkpoint(tmp_path):
-    assert lost_rank_advice(tmp_path).endswith("that stands above")
+    assert lost_rank_advice(tmp_path).endswith("look for it above")
     for name in ("last.prev", "last"):
         (tmp_path / name).mkdir()
         assert lost_rank_advice(tmp_path).endswith(f"--init_from=resume --out_dir={tmp_path}")

@@ -65,7 +65,7 @@ def test_damage_in_any_region_of_any_file_of_a_checkpoint_is_refused(finished, t
             with pytest.raises(UserError) as error:
                 find_checkpoint(out_dir, ("last",))
             assert f"{file} is damaged" in str(error.value)
-            assert "last.prev: rename it" in str(error.value)
+            assert "to use the one before it" in str(error.value)
         with pytest.raises(UserError, match="damaged"):
             resume(out_dir)
         file.write_bytes(good)

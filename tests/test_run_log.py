@@ -121,13 +121,13 @@ def test_instruction_data_say_that_only_the_answers_are_trained(
     said = introduction(capsys, questions, tmp_path / "out", *options)
     [line] = [line for line in said.splitlines() if line.startswith("data: ")]
     assert line.startswith(f"data: {questions}, 26 documents, ")
-    assert line.endswith("; only the answers are trained")
+    assert line.endswith("; only the answers are trained on")
     text = tmp_path / "plain.txt"
     text.write_text("only text. " * 200)
     said = introduction(capsys, text, tmp_path / "out", *options)
     assert f"data: {text}, 1 document, " in said
     assert "only the answers" not in said
-    assert "; plain text, every token is trained" in said
+    assert "; plain text, every token is a target" in said
 
 
 def test_the_notes_of_the_request_the_machine_and_the_data_come_first(dataset, tmp_path, capsys):

@@ -237,7 +237,7 @@ def test_a_conversation_keeps_its_context(start, scripted):
         [*one[:-1], *b"two", *b"yo", 256, *b"three"],
     ]
     assert err.count(", first after") == 3
-    assert "press Enter, and the model continues it. Each text is read together with all" in err
+    assert "press Enter, and the model continues it. The model reads each text together" in err
     assert "a new conversation" not in err
 
 
@@ -401,7 +401,7 @@ def test_an_adapter_without_its_model_is_told_where_it_is_merged(start, out_dir,
     (tmp_path / "best/adapter/adapter_config.json").write_text("{}")
     status, out, err = start(f"--init_from={tmp_path / 'best/adapter'}")
     assert (status, out) == (2, "")
-    assert err.endswith(f"pass {tmp_path / 'best'}, where the adapter is merged\n")
+    assert err.endswith(f"pass {tmp_path / 'best'}, the model it is merged into\n")
 
 
 def save_nanogpt(file: Path, model: GPT, vocab_size: int, dataset: str | None = None) -> None:

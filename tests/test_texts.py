@@ -303,7 +303,7 @@ def test_reading_a_long_text_takes_constant_memory(tmp_path):
         ("a.csv", b"id,body\n1,x\n", r"line 2 has no 'text', only 'id', 'body'\..*--text_column="),
         ("a.csv", b"id;text\n1;x, y\n", r"seem to be separated by ';'\. Save it with ','"),
         ("a.csv", b'text\n"never closed\n', "line 2 begins a row of broken CSV: unexpected end"),
-        ("a.csv", b"id,text\n1,x\n2\n", "line 3: 'text' should be a text and is None"),
+        ("a.csv", b"id,text\n1,x\n2\n", "line 3: 'text' should be a text but is None"),
         (
             "a.csv",
             b"id,text\n1,x\n2,well, then\n",
@@ -316,10 +316,10 @@ def test_reading_a_long_text_takes_constant_memory(tmp_path):
             b'{"text": "a"}\n{"text": \n',
             "line 2 is broken JSON: Expecting value, column 10",
         ),
-        ("a.jsonl", b'{"text": "a"}\n\n["b"]\n', r"line 3 should be an object .* and is \[\"b\"\]"),
+        ("a.jsonl", b'{"text": "a"}\n\n["b"]\n', r"line 3 should be an object .* but is \[\"b\"\]"),
         ("a.jsonl", b"[" * 100_000, "line 1 is broken JSON"),
         ("a.jsonl", b'{"text": 1' + b"0" * 5000 + b"}", "line 1"),
-        ("a.jsonl", b'{"text": ["a"]}\n', "'text' should be a text and is"),
+        ("a.jsonl", b'{"text": ["a"]}\n', "'text' should be a text but is"),
         (
             "a.jsonl",
             b'{"a": "x", "b": ""}\n',
@@ -329,7 +329,7 @@ def test_reading_a_long_text_takes_constant_memory(tmp_path):
         (
             "a.jsonl",
             b'{"prompt": "x", "completion": null}\n',
-            "'completion' should be a text and is None",
+            "'completion' should be a text but is None",
         ),
         (
             "a.jsonl",

@@ -30,7 +30,7 @@ COST = "28 GB to download, 20 GB of disk, about an hour on a fast line with many
 def prepare(tokens: int | None = None) -> None:
     """Write the shards and meta.json beside this file.
 
-    tokens: stop after about so many.
+    tokens: stop after about this many.
     """
     source = "hf:HuggingFaceFW/fineweb-edu:sample-10BT"
     prepare_corpus(source, HERE, TOKENS, val_fraction=0.001, limit=tokens)
@@ -52,7 +52,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--tokens", type=token_count, help=f"stop after about so many (default: all {TOKENS:.3g})"
+        "--tokens", type=token_count, help=f"stop after about this many (default: all {TOKENS:.3g})"
     )
     prepare(parser.parse_args().tokens)
 

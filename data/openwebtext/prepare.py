@@ -42,7 +42,7 @@ def prepare_corpus(
     """Tokenize a hub data set with GPT-2's tokenizer into a folder.
 
     tokens: about how many the data set has.
-    limit: stop after so many tokens.
+    limit: stop after this many tokens.
     Raises UserError if it is prepared already or the disk has too little room.
     """
     unfinished = (folder / "progress.json").exists()

