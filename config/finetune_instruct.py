@@ -7,7 +7,7 @@
 # Time    463,000 tokens/s on an H200, measured before attention was limited to an example
 # VRAM    7.2 GiB, measured on an H200 limited to 11 GiB
 #
-# Each line of my.jsonl is one example, in one of two forms. Only the answers are trained on.
+# Each line of my.jsonl is one example, all in the same form. Only the answers are trained on.
 # Two texts, used word for word: {"prompt": "...", "completion": "..."}
 # A conversation: {"messages": [{"role": "user", "content": "..."},
 #                               {"role": "assistant", "content": "..."}]}

@@ -133,11 +133,17 @@ class Tokenizer:
         """Return the text of ids. Bytes that are not UTF-8 become U+FFFD."""
         return b"".join([self.token_bytes(i) for i in ids]).decode("utf-8", errors="replace")
 
-    def save(self, folder: Path) -> None:
-        """Write the files from which transformers.AutoTokenizer makes the same tokenizer."""
+    def save(self, folder: Path, context: int | None = None) -> None:
+        """Write the files from which transformers.AutoTokenizer makes the same tokenizer.
+
+        context: the model's longest context in tokens, to which `truncation=True` cuts a text.
+        """
+        settings = self._tokenizer_config()
+        if context is not None:
+            settings["model_max_length"] = context
         files = {
             "tokenizer.json": json.dumps(self._tokenizer_json()),
-            "tokenizer_config.json": json.dumps(self._tokenizer_config(), indent=2) + "\n",
+            "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
         }
         if self.merges:
             files["vocab.json"] = _vocab_json(self.names)

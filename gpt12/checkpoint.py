@@ -261,5 +261,5 @@ def _advice(folder: Path) -> str:
         return f"Delete {folder} to use the one before it, {previous}"
     other = folder.with_name("best" if folder.name.startswith("last") else "last")
     if other.exists():
-        return f"Delete it or restore it; {other} may still be good"
-    return "Delete it or restore it"
+        return f"Restore it or delete {folder}; {other} may still be good"
+    return f"Restore it or delete {folder}"

@@ -97,7 +97,7 @@ class Saver:
         end_of_text = None if tokenizer is None else tokenizer.eot
         save_pretrained(self.run.model, folder, eot=end_of_text)
         if tokenizer is not None:
-            tokenizer.save(folder)
+            tokenizer.save(folder, context=self.run.model.config.block_size)
 
     def size_of(self, name: str) -> int:
         """Return about how many bytes the checkpoint "best" or "last" takes."""

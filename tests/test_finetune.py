@@ -93,6 +93,8 @@ def test_the_finished_directory_opens_in_transformers_with_equal_logits(start, t
     x = torch.tensor([tokenizer("ada asks bob")["input_ids"]])
     assert tokenizer.decode(x[0]) == "ada asks bob"
     assert (theirs(x).logits - ours(x)[0]).abs().max() < 1e-5 * theirs(x).logits.abs().max()
+    cut = tokenizer("ada asks bob " * 500, truncation=True)["input_ids"]
+    assert len(cut) == theirs.config.n_positions  # more would have no position
     write = pipeline("text-generation", model=str(tmp_path / "best"))
     (said,) = write("ada asks", max_new_tokens=20, do_sample=False)
     ids = generate(ours, [tokenizer("ada asks")["input_ids"]], 20, sampling=Sampling(0.0))[0]
