@@ -198,9 +198,11 @@ def context_length(step: int, config: TrainConfig) -> int:
 
 
 class TrainStep:
-    """One update of the weights: forward and backward over the micro-batches, clip, optimize.
+    """One update of the weights: all gradients, their norm, then the optimizers' steps.
 
-    With a fused optimizer nothing waits for the device. The results stay there until they are read:
+    1. accumulate_gradients: for each micro-batch, forward under autocast, then backward.
+    2. update_weights: the gradients' norm, whether to skip, and each optimizer's step(), which
+       clips and skips. With a fused one nothing waits for the device, where the results stay:
         loss        mean over the targets of the step, in nats per token
         grad_norm   norm of all gradients before clipping
         bad         number of the latest updates that were all skipped as not finite
@@ -246,12 +248,12 @@ class TrainStep:
     def __call__(self, lr: float, target_counts: list[int] | None = None) -> None:
         """Update the weights once from the windows in self.x and self.y.
 
-        target_counts: the number of targets in each micro-batch, if some positions are not targets.
+        target_counts: number of targets per micro-batch of instruction data; for plain text None.
         """
         self.lr.fill_(lr)
         self.set_divisor(target_counts)
         self.calls += 1
-        if self.graph is not None:  # recorded without target_counts: a run has them always or never
+        if self.graph is not None:
             self.graph.replay()
         elif self.use_graph and self.calls >= self.warmup_calls and target_counts is None:
             self.clear_gradients()

@@ -150,7 +150,7 @@ class KVCache:
         self.values = values
         self.length = length
         self.rows = torch.arange(len(length), device=length.device)[:, None]  # (B, 1)
-        # Declared only: take_positions() sets them for a forward pass, then each layer reads them.
+        # take_positions() sets these two for each forward pass, and then the layers read them.
         self.position: Tensor
         self.mask: Tensor
         self.take_slots = take_slots  # Decoder puts the compiled function here

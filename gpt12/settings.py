@@ -218,8 +218,8 @@ class TrainConfig(Settings):
     )
     save_interval_s: Amount | Literal["auto"] = option(
         "auto",
-        "Seconds between writes of last/. auto keeps their cost below 1% of the time, but writes "
-        "at least every 10 minutes.",
+        "Seconds between writes of last/. auto spends about 1% of the time on them, and writes at "
+        "least every 10 minutes.",
     )
     max_bad_steps: Count = option(
         20, "The run stops after this many steps in a row whose loss is not a finite number."
