@@ -176,6 +176,8 @@ def _no_checkpoint(out_dir: Path, names: tuple[str, ...]) -> str:
             f"weights of step {step}; the optimizer's state is lost. To train on from these "
             f"weights as a new run: python train.py --init_from={best} --out_dir={out_dir}-2"
         )
+    if (out_dir / "run.json").exists():
+        return f"the run in {out_dir} has not saved a checkpoint. If it has ended, start it again"
     runs = resumable_runs()
     if runs:
         return f"no checkpoint in {where}. There are some in {', '.join(runs)}: --out_dir={runs[0]}"

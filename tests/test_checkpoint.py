@@ -158,6 +158,19 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path, monkeypatch):
         find_checkpoint(tmp_path, ("best", "last"))
 
 
+def test_a_run_that_was_killed_before_its_first_save_is_not_sent_to_other_runs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("other", "killed"):
+        (tmp_path / name).mkdir()
+    save(tmp_path / "other", 1)
+    (tmp_path / "killed" / "run.json").write_text("{}")
+    message = "the run in .*killed has not saved a checkpoint.* start it again$"
+    with pytest.raises(UserError, match=message):
+        find_checkpoint(tmp_path / "killed", ("last",))
+
+
 def test_runs_that_can_be_resumed_are_named_newest_first_and_at_most_three(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the message names the runs in the working directory
     for age, name in enumerate(("newest", "second", "third", "oldest")):
