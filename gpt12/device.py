@@ -178,7 +178,7 @@ def _choose_compile(asked: bool | str, device: torch.device, long: bool, notes: 
     if asked is False:
         return False
     if asked == "auto" and device.type != "cuda":
-        notes.append("compile: off, because without CUDA compiling takes longer than it saves")
+        notes.append("compile: off, because on this device compiling takes longer than it saves")
         return False
     if asked == "auto" and not long:
         notes.append("compile: off, because for so little work it takes longer than it saves")

@@ -45,7 +45,7 @@ def test_auto_on_a_cpu_is_float32_and_not_compiled_and_says_why(no_gpu):
     assert not machine.compiled
     assert machine.notes == [
         "device: cpu",
-        "compile: off, because without CUDA compiling takes longer than it saves",
+        "compile: off, because on this device compiling takes longer than it saves",
     ]
 
 
