@@ -205,7 +205,7 @@ class TrainStep:
        clips and skips. With a fused one nothing waits for the device, where the results stay:
         loss        mean over the targets of the step, in nats per token
         grad_norm   norm of all gradients before clipping
-        bad         number of the latest updates that were all skipped as not finite
+        bad         how many updates in a row, ending with the latest, were skipped as not finite
         skipped     number of updates skipped so far
     On a GPU, a small step is recorded as a CUDA graph in its fourth call and replayed from then on;
     a step with target_counts never is. bench.py measures this object.

@@ -12,7 +12,7 @@ import numpy as np
 from data.texts import Piece
 from data.tokenizers import Tokenizer
 
-BATCH_CHARACTERS = 500_000  # one call of a thread: enough to make handing it over cheap
+BATCH_CHARACTERS = 500_000  # a thread's share at a time: handing it over then costs little
 
 Encoded = tuple[Piece, np.ndarray]
 

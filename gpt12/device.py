@@ -15,6 +15,7 @@ from gpt12.distributed import Ranks, torchrun_ranks
 from gpt12.errors import UserError
 
 CUDA_WHEELS = "https://download.pytorch.org/whl/cu126"
+COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"  # torch's environment variable
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,10 @@ def open_machine(
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+        # torch would start a pool of compiling processes, one a core, and wait at the end of the
+        # program until they have all started. The few GPU kernels here compile as fast without it.
+        # A CPU's kernels go through a C++ compiler, which takes longer: there the pool stays.
+        os.environ.setdefault(COMPILE_THREADS, "1")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -200,11 +205,6 @@ def _try_compiler(device: torch.device) -> str | None:
     def double_plus_one(x: torch.Tensor) -> torch.Tensor:
         return x * 2 + 1
 
-    # torch starts a pool of compiling processes, one a core, and waits at the end of the program
-    # until they have all started. The few GPU kernels here compile as fast in this process. A CPU's
-    # kernels go through a C++ compiler, which takes longer: there the pool stays.
-    if device.type == "cuda":
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     try:
         torch.compile(double_plus_one)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Triton, an unknown GPU: any library may raise

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpt12 import device
-from gpt12.device import CUDA_WHEELS, Machine, open_machine
+from gpt12.device import COMPILE_THREADS, CUDA_WHEELS, Machine, open_machine
 from gpt12.errors import UserError
 from tests.helpers import read_rows, run
 
@@ -36,6 +36,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
     monkeypatch.setattr("gpt12.device._try_compiler", lambda place: None)
+    monkeypatch.setenv(COMPILE_THREADS, "1")  # open_machine sets it, and this takes it back
 
 
 def test_auto_on_a_cpu_is_float32_and_not_compiled_and_says_why(no_gpu):
@@ -145,26 +146,23 @@ def test_whatever_the_compiler_raises_becomes_one_line(monkeypatch):
         assert device._try_compiler(CPU) == line
 
 
-def test_kernels_of_a_gpu_are_compiled_in_this_process_unless_the_user_says_otherwise(monkeypatch):
+def test_kernels_of_a_gpu_are_compiled_in_this_process_unless_the_user_says_otherwise(
+    two_gpus, monkeypatch
+):
     """torch waits at the end of a program for its pool of compiling processes to start."""
-    key = "TORCHINDUCTOR_COMPILE_THREADS"
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    for found, place, expected in (
-        ("4", CUDA, "4"),
-        (None, CPU, None),
-        (None, CUDA, "1"),
-    ):
-        monkeypatch.setenv(key, "")  # so that its state of before comes back
-        monkeypatch.delenv(key)
-        if found is not None:
-            monkeypatch.setenv(key, found)
-        device._try_compiler(place)
-        assert os.environ.get(key) == expected, place
+    monkeypatch.setenv(COMPILE_THREADS, "4")
+    open_machine("cuda", "bfloat16", True)
+    assert os.environ[COMPILE_THREADS] == "4"
+    monkeypatch.delenv(COMPILE_THREADS)
+    open_machine("cpu", "float32", True)
+    assert COMPILE_THREADS not in os.environ
+    open_machine("cuda", "bfloat16", True)
+    assert os.environ[COMPILE_THREADS] == "1"
 
 
 @pytest.mark.gpu
 def test_torch_has_not_read_its_setting_before_ours(monkeypatch):
-    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    monkeypatch.delenv(COMPILE_THREADS, raising=False)
     program = (
         "import train, torch; from gpt12.device import open_machine;"
         "open_machine('cuda', 'bfloat16', True);"
