@@ -142,10 +142,14 @@ class Block(nn.Module):
             return self.layer(x, cache, mask)
         options: dict[str, Any] = {"use_reentrant": False}
         # With dropout, computing again has to draw the same random numbers again.
-        options["preserve_rng_state"] = self.training and self.attn.dropout > 0
+        options["preserve_rng_state"] = self.training and self.has_dropout()
         if self.recompute == "pointwise":
             options["context_fn"] = keep_matrix_products
         return checkpoint(self.layer, x, cache, mask, **options)
+
+    def has_dropout(self) -> bool:
+        """Tell whether anything in this layer drops values: its own dropout or LoRA's."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
 
     def layer(self, x: Tensor, cache: LayerCache | None, mask: Tensor | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, mask)  # (B, T, C)

@@ -48,7 +48,8 @@ def use_graph_for_training(config: TrainConfig, n_layer: int, machine: Machine) 
         return False
     if machine.dtype == torch.float16 or config.optimizer == "adamw8bit":
         return False
-    if config.recompute != "none" and config.dropout > 0 and not machine.compiled:
+    dropout = max(config.dropout, config.lora_dropout)  # without LoRA lora_dropout is 0
+    if config.recompute != "none" and dropout > 0 and not machine.compiled:
         return False
     if config.cuda_graph is True:
         return True

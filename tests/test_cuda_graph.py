@@ -33,6 +33,8 @@ MANY = MAX_LAYERS // 2  # micro-batches of two layers
         (True, {"dropout": 0.1}, PLAIN),
         (False, {"dropout": 0.1, "recompute": "block"}, PLAIN),
         (True, {"dropout": 0.1, "recompute": "block"}, COMPILED),
+        (False, {"lora_rank": 2, "lora_dropout": 0.1, "recompute": "block"}, PLAIN),
+        (True, {"lora_rank": 2, "lora_dropout": 0.1}, PLAIN),
         (True, {"recompute": "block"}, PLAIN),
         # Not even if the user asks for it.
         (False, {"cuda_graph": True}, HALF),

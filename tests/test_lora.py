@@ -32,6 +32,25 @@ def test_an_adapter_computes_the_formula_of_the_lora_paper():
     assert torch.allclose(x @ layer.merged_weight().T + layer.bias, plain + x @ update, atol=1e-5)
 
 
+@pytest.mark.parametrize("recompute", ["pointwise", "block"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])  # the model's own, beside that of the adapters
+def test_recomputation_drops_the_same_values_in_the_adapters_again(recompute, dropout):
+    gradients = []
+    for kind in ("none", recompute):
+        model = small_model(dropout).train()
+        add_lora(model, 4, 8.0, dropout=0.4)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:  # else no gradient reaches A
+                torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(2))
+        model.set_recompute(kind)
+        x = torch.arange(24).view(3, 8) % 13
+        torch.manual_seed(1)
+        model(x, x)[1].backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for kept, again in zip(*gradients, strict=True):
+        assert torch.equal(kept, again)
+
+
 def test_only_adapters_are_trained():
     model = small_model()
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -137,10 +137,18 @@ MODEL = [
     Mutant(
         "dropout draws other numbers when a layer is computed again",
         file="model.py",
-        before='options["preserve_rng_state"] = self.training and self.attn.dropout > 0',
+        before='options["preserve_rng_state"] = self.training and self.has_dropout()',
         after='options["preserve_rng_state"] = False',
         test_file="test_model.py",
         test="test_dropout_lies_where_transformers_has_it",
+    ),
+    Mutant(
+        "LoRA's dropout draws other numbers when a layer is computed again",
+        file="model.py",
+        before='options["preserve_rng_state"] = self.training and self.has_dropout()',
+        after='options["preserve_rng_state"] = self.training and self.attn.dropout > 0',
+        test_file="test_lora.py",
+        test="test_recomputation_drops_the_same_values_in_the_adapters_again",
     ),
     Mutant(
         "the output head is not tied to the embedding",
