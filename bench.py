@@ -68,6 +68,8 @@ def measure(request: BenchRequest) -> None:
     for note in machine.notes:
         say(note)
     config = decide(request, machine)
+    if config.sweep is not None:  # find mistakes in it before anything is timed
+        swept_configs(config, request, on_cpu=machine.device.type == "cpu")
     if config.vram_gb is not None:
         imitate_card(config.vram_gb, machine)
     config, results = measure_in_order(config, request, machine)
@@ -160,8 +162,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read what was asked for, then predict or measure."""
     request = read_request(sys.argv[1:] if argv is None else argv)
     config = request.asked
-    if config.sweep is not None:
-        swept_configs(config, request)  # finds mistakes in it before anything is timed
     if config.plan:
         plan(request)
         return

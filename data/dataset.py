@@ -71,14 +71,12 @@ def open_dataset(
     val_fraction: float = 0.1,
     text_column: str = "text",
     block_size: int,
-    progress: bool = True,
 ) -> Dataset:
     """Open a data set, preparing it first if necessary.
 
     name: a folder in data/; or the path of a folder of shards, of a text file, or of a folder of
         text files; or hf:owner/name. Texts are tokenized once, into data/cache/.
     tokenizer: "auto" is the data set's own one, or gpt2 for texts.
-    progress: whether to show a progress bar.
     Raises UserError if the data set does not exist or is damaged, or if it was made with another
     tokenizer or row length.
     """
@@ -94,7 +92,7 @@ def open_dataset(
             if tokenizer == "auto":
                 tokenizer = "gpt2"
             request = DatasetRequest(name, tokenizer, val_fraction, text_column, block_size)
-            folder, skipped = _prepare_cache(request, progress)
+            folder, skipped = _prepare_cache(request)
     except OSError as error:  # a full disk, no right to write, the network
         raise UserError(
             f"{name} could not be prepared: {error}. "
@@ -219,7 +217,7 @@ class DatasetRequest(NamedTuple):
     block_size: int
 
 
-def _prepare_cache(request: DatasetRequest, progress: bool) -> tuple[Path, list[Path]]:
+def _prepare_cache(request: DatasetRequest) -> tuple[Path, list[Path]]:
     """Return the folder in data/cache/ that holds a text's shards, and the files that are skipped.
 
     The folder's name has a hash of everything that decides what the shards hold, so a folder that
@@ -251,7 +249,6 @@ def _prepare_cache(request: DatasetRequest, progress: bool) -> tuple[Path, list[
         building,
         request.val_fraction,
         block_size=request.block_size,
-        progress=progress,
     )
     finished = as_text if documents.kind == "text" else as_rows
     return building.rename(finished), skipped

@@ -41,7 +41,6 @@ def prepare_texts(
     block_size: int = 1024,
     max_tokens: int | None = None,
     expected_tokens: int | None = None,
-    progress: bool = True,
 ) -> None:
     """Write the train and val shards and meta.json of some documents into a folder.
 
@@ -50,7 +49,6 @@ def prepare_texts(
 
     max_tokens: leave out the documents after this many tokens.
     expected_tokens: for the progress bar, if neither max_tokens nor the files' size says the end.
-    progress: whether to show a progress bar.
     Raises UserError for texts that cannot be read, or that are too short to train and validate on.
     """
     from tqdm import tqdm
@@ -70,7 +68,7 @@ def prepare_texts(
             initial=so_far.train + so_far.val,
             unit=" tokens",
             unit_scale=True,
-            disable=None if progress else True,
+            disable=None,  # no bar in a log file
         ) as bar:
             encoded = _encode_documents(documents, tokenizer, so_far, bar, source_bytes, max_tokens)
             if documents.kind == "text":

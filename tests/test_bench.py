@@ -93,9 +93,25 @@ def test_a_sweep_is_shown_as_a_table_and_a_picture(run, tmp_path):
 
 
 def test_a_wrong_sweep_is_refused_before_anything_is_measured(run, monkeypatch):
-    monkeypatch.setattr(bench, "measure", lambda request: pytest.fail("measured"))
+    monkeypatch.setattr(bench, "measure_in_order", lambda *args: pytest.fail("measured"))
     with pytest.raises(UserError, match="batch_size=none"):
         run("--sweep=batch_size:1,none", "--ladder")
+
+
+def test_a_sweep_on_a_cpu_starts_from_the_small_model_for_cpus(monkeypatch):
+    """Its 4 heads divide a width of 64; the 12 heads of GPT-2 do not."""
+    widths = []
+    monkeypatch.setattr(bench, "measure_in_order", lambda config, *args: (config, {}))
+    found = bench.swept_configs
+
+    def noted(*args, **options):
+        swept = found(*args, **options)
+        widths.extend(config.n_embd for config in swept.values())
+        return swept
+
+    monkeypatch.setattr(bench, "swept_configs", noted)
+    bench.main(["--device=cpu", "--sweep=n_embd:64,128"])
+    assert widths == [64, 128]
 
 
 def test_the_report_is_step_ladder_and_generation_in_one_file(run, tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def contents(folder):
 
 
 def open_bytes(name, **more):
-    options = {"tokenizer": "bytes", "block_size": 8, "progress": False} | more
+    options = {"tokenizer": "bytes", "block_size": 8} | more
     return open_dataset(str(name), **options)
 
 
@@ -189,7 +189,6 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(house, monkeypatch):
             house / f"{limit}",
             0.5,
             max_tokens=limit,
-            progress=False,
         )
         lengths = list(itertools.accumulate(range(1, 41)))  # with their end tokens
         expected = next((length for length in lengths if length >= limit), lengths[-1])
@@ -237,14 +236,14 @@ def test_tokens_that_were_added_to_the_models_tokenizer_stay_with_it(house, monk
     entry = {"id": tiny.vocab_size, "content": "<pad>", "special": True}
     padded = GPT2Tokenizer(tiny.names, tiny.merges, [entry])
     (house / "a.txt").write_text("the cat is on the mat. " * 40)
-    name = str(open_dataset("a.txt", tokenizer=tiny, block_size=8, progress=False).folder)
-    dataset = open_dataset("a.txt", tokenizer=padded, block_size=8, progress=False)
+    name = str(open_dataset("a.txt", tokenizer=tiny, block_size=8).folder)
+    dataset = open_dataset("a.txt", tokenizer=padded, block_size=8)
     assert str(dataset.folder) == name
     assert dataset.tokenizer.vocab_size == tiny.vocab_size + 1
     assert dataset.vocab_size == tiny.vocab_size
     # The other way round: data that were prepared for that model fit a model without the token.
-    open_dataset("a.txt", tokenizer=padded, val_fraction=0.2, block_size=8, progress=False)
-    dataset = open_dataset("a.txt", tokenizer=tiny, val_fraction=0.2, block_size=8, progress=False)
+    open_dataset("a.txt", tokenizer=padded, val_fraction=0.2, block_size=8)
+    dataset = open_dataset("a.txt", tokenizer=tiny, val_fraction=0.2, block_size=8)
     assert dataset.vocab_size == dataset.tokenizer.vocab_size == tiny.vocab_size
 
 
@@ -455,7 +454,7 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
 
     def work(folder):
         Counting.encoded = 0
-        prepare_texts("a", Documents(source), Counting(), folder, max_tokens=4000, progress=False)
+        prepare_texts("a", Documents(source), Counting(), folder, max_tokens=4000)
         return contents(folder)
 
     expected = work(house / "unbroken")
@@ -527,7 +526,7 @@ def test_preparing_a_longer_text_takes_no_more_memory(house):
             for _ in range(copies):
                 file.write(text)
         tracemalloc.start()
-        prepare_texts("a", Documents("a.txt"), ByteTokenizer(), house / f"{copies}", progress=False)
+        prepare_texts("a", Documents("a.txt"), ByteTokenizer(), house / f"{copies}")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert Tokens.open(house / "4000", "val").max_id() == EOT
@@ -638,7 +637,7 @@ def test_a_data_set_of_conversations_keeps_the_chat_template(house):
 def test_rows_of_another_length_are_refused(house):
     folder = house / "data" / "mine"
     name = jsonl(house / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 30)
-    prepare_texts("mine", Documents(name), ByteTokenizer(), folder, block_size=16, progress=False)
+    prepare_texts("mine", Documents(name), ByteTokenizer(), folder, block_size=16)
     assert open_bytes("mine", block_size=16).meta["row"] == 16
     with pytest.raises(UserError, match="--block_size=16"):
         open_bytes("mine", block_size=8)
