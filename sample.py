@@ -31,6 +31,7 @@ from gpt12.device import Machine, open_machine
 from gpt12.errors import UserError, run_main
 from gpt12.generate import Sampling, decode_bytes, store_by_columns, stream
 from gpt12.int8 import quantize
+from gpt12.run_folder import is_run
 from gpt12.settings import SampleConfig
 from gpt12.terminal import printable
 from gpt12.text_stream import TextStream
@@ -100,7 +101,7 @@ def load(config: SampleConfig) -> Writer:
 def find_source(config: SampleConfig) -> Path:
     """Return the model's folder, or nanoGPT's ckpt.pt, that the configuration asks for."""
     source = Path(config.init_from)
-    if config.init_from == "resume" or (source / "run.json").exists():
+    if config.init_from == "resume" or is_run(source):
         out_dir = Path(config.out_dir) if config.init_from == "resume" else source
         names = ("best", "last") if config.checkpoint == "auto" else (config.checkpoint,)
         source, state = find_checkpoint(out_dir, names)

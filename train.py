@@ -36,7 +36,6 @@ from gpt12.device import Machine
 from gpt12.distributed import (
     data_parallel,
     is_lost_rank,
-    is_rank_0,
     lost_rank_advice,
     process_group,
     reported_by_rank_0,
@@ -48,13 +47,12 @@ from gpt12.memory import out_of_memory_advice, ran_out_of_memory
 from gpt12.muon import Muon, trained_matrices
 from gpt12.optim8bit import AdamW8bit
 from gpt12.optimizer import Optimizer, divide_gradients
-from gpt12.run import Run, build_run, check_has_training_data, is_complete
-from gpt12.run_folder import lock_run
+from gpt12.run import Run, build_run, check_has_training_data, is_complete, lock_out_dir
 from gpt12.run_log import RunLog, perplexity
 from gpt12.saver import Saver
 from gpt12.settings import CONTEXT_PARTS, TrainConfig
 from gpt12.signals import StopSignal
-from gpt12.start import Request, read_request
+from gpt12.start import read_request
 from gpt12.targets import IGNORE_INDEX
 from gpt12.trainer_state import TrainerState, load_trainer_state
 from model import GPT
@@ -578,7 +576,7 @@ class Trainer:
         self.log.bar.close()
         self.clock.stop()
         self.note_time()
-        saved = self.saver.saved_step == self.progress.step or self.save("last")
+        saved = self.saver.is_saved() or self.save("last")
         if not saved:
             status = status or 1
         self.log.close(status, saved)
@@ -616,15 +614,12 @@ def evaluate_only(run: Run) -> int:
     return 0
 
 
-def train(request: Request) -> int:
-    """Train, or say that the run is complete. Only one process may write to the run's folder."""
-    lock = lock_run(Path(request.config.out_dir)) if is_rank_0() else contextlib.nullcontext()
-    with lock:
-        run = build_run(request)
-        check_has_training_data(run.dataset)
-        if is_complete(run):
-            return 0
-        return Trainer(run).train()
+def train(run: Run) -> int:
+    """Train, or say that the run is complete."""
+    check_has_training_data(run.dataset)
+    if is_complete(run):
+        return 0
+    return Trainer(run).train()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -633,13 +628,17 @@ def main(argv: list[str] | None = None) -> int:
         request = read_request(sys.argv[1:] if argv is None else argv)
     config = request.config
     try:
-        with reported_by_rank_0(), process_group(config.device, config.backend):
-            if config.eval_only:
-                return evaluate_only(build_run(request))
-            return train(request)
+        with (
+            reported_by_rank_0(),
+            process_group(config.device, config.backend),
+            lock_out_dir(config),
+        ):
+            run = build_run(request)
+            config = run.config  # "auto" is decided
+            return evaluate_only(run) if config.eval_only else train(run)
     except RuntimeError as error:
         if ran_out_of_memory(error):  # perhaps on one rank only, so each reports it
-            raise out_of_memory_advice(config) from None
+            raise out_of_memory_advice(config, request.resumed) from None
         if is_lost_rank(error):
             with reported_by_rank_0():
                 raise UserError(lost_rank_advice(Path(config.out_dir))) from None

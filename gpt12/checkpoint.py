@@ -28,6 +28,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import shlex
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -160,7 +162,8 @@ def locate_checkpoint(out_dir: Path, names: tuple[str, ...]) -> Path | None:
     """Return the folder of the first checkpoint with one of these names, without reading it."""
     for name in names:
         for folder in (out_dir / name, out_dir / f"{name}.prev"):
-            if folder.exists():
+            # Unlike Path.exists, this does not raise for a name that no file can have.
+            if os.path.exists(folder):  # noqa: PTH110
                 return folder
     return None
 
@@ -171,12 +174,13 @@ def _no_checkpoint(out_dir: Path, names: tuple[str, ...]) -> str:
     best = out_dir / "best"
     if "best" not in names and (best / "trainer.json").exists():
         step = read_checkpoint(best)["step"]
+        options = shlex.join([f"--init_from={best}", f"--out_dir={out_dir}-2"])
         return (
             f"no checkpoint in {where}, so this run cannot be resumed exactly. {best} has the "
             f"weights of step {step}; the optimizer's state is lost. To train on from these "
-            f"weights as a new run: python train.py --init_from={best} --out_dir={out_dir}-2"
+            f"weights as a new run: python train.py {options}"
         )
-    if (out_dir / "run.json").exists():
+    if os.path.exists(out_dir / "run.json"):  # noqa: PTH110
         return f"the run in {out_dir} has not saved a checkpoint. If it has ended, start it again"
     runs = resumable_runs()
     if runs:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -157,6 +158,6 @@ def lost_rank_advice(out_dir: Path) -> str:
     if (out_dir / "last").exists() or (out_dir / "last.prev").exists():
         message += (
             ". Continue from the last checkpoint with the same torchrun line and "
-            f"--init_from=resume --out_dir={out_dir}"
+            f"--init_from=resume --out_dir={shlex.quote(out_dir.as_posix())}"
         )
     return message

@@ -332,10 +332,13 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))
 
 
-def out_of_memory_advice(config: TrainConfig) -> UserError:
-    """Return an error that says how much memory there was and what to change, best first."""
+def out_of_memory_advice(config: TrainConfig, resumed: bool = False) -> UserError:
+    """Return an error that says how much memory there was and what to change, best first.
+
+    resumed: whether an earlier run goes on, which cannot change its optimizer or add adapters.
+    """
     if not torch.cuda.is_initialized():
-        return _advice("out of memory.", _memory_knobs(config, on_cpu=True))
+        return _advice("out of memory.", _memory_knobs(config, resumed=resumed, on_cpu=True))
     free, total = torch.cuda.mem_get_info()
     peak = torch.cuda.max_memory_allocated()
     usable = free + torch.cuda.memory_reserved()
@@ -343,7 +346,7 @@ def out_of_memory_advice(config: TrainConfig) -> UserError:
         f"out of GPU memory: {peak / GIB:.1f} GiB were in use, the card has {total / GIB:.1f} GiB, "
         f"other programs leave {usable / GIB:.1f}."
     )
-    return _advice(title, _memory_knobs(config))
+    return _advice(title, _memory_knobs(config, resumed=resumed))
 
 
 def _advice(title: str, knobs: list[str]) -> UserError:
@@ -358,15 +361,17 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(2, number + 1) if number % n == 0]
 
 
-def _memory_knobs(config: TrainConfig, pieces: int = 0, on_cpu: bool = False) -> list[str]:
-    """Return the options that save memory.
+def _memory_knobs(
+    config: TrainConfig, pieces: int = 0, resumed: bool = False, on_cpu: bool = False
+) -> list[str]:
+    """Return the options that save memory, without those that the configuration has already.
 
     pieces: into how many to cut the micro-batch; 0 means as few as possible.
     """
     knobs = []
     if config.recompute == "none":
         knobs.append("--recompute=pointwise")
-    if config.recompute in ("none", "pointwise"):
+    if config.recompute != "block":
         knobs.append("--recompute=block")
     if config.batch_size != "auto" and int(config.batch_size) > 1:
         pieces = pieces or _divisors(int(config.batch_size))[0]
@@ -376,9 +381,11 @@ def _memory_knobs(config: TrainConfig, pieces: int = 0, on_cpu: bool = False) ->
             f"--gradient_accumulation_steps={pieces * config.gradient_accumulation_steps} "
             "(the same step in smaller pieces)"
         )
-    if not on_cpu:  # it needs bfloat16, which is slow on most CPUs
-        knobs.append("--optimizer=adamw8bit")
-    knobs.append("--lora_rank=16 (fine-tuning)")
+    if not config.lora_rank and not resumed:
+        # adamw8bit needs bfloat16, which is slow on most CPUs.
+        if config.optimizer != "adamw8bit" and not on_cpu:
+            knobs.append("--optimizer=adamw8bit")
+        knobs.append("--lora_rank=16 (fine-tuning)")
     knobs.append(f"--block_size={config.block_size // 2}")
     if on_cpu:
         knobs.append("config/train_shakespeare_cpu.py (a small model)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from gpt12.device import Machine, open_machine
 from gpt12.distributed import is_rank_0, rank_0_first
 from gpt12.errors import UserError
 from gpt12.memory import check_memory, choose_batch_size
+from gpt12.run_folder import lock_run
 from gpt12.settings import CONTEXT_PARTS, TrainConfig
 from gpt12.shape import with_shape
 from gpt12.start import Request, is_worth_compiling, load_start, model_for_data, prepare_model
@@ -76,7 +78,7 @@ def build_run(request: Request) -> Run:
         if not request.advice:
             raise
         raise UserError(f"{error}\n{request.advice}") from None
-    if request.resumed:
+    if request.resumed and not config.eval_only:
         _forget_best_on_other_data(request, dataset, progress)
     model = model_for_data(loaded, tokenizer, dataset, config)
 
@@ -173,6 +175,13 @@ def _forget_best_on_other_data(request: Request, dataset: Dataset, progress: Pro
         "the data are not those that this run began with: it reads other windows now, and its best "
         f"loss no longer counts. To keep {best}, copy it: the best on the new data replaces it"
     )
+
+
+def lock_out_dir(config: TrainConfig) -> contextlib.AbstractContextManager[None]:
+    """Let only one process write to out_dir. --eval_only writes nothing."""
+    if config.eval_only or not is_rank_0():
+        return contextlib.nullcontext()
+    return lock_run(Path(config.out_dir))
 
 
 def check_has_training_data(dataset: Dataset) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -94,6 +95,12 @@ def _user_error_if_unwritable(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {error.strerror or error}. "
             "Free some space, or choose another --out_dir="
         ) from None
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder holds a run."""
+    # Unlike Path.exists, os.path.exists does not raise for a name that no file can have.
+    return os.path.exists(folder / "run.json")  # noqa: PTH110
 
 
 def read_run(out_dir: Path) -> dict[str, Any]:

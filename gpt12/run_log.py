@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import sys
 from typing import Any
 
@@ -88,7 +89,9 @@ class RunLog:
         size = f"{gib:.1f} GiB" if gib >= 0.05 else f"{1024 * gib:.0f} MiB"
         self.say(f"memory: about {size} at the peak of a step (recompute={config.recompute})")
         if run.machine.device.type == "cpu":
-            warning = warn_of_long_run(shape, config, cores=torch.get_num_threads())
+            steps_left = config.max_iters - self.progress.step
+            cores = torch.get_num_threads()
+            warning = warn_of_long_run(shape, config, steps_left, cores)
             if warning is not None:
                 self.say(warning)
         if run.request.resumed:
@@ -203,11 +206,12 @@ class RunLog:
         if self.wandb:
             self.wandb.finish(exit_code=status)
         out_dir = self.run.out_dir
+        typed = shlex.quote(out_dir.as_posix())  # as a shell takes it
         step = self.progress.step
         if status > 128:
             self.say(f"stopped at step {step:,}")
             if saved:
-                self.say(f"go on with: python train.py --init_from=resume --out_dir={out_dir}")
+                self.say(f"go on with: python train.py --init_from=resume --out_dir={typed}")
             return
         best = ""
         if self.progress.best_val_loss is not None:
@@ -221,7 +225,7 @@ class RunLog:
         )
         self._warn_if_not_better()
         if status == 0 and self.run.dataset.tokenizer is not None:
-            self.say(f"read what it writes: python sample.py --out_dir={out_dir}")
+            self.say(f"read what it writes: python sample.py --out_dir={typed}")
 
     def _warn_if_not_better(self) -> None:
         """Say so if fine-tuning made the model no better than it was at step 0."""

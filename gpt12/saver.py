@@ -14,6 +14,7 @@ import torch
 from gpt12.checkpoint import locate_checkpoint, save_checkpoint
 from gpt12.lora import save_adapter
 from gpt12.run import Run
+from gpt12.run_folder import is_run
 from gpt12.trainer_state import TrainerState, save_trainer_state, state_bytes
 from gpt12.weights import save_pretrained
 
@@ -27,8 +28,8 @@ class Saver:
         self.state = state
         self.say = say
         self.timer = SaveTimer(run.config.save_interval_s, self.size_of("last"))
-        # The step that last/ holds, -1 for none.
-        self.saved_step = run.progress.step if run.request.resumed else -1
+        # The step and the last evaluation that last/ holds, -1 for none.
+        self.saved = self._now() if run.request.resumed else (-1, -1)
         self.adapter_note_shown = False
 
     def save(self, name: str) -> bool:
@@ -41,8 +42,15 @@ class Saver:
         if name == "last":
             self.timer.saved(time.perf_counter() - began)
             if saved:
-                self.saved_step = self.run.progress.step
+                self.saved = self._now()
         return saved
+
+    def is_saved(self) -> bool:
+        """Tell whether last/ holds all that was trained and evaluated."""
+        return self.saved == self._now()
+
+    def _now(self) -> tuple[int, int]:
+        return self.run.progress.step, self.run.progress.evaluated_step
 
     def _write(self, name: str) -> bool:
         folder = self.run.out_dir / name
@@ -78,7 +86,7 @@ class Saver:
         """
         init_from = self.run.config.init_from
         checkpoint = None
-        if (Path(init_from) / "run.json").exists():
+        if is_run(Path(init_from)):
             checkpoint = locate_checkpoint(Path(init_from), ("best", "last"))
         return init_from if checkpoint is None else str(checkpoint)
 

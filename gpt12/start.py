@@ -18,7 +18,7 @@ from gpt12.distributed import torchrun_ranks
 from gpt12.errors import UserError
 from gpt12.int8 import quantize
 from gpt12.new_model import new_model
-from gpt12.run_folder import REPOSITORY, read_run
+from gpt12.run_folder import REPOSITORY, is_run, read_run
 from gpt12.settings import TrainConfig
 from gpt12.shape import MODEL_KEYS, model_shape
 from gpt12.weights import find_pretrained, from_pretrained
@@ -89,25 +89,24 @@ def read_request(argv: list[str]) -> Request:
         request = _read_resumed(argv, reading)
     else:
         config, given = reading.finish()
-        config = _with_rows_of_the_preset(config, reading)
+        config = _keep_sequences_of_a_step(config, reading)
         config = _with_data_of_the_run(config, given)
         request = Request(config, given, advice=_advise_a_preset(config, reading, argv))
     _check_ranks(request.config)
     return request
 
 
-def _with_rows_of_the_preset(
+def _keep_sequences_of_a_step(
     config: TrainConfig, reading: config_loader.Reading[TrainConfig]
 ) -> TrainConfig:
-    """With --batch_size=auto alone, keep the preset's number of sequences in a step.
+    """With --batch_size=auto alone, a step keeps its number of sequences.
 
     With batch_size=auto, gradient_accumulation_steps counts sequences and not micro-batches.
     """
     preset = reading.before_flags
-    set_in = reading.sources.get("gradient_accumulation_steps", config_loader.COMMAND_LINE)
     if config.batch_size != "auto" or preset.batch_size == "auto":
         return config
-    if set_in == config_loader.COMMAND_LINE:
+    if reading.sources.get("gradient_accumulation_steps") == config_loader.COMMAND_LINE:
         return config
     rows = preset.gradient_accumulation_steps * int(preset.batch_size)
     return replace(config, gradient_accumulation_steps=rows)
@@ -116,7 +115,7 @@ def _with_rows_of_the_preset(
 def _with_data_of_the_run(config: TrainConfig, given: set[str]) -> TrainConfig:
     """Let --eval_only measure a run on its own data set, unless another one is given."""
     folder = Path(config.init_from)
-    if not config.eval_only or "dataset" in given or not (folder / "run.json").exists():
+    if not config.eval_only or "dataset" in given or not is_run(folder):
         return config
     saved = read_run(folder)["config"]
     own = {}
@@ -168,7 +167,10 @@ def _read_resumed(argv: list[str], reading: config_loader.Reading[TrainConfig]) 
     asked, given = reading.finish(check=False)
     out_dir = Path(asked.out_dir)
     saved = read_run(out_dir)
-    for key in FIXED_ON_RESUME:
+    fixed = list(FIXED_ON_RESUME)
+    if saved["config"].get("optimizer") == "adamw8bit":
+        fixed.append("block_size")  # an 8-bit state cannot be cut to fewer positions
+    for key in fixed:
         if key in given and getattr(asked, key) != saved["config"].get(key):
             raise UserError(
                 f"{key}={getattr(asked, key)}, but the run in {out_dir} has "
@@ -242,7 +244,8 @@ def load_start(request: Request, last: Path | None) -> tuple[GPT | None, Any]:
     model = from_pretrained(source, block_size, config.dropout)
     if last is not None and source != last:
         _check_base(model, last, config)
-    tokenizer = load_tokenizer(source) if source.is_dir() else None
+    # A tokenizer may lie beside nanoGPT's ckpt.pt, which holds none itself.
+    tokenizer = load_tokenizer(source if source.is_dir() else source.parent)
     return model, tokenizer
 
 
@@ -267,7 +270,7 @@ def _source(config: TrainConfig, last: Path | None) -> Path | None:
             f"init_from={source} is inside out_dir={config.out_dir}, whose files this run replaces."
             " A LoRA run needs its base model when it is resumed: choose another --out_dir="
         )
-    if (source / "run.json").exists():
+    if is_run(source):
         return find_checkpoint(source, ("best", "last"))[0]
     if source.suffix == ".pt":
         return source
@@ -389,27 +392,22 @@ def compile_model(model: GPT) -> None:
 
 def is_worth_compiling(shape: GPTConfig, config: TrainConfig) -> bool:
     """Tell whether a run is long enough for compiling to pay off. Unknown length counts as long."""
-    operations = training_flops(shape, config)
-    return operations is None or operations >= COMPILE_FROM_FLOPS
-
-
-def training_flops(shape: GPTConfig, config: TrainConfig) -> float | None:
-    """Return the operations of the whole run, None if its length is not known yet."""
     if config.eval_only or config.num_epochs > 0:
-        return None
+        return True
+    return training_flops(shape, config, config.max_iters) >= COMPILE_FROM_FLOPS
+
+
+def training_flops(shape: GPTConfig, config: TrainConfig, steps: int) -> float:
+    """Return the operations of this number of steps."""
     rows = config.gradient_accumulation_steps
     if config.batch_size != "auto":
         rows *= int(config.batch_size)
-    tokens = config.max_iters * rows * config.block_size
-    return float(flops_per_token(shape)) * tokens
+    return float(flops_per_token(shape)) * steps * rows * config.block_size
 
 
-def warn_of_long_run(shape: GPTConfig, config: TrainConfig, cores: int) -> str | None:
-    """Return a warning if training on this CPU would take many hours."""
-    operations = training_flops(shape, config)
-    if operations is None:
-        return None
-    hours = operations / (cores * CPU_FLOPS_PER_CORE) / 3600
+def warn_of_long_run(shape: GPTConfig, config: TrainConfig, steps: int, cores: int) -> str | None:
+    """Return a warning if the steps that are left will take many hours on this CPU."""
+    hours = training_flops(shape, config, steps) / (cores * CPU_FLOPS_PER_CORE) / 3600
     if hours < LONG_RUN_HOURS:
         return None
     length = f"{hours:,.0f} hours" if hours < 48 else f"{hours / 24:,.0f} days"

@@ -243,9 +243,9 @@ def find_pretrained(path_or_name: str | Path) -> Path:
     Only the model's JSON, text and safetensors files are downloaded.
     """
     name = str(path_or_name)
-    if Path(name).is_dir():
+    # Unlike Path's, these functions do not raise for a name that no file can have.
+    if os.path.isdir(name):  # noqa: PTH112
         return Path(name)
-    # os.path.isfile returns False for a name that no system allows; Path.is_file raises.
     if os.path.isfile(name):  # noqa: PTH113
         raise UserError(
             f"{name} is a file, and a model is a folder with its config.json: "

@@ -1,6 +1,7 @@
 """Models and comparisons that several test files share."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -58,3 +59,18 @@ def small_model(dropout: float = 0.0) -> GPT:
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model
+
+
+def save_nanogpt(file: Path, model: GPT, vocab_size: int, dataset: str | None = None) -> None:
+    """Write a model as nanoGPT's train.py does, which has no tokenizer."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        has_padding = name.endswith(("wte.weight", "lm_head.weight"))
+        state[name] = tensor[:vocab_size].clone() if has_padding else tensor
+    keys = ("n_layer", "n_head", "n_embd", "block_size", "bias")
+    arguments = {key: getattr(model.config, key) for key in keys}
+    arguments["vocab_size"] = vocab_size
+    content = {"model": state, "model_args": arguments, "config": {}}
+    if dataset is not None:
+        content["config"] = {"dataset": dataset}
+    torch.save(content, file)

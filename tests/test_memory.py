@@ -315,6 +315,33 @@ def test_running_out_of_memory_names_the_options_that_help_best_first(
 
 
 @pytest.mark.usefixtures("card")
+def test_the_advice_starts_from_what_auto_has_become(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainStep, "compute", exhausted)
+    options = ["--recompute=auto", "--batch_size=auto", "--gradient_accumulation_steps=6"]
+    with pytest.raises(UserError) as error:
+        run(dataset, tmp_path, "--max_iters=1", *options)
+    knobs = [line.strip() for line in str(error.value).splitlines()[2:5]]
+    assert knobs[:2] == ["--recompute=pointwise", "--recompute=block"]
+    assert knobs[2].startswith("--batch_size=3 --gradient_accumulation_steps=2 ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "resumed", "expected"),
+    [
+        ({}, False, ["--optimizer=adamw8bit", "--lora_rank=16"]),
+        ({"optimizer": "adamw8bit"}, False, ["--lora_rank=16"]),
+        ({"lora_rank": 16}, False, []),
+        ({}, True, []),  # a resumed run keeps its optimizer and its adapters
+    ],
+)
+@pytest.mark.usefixtures("card")
+def test_what_a_run_has_already_or_cannot_change_is_not_advised(changes, resumed, expected):
+    asked = full_size(batch_size=1, recompute="block", **changes)
+    lines = str(memory.out_of_memory_advice(asked, resumed)).splitlines()[2:]
+    assert [line.split()[0] for line in lines] == [*expected, "--block_size=512"]
+
+
+@pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("options", [[], ["--batch_size=auto"]])
 def test_a_model_that_does_not_fit_ends_with_the_same_advice(
     dataset, tmp_path, monkeypatch, options

@@ -128,6 +128,18 @@ def test_a_run_on_other_data_says_so_and_forgets_its_best(dataset, finished, tmp
         assert (found.progress.best_val_loss is None) == other
 
 
+def test_only_evaluating_a_run_on_other_data_replaces_nothing_and_says_nothing(
+    dataset, finished, tmp_path, capsys
+):
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    meta = json.loads((folder / "meta.json").read_text()) | {"source_sha256": "1" * 64}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert resume(finished, "--eval_only", f"--dataset={folder}") == 0
+    said = capsys.readouterr().out
+    assert "val loss" in said
+    assert "no longer counts" not in said
+
+
 def test_a_data_set_without_a_training_split_can_only_be_evaluated(dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "data")
     for file in (tmp_path / "data").glob("train_*.bin"):

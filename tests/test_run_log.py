@@ -150,6 +150,14 @@ def test_a_run_of_hours_on_a_cpu_is_warned_of(dataset, tmp_path, capsys):
     assert "config/train_shakespeare_cpu.py" in said
 
 
+def test_a_long_run_that_is_nearly_over_is_not_warned_of(dataset, tmp_path, capsys):
+    found = built(dataset, tmp_path, "--max_iters=100000000000")
+    found.progress.step = found.config.max_iters - 1
+    capsys.readouterr()
+    RunLog(found).introduce()
+    assert "will take about" not in capsys.readouterr().out
+
+
 def test_a_resumed_run_says_at_which_step_it_continues(finished, capsys):
     found = built_from(["--init_from=resume", f"--out_dir={finished}", "--max_iters=9"])
     capsys.readouterr()
@@ -273,6 +281,11 @@ def test_a_finished_run_tells_where_its_curves_are_and_how_to_sample(dataset, tm
     assert re.search(r"2 steps in [\d.]+ s of training, best val loss [\d.]+ at step 2", said)
     assert run(dataset, tmp_path, "--max_iters=1") == 0
     assert "\n1 step in " in capsys.readouterr().out
+
+
+def test_the_commands_to_type_next_quote_a_folder_with_a_blank(dataset, tmp_path, capsys):
+    assert run(dataset, tmp_path / "my run", "--max_iters=1") == 0
+    assert f"python sample.py --out_dir='{tmp_path}/my run'\n" in capsys.readouterr().out
 
 
 def test_a_run_whose_loss_was_lost_does_not_invite_to_sample(

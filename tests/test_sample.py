@@ -29,6 +29,7 @@ from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 from tests.harmless import FEW, harmless
 from tests.helpers import ROOT, command, environment
+from tests.models import save_nanogpt
 
 
 @pytest.fixture(scope="module")
@@ -404,21 +405,6 @@ def test_an_adapter_without_its_model_is_told_where_it_is_merged(start, out_dir,
     assert err.endswith(f"pass {tmp_path / 'best'}, the model it is merged into\n")
 
 
-def save_nanogpt(file: Path, model: GPT, vocab_size: int, dataset: str | None = None) -> None:
-    """Write a model as nanoGPT's train.py does, which has no tokenizer."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        has_padding = name.endswith(("wte.weight", "lm_head.weight"))
-        state[name] = tensor[:vocab_size].clone() if has_padding else tensor
-    keys = ("n_layer", "n_head", "n_embd", "block_size", "bias")
-    arguments = {key: getattr(model.config, key) for key in keys}
-    arguments["vocab_size"] = vocab_size
-    content = {"model": state, "model_args": arguments, "config": {}}
-    if dataset is not None:
-        content["config"] = {"dataset": dataset}
-    torch.save(content, file)
-
-
 ONE_TEXT = ("--start=ab", "--num_samples=1", "--max_new_tokens=9")
 
 
@@ -427,6 +413,15 @@ def test_nanogpts_checkpoint_writes_with_the_tokenizer_beside_it(start, out_dir,
     ByteTokenizer().save(tmp_path)
     status, out, _ = start(f"--init_from={tmp_path / 'ckpt.pt'}", *ONE_TEXT)
     assert (status, out) == (0, start("--checkpoint=best", *ONE_TEXT)[1])
+
+
+@pytest.mark.parametrize(
+    ("key", "words"), [("init_from", "is no local folder"), ("out_dir", "no checkpoint in")]
+)
+def test_a_folder_with_a_name_that_no_file_can_have_does_not_exist(start, key, words):
+    status, _, err = start(f"--{key}={'a' * 300}", *ONE_TEXT)
+    assert status == 2
+    assert words in err
 
 
 @pytest.mark.parametrize("vocab_size", [50257, 50304])

@@ -205,6 +205,14 @@ def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path, capsys):
     assert not (tmp_path / "last").exists()
 
 
+def test_the_last_evaluation_is_in_last_though_its_step_was_saved_before_it(dataset, tmp_path):
+    options = ["--always_save_checkpoint=False", "--save_interval_s=0", "--eval_interval=4"]
+    assert run(dataset, tmp_path, *options, "--max_iters=4") == 0
+    saved = trainer(tmp_path)
+    assert (saved["step"], saved["evaluated_step"]) == (4, 4)
+    assert saved["best_val_loss"] == trainer(tmp_path, "best")["best_val_loss"]
+
+
 def test_only_rank_0_writes(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     trainer_of_rank_1 = Trainer(built(dataset, tmp_path))

@@ -3,13 +3,14 @@
 import json
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from data.tokenizers import CharTokenizer
 from gpt12.checkpoint import find_checkpoint
 from gpt12.device import Machine
 from gpt12.errors import UserError
@@ -22,7 +23,7 @@ from gpt12.start import (
     read_request,
     warn_of_long_run,
 )
-from gpt12.weights import save_pretrained
+from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig, flops_per_token
 from tests.helpers import (
     CPU,
@@ -36,6 +37,7 @@ from tests.helpers import (
     trainer,
     weights,
 )
+from tests.models import save_nanogpt
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -288,20 +290,26 @@ def test_who_names_a_preset_or_the_data_gets_no_such_advice(monkeypatch, argv):
 
 
 @pytest.mark.parametrize(
-    ("options", "rows"),
+    ("preset", "options", "rows"),
     [
-        ([], 16),
-        (["--gradient_accumulation_steps=6"], 6),
+        ("batch_size = 16\ngradient_accumulation_steps = 2", [], 32),
+        (
+            "batch_size = 16\ngradient_accumulation_steps = 2",
+            ["--gradient_accumulation_steps=6"],
+            6,
+        ),
+        ("batch_size = 4", [], 4 * 40),
+        ("seed = 1", [], 12 * 40),
     ],
 )
-def test_batch_size_auto_over_a_preset_keeps_the_sequences_of_its_step(options, rows):
-    preset = "config/train_shakespeare_cpu.py"
-    found = read_request([preset, "--batch_size=auto", *options]).config
+def test_batch_size_auto_keeps_the_sequences_of_a_step(tmp_path, preset, options, rows):
+    file = tmp_path / "my.py"
+    file.write_text(preset)
+    found = read_request([str(file), "--batch_size=auto", *options]).config
     assert (found.batch_size, found.gradient_accumulation_steps) == ("auto", rows)
 
 
-def test_batch_size_auto_without_a_preset_counts_the_default_as_sequences(tmp_path):
-    assert read_request(["--batch_size=auto"]).config.gradient_accumulation_steps == 40
+def test_a_preset_with_batch_size_auto_counts_sequences_itself(tmp_path):
     (tmp_path / "my.py").write_text("batch_size = 'auto'\ngradient_accumulation_steps = 30\n")
     found = read_request([str(tmp_path / "my.py"), "--batch_size=auto"]).config
     assert found.gradient_accumulation_steps == 30
@@ -315,6 +323,25 @@ def test_batch_size_auto_given_on_resuming_keeps_the_rows_of_a_step(tmp_path):
 
 # --------------------------------------------------------------------------------------------------
 # Weights
+
+
+def test_nanogpts_checkpoint_starts_with_the_tokenizer_beside_it(finished, tmp_path):
+    model = from_pretrained(finished / "best")
+    save_nanogpt(tmp_path / "ckpt.pt", model, model.config.vocab_size)
+    CharTokenizer("".join(chr(97 + i) for i in range(model.config.vocab_size))).save(tmp_path)
+    for name, expected in (("ckpt.pt", "char"), ("bare/ckpt.pt", None)):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        if not file.exists():
+            shutil.copy(tmp_path / "ckpt.pt", file)
+        _, tokenizer = load_start(read_request([f"--init_from={file}"]), None)
+        assert (tokenizer and tokenizer.name) == expected
+
+
+@pytest.mark.parametrize("argv", [[], ["--eval_only"]])
+def test_a_start_with_a_name_that_no_file_can_have_does_not_exist(argv):
+    with pytest.raises(UserError, match="a{300}"):
+        built_from([f"--init_from={'a' * 300}", "--dataset=shakespeare_char", *argv])
 
 
 def test_a_run_as_start_means_its_best_and_else_its_last(finished, tmp_path):
@@ -432,7 +459,10 @@ def test_a_run_of_hours_on_a_cpu_is_warned_of_and_the_small_preset_named():
     for hours, said in ((1.9, None), (5, "5 hours"), (30, "30 hours"), (96, "4 days")):
         tokens = hours * 3600 * 2 * a_second
         length = config(batch_size=1, block_size=1024, max_iters=round(tokens / 1024))
-        warning = warn_of_long_run(shape, length, cores=2)
+        # Only the steps that are left count, and max_iters may come from num_epochs.
+        begun = replace(length, max_iters=length.max_iters + 10**6, num_epochs=3.0)
+        warning = warn_of_long_run(shape, length, length.max_iters, cores=2)
+        assert warn_of_long_run(shape, begun, length.max_iters, cores=2) == warning
         if said is None:
             assert warning is None
         else:

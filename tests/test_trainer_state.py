@@ -9,6 +9,7 @@ import torch
 
 from gpt12 import checkpoint
 from gpt12.device import Machine
+from gpt12.errors import UserError
 from gpt12.trainer_state import (
     load_trainer_state,
     save_trainer_state,
@@ -138,6 +139,15 @@ def test_8_bit_moments_resume_bit_for_bit(dataset, tmp_path):
     assert run(dataset, tmp_path / "parts", *fixed, "--max_iters=3") == 0
     assert resume(tmp_path / "parts", "--max_iters=6") == 0
     assert same_tensors(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+@needs_torchao
+def test_8_bit_moments_cannot_be_resumed_with_a_smaller_context(dataset, tmp_path):
+    fixed = ["--optimizer=adamw8bit", "--dtype=bfloat16", "--decay_lr=False"]
+    assert run(dataset, tmp_path, *fixed, "--max_iters=2") == 0
+    with pytest.raises(UserError, match=r"block_size=8, but the run in .* has 16: leave"):
+        resume(tmp_path, "--max_iters=4", "--block_size=8")
+    assert resume(tmp_path, "--max_iters=4", "--block_size=16") == 0
 
 
 @needs_torchao

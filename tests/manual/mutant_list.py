@@ -583,6 +583,14 @@ CHECKPOINTS = [
         test="test_weights_that_are_not_finite_are_never_saved",
     ),
     Mutant(
+        "the last evaluation is missing in last/ if its step was saved before it",
+        file="gpt12/saver.py",
+        before="return self.run.progress.step, self.run.progress.evaluated_step",
+        after="return self.run.progress.step, 0",
+        test_file="test_saver.py",
+        test="test_the_last_evaluation_is_in_last_though_its_step_was_saved_before_it",
+    ),
+    Mutant(
         "saving takes a tenth of the time",
         file="gpt12/saver.py",
         before="return min(longest, max(self.SHORTEST, 100 * self.cost))",
