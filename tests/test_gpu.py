@@ -88,6 +88,37 @@ def test_every_gradient_of_the_compiled_bf16_step_is_near_fp32(recompute):
         assert error < 0.01, (name, error)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("recompute", ["pointwise", "block"])
+def test_gradients_under_loras_dropout_are_the_slope_of_the_loss(recompute, compiled):
+    """A recomputed layer must drop the same values again. The slope needs no backward pass."""
+    lora = {"lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.4}
+    step = make_step(dtype=torch.float32, compiled=compiled, recompute=recompute, **lora)
+    fill(step)
+    trained = [p for p in step.model.parameters() if p.requires_grad]
+    for name, p in step.model.named_parameters():
+        if "lora_B" in name:  # else no gradient reaches A
+            torch.nn.init.normal_(p, std=0.1)
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(1)
+        return step.model.train()(step.x[0], step.y[0])[1]
+
+    def move(distance: float) -> None:
+        with torch.no_grad():
+            for p, direction in zip(trained, directions, strict=True):
+                p += distance * direction
+
+    gradients = torch.autograd.grad(loss(), trained)
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+    directions = [g / norm for g in gradients]
+    move(0.02)
+    above = loss().item()
+    move(-0.04)
+    below = loss().item()
+    assert (above - below) / 0.04 == pytest.approx(norm, rel=0.03)
+
+
 @pytest.mark.parametrize("targets", [0, 1, 77])
 def test_the_fused_loss_equals_the_plain_formula(targets):
     generator = torch.Generator("cuda").manual_seed(0)
