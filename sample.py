@@ -194,6 +194,7 @@ def dataset_tokenizer(folder: Path) -> Any:
 def read_prompt(start: str) -> str:
     """Return --start itself, the content of a file for FILE:path, or standard input for "-"."""
     if start == "-":
+        check_standard_input()
         try:
             start = sys.stdin.read()
         except ValueError as error:
@@ -214,6 +215,12 @@ def read_prompt(start: str) -> str:
             "for example --start=$'\\n'"
         )
     return start
+
+
+def check_standard_input() -> None:
+    """Raise UserError if the program was started without a standard input."""
+    if sys.stdin is None:
+        raise UserError("there is no standard input to read from")
 
 
 def as_message(tokenizer: Any, text: str) -> str:
@@ -396,6 +403,7 @@ def converse(writer: Writer, first_message: str = "") -> None:
     """
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 (gives input() its line editing)
+    check_standard_input()
     # Otherwise an incomplete character at the end of the input would be read again and again.
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     verb = "answers" if writer.tokenizer.chat_template else "continues it"
@@ -445,10 +453,13 @@ def answer(writer: Writer, context: list[int], message: str) -> list[int]:
     show("\n")
     say(speed.summary(writer.tokens_per_second_bound(1)))
     context = context + text.ids
-    # In training every answer ended with end-of-text, so one that was cut off gets it, too.
-    is_chat = tokenizer.chat_template and tokenizer.eot is not None
-    if text.finish_reason == "end" or is_chat:
-        context.append(tokenizer.eot)
+    # In training every answer had an end: end-of-text, or a line end where a tokenizer has no such
+    # token. An answer that was cut off gets it, too.
+    if tokenizer.eot is not None:
+        if text.finish_reason == "end" or tokenizer.chat_template:
+            context.append(tokenizer.eot)
+    elif tokenizer.chat_template and not text.shown.endswith("\n"):
+        context += writer.encode("\n")
     return context
 
 

@@ -4,7 +4,7 @@
 #   python sample.py --out_dir=out-finetune-gpt2-medium
 #
 # Result  depends on your text; on Shakespeare (without --dataset) not measured yet
-# Time    3 epochs of Shakespeare: 154,000 tokens/s on an H200; 45 s on a 4070 Ti (predicted)
+# Time    3 epochs of Shakespeare: 154,000 tokens/s on an H200; 46 s on a 4070 Ti (predicted)
 # VRAM    9.9 GiB, measured on an H200 limited to 11 GiB
 
 out_dir = "out-finetune-gpt2-medium"

@@ -3,7 +3,7 @@
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 #
 # Result  validation loss about 2.85 after 295 billion tokens (nanoGPT's figure)
-# Time    4 days on 8 A100 (nanoGPT's figure); 51 days on one 4070 Ti (predicted)
+# Time    4 days on 8 A100 (nanoGPT's figure); 54 days on one 4070 Ti (predicted)
 # VRAM    6.1 GiB (predicted)
 
 out_dir = "out-gpt2"

@@ -4,7 +4,7 @@
 #   python train.py config/train_gpt2_fast.py
 #
 # Result  the loss of train_gpt2_12gb.py with two thirds of its tokens (predicted)
-# Time    1.3 days on a 4070 Ti (predicted)
+# Time    1.2 days on a 4070 Ti (predicted)
 # VRAM    7.2 GiB (predicted)
 #
 # Out of memory? Halve batch_size and double gradient_accumulation_steps: the step stays the same.

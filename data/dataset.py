@@ -20,7 +20,7 @@ from data.prepare import FEW_DOCUMENTS, check_characters, prepare_texts
 from data.readers import SUFFIXES
 from data.rows import ROW_FORMAT
 from data.shards import UINT16, Tokens, find_shards
-from data.texts import CHAT_TEMPLATE, Documents
+from data.texts import CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS, Documents
 from data.tokenizers import CharTokenizer, Tokenizer, from_meta, get_tokenizer
 from gpt12.errors import UserError
 from gpt12.files import sha256
@@ -325,7 +325,8 @@ def _read_dataset(name: str, folder: Path) -> Dataset:
         vocab_size = meta["vocab_size"]
         warnings = _warnings_about_examples(meta, tokenizer)
         if tokenizer is not None and meta.get("kind") == "messages":
-            tokenizer.chat_template = CHAT_TEMPLATE
+            has_end = tokenizer.eot is not None
+            tokenizer.chat_template = CHAT_TEMPLATE if has_end else CHAT_TEMPLATE_OF_CHARACTERS
     elif (folder / "meta.pkl").exists() or val.dtype != UINT16:
         vocab_size = max(split.max_id() for split in splits) + 1
         warnings.append(

@@ -36,6 +36,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{{ '### Assistant:\n' if add_generation_prompt else '' }}"
 )
+# A character tokenizer has no end token. A line end stands in its place.
+CHAT_TEMPLATE_OF_CHARACTERS = CHAT_TEMPLATE.replace("{{ eos_token }}", r"{{ '\n' }}")
 # The template that earlier versions saved. It writes the same text.
 CHAT_TEMPLATE_WITHOUT_TAGS = (
     "{% for message in messages %}"
@@ -57,8 +59,9 @@ class Piece(NamedTuple):
 
 
 def is_our_chat_template(template: str) -> bool:
-    """Return whether a template is the one of chat_pieces(), in this or an earlier version."""
-    return template.strip() in (CHAT_TEMPLATE.strip(), CHAT_TEMPLATE_WITHOUT_TAGS.strip())
+    """Return whether a template is one of chat_pieces(), in this or an earlier version."""
+    ours = (CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS, CHAT_TEMPLATE_WITHOUT_TAGS)
+    return template.strip() in [known.strip() for known in ours]
 
 
 def chat_pieces(messages: Sequence[Mapping[str, str]]) -> list[Piece]:

@@ -332,7 +332,7 @@ def execute_config_file(name: str, present: Mapping[str, Any]) -> ConfigFile:
 def read_config_file(name: str, present: Mapping[str, Any]) -> bytes:
     """Return the content of a config file. Raises UserError with advice if there is none."""
     shown = shorten(name)
-    if name.startswith("hf:") or name.lower().endswith((".txt", ".csv", ".jsonl")):
+    if name.startswith("hf:") or name.lower().endswith((".txt", ".md", ".csv", ".jsonl")):
         own_text = "--dataset=" if "dataset" in present else "--start=FILE:"
         raise UserError(
             f"{shown}: a config file is Python; your own text is given as {own_text}{shown}"

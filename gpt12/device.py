@@ -169,7 +169,7 @@ def _choose_dtype(
     if device.type != "cuda":
         return torch.float32
     if torch.cuda.is_bf16_supported(including_emulation=False):
-        notes.append("dtype: bfloat16" + (" autocast over float32 weights" if training else ""))
+        notes.append("dtype: bfloat16" + (" autocast" if training else ""))
         return torch.bfloat16
     notes.append(
         "dtype: float16"

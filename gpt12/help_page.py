@@ -73,7 +73,7 @@ def _show_default(default: Any) -> str:
         return ""
     text = str(default)
     if not text.isprintable():
-        return repr(text)
+        return f"${text!r}"  # a shell reads $'\n' as a line end
     return f'"{text}"' if " " in text else text
 
 

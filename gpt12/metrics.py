@@ -117,10 +117,10 @@ class Picture:
         self.file = file
         self._thread: threading.Thread | None = None
 
-    def draw(self, metrics: Metrics) -> None:
-        """Start drawing what the metrics hold now."""
+    def draw(self, metrics: Metrics, best: tuple[float, int] | None) -> None:
+        """Start drawing what the metrics hold now. best: see draw_losses."""
         self.wait()
-        arguments = (list(metrics.steps), list(metrics.evaluations), self.file)
+        arguments = (list(metrics.steps), list(metrics.evaluations), self.file, best)
         self._thread = threading.Thread(target=draw_losses, args=arguments)
         self._thread.start()
 
@@ -130,8 +130,13 @@ class Picture:
             self._thread.join()
 
 
-def draw_losses(steps: list[Row], evaluations: list[Row], file: Path) -> None:
-    """Draw the losses over the tokens seen, and the learning rate below them."""
+def draw_losses(
+    steps: list[Row], evaluations: list[Row], file: Path, best: tuple[float, int] | None = None
+) -> None:
+    """Draw the losses over the tokens seen, and the learning rate below them.
+
+    best: the validation loss of the model in best/ and its step.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot: half the import time
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -145,7 +150,9 @@ def draw_losses(steps: list[Row], evaluations: list[Row], file: Path) -> None:
     losses.plot(tokens, step_losses, ".-", color="0.75", lw=1, ms=2, label="loss of each step")
     _plot_evaluations(losses, evaluations, "train_loss", color=BLUE, marker="o", label="train")
     _plot_evaluations(losses, evaluations, "val_loss", color=ORANGE, marker="s", label="validation")
-    _mark_best(losses, evaluations)
+    if best is not None:
+        label = f"best {best[0]:.4f} at step {best[1]:,}"
+        losses.axhline(best[0], color=ORANGE, lw=0.8, ls=":", label=label)
     losses.set_ylabel("loss (nats per token)")
     losses.legend(frameon=False)
     learning_rates = [row.get("lr") for row in steps]
@@ -172,15 +179,6 @@ def _plot_evaluations(
     tokens = [row.get("tokens") for row in later]
     values = [row[key] for row in later]
     axes.plot(tokens, values, color=color, marker=marker, ms=4, lw=1.5, label=label)
-
-
-def _mark_best(axes: Any, evaluations: list[Row]) -> None:
-    """Draw a line at the best validation loss after step 0, which is the one in best/."""
-    rows = [row for row in evaluations if row["step"] > 0 and row.get("val_loss") is not None]
-    if rows:
-        best = min(rows, key=lambda row: row["val_loss"])
-        label = f"best {best['val_loss']:.4f} at step {best['step']:,}"
-        axes.axhline(best["val_loss"], color=ORANGE, lw=0.8, ls=":", label=label)
 
 
 def _save_figure(figure: Any, file: Path) -> None:

@@ -316,7 +316,10 @@ class RunLog:
     def draw(self) -> None:
         """Draw loss.png anew."""
         if self.active and self.metrics is not None:
-            self.picture.draw(self.metrics)
+            best = None
+            if self.progress.best_val_loss is not None:
+                best = (self.progress.best_val_loss, self.progress.best_step)
+            self.picture.draw(self.metrics, best)
 
     def show_sample(self) -> None:
         """Print a text that the model writes as it is now."""

@@ -79,8 +79,8 @@ class TrainConfig(Settings):
 
     dataset: Text = option(
         "openwebtext",
-        "The text to learn: a folder in data/, your own .txt, .csv or .jsonl file, a folder of "
-        "such files, or hf:owner/name.",
+        "The text to learn: a folder in data/, your own .txt, .md, .csv or .jsonl file, a folder "
+        "of such files, or hf:owner/name.",
         new_group=FIRST_GROUP,
     )
     init_from: Text = option(
@@ -182,7 +182,8 @@ class TrainConfig(Settings):
 
     dtype: Dtype = option(
         "auto",
-        "Precision of the computation; weights stay float32. auto is the best of this device.",
+        "Precision of the computation. auto is the best of this device. Weights that are trained "
+        "stay float32, except with optimizer=adamw8bit.",
         new_group="Speed and memory",
     )
     compile: Switch = option(

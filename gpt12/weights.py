@@ -251,6 +251,8 @@ def find_pretrained(path_or_name: str | Path) -> Path:
             f"{name} is a file, and a model is a folder with its config.json: "
             f"try --init_from={Path(name).parent}"
         )
+    if os.path.isabs(name) or name.startswith(".") or name.count("/") > 1:  # noqa: PTH117
+        raise UserError(f"init_from={name}: there is no such folder")
     from huggingface_hub import snapshot_download
 
     try:

@@ -531,7 +531,7 @@ def test_a_mistake_on_the_command_line_gets_advice(argv, message, monkeypatch):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_text_given_as_a_config_file_gets_advice(write, there):
-    for name in ("my.txt", "My.TXT", "my.csv", "my.jsonl"):
+    for name in ("my.txt", "My.TXT", "my.md", "my.csv", "my.jsonl"):
         path = write("seed = 3\n", name) if there else name
         assert refusal([path]) == [
             f"{path}: a config file is Python; your own text is given as --dataset={path}"
@@ -747,7 +747,7 @@ def test_help_shows_defaults_and_choices(capsys):
         "a whole number >= 1, auto."
     )
     keys = help_groups(help_page(SampleConfig, capsys))
-    assert keys["The keys that people use first"]["start"].startswith(r"'\n' ")
+    assert keys["The keys that people use first"]["start"].startswith(r"$'\n' ")
     keys = help_groups(help_page(BenchConfig, capsys))
     assert keys["The keys that people use first"]["card"].startswith(
         '"NVIDIA GeForce RTX 4070 Ti" '

@@ -23,7 +23,7 @@ from data.dataset import open_dataset
 from data.prepare import ValidationSplit, prepare_texts
 from data.rows import RowWriter
 from data.shards import EXAMPLE_START, TRAINED, UINT16, ShardWriter, Tokens, write_shard
-from data.texts import CHAT_TEMPLATE, Documents, Piece
+from data.texts import CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS, Documents, Piece
 from data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from data.windows import TrainWindows
 from gpt12.errors import UserError
@@ -632,6 +632,12 @@ def test_a_data_set_of_conversations_keeps_the_chat_template(house):
     pairs = zip(ids(dataset.train), ids(dataset.train.mask), strict=True)
     text = dataset.tokenizer.decode([token for token, mark in pairs if mark == TRAINED])
     assert set(text.split("<|endoftext|>")) == {"Ho", ""}
+    # Characters have no end token: a line end follows each answer, and the template says so.
+    dataset = open_bytes("a.jsonl", block_size=128, tokenizer="char")
+    assert dataset.tokenizer.chat_template == CHAT_TEMPLATE_OF_CHARACTERS
+    pairs = zip(ids(dataset.train), ids(dataset.train.mask), strict=True)
+    text = dataset.tokenizer.decode([token for token, mark in pairs if mark == TRAINED])
+    assert set(text.split("\n")) == {"Ho", ""}
 
 
 def test_rows_of_another_length_are_refused(house):

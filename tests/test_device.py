@@ -55,7 +55,7 @@ def test_auto_on_a_gpu_is_cuda_bfloat16_and_compiled(two_gpus):
     assert machine.device == torch.device("cuda", 0)
     assert machine.dtype == torch.bfloat16
     assert machine.compiled
-    notes = ["device: cuda (Some Card)", "dtype: bfloat16 autocast over float32 weights"]
+    notes = ["device: cuda (Some Card)", "dtype: bfloat16 autocast"]
     assert machine.notes == notes
 
 

@@ -161,11 +161,12 @@ def test_the_line_of_the_evaluations_begins_after_step_0_if_there_are_others(tmp
     monkeypatch.setattr("gpt12.metrics._save_figure", lambda figure, file: figures.append(figure))
     rows = [evaluation_row(step, 4.0 - step) for step in range(3)]
     for evaluations in (rows, rows[:1]):
-        draw_losses([step_row(1, 3.5)], evaluations, tmp_path / "loss.png")
+        draw_losses([step_row(1, 3.5)], evaluations, tmp_path / "loss.png", best=(2.5, 1))
     drawn = []
     for figure in figures:
         lines = {line.get_label(): line for line in figure.axes[0].lines}
         assert "loss of each step" in lines
+        assert set(lines["best 2.5000 at step 1"].get_ydata()) == {2.5}
         drawn.append([list(lines[name].get_ydata()) for name in ("train", "validation")])
     assert drawn == [[[3.0, 2.0]] * 2, [[4.0]] * 2]
 
@@ -178,17 +179,17 @@ def test_pictures_are_drawn_one_after_the_other_from_the_rows_of_their_time(tmp_
     drawn = []
     monkeypatch.setattr(
         "gpt12.metrics.draw_losses",
-        lambda steps, evaluations, file: drawn.append((len(steps), len(evaluations), file)),
+        lambda steps, evaluations, file, best: drawn.append((len(steps), len(evaluations), best)),
     )
     metrics = Metrics(tmp_path / "metrics.jsonl", None)
     picture = Picture(tmp_path / "loss.png")
-    picture.draw(metrics)
+    picture.draw(metrics, None)
     metrics.append({"step": 1, "loss": 1.0})
-    picture.draw(metrics)
+    picture.draw(metrics, (2.5, 1))
     metrics.append({"step": 1, "val_loss": 1.0})
     picture.wait()
     metrics.close()
-    assert drawn == [(0, 0, tmp_path / "loss.png"), (1, 0, tmp_path / "loss.png")]
+    assert drawn == [(0, 0, None), (1, 0, (2.5, 1))]
 
 
 # --------------------------------------------------------------------------------------------------

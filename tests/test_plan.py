@@ -1,6 +1,7 @@
 """Predictions: counted work against torch's own counters, memory and time against measurements."""
 
 import gc
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,12 +11,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt12 import lora, measure
+from gpt12 import config_loader, lora, measure
 from gpt12.bench_request import with_model_shape
 from gpt12.cards import CARDS, Card
 from gpt12.errors import UserError
 from gpt12.memory import GIB, RECOMPUTE
 from gpt12.plan import (
+    Prediction,
     card_of_machine,
     card_to_plan_for,
     count_work,
@@ -24,11 +26,14 @@ from gpt12.plan import (
     predict,
     predict_memory,
 )
+from gpt12.settings import BenchConfig, TrainConfig
 from gpt12.shape import model_shape
 from model import GPT, GPTConfig
 from tests.bench_helpers import SHAPE, fake_gpu_memory, make, make_124m
+from tests.helpers import ROOT
 
 RTX_4070_TI = CARDS["NVIDIA GeForce RTX 4070 Ti"]
+SHAKESPEARE_TOKENS = 301_966  # of GPT-2's tokenizer in the training split (nanoGPT's README)
 
 # --------------------------------------------------------------------------------------------------
 # Cards
@@ -229,6 +234,45 @@ def test_the_plan_for_the_4070_ti(monkeypatch):
     # The README's prediction.
     assert (plan.best.batch_size, plan.best.recompute) == (30, "none")
     assert plan.best.tokens_per_s == pytest.approx(65_000, rel=0.01)
+
+
+def plan_of_preset(name: str) -> tuple[BenchConfig, Prediction]:
+    argv = [str(ROOT / "config" / name), "--dtype=bfloat16"]
+    preset, given = config_loader.load(BenchConfig, argv)
+    preset = with_model_shape(preset, given, on_cpu=False)
+    return preset, predict(preset, "none", RTX_4070_TI)
+
+
+@pytest.mark.parametrize("name", ["train_gpt2.py", "train_gpt2_12gb.py", "train_gpt2_fast.py"])
+def test_the_days_that_a_preset_and_the_results_name_are_the_predicted_ones(name):
+    _, prediction = plan_of_preset(name)
+    train, _ = config_loader.load(TrainConfig, [str(ROOT / "config" / name)])
+    days = train.max_iters * prediction.ms / 1e3 / 86400
+    shown = f"{days:.0f} days" if days > 10 else f"{days:.1f} days"
+    thousands = round(prediction.tokens_per_s / 1000)
+    assert shown.replace(" days", " days on") in (ROOT / "config" / name).read_text()
+    row = f"| {thousands},000 tokens/s, {shown}, {prediction.gib:.1f} GiB | `python train.py"
+    assert f"{row} config/{name}` |" in (ROOT / "docs/results.md").read_text()
+
+
+def test_the_other_predictions_in_the_readme_and_the_results_are_those_of_the_program():
+    results = (ROOT / "docs/results.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    _, small = plan_of_preset("finetune_gpt2.py")
+    thousands = round(small.tokens_per_s / 1000)
+    row = f"| `python train.py config/finetune_gpt2.py` | {thousands},000 tokens/s, **predicted** |"
+    assert row in readme
+    for name in ("finetune_gpt2.py", "finetune_gpt2_medium.py"):
+        preset, prediction = plan_of_preset(name)
+        windows = math.ceil(3 * SHAKESPEARE_TOKENS / preset.block_size)
+        seconds = windows * preset.block_size / prediction.tokens_per_s
+        assert f"| {seconds:.0f} s | `python train.py config/{name}` |" in results
+        assert f"{seconds:.0f} s on a 4070 Ti" in (ROOT / "config" / name).read_text()
+    options = "--block_size=512 --batch_size=4"
+    short, _ = config_loader.load(BenchConfig, [*options.split(), "--dtype=bfloat16"])
+    thousands = round(predict(short, "none", RTX_4070_TI).tokens_per_s / 1000)
+    row = f"| {thousands},000 tokens/s | `python bench.py --plan {options}` |"
+    assert row in results
 
 
 def test_the_plan_knows_that_an_uncompiled_step_needs_more_memory():

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from data.windows import EvalWindows
 from gpt12.run_log import RunLog, say
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig, parameter_count
-from tests.helpers import built, built_from, read_rows, resume, run
+from tests.helpers import built, built_from, read_rows, resume, run, trainer
 from train import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -268,6 +269,28 @@ def test_training_goes_on_in_training_mode_after_a_sample(dataset, tmp_path, mon
     trainer.model.train()
     trainer.log.show_sample()
     assert trainer.model.training
+
+
+def test_the_picture_names_the_model_in_best_and_not_one_of_other_data(
+    dataset, finished, tmp_path, monkeypatch
+):
+    bests = []
+    monkeypatch.setattr(
+        "gpt12.metrics.Picture.draw", lambda self, metrics, best: bests.append(best)
+    )
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row.get("val_loss") is not None:
+            row["val_loss"] /= 100  # far below what any model reaches on the other data
+    (out_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    meta = json.loads((folder / "meta.json").read_text()) | {"source_sha256": "1" * 64}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert resume(out_dir, "--max_iters=6", f"--dataset={folder}") == 0
+    saved = trainer(out_dir, "best")
+    assert saved["step"] == 6
+    assert bests[-1] == (saved["best_val_loss"], 6)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sample
-from data.texts import CHAT_TEMPLATE
+from data.texts import CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt12 import config_loader
 from gpt12.cards import Card
@@ -281,6 +281,29 @@ def test_every_answer_in_the_context_ends_as_those_it_was_trained_on(start, scri
     first = [*ask[0], *b"a", 256, *ask[1]]
     assert scripted.calls[1:3] == [first, [*first, *b"b.", 256, *ask[2]]]
     assert scripted.calls[3] == [*scripted.calls[2], *b"cc", 256, *ask[3]]
+
+
+def test_an_answer_of_a_model_of_characters_ends_with_a_line_end(start, scripted, tmp_path):
+    letters = "".join(map(chr, range(128)))
+    tokenizer = CharTokenizer(letters)
+    tokenizer.chat_template = CHAT_TEMPLATE_OF_CHARACTERS
+    save_pretrained(GPT(GPTConfig(256, len(letters), 1, 1, 8)), tmp_path)
+    tokenizer.save(tmp_path)
+    scripted.script[:] = [b"cut", b"done\n", b""]
+    options = (f"--init_from={tmp_path}", "--interactive")
+    assert start(*options, stdin=b"q\nr\ns\n")[0] == 0
+    ask = [f"### User:\n{c}\n\n### Assistant:\n" for c in "qrs"]
+    assert bytes(scripted.calls[2]).decode() == f"{ask[0]}cut\n{ask[1]}done\n{ask[2]}"
+
+
+@pytest.mark.parametrize("options", [["--interactive"], ["--start=-"]])
+def test_a_program_without_standard_input_says_so(out_dir, monkeypatch, capsys, options):
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={out_dir}", *options])
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit) as end:
+        run_main(sample.main)
+    assert end.value.code == 2
+    assert "there is no standard input" in capsys.readouterr().err
 
 
 def test_a_template_that_is_not_ours_is_told_and_not_replaced_by_ours(start, scripted, chat):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data import texts
 from data.texts import (
     CHAT_TEMPLATE,
+    CHAT_TEMPLATE_OF_CHARACTERS,
     CHAT_TEMPLATE_WITHOUT_TAGS,
     Documents,
     Piece,
@@ -226,8 +227,20 @@ def test_the_template_with_tags_writes_the_same_text_as_the_one_without(
         assert new == old
 
 
-def test_both_versions_of_the_chat_template_are_recognized():
+def test_without_an_end_token_the_template_ends_an_answer_with_a_line_end(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = CharTokenizer("".join(map(chr, range(128))))
+    tokenizer.chat_template = CHAT_TEMPLATE_OF_CHARACTERS
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    expected = [piece.text + "\n" * piece.end for piece in chat_pieces(CHAT)]
+    assert theirs.apply_chat_template(CHAT, tokenize=False) == "".join(expected)
+
+
+def test_every_version_of_the_chat_template_is_recognized():
     assert is_our_chat_template(CHAT_TEMPLATE + "\n")
+    assert is_our_chat_template(CHAT_TEMPLATE_OF_CHARACTERS)
     assert is_our_chat_template(CHAT_TEMPLATE_WITHOUT_TAGS)
     assert not is_our_chat_template(CHAT_TEMPLATE.replace("###", "##"))
 
