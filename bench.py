@@ -38,7 +38,7 @@ from gpt12 import bench_report
 from gpt12.bench_picture import draw
 from gpt12.bench_request import BenchRequest, read_request, say_if_small, with_model_shape
 from gpt12.device import Machine
-from gpt12.distributed import process_group, torchrun_ranks
+from gpt12.distributed import process_group, reported_by_rank_0, torchrun_ranks
 from gpt12.errors import run_main
 from gpt12.gpu_state import imitate_card
 from gpt12.ladder import climb_ladder
@@ -160,13 +160,14 @@ def finish(config: BenchConfig, device: str, results: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read what was asked for, then predict or measure."""
-    request = read_request(sys.argv[1:] if argv is None else argv)
+    with reported_by_rank_0():
+        request = read_request(sys.argv[1:] if argv is None else argv)
     config = request.asked
     if config.plan:
         plan(request)
         return
     try:
-        with process_group(config.device, config.backend):
+        with reported_by_rank_0(), process_group(config.device, config.backend):
             measure(request)
     except RuntimeError as error:
         if ran_out_of_memory(error):

@@ -142,9 +142,14 @@ class Block(nn.Module):
             return self.layer(x, cache, mask)
         options: dict[str, Any] = {"use_reentrant": False}
         # With dropout, computing again has to draw the same random numbers again.
-        options["preserve_rng_state"] = self.training and self.has_dropout()
+        draws = self.training and self.has_dropout()
+        options["preserve_rng_state"] = draws
         if self.recompute == "pointwise":
-            options["context_fn"] = keep_matrix_products
+            options["context_fn"] = keep_products_and_attention
+            # Attention that is kept does not draw its numbers again, so that the dropout after it
+            # would draw those. The compiler gives each dropout a seed of its own.
+            if draws and not torch.compiler.is_compiling():
+                options["context_fn"] = keep_products
         return checkpoint(self.layer, x, cache, mask, **options)
 
     def has_dropout(self) -> bool:
@@ -157,21 +162,32 @@ class Block(nn.Module):
         return x
 
 
-def keep_matrix_products() -> tuple[Any, Any]:
-    """Return the contexts of recompute="pointwise": keep products and attention, redo the rest.
+# Operations that recompute="pointwise" keeps. torch knows them only by their internal names.
+PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+}
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
 
-    torch names operations only by their internal `aten` names.
-    """
-    aten = torch.ops.aten
-    kept = {
-        aten.mm.default,
-        aten.addmm.default,
-        aten.bmm.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }
+
+def keep_products() -> tuple[Any, Any]:
+    """Return the contexts of a checkpoint that keeps matrix products and redoes the rest."""
+    return contexts_that_keep(PRODUCTS)
+
+
+def keep_products_and_attention() -> tuple[Any, Any]:
+    """Return the contexts of a checkpoint that keeps attention, too."""
+    return contexts_that_keep(PRODUCTS | ATTENTION)
+
+
+def contexts_that_keep(kept: set[Any]) -> tuple[Any, Any]:
+    """Return the contexts of a checkpoint that keeps the results of these operations."""
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in kept:

@@ -148,7 +148,7 @@ def build_optimizers(model: GPT, config: TrainConfig, machine: Machine) -> list[
 def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Split the parameters: matrices and embeddings decay, biases and LayerNorms do not.
 
-    Brown et al. 2020, arXiv:2005.14165, appendix B.
+    Radford et al. 2018, GPT, section 4.1.
     """
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},

@@ -9,6 +9,7 @@ from pathlib import Path
 from gpt12.measure import OutOfMemory, StepResult
 from gpt12.measure_decoding import DecodingResult
 from gpt12.settings import BenchConfig
+from gpt12.shape import SHAPE_KEYS
 from gpt12.terminal import say
 
 PICTURE = Path("bench.png")
@@ -53,7 +54,13 @@ def draw(
 def picture_title(
     steps: Sequence[StepResult | OutOfMemory], config: BenchConfig, device: str
 ) -> str:
-    """Return the device, the model, and the size of a micro-batch if all steps have the same."""
+    """Return the device, the model, and the size of a micro-batch if all steps have the same.
+
+    A sweep over the model's shape has several models, which its labels tell.
+    """
+    swept = str(config.sweep).partition(":")[0].replace("-", "_")
+    if swept in (*SHAPE_KEYS, "init_from"):
+        return device
     sizes = {row.batch_size for row in steps}
     size = f"{config.block_size:,} tokens a sequence"
     if len(sizes) == 1:

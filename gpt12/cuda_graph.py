@@ -39,8 +39,8 @@ def use_graph_for_training(config: TrainConfig, n_layer: int, machine: Machine) 
     """Decide whether the training step is recorded.
 
     Not possible with several ranks, with float16 (its loss scale lives on the host), with torchao's
-    optimizer, and with uncompiled recomputation under dropout (torch then asks the host for the
-    generator's state).
+    optimizer, and with recomputation under dropout (torch then asks the host for the generator's
+    state).
     """
     if config.cuda_graph is True and not machine.on_gpu:
         raise UserError("cuda_graph=True needs a GPU")
@@ -49,7 +49,7 @@ def use_graph_for_training(config: TrainConfig, n_layer: int, machine: Machine) 
     if machine.dtype == torch.float16 or config.optimizer == "adamw8bit":
         return False
     dropout = max(config.dropout, config.lora_dropout)  # without LoRA lora_dropout is 0
-    if config.recompute != "none" and dropout > 0 and not machine.compiled:
+    if config.recompute != "none" and dropout > 0:
         return False
     if config.cuda_graph is True:
         return True

@@ -149,6 +149,15 @@ def value_of_rank_0(value: bool, device: torch.device) -> bool:
     return bool(shared)
 
 
+def least_of_ranks(value: float, device: torch.device) -> float:
+    """Return the smallest of the ranks' values. All ranks have to ask for it together."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MIN)
+    return shared.item()
+
+
 def lost_rank_advice(out_dir: Path) -> str:
     """Say that another process has ended, and how to continue."""
     message = (

@@ -173,6 +173,8 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)
         logits += row * V
+        # Read before the second loop overwrites it: the sums below make all threads wait.
+        target_logit = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
         largest = -float("inf")
         total = 0.0
         for start in range(0, vocab_size, BLOCK):
@@ -183,7 +185,6 @@ if triton is not None:
             total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(x - new_largest), 0)
             largest = new_largest
         log_total = largest + tl.log(total)
-        target_logit = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
         tl.store(losses + row, tl.where(target >= 0, log_total - target_logit, 0.0))
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)

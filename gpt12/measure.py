@@ -142,7 +142,11 @@ def open_windows(config: BenchConfig) -> tuple[BenchConfig, Any, str]:
         return config, windows, RANDOM_DATA
     with rank_0_first():
         dataset = open_dataset(
-            config.dataset, block_size=config.block_size, tokenizer=config.tokenizer
+            config.dataset,
+            tokenizer=config.tokenizer,
+            val_fraction=config.val_fraction,
+            text_column=config.text_column,
+            block_size=config.block_size,
         )
     assert dataset.train is not None
     config = replace(config, vocab_size=dataset.vocab_size)

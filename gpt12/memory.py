@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from gpt12.device import Machine
+from gpt12.distributed import least_of_ranks
 from gpt12.errors import UserError
 from gpt12.loss import CHUNK_ROWS
 from gpt12.option_types import Recompute
@@ -112,9 +113,10 @@ class _Work:
         outputs = sum(m.outputs for name, m in matrices.items() if name.startswith("attn."))
         self.qkv = (outputs - matrices["attn.c_proj"].outputs) / shape.n_embd
         self.hidden = matrices["mlp.c_fc"].outputs / shape.n_embd
-        # LoRA's adapters read all inputs of the layer's matrices and add to all outputs.
-        self.widths_in = sum(m.inputs for m in matrices.values()) / shape.n_embd
-        self.widths_out = sum(m.outputs for m in matrices.values()) / shape.n_embd
+        # LoRA's adapters read the inputs of their matrices and add to the outputs.
+        adapted = lora_matrices(shape, config)
+        self.widths_in = sum(m.inputs for m in adapted) / shape.n_embd
+        self.widths_out = sum(m.outputs for m in adapted) / shape.n_embd
         self.dropout = shape.dropout
         self.on_cpu = on_cpu
         self.matrix = 0.0  # bytes of the attention of all heads, where it is a whole matrix
@@ -222,10 +224,15 @@ def needed_memory(shape: GPTConfig, config: TrainConfig, recompute: str, machine
 
 
 def available_memory(machine: Machine) -> float:
-    """Return the bytes that this process may use, including what it already holds.
+    """Return the bytes that a process may use, including what it already holds.
 
-    On a GPU its own memory, on a CPU the RAM. Infinity where the system does not tell.
+    On a GPU its own memory, on a CPU the RAM. Infinity where the system does not tell. With several
+    ranks it is the least of theirs, so that all decide the same.
     """
+    return least_of_ranks(_own_memory(machine), machine.device)
+
+
+def _own_memory(machine: Machine) -> float:
     if machine.on_gpu:
         free, total = torch.cuda.mem_get_info(machine.device)
         share = torch.cuda.get_per_process_memory_fraction(machine.device)

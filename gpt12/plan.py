@@ -302,6 +302,8 @@ def make_plan(config: BenchConfig) -> Plan:
     config = replace(config, card=_full_name(config.card))
     card = card_to_plan_for(config)
     room_gib = (config.vram_gb or card.vram_gb) - MARGIN_GIB
+    if room_gib <= 0:
+        raise UserError(f"vram_gb={config.vram_gb:g} must be more than {MARGIN_GIB:g}")
     candidates = []
     rows = []
     for recompute in kinds_of_recomputation(config):

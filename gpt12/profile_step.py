@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ TRACE = Path("trace.json")
 STEPS = 3
 WARMUP_STEPS = 2  # beyond those in which the step is compiled
 KERNELS = 10  # how many of the slowest are listed
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+# Matrix products, with the position of the first factor among an operation's inputs.
+PRODUCTS = {
+    "aten::mm": 0,
+    "aten::bmm": 0,
+    "aten::addmm": 1,
+    "aten::addmm_": 1,
+    "aten::baddbmm": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -44,25 +52,39 @@ def profile_step(config: BenchConfig, machine: Machine) -> Profile:
         for _ in range(runner.step.warmup_calls + WARMUP_STEPS):
             runner()
         machine.synchronize()
-        with profile(record_shapes=True, with_flops=True, acc_events=True) as profiler:
+        with profile(record_shapes=True, acc_events=True) as profiler:
             for _ in range(STEPS):
                 runner()
             machine.synchronize()
     profiler.export_chrome_trace(str(TRACE))
     events = [event for event in profiler.key_averages() if not event.is_user_annotation]
-    return _summarize(events, "CUDA" if machine.on_gpu else "CPU")
+    by_shape = profiler.key_averages(group_by_input_shape=True)
+    products = [event for event in by_shape if event.key in PRODUCTS]
+    return _summarize(events, products, "CUDA" if machine.on_gpu else "CPU")
 
 
-def _summarize(events: list[Any], device: str) -> Profile:
-    """events: the profiler's, averaged by kernel. device: the one whose time counts."""
+def _summarize(events: list[Any], products: list[Any], device: str) -> Profile:
+    """events: the profiler's, by kernel. products: matrix products, by kernel and shape.
+
+    device: the one whose time counts.
+    """
     own_ms = {e.key: _own_us(e, device) / 1e3 / STEPS for e in events if _is_on(e, device)}
     total_ms = sum(own_ms.values())
     slowest = sorted(own_ms, key=own_ms.__getitem__, reverse=True)[:KERNELS]
     kernels = [Kernel(name, own_ms[name], own_ms[name] / total_ms) for name in slowest]
-    products = [e for e in events if e.key in PRODUCTS]
     products_ms = sum(_total_us(e, device) for e in products) / 1e3 / STEPS
-    flops = sum(e.flops for e in products) / STEPS
+    flops = sum(e.count * _product_flops(e) for e in products) / STEPS
     return Profile(kernels, total_ms, products_ms, products_tflops=flops / products_ms / 1e9)
+
+
+def _product_flops(event: Any) -> int:
+    """Return the operations of one product (..., n, k) @ (..., k, m).
+
+    The profiler's own count leaves out products that write into a given tensor.
+    """
+    first = PRODUCTS[event.key]
+    a, b = event.input_shapes[first : first + 2]
+    return 2 * math.prod(a) * b[-1]
 
 
 def _is_on(event: Any, device: str) -> bool:

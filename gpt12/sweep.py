@@ -59,6 +59,8 @@ def swept_configs(
         swept, _ = config_loader.load(BenchConfig, [f"--{setting}"], asdict(config))
         if key.replace("-", "_") == "init_from":
             swept = _with_shape_of(swept, request, on_cpu)
+        if setting.replace("-", "_") == "batch_size=auto":
+            raise UserError(f"{setting} cannot be swept: --find_batch finds the fastest")
         configs[setting] = swept
     return configs
 

@@ -114,6 +114,11 @@ def test_a_sweep_on_a_cpu_starts_from_the_small_model_for_cpus(monkeypatch):
     assert widths == [64, 128]
 
 
+def test_a_sweep_over_batch_size_auto_is_refused(run):
+    with pytest.raises(UserError, match="batch_size=auto cannot be swept: --find_batch"):
+        run("--sweep=batch_size:auto,2")
+
+
 def test_the_report_is_step_ladder_and_generation_in_one_file(run, tmp_path, monkeypatch):
     fake_steps(10, monkeypatch)
     result, text = run("--report", max_new_tokens=4)

@@ -45,3 +45,5 @@ def test_the_title_names_the_card_and_the_size_of_the_measured_micro_batch():
     assert title == "NVIDIA H200, 2 layers, 1,024 wide, 1,200 x 2,048 tokens"
     swept = [*steps(batch_size=1), *steps(batch_size=2)]
     assert picture_title(swept, config, "x").endswith(", 2,048 tokens a sequence")
+    for key in ("block_size", "n-layer", "init_from"):  # several models
+        assert picture_title(swept, make(sweep=f"{key}:1,2"), "A card") == "A card"

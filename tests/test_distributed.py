@@ -311,6 +311,20 @@ def test_a_rank_that_dies_ends_the_run_and_a_checkpoint_is_left(dataset, tmp_pat
     assert list(losses(tmp_path)) == list(range(1, step + 3))
 
 
+def test_ranks_with_unequal_memory_decide_alike(tmp_path):
+    script = tmp_path / "memory_of_ranks.py"
+    script.write_text(
+        "from gpt12 import memory\n"
+        "from gpt12.distributed import process_group, torchrun_ranks\n"
+        "from tests.helpers import CPU\n"
+        "memory._own_memory = lambda machine: 5.0 - torchrun_ranks().rank\n"
+        "with process_group('cpu', 'gloo'):\n"
+        "    print(f'least {memory.available_memory(CPU)}\\n', end='')\n"  # in one piece
+    )
+    said, _ = torchrun(str(script)).communicate()
+    assert said.count("least 4.0") == 2
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 def test_a_signal_to_one_rank_stops_both_after_the_same_step_with_a_save(dataset, tmp_path):
     places = [f"--dataset={dataset}", f"--out_dir={tmp_path}"]

@@ -4,6 +4,7 @@ import gc
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,10 +91,12 @@ def test_every_gradient_of_the_compiled_bf16_step_is_near_fp32(recompute):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("recompute", ["pointwise", "block"])
-def test_gradients_under_loras_dropout_are_the_slope_of_the_loss(recompute, compiled):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])  # the model's own, beside that of the adapters
+def test_gradients_under_dropout_are_the_slope_of_the_loss(recompute, compiled, dropout):
     """A recomputed layer must drop the same values again. The slope needs no backward pass."""
     lora = {"lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.4}
-    step = make_step(dtype=torch.float32, compiled=compiled, recompute=recompute, **lora)
+    shape = replace(SMALL, dropout=dropout)
+    step = make_step(shape, torch.float32, compiled, recompute=recompute, **lora)
     fill(step)
     trained = [p for p in step.model.parameters() if p.requires_grad]
     for name, p in step.model.named_parameters():

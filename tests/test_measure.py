@@ -241,3 +241,17 @@ def test_the_model_of_a_step_is_trained_on_the_device():
     with step_runner(make()) as runner:
         assert isinstance(runner.model, GPT)
         assert runner.model.training
+
+
+def test_a_text_is_read_with_the_keys_that_say_how(monkeypatch):
+    asked = {}
+
+    def note(name, **options):
+        asked.update(options, name=name)
+        raise UserError("noted")
+
+    monkeypatch.setattr(measure, "open_dataset", note)
+    keys = {"tokenizer": "bytes", "val_fraction": 0.2, "text_column": "body"}
+    with pytest.raises(UserError, match="noted"):
+        measure.open_windows(make(dataset="my.csv", real_data=True, **keys))
+    assert asked == {"name": "my.csv", "block_size": make().block_size, **keys}

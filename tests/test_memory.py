@@ -41,28 +41,28 @@ def full_size(**changes):
 
 
 @pytest.mark.parametrize(
-    ("recompute", "dropout", "lora_dropout"),
+    ("recompute", "dropout", "lora"),
     [
-        ("none", 0, None),
-        ("none", 0.1, None),
-        ("pointwise", 0, None),
-        ("pointwise", 0.1, None),
-        ("none", 0, 0.1),
+        ("none", 0, {}),
+        ("none", 0.1, {}),
+        ("pointwise", 0, {}),
+        ("pointwise", 0.1, {}),
+        ("none", 0, {"lora_dropout": 0.1}),
+        ("pointwise", 0, {"lora_dropout": 0.1, "lora_targets": "c_attn"}),
     ],
 )
 @pytest.mark.usefixtures("fresh_compiler")
-def test_the_formula_counts_what_a_layer_keeps_for_the_backward_pass(
-    recompute, dropout, lora_dropout
-):
+def test_the_formula_counts_what_a_layer_keeps_for_the_backward_pass(recompute, dropout, lora):
     """Against the tensors that the compiler's own partition of a layer saves."""
     B, T, C = 3, 33, 64
     shape = GPTConfig(T, 13, 1, 2, C, dropout)
     model = GPT(shape).train()
     changes = {"batch_size": B, "block_size": T, "dtype": "bfloat16"}
-    if lora_dropout is not None:
+    if lora:
         model.bfloat16()
-        add_lora(model, rank=2, alpha=4.0, dropout=lora_dropout)
-        changes |= {"lora_rank": 2, "lora_dropout": lora_dropout}
+        targets = [lora["lora_targets"]] if "lora_targets" in lora else []
+        add_lora(model, rank=2, alpha=4.0, dropout=lora["lora_dropout"], targets=targets)
+        changes |= {"lora_rank": 2} | lora
     model.set_recompute(recompute)
     [block] = model.transformer.h
     # A GPU's attention draws its mask again; a CPU's formula keeps a whole matrix.

@@ -283,6 +283,11 @@ def test_the_plan_knows_that_an_uncompiled_step_needs_more_memory():
     assert eager.gib > compiled.gib
 
 
+def test_a_plan_for_less_memory_than_other_programs_take_is_refused():
+    with pytest.raises(UserError, match=r"vram_gb=0\.5 must be more than 1"):
+        make_plan(make_124m(vram_gb=0.5))
+
+
 def test_a_plan_where_nothing_fits_is_empty():
     plan = make_plan(make_124m(vram_gb=2))
     assert plan.rows == []
