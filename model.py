@@ -146,8 +146,8 @@ class Block(nn.Module):
         options["preserve_rng_state"] = draws
         if self.recompute == "pointwise":
             options["context_fn"] = keep_products_and_attention
-            # Attention that is kept does not draw its numbers again, so that the dropout after it
-            # would draw those. The compiler gives each dropout a seed of its own.
+            # Attention that is kept does not draw its random numbers again. Dropout after it would
+            # then draw those in place of its own. Compiled, each dropout has a seed of its own.
             if draws and not torch.compiler.is_compiling():
                 options["context_fn"] = keep_products
         return checkpoint(self.layer, x, cache, mask, **options)

@@ -634,7 +634,7 @@ def main(argv: list[str] | None = None) -> int:
             lock_out_dir(config),
         ):
             run = build_run(request)
-            config = run.config  # "auto" is decided
+            config = run.config  # from here on advice on memory knows what "auto" became
             return evaluate_only(run) if config.eval_only else train(run)
     except RuntimeError as error:
         if ran_out_of_memory(error):  # perhaps on one rank only, so each reports it

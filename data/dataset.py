@@ -23,7 +23,7 @@ from data.shards import UINT16, Tokens, find_shards
 from data.texts import CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS, Documents
 from data.tokenizers import CharTokenizer, Tokenizer, from_meta, get_tokenizer
 from gpt12.errors import UserError
-from gpt12.files import sha256
+from gpt12.files import exists, sha256
 
 DATA = Path(__file__).parent
 SHOWN_FILES = 5  # a warning about skipped files names at most this many
@@ -114,8 +114,7 @@ def open_dataset(
 
 def check_exists(name: str) -> None:
     """Raise UserError if there is no data set of this name. This takes no time."""
-    # Unlike Path.exists, os.path.exists does not raise for a name that no file can have.
-    if _is_named(name) or name.startswith("hf:") or os.path.exists(name):  # noqa: PTH110
+    if _is_named(name) or name.startswith("hf:") or exists(name):
         return
     shown = repr(name[:200])
     known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))

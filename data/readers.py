@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt12.errors import UserError
+from gpt12.files import exists
 
 TEXT_SUFFIXES = (".txt", ".md")
 SUFFIXES = (*TEXT_SUFFIXES, ".csv", ".jsonl")
@@ -30,7 +30,7 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
     neither read nor counted as skipped.
     Raises UserError if there is nothing to read.
     """
-    if not os.path.exists(path):  # noqa: PTH110 (Path.exists may raise for an impossible name)
+    if not exists(path):
         raise UserError(f"There is no file or folder {str(path)[:200]!r}.")
     endings = ", ".join(SUFFIXES)
     if not path.is_dir():

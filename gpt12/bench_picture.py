@@ -10,6 +10,7 @@ from gpt12.measure import OutOfMemory, StepResult
 from gpt12.measure_decoding import DecodingResult
 from gpt12.settings import BenchConfig
 from gpt12.shape import SHAPE_KEYS
+from gpt12.sweep import swept_key
 from gpt12.terminal import say
 
 PICTURE = Path("bench.png")
@@ -58,8 +59,7 @@ def picture_title(
 
     A sweep over the model's shape has several models, which its labels tell.
     """
-    swept = str(config.sweep).partition(":")[0].replace("-", "_")
-    if swept in (*SHAPE_KEYS, "init_from"):
+    if swept_key(config) in (*SHAPE_KEYS, "init_from"):
         return device
     sizes = {row.batch_size for row in steps}
     size = f"{config.block_size:,} tokens a sequence"

@@ -28,7 +28,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -38,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt12.errors import UserError
-from gpt12.files import remove_link, sha256, sync
+from gpt12.files import exists, remove_link, sha256, sync
 
 # The version of trainer.json and trainer.safetensors. Files without this number are older and read
 # the same way.
@@ -162,8 +161,7 @@ def locate_checkpoint(out_dir: Path, names: tuple[str, ...]) -> Path | None:
     """Return the folder of the first checkpoint with one of these names, without reading it."""
     for name in names:
         for folder in (out_dir / name, out_dir / f"{name}.prev"):
-            # Unlike Path.exists, this does not raise for a name that no file can have.
-            if os.path.exists(folder):  # noqa: PTH110
+            if exists(folder):
                 return folder
     return None
 
@@ -180,7 +178,7 @@ def _no_checkpoint(out_dir: Path, names: tuple[str, ...]) -> str:
             f"weights of step {step}; the optimizer's state is lost. To train on from these "
             f"weights as a new run: python train.py {options}"
         )
-    if os.path.exists(out_dir / "run.json"):  # noqa: PTH110
+    if exists(out_dir / "run.json"):
         return f"the run in {out_dir} has not saved a checkpoint. If it has ended, start it again"
     runs = resumable_runs()
     if runs:

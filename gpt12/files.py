@@ -29,6 +29,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+def exists(path: str | Path) -> bool:
+    """Tell whether a path exists. Path.exists raises for a name that no file can have."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as a hexadecimal string."""
     digest = hashlib.sha256()

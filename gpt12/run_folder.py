@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from typing import Any
 
 from gpt12.checkpoint import resumable_runs
 from gpt12.errors import UserError
-from gpt12.files import lock_folder, remove_link, write_atomically
+from gpt12.files import exists, lock_folder, remove_link, write_atomically
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("torch", "numpy", "tiktoken", "datasets", "safetensors")
@@ -99,8 +98,7 @@ def _user_error_if_unwritable(path: Path) -> Iterator[None]:
 
 def is_run(folder: Path) -> bool:
     """Tell whether a folder holds a run."""
-    # Unlike Path.exists, os.path.exists does not raise for a name that no file can have.
-    return os.path.exists(folder / "run.json")  # noqa: PTH110
+    return exists(folder / "run.json")
 
 
 def read_run(out_dir: Path) -> dict[str, Any]:

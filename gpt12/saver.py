@@ -28,8 +28,8 @@ class Saver:
         self.state = state
         self.say = say
         self.timer = SaveTimer(run.config.save_interval_s, self.size_of("last"))
-        # The step and the last evaluation that last/ holds, -1 for none.
-        self.saved = self._now() if run.request.resumed else (-1, -1)
+        # What last/ holds, as _how_far() tells it. -1 stands for nothing.
+        self.last_holds = self._how_far() if run.request.resumed else (-1, -1)
         self.adapter_note_shown = False
 
     def save(self, name: str) -> bool:
@@ -42,14 +42,15 @@ class Saver:
         if name == "last":
             self.timer.saved(time.perf_counter() - began)
             if saved:
-                self.saved = self._now()
+                self.last_holds = self._how_far()
         return saved
 
     def is_saved(self) -> bool:
         """Tell whether last/ holds all that was trained and evaluated."""
-        return self.saved == self._now()
+        return self.last_holds == self._how_far()
 
-    def _now(self) -> tuple[int, int]:
+    def _how_far(self) -> tuple[int, int]:
+        """Return the number of finished steps, and the step of the last evaluation."""
         return self.run.progress.step, self.run.progress.evaluated_step
 
     def _write(self, name: str) -> bool:

@@ -40,6 +40,11 @@ def sweep(config: BenchConfig, request: BenchRequest, on_cpu: bool) -> list[Row]
     return rows
 
 
+def swept_key(config: BenchConfig) -> str:
+    """Return the key that --sweep names, empty without a sweep. A "-" in it means "_"."""
+    return (config.sweep or "").partition(":")[0].replace("-", "_")
+
+
 def swept_configs(
     config: BenchConfig, request: BenchRequest, on_cpu: bool = False
 ) -> dict[str, BenchConfig]:
@@ -57,9 +62,9 @@ def swept_configs(
     for value in values.split(","):
         setting = f"{key}={value}"
         swept, _ = config_loader.load(BenchConfig, [f"--{setting}"], asdict(config))
-        if key.replace("-", "_") == "init_from":
+        if swept_key(config) == "init_from":
             swept = _with_shape_of(swept, request, on_cpu)
-        if setting.replace("-", "_") == "batch_size=auto":
+        if swept_key(config) == "batch_size" and swept.batch_size == "auto":
             raise UserError(f"{setting} cannot be swept: --find_batch finds the fastest")
         configs[setting] = swept
     return configs

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt12.errors import UserError
+from gpt12.files import exists
 from gpt12.linears import linear_names
 from gpt12.lora import LoRALinear
 from gpt12.new_model import uninitialized_model
@@ -251,7 +252,8 @@ def find_pretrained(path_or_name: str | Path) -> Path:
             f"{name} is a file, and a model is a folder with its config.json: "
             f"try --init_from={Path(name).parent}"
         )
-    if os.path.isabs(name) or name.startswith(".") or name.count("/") > 1:  # noqa: PTH117
+    # The hub knows only names like "gpt2" and "owner/name".
+    if Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise UserError(f"init_from={name}: there is no such folder")
     from huggingface_hub import snapshot_download
 
@@ -359,7 +361,7 @@ class NanoGPTCheckpoint(NamedTuple):
 
 def read_nanogpt(file: Path) -> NanoGPTCheckpoint:
     """Read nanoGPT's ckpt.pt through torch's reader for tensors and plain values only."""
-    if not os.path.exists(file):  # noqa: PTH110 (Path.exists raises for an impossible name)
+    if not exists(file):
         raise UserError(f"{str(file)!a:.200} does not exist: pass the path of a ckpt.pt")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
