@@ -5,8 +5,8 @@ Shapes are noted at the line with these letters:
     V vocabulary, padded   S slots of the key/value cache
 
 What is not here: reading and writing weights (from_pretrained, save_pretrained) is in
-gpt12/weights.py, writing text (generate) in gpt12/generate.py, LoRA in gpt12/lora.py, 8-bit weights
-in gpt12/int8.py, the loss in gpt12/loss.py.
+gpt12/weights.py, writing text (generate) in gpt12/generate.py, LoRA in gpt12/lora.py, the loss in
+gpt12/loss.py.
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3
 (the architecture); Vaswani et al. 2017, "Attention Is All You Need" (attention); Hendrycks and
@@ -275,7 +275,6 @@ class GPT(nn.Module):
         # Tied weights: Press and Wolf 2017, arXiv:1608.05859.
         self.lm_head.weight = self.transformer.wte.weight
         self.fused_loss = False  # use the loss's Triton kernel, on GPUs that have Triton
-        self.compiled = False  # whoever compiles the blocks sets this
         self.init_weights()
 
     @torch.no_grad()

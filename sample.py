@@ -30,7 +30,6 @@ from gpt12.checkpoint import find_checkpoint
 from gpt12.device import Machine, open_machine
 from gpt12.errors import UserError, run_main
 from gpt12.generate import Sampling, decode_bytes, store_by_columns, stream
-from gpt12.int8 import quantize
 from gpt12.run_folder import is_run
 from gpt12.settings import SampleConfig
 from gpt12.terminal import printable
@@ -38,8 +37,6 @@ from gpt12.text_stream import TextStream
 from gpt12.weights import find_pretrained, from_pretrained, read_nanogpt
 from model import GPT
 
-# Compiling takes seconds and saves less than a millisecond a step, so only very long texts gain.
-COMPILE_FROM_TOKENS = 20_000
 SEPARATOR = "---------------"  # between samples, as in nanoGPT
 DATA = Path(__file__).parent / "data"
 
@@ -61,7 +58,7 @@ def main() -> None:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            "out of memory: ask for fewer --num_samples, fewer --max_new_tokens, or --quantize=int8"
+            "out of memory: ask for fewer --num_samples or fewer --max_new_tokens"
         ) from None
 
 
@@ -82,16 +79,11 @@ def load(config: SampleConfig) -> Writer:
     source = find_source(config)
     model = from_pretrained(source).eval()
     tokenizer = find_tokenizer(source)
-    machine = open_machine(
-        config.device,
-        config.dtype,
-        config.compile,
-        long=config.max_new_tokens >= COMPILE_FROM_TOKENS,
-    )
+    machine = open_machine(config.device, config.dtype, compile=False)
+    if config.compile is True:
+        say("compile: has no effect here; text is written without torch.compile")
     for note in machine.notes:
         say(note)
-    if config.quantize == "int8":
-        quantize(model)
     model.to(machine.device, machine.dtype)
     if not machine.on_gpu:
         store_by_columns(model)
@@ -291,7 +283,6 @@ class Writer:
             config.max_new_tokens,
             sampling,
             seeds=seeds,
-            compiled=self.machine.compiled,
         )
         try:
             for tokens in steps:

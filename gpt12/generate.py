@@ -4,7 +4,7 @@
     texts = generate(model, prompts, max_new_tokens=100)     # all new ids at the end
 
 Reading order: how a token is chosen (Sampling, sample_token), the cache (KVCache, LayerCache), one
-decoding step (Decoder), the loop (stream), and what makes decoding faster (compiling, layout).
+decoding step (Decoder), and the loop (stream).
 
 Shapes: B texts, T new tokens of each text, S slots of the cache, L layers, H heads, D head size,
 C channels.
@@ -12,23 +12,17 @@ C channels.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt12.cuda_graph import record
 from gpt12.errors import UserError
-from gpt12.linears import replace_linears
 from model import GPT, GPTConfig, compute_dtype
-
-CACHE_SLOTS_MULTIPLE = 128  # few different cache sizes, because each is compiled anew
-
 
 # --------------------------------------------------------------------------------------------------
 # Choosing a token
@@ -153,7 +147,6 @@ class KVCache:
         # take_positions() sets these two for each forward pass, and then the layers read them.
         self.position: Tensor
         self.mask: Tensor
-        self.take_slots = take_slots  # Decoder puts the compiled function here
 
     @classmethod
     def empty(cls, config: GPTConfig, batch: int, slots: int, like: Tensor) -> KVCache:
@@ -161,8 +154,7 @@ class KVCache:
 
         like: a parameter of the model, which decides the device and the dtype.
         """
-        rounded = (slots + CACHE_SLOTS_MULTIPLE - 1) // CACHE_SLOTS_MULTIPLE * CACHE_SLOTS_MULTIPLE
-        slots = min(rounded, config.block_size)
+        slots = min(slots, config.block_size)
         shape = (config.n_layer, batch, slots, config.n_head, config.n_embd // config.n_head)
         dtype = compute_dtype(like)
         return cls(
@@ -179,7 +171,7 @@ class KVCache:
     def take_positions(self, T: int) -> Tensor:
         """Prepare for T more tokens of each text and return their positions, (B, T)."""
         slots = self.keys.size(2)
-        self.position, self.mask = self.take_slots(self.length, T, slots, self.keys.dtype)
+        self.position, self.mask = take_slots(self.length, T, slots, self.keys.dtype)
         return self.position
 
     def layer(self, i: int) -> LayerCache:
@@ -234,9 +226,7 @@ class Decoder:
     microseconds each, and launching them one by one takes longer than running them.
     """
 
-    def __init__(
-        self, model: GPT, cache: KVCache, sampling: Sampling, draws: Tensor, compiled: bool
-    ):
+    def __init__(self, model: GPT, cache: KVCache, sampling: Sampling, draws: Tensor):
         """draws: (B, max_new_tokens), uniform in [0, 1), on the model's device."""
         B = len(draws)
         device = draws.device
@@ -253,13 +243,6 @@ class Decoder:
             draw_index=torch.zeros(1, dtype=torch.int64, device=device),
             seen=seen,
         )
-        self.compiled = compiled
-        self.head_and_sample = head_and_sample
-        if compiled:
-            options = compile_options(B)
-            compile_for_decoding(model, options)
-            self.head_and_sample = torch.compile(head_and_sample, **options)
-            cache.take_slots = torch.compile(take_slots, **options)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def read_prompts(self, prompts: list[list[int]]) -> None:
@@ -274,28 +257,19 @@ class Decoder:
         if self.state.seen is not None:
             for seen, prompt in zip(self.state.seen, prompts, strict=True):
                 seen[torch.tensor(prompt, device=device)] = True
-        with self.without_compiled_code():
-            hidden = self.model.transformer(idx, self.cache)  # (B, T, C)
-            self.cache.length.copy_(lengths)  # the pass has counted the padding, too
-            self.choose_next(hidden[torch.arange(len(prompts)), lengths - 1])
+        hidden = self.model.transformer(idx, self.cache)  # (B, T, C)
+        self.cache.length.copy_(lengths)  # the pass has counted the padding, too
+        self.choose_next(hidden[torch.arange(len(prompts)), lengths - 1])
 
     def refill(self, b: int, tokens: list[int]) -> None:
         """Make the cache of text b hold exactly these tokens."""
         row = self.cache.row(b)
         row.length.zero_()
         if tokens:
-            with self.without_compiled_code():
-                self.model.transformer(torch.tensor([tokens], device=row.length.device), row)
+            self.model.transformer(torch.tensor([tokens], device=row.length.device), row)
 
     def advance(self) -> None:
         """Append the newest token of each text to the cache and choose the next one."""
-        if self.compiled:
-            self.replay_or_compute()
-        else:
-            with self.without_compiled_code():
-                self.replay_or_compute()
-
-    def replay_or_compute(self) -> None:
         if not self.state.token.is_cuda:
             self.compute_step()
             return
@@ -311,16 +285,7 @@ class Decoder:
     def choose_next(self, hidden: Tensor) -> None:
         """Choose the next token of each text from hidden, (B, C)."""
         vocab_size = self.model.config.vocab_size
-        self.head_and_sample(hidden, self.model.lm_head, self.state, vocab_size, self.sampling)
-
-    def without_compiled_code(self) -> contextlib.AbstractContextManager[Any]:
-        """Run compiled modules eagerly in the block: each new prompt length would recompile them.
-
-        set_stance imports torch's compiler, which takes seconds, so it is called only if needed.
-        """
-        if not self.model.compiled:
-            return contextlib.nullcontext()
-        return torch.compiler.set_stance("force_eager")
+        head_and_sample(hidden, self.model.lm_head, self.state, vocab_size, self.sampling)
 
     def start_copy(self) -> Callable[[], list[int]]:
         """Start to copy the newest tokens to the host. Returns a function that waits for them."""
@@ -371,13 +336,11 @@ def stream(
     sampling: Sampling | None = None,
     *,
     seeds: Sequence[int] | None = None,
-    compiled: bool = False,
 ) -> Iterator[list[int]]:
     """Yield a list with one new token id for each prompt, max_new_tokens times.
 
     prompts: lists of ids, which may differ in length.
     seeds: one for each prompt. A text depends on its prompt and its seed, not on the other texts.
-    compiled: compile the model for decoding, which pays off for long texts. It stays compiled.
     A text that reaches block_size continues from its last half, which is computed anew: positions
     are absolute in GPT-2, so cached keys cannot be moved.
     Raises UserError for an empty prompt and for one that is longer than block_size.
@@ -395,7 +358,7 @@ def stream(
     if seeds is None:
         seeds = range(len(texts))
     draws = torch.stack([uniform_draws(seed, max_new_tokens) for seed in seeds])
-    decoder = Decoder(model, cache, sampling or Sampling(), draws.to(like.device), compiled)
+    decoder = Decoder(model, cache, sampling or Sampling(), draws.to(like.device))
     decoder.read_prompts(texts)
     for remaining in range(max_new_tokens, 0, -1):
         wait_for_tokens = decoder.start_copy()
@@ -437,56 +400,6 @@ def decode_bytes(model: GPT) -> int:
         for tensor in module.state_dict().values():
             total += tensor.numel() * tensor.element_size()
     return total
-
-
-# --------------------------------------------------------------------------------------------------
-# What makes decoding faster
-
-
-class SeparateBiasLinear(nn.Module):
-    """nn.Linear that adds the bias in a second operation.
-
-    For a single row inductor then turns the product into one fused pass over the weight; a product
-    with a bias would be a library call. This module takes over the weight and the bias of the layer
-    that it replaces, so their names stay.
-    """
-
-    def __init__(self, base: nn.Linear):
-        super().__init__()
-        self.weight = base.weight
-        self.bias = base.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        is_single_row = x.numel() == x.size(-1)
-        if self.bias is None or not is_single_row:
-            return F.linear(x, self.weight, self.bias)
-        y = F.linear(x, self.weight)
-        return y + self.bias.to(y.dtype)  # autocast converts the inputs of products, not of sums
-
-
-def compile_for_decoding(model: GPT, options: dict[str, Any]) -> None:
-    """Compile the blocks and the last LayerNorm in place, for decoding one token at a time."""
-    replace_linears(model, SeparateBiasLinear)
-    for module in (*model.transformer.h, model.transformer.ln_f):
-        module.compile(**options)
-    model.compiled = True
-
-
-def compile_options(batch: int) -> dict[str, Any]:
-    """Return the arguments of torch.compile for decoding, where products have one or few rows."""
-    options: dict[str, Any] = {
-        # A product with one row becomes a fused reduction instead of a call to cuBLAS.
-        "coordinate_descent_tuning": True,
-        # Compute GELU once instead of once for each output of the next product.
-        "realize_opcount_threshold": 8,
-        # Compute a sum with a bias once, in the product's own kernel.
-        "realize_reads_threshold": 1,
-    }
-    if batch == 1:
-        # The same for a sum read in parts, as q, k and v are. With more texts, where products are
-        # calls to cuBLAS, decoding would be slower.
-        options["realize_acc_reads_threshold"] = 1
-    return {"dynamic": False, "options": options}
 
 
 @torch.no_grad()

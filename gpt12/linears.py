@@ -1,4 +1,4 @@
-"""Replace the linear layers of the blocks, for LoRA, 8-bit weights and compiled decoding."""
+"""Replace the linear layers of the blocks, for LoRA."""
 
 from __future__ import annotations
 

@@ -194,7 +194,6 @@ def resolve(config: BenchConfig, shape: GPTConfig, machine: Machine) -> BenchCon
         lora_alpha=lora_alpha,
         # A preset for evaluation still describes a model that can be trained.
         eval_only=False,
-        quantize="none",
     )
     if config.recompute == "auto":
         config = replace(config, recompute=choose_recompute(shape, config, machine))

@@ -12,7 +12,6 @@ import torch
 
 from gpt12.device import Machine
 from gpt12.generate import Sampling, decode_bytes, generate, store_by_columns, stream
-from gpt12.int8 import quantize
 from gpt12.measure import forget_last_measurement
 from gpt12.plan import card_of_machine
 from gpt12.settings import BenchConfig
@@ -66,16 +65,14 @@ def measure_decoding(config: BenchConfig, machine: Machine, batch: int) -> Decod
     prefill = []
     for _ in range(PROMPT_RUNS):
         began = time.perf_counter()
-        generate(model, prompts, 1, sampling=sampling, compiled=machine.compiled)
+        generate(model, prompts, 1, sampling=sampling)
         prefill.append(time.perf_counter() - began)
     arrivals = []
     # stream() computes the next token before it yields one. So on a CPU the last token, after which
     # there is nothing to compute, comes at once: make one more than is timed.
     count = new_tokens(config)
-    for _ in stream(model, prompts, count + 1, sampling, compiled=machine.compiled):
+    for _ in stream(model, prompts, count + 1, sampling):
         arrivals.append(time.perf_counter())
-    if machine.compiled:
-        torch.compiler.reset()  # it was compiled for this number of texts
     result = decoding_result(config, f"batch {batch}", batch, median(prefill), arrivals[:count])
     return with_bound(result, config, machine, decode_bytes(model))
 
@@ -84,8 +81,6 @@ def build_model(config: BenchConfig, machine: Machine) -> GPT:
     """Return a model with random weights in the form in which sample.py uses it."""
     with machine.device:
         model = GPT(model_shape(config, config.vocab_size)).eval()
-    if config.quantize == "int8":
-        quantize(model)
     model.to(machine.dtype)
     if not machine.on_gpu:
         store_by_columns(model)

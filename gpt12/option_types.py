@@ -102,7 +102,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Switch = Literal["auto"] | bool
 OptimizerName = Literal["adamw", "muon", "adamw8bit"]
 Recompute = Literal["auto", "none", "pointwise", "block"]
-Quantize = Literal["none", "int8"]
 
 
 def is_union(kind: Any) -> bool:

@@ -341,7 +341,10 @@ class RunLog:
         assert tokenizer is not None
         start = self._sample_prompt()
         count = min(SAMPLE_TOKENS, 2 * run.config.block_size)
-        with run.machine.autocast():
+        eager: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if run.machine.compiled:  # each length of a text would be compiled anew
+            eager = torch.compiler.set_stance("force_eager")
+        with run.machine.autocast(), eager:
             [ids] = generate(
                 run.model,
                 [start],

@@ -22,7 +22,6 @@ from gpt12.option_types import (
     OptimizerName,
     Positive,
     Prompt,
-    Quantize,
     Recompute,
     Seed,
     Share,
@@ -197,7 +196,6 @@ class TrainConfig(Settings):
     cuda_graph: Switch = option(
         "auto", "Whether to replay a step as one CUDA graph. auto does so for small models."
     )
-    quantize: Quantize = option("none", "int8 makes the weights smaller; only with eval_only.")
     deterministic: bool = option(
         False, "Whether every run on this machine gives exactly the same losses. It is slower."
     )
@@ -241,9 +239,6 @@ class TrainConfig(Settings):
         if self.decay_lr and "min_lr" in sources and self.min_lr > self.learning_rate:
             advice = "the lowest rate is above the highest; lower min_lr or add --decay_lr=False"
             found.append(Contradiction(("min_lr", "learning_rate"), advice))
-        if self.quantize != "none" and not self.eval_only:
-            advice = "quantized weights cannot be trained; add --eval_only or leave out --quantize"
-            found.append(Contradiction(("quantize", "eval_only"), advice))
         lora_keys = []
         for key in ("lora_alpha", "lora_dropout", "lora_targets"):
             if key in sources:
@@ -335,10 +330,7 @@ class SampleConfig(Settings):
         "Precision of the computation. auto is the best of this device.",
         new_group="Speed and memory",
     )
-    compile: Switch = option(
-        "auto", "Whether to use torch.compile. auto uses it where it works and saves time."
-    )
-    quantize: Quantize = option("none", "int8 makes the weights smaller and writing faster.")
+    compile: Switch = option("auto", "Has no effect. nanoGPT's sample.py has this key.")
 
     def contradictions(self, sources: Mapping[str, str]) -> list[Contradiction]:
         """Return the values that cannot hold together."""
@@ -414,12 +406,8 @@ class BenchConfig(TrainConfig):
     bandwidth_gbs: Positive | None = option(None, "Memory bandwidth in GB/s, from its datasheet.")
 
     def contradictions(self, sources: Mapping[str, str]) -> list[Contradiction]:
-        """Return the values that cannot hold together. Quantized weights can generate text."""
+        """Return the values that cannot hold together."""
         found = super().contradictions(sources)
-        if self.sample:
-            found = [
-                contradiction for contradiction in found if "quantize" not in contradiction.keys
-            ]
         if (self.peak_tflops is None) != (self.bandwidth_gbs is None):
             advice = "a card is described by both; its datasheet has them"
             found.append(Contradiction(("peak_tflops", "bandwidth_gbs"), advice))

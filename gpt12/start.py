@@ -16,7 +16,6 @@ from gpt12.checkpoint import find_checkpoint
 from gpt12.device import Machine
 from gpt12.distributed import torchrun_ranks
 from gpt12.errors import UserError
-from gpt12.int8 import quantize
 from gpt12.new_model import new_model
 from gpt12.run_folder import REPOSITORY, is_run, read_run
 from gpt12.settings import TrainConfig
@@ -357,12 +356,9 @@ def prepare_model(model: GPT, config: TrainConfig, machine: Machine) -> None:
         model.to(machine.dtype)  # frozen weights need no float32 copy
         assert config.lora_alpha is not None
         lora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets)
-    if config.quantize == "int8":
-        quantize(model)
     model.to(machine.device)
     model.set_recompute(config.recompute)
-    # Inductor (torch 2.11 and 2.13) fails on int8 weights here.
-    if machine.compiled and config.quantize == "none":
+    if machine.compiled:
         compile_model(model)
 
 
@@ -381,7 +377,6 @@ def compile_model(model: GPT) -> None:
     layers: list[nn.Module] = [*model.transformer.h, model.transformer.ln_f]
     for layer in layers:
         layer.compile(dynamic=False)
-    model.compiled = True
     if model.lm_head.weight.is_cuda and triton is not None:
         model.fused_loss = True
 

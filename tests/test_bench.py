@@ -155,7 +155,7 @@ def test_training_is_compared_with_transformers(run, tmp_path):
 
 
 def test_generation_is_compared_with_transformers(run):
-    result, _ = run("--sample", "--compare=transformers", "--quantize=int8", max_new_tokens=3)
+    result, _ = run("--sample", "--compare=transformers", max_new_tokens=3)
     labels = [row["label"] for row in result["sample"]]
     assert labels[:2] == ["batch 1", "transformers, dynamic cache"]
     assert len(labels) == 8

@@ -332,7 +332,6 @@ def test_contradictions_are_checked_with_the_saved_values(asks, saved_run, write
         ("--out_dir=None", "None"),
         ("--device=cuda:1", "cuda:1"),
         ("--lora_targets=c_fc,c_proj", "c_fc,c_proj"),
-        ("--quantize=none", "none"),
         ("--save_interval_s=5", 5.0),
         ("--save_interval_s=auto", "auto"),
     ],
@@ -583,7 +582,6 @@ def test_a_file_that_raises_is_refused_with_the_line(text, where, what, write):
         ("--num_epochs=2 --max_iters=10", "max_iters num_epochs"),
         ("--min_lr=1e-2", "min_lr learning_rate"),
         ("--min_lr=1e-3 --learning_rate=1e-4", "min_lr learning_rate"),
-        ("--quantize=int8", "quantize eval_only"),
         ("--lora_alpha=8", "lora_rank lora_alpha"),
         ("--lora_rank=0 --lora_dropout=0.1", "lora_rank lora_dropout"),
         ("--lora_rank=1000", "lora_rank n_embd"),
@@ -609,7 +607,6 @@ def test_a_conversation_as_json_is_refused():
         "--max_iters=0",
         "--min_lr=1e-3 --learning_rate=1e-4 --decay_lr=False",
         "--num_epochs=0 --max_iters=10",
-        "--quantize=int8 --eval_only",
         "--init_from=gpt2-xl --n_head=25",
         "--lora_rank=0",
         "--lora_rank=8 --lora_alpha=1",
@@ -623,7 +620,6 @@ def test_unusual_values_that_do_not_contradict_each_other_are_accepted(line):
 @pytest.mark.parametrize(
     ("line", "keys"),
     [
-        ("--quantize=int8", "quantize eval_only"),
         ("--peak_tflops=80", "peak_tflops bandwidth_gbs"),
         ("--bandwidth_gbs=500", "peak_tflops bandwidth_gbs"),
         ("--sample --max_new_tokens=1", "max_new_tokens block_size"),
@@ -635,9 +631,7 @@ def test_values_that_contradict_each_other_in_a_benchmark_are_refused(line, keys
     assert re.findall(r"--(\w+)=", message.split(": ")[0]) == keys.split()
 
 
-@pytest.mark.parametrize(
-    "line", ["--quantize=int8 --sample", "--peak_tflops=80 --bandwidth_gbs=500", "--block_size=2"]
-)
+@pytest.mark.parametrize("line", ["--peak_tflops=80 --bandwidth_gbs=500", "--block_size=2"])
 def test_unusual_values_of_a_benchmark_are_accepted(line):
     load(BenchConfig, line.split())
 

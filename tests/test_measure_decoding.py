@@ -1,13 +1,11 @@
 """The measured speed of generation."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-import torch
 
 from gpt12 import measure_decoding as module
-from gpt12.measure_decoding import build_model, decoding_result, measure_decoding, new_tokens
+from gpt12.measure_decoding import decoding_result, measure_decoding, new_tokens
 from tests.bench_helpers import CPU, make
 
 
@@ -65,10 +63,3 @@ def test_every_timed_interval_computes_a_token(monkeypatch, asked, timed):
     measure_decoding(config, CPU, 1)
     assert len(given) == timed
     assert {after - before for before, after in pairwise(given)} == {1.0}
-
-
-def test_int8_weights_are_measured_as_sample_py_uses_them():
-    config = replace(make(), quantize="int8")
-    model = build_model(config, CPU)
-    assert model.lm_head.int8_weight.dtype == torch.int8
-    assert not model.training

@@ -264,6 +264,27 @@ def test_the_sample_of_instruction_data_is_a_question_and_its_answer(
     assert capsys.readouterr().out.count(f"    | {question.splitlines()[0]}") == 2
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_what_training_has_compiled_runs_eagerly_while_a_sample_is_written(dataset, tmp_path):
+    """Otherwise it would be compiled again for each length of a text."""
+    trainer = Trainer(built(dataset, tmp_path))
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    for block in trainer.model.transformer.h:
+        block.compile(backend=backend, dynamic=False)
+    trainer.log.run = replace(
+        trainer.log.run, machine=replace(trainer.log.run.machine, compiled=True)
+    )
+    trainer.log.show_sample()
+    assert not compiled
+    trainer.model(torch.zeros(1, 4, dtype=torch.int64))
+    assert compiled
+
+
 def test_training_goes_on_in_training_mode_after_a_sample(dataset, tmp_path, monkeypatch):
     trainer = Trainer(built(dataset, tmp_path))
     trainer.model.train()

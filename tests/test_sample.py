@@ -19,12 +19,10 @@ from hypothesis import strategies as st
 import sample
 from data.texts import CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS
 from data.tokenizers import ByteTokenizer, CharTokenizer
-from gpt12 import config_loader
 from gpt12.cards import Card
 from gpt12.checkpoint import Progress, save_checkpoint
 from gpt12.errors import run_main
 from gpt12.generate import Sampling, decode_bytes
-from gpt12.settings import SampleConfig
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 from tests.harmless import FEW, harmless
@@ -72,7 +70,7 @@ def scripted(monkeypatch):
     samplings: list[Sampling] = []
     script: list[list[str | bytes | None]] = []
 
-    def stream(model, prompts, count, sampling, *, seeds, compiled):
+    def stream(model, prompts, count, sampling, *, seeds):
         calls.extend(list(prompt) for prompt in prompts)
         samplings.append(sampling)
         texts = [script.pop(0) for _ in prompts]
@@ -218,12 +216,6 @@ def test_a_start_is_a_question_to_a_model_of_conversations(start, out_dir, scrip
     scripted.script[:] = [b"42"]
     assert start(f"--init_from={tmp_path / 'chat'}", "--start=Hi", "--num_samples=1")[0] == 0
     assert bytes(scripted.calls[-1]) == b"### User:\nHi\n\n### Assistant:\n"
-
-
-def test_the_command_line_can_ask_for_int8_weights(start):
-    status, out, err = start("--quantize=int8", "--num_samples=2", "--max_new_tokens=40", "--json")
-    assert status == 0, err
-    assert len(out.splitlines()) == 2
 
 
 def test_a_conversation_keeps_its_context(start, scripted):
@@ -513,32 +505,11 @@ def test_nanogpts_checkpoint_without_a_known_tokenizer_names_the_file_it_needs(
         assert f"ut the tokenizer.json of its 11 tokens into {tmp_path}" in err
 
 
-@pytest.mark.parametrize("options", [[], ["--max_new_tokens=20000"]])
-def test_the_compiler_is_tried_only_for_texts_that_it_serves(out_dir, monkeypatch, options):
-    argv = [f"--out_dir={out_dir}", "--device=cpu", "--dtype=float32", *options]
-    asked = []
-    open_machine = sample.open_machine
-
-    def spy(*args, long):
-        asked.append(long)
-        return open_machine(*args, long=long)
-
-    monkeypatch.setattr(sample, "open_machine", spy)
-    sample.load(config_loader.load(SampleConfig, argv)[0])
-    assert asked == [bool(options)]
-
-
-@pytest.mark.parametrize(("option", "compiled"), [("True", 1), ("False", 0), ("auto", 0)])
-def test_compiling_on_a_cpu_happens_if_it_is_asked_for(start, monkeypatch, option, compiled):
-    """Compiling itself is tested in test_generate.py, and trying it takes seconds."""
-    compiled_models = []
-    monkeypatch.setattr("gpt12.device._try_compiler", lambda device: None)
-    monkeypatch.setattr(
-        "gpt12.generate.compile_for_decoding", lambda model, options: compiled_models.append(model)
-    )
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    status, _, err = start(f"--compile={option}", *ONE_TEXT)
-    assert (status, len(compiled_models)) == (0, compiled), err
+@pytest.mark.parametrize(("option", "told"), [("True", 1), ("False", 0), ("auto", 0)])
+def test_nanogpts_compile_is_taken_and_has_no_effect(start, option, told):
+    status, out, err = start(f"--compile={option}", *ONE_TEXT)
+    assert (status, out) == start(*ONE_TEXT)[:2]
+    assert err.count("compile: has no effect") == told
 
 
 def test_standard_input_that_is_no_text_is_refused(start):
@@ -613,7 +584,6 @@ OPTIONS = st.one_of(
         [
             "--json",
             "--interactive",
-            "--quantize=int8",
             "--dtype=bfloat16",
             "--device=mps",
             "--compile=False",

@@ -431,16 +431,6 @@ def test_evaluating_more_often_does_not_move_training(dataset, tmp_path):
     assert evaluations(tmp_path / "often") == [0, 3, 6, 9, 10]
 
 
-def test_a_quantized_evaluation_is_near_the_exact_one(dataset, finished, tmp_path, capsys):
-    values = []
-    for quantize in ("none", "int8"):
-        capsys.readouterr()
-        options = ["--eval_only", f"--init_from={finished}", f"--quantize={quantize}"]
-        assert run(dataset, tmp_path, *options) == 0
-        values.append(float(capsys.readouterr().out.split("val loss ")[1].split(",")[0]))
-    assert values[0] == pytest.approx(values[1], abs=0.02)
-
-
 # --------------------------------------------------------------------------------------------------
 # The loop
 
