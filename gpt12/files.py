@@ -44,11 +44,16 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file or folder to the disk. Windows cannot open a folder, so it is skipped there."""
+    """Force a file or folder to the disk.
+
+    On Windows fsync needs a file that was opened for writing, and a folder cannot be opened: it is
+    skipped there.
+    """
+    is_folder = path.is_dir()
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     except PermissionError:
-        if path.is_dir():
+        if is_folder:
             return
         raise
     try:

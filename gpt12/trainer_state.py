@@ -86,7 +86,7 @@ def load_trainer_state(folder: Path, trainer: TrainerState) -> None:
     """Read trainer.safetensors back into model, optimizers, loss scale and random generators.
 
     The file is memory-mapped and copied tensor by tensor, so resuming needs no more memory than
-    training.
+    training. Nothing keeps the map: Windows could not replace the checkpoint then.
     """
     import safetensors
 
@@ -113,12 +113,12 @@ def _load_optimizer_tensor(trainer: TrainerState, name: str, tensor: Tensor) -> 
     parameter = trainer.model.get_parameter(parameter_name)
     state = trainer.owner(parameter).state.setdefault(parameter, {})
     if part:
-        state.setdefault(key, {})[part] = tensor.to(trainer.machine.device)
+        state.setdefault(key, {})[part] = tensor.to(trainer.machine.device, copy=True)
         return
     if parameter_name.endswith("wpe.weight") and tensor.ndim == parameter.ndim:
         # The run may have been resumed with a smaller block_size, which has fewer positions.
         tensor = tensor[: len(parameter)]
-    state[key] = tensor.to(trainer.machine.device)
+    state[key] = tensor.to(trainer.machine.device, copy=True)
 
 
 def _load_scaler(trainer: TrainerState, tensor: Tensor) -> None:

@@ -77,6 +77,16 @@ def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let files follow the rules of Windows (tests/windows_rules.py)."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("what is open and mapped is read from Linux' /proc")
+    from tests.windows_rules import enforce
+
+    enforce(monkeypatch)
+
+
+@pytest.fixture
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let texts be prepared into a folder of the test's own, and not into data/cache/."""
     monkeypatch.setattr("data.dataset.DATA", tmp_path_factory.mktemp("data"))
