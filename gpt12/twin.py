@@ -1,0 +1,122 @@
+"""Tell what model.py computes: whether it is GPT-2, and a fingerprint of it.
+
+Whoever changes model.py gets another model, perhaps with the same names and shapes. Names do not
+show that, results do. Both functions look at the logits of a small twin: a model of the same code
+and configuration, but with two layers, narrow heads and few ids.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import GPT, GPTConfig
+
+HEAD_SIZE = 8
+VOCAB_SIZE = 64
+TOLERANCE = 1e-4  # of the largest logit
+FINGERPRINT_LOGITS = 16
+
+
+@torch.no_grad()
+def make_twin(config: GPTConfig, seed: int = 0) -> GPT:
+    """Return a small model of the same kind in float32 on the CPU, with parameters of this seed.
+
+    Every parameter is drawn anew: zeros would hide what they are multiplied with.
+    """
+    small = replace(
+        config,
+        n_layer=min(config.n_layer, 2),
+        n_embd=HEAD_SIZE * config.n_head,
+        vocab_size=VOCAB_SIZE,
+        dropout=0.0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        twin = GPT(small).float().eval()
+        for parameter in twin.parameters():
+            noise = torch.randn_like(parameter)
+            if parameter.ndim >= 2:
+                parameter.copy_(noise / parameter.size(-1) ** 0.5)
+            else:
+                parameter.add_(0.2 * noise)  # a gain stays near 1, a bias near 0
+    return twin
+
+
+def sample_ids(length: int) -> Tensor:
+    """Return one row of ids for a twin, (1, length), always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(VOCAB_SIZE, (1, length), generator=generator)
+
+
+@functools.lru_cache
+@torch.no_grad()
+def is_gpt2(config: GPTConfig) -> bool:
+    """Tell whether model.py computes GPT-2 with this configuration, over its whole context."""
+    twin = make_twin(config)
+    idx = sample_ids(config.block_size)
+    try:
+        expected = gpt2_logits(twin.state_dict(), config.n_head, idx)
+    except (KeyError, RuntimeError):  # a tensor is missing or has another shape
+        return False
+    logits, _ = twin(idx)
+    difference = (logits - expected).abs().max()
+    return bool(difference <= TOLERANCE * expected.abs().max())
+
+
+@functools.lru_cache
+@torch.no_grad()
+def fingerprint(config: GPTConfig) -> tuple[float, ...]:
+    """Return some logits of a twin at the end of the context.
+
+    They differ as soon as model.py computes something else. Dropout and the vocabulary take no
+    part.
+    """
+    logits, _ = make_twin(config)(sample_ids(config.block_size))
+    return tuple(logits[0, -1, :FINGERPRINT_LOGITS].tolist())
+
+
+def gpt2_logits(state: dict[str, Tensor], n_head: int, idx: Tensor) -> Tensor:
+    """Compute GPT-2's logits (B, T, V) from its tensors, step by step as in the paper.
+
+    Radford et al. 2019, section 2.3; Vaswani et al. 2017. It is written apart from model.py and
+    shares no code with it. state: the tensors of model.py's GPT, biases optional.
+    Raises KeyError for a tensor that GPT-2 does not have, or that is missing.
+    """
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    B, T = idx.shape
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias", None))
+
+    def layer_norm(x: Tensor, name: str) -> Tensor:
+        gain = tensors.pop(f"{name}.weight")
+        return F.layer_norm(x, gain.shape, gain, tensors.pop(f"{name}.bias", None), eps=1e-5)
+
+    def heads(x: Tensor) -> Tensor:
+        return x.view(B, T, n_head, -1).transpose(1, 2)  # (B, H, T, D)
+
+    head = tensors.pop("wte.weight")
+    if not torch.equal(tensors.pop("lm_head.weight"), head):
+        raise KeyError("the head is not tied")
+    x = head[idx] + tensors.pop("wpe.weight")[:T]  # (B, T, C)
+    later = torch.ones(T, T, dtype=torch.bool).triu(1)
+    layer = 0
+    while f"h.{layer}.ln_1.weight" in tensors:
+        name = f"h.{layer}"
+        q, k, v = linear(layer_norm(x, f"{name}.ln_1"), f"{name}.attn.c_attn").chunk(3, dim=-1)
+        scores = heads(q) @ heads(k).mT / (x.size(-1) / n_head) ** 0.5  # (B, H, T, T)
+        weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
+        y = (weights @ heads(v)).transpose(1, 2).reshape(x.shape)
+        x = x + linear(y, f"{name}.attn.c_proj")
+        hidden = linear(layer_norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc")
+        x = x + linear(F.gelu(hidden, approximate="tanh"), f"{name}.mlp.c_proj")
+        layer += 1
+    x = layer_norm(x, "ln_f")
+    if tensors:
+        raise KeyError(f"GPT-2 has no {next(iter(tensors))}")
+    return F.linear(x, head)
