@@ -438,48 +438,57 @@ class Trainer:
         self.clock = Clock(run.machine, run.progress.elapsed_s)
         self.stop = StopSignal(run.machine, self.log.say)
         self.saver = Saver(run, self.train_step.trainer_state(), self.log.say)
+        self.updating = False  # whether an update is under way
 
     def train(self) -> int:
-        """Train to the end and return the exit status."""
-        config = self.config
-        progress = self.progress
+        """Train, save what was trained, and return the exit status."""
         self.log.introduce()
         self.log.open()
         self.log.open_bar()
         self.model.train()
-        status = 0
-        target_counts = self.load()
         with self.stop.handling():
-            while True:
-                if self.evaluation_is_due():
-                    finished = self.evaluate()
-                    if not finished:  # a signal has cut it short
-                        status = 128 + self.stop.number
-                        break
-                    if self.patience_is_over():
-                        break
-                if progress.step >= config.max_iters:
-                    break
-                lr = learning_rate(progress.step, config)
-                self.train_step(lr, target_counts)
-                progress.step += 1
-                progress.position += self.run.windows_per_step
-                progress.tokens += self.run.windows_per_step * config.block_size
-                self.clock.count_step()
-                target_counts = self.load()  # the host loads while the device still computes
-                self.log.bar.update()
-                if self.logging_is_due() and self.log_step(lr) >= config.max_bad_steps:
-                    self.log.say_hopeless()
-                    status = 1
-                    break
-                if self.train_step.calls == self.train_step.warmup_calls:
-                    self.clock.start()  # all is compiled and recorded from now on
-                if self.stop.agreed():
-                    status = 128 + self.stop.number
-                    break
-                if self.saver.timer.is_due():
-                    self.save("last")
+            try:
+                status = self.loop()
+            except Exception:
+                # Weights that an update has half changed are not saved: the older last/ stays.
+                if not self.updating:
+                    self.finish(status=1, failed=True)
+                raise
             return self.finish(status)
+
+    def loop(self) -> int:
+        """Train until something ends the run, and return the exit status."""
+        config = self.config
+        progress = self.progress
+        target_counts = self.load()
+        while True:
+            if self.evaluation_is_due():
+                finished = self.evaluate()
+                if not finished:  # a signal has cut it short
+                    return 128 + self.stop.number
+                if self.patience_is_over():
+                    return 0
+            if progress.step >= config.max_iters:
+                return 0
+            lr = learning_rate(progress.step, config)
+            self.updating = True
+            self.train_step(lr, target_counts)
+            progress.step += 1
+            progress.position += self.run.windows_per_step
+            progress.tokens += self.run.windows_per_step * config.block_size
+            self.updating = False
+            self.clock.count_step()
+            target_counts = self.load()  # the host loads while the device still computes
+            self.log.bar.update()
+            if self.logging_is_due() and self.log_step(lr) >= config.max_bad_steps:
+                self.log.say_hopeless()
+                return 1
+            if self.train_step.calls == self.train_step.warmup_calls:
+                self.clock.start()  # all is compiled and recorded from now on
+            if self.stop.agreed():
+                return 128 + self.stop.number
+            if self.saver.timer.is_due():
+                self.save("last")
 
     def load(self) -> list[int] | None:
         """Load the next step's windows and set the context length, unless the run is over."""
@@ -529,19 +538,13 @@ class Trainer:
                 return False
             progress.evaluated_step = progress.step
             better = self.is_better(val_loss)
-            previous_best = (progress.best_val_loss, progress.best_step)
             if better:
-                progress.best_val_loss = val_loss
-                progress.best_step = progress.step
                 progress.worse_evaluations = 0
             elif progress.step > 0:
                 progress.worse_evaluations += 1
-            self.log.log_evaluation(train_loss, val_loss, better)
+            in_best = better and self.save_best(val_loss)
+            self.log.log_evaluation(train_loss, val_loss, in_best)
             self.log.show_sample()
-            if better:
-                saved = value_of_rank_0(self.save("best"), self.machine.device)
-                if not saved:  # best/ still holds the previous model
-                    progress.best_val_loss, progress.best_step = previous_best
             if progress.step > 0 and self.config.always_save_checkpoint:
                 self.save("last")
             self.log.draw()
@@ -566,20 +569,37 @@ class Trainer:
         self.log.say(f"stopping: no better validation loss in {patience} evaluations")
         return True
 
+    def save_best(self, val_loss: float) -> bool:
+        """Write best/ and tell whether that worked. If not, the previous best still counts."""
+        progress = self.progress
+        previous = (progress.best_val_loss, progress.best_step)
+        progress.best_val_loss = val_loss
+        progress.best_step = progress.step
+        saved = False
+        try:
+            saved = value_of_rank_0(self.save("best"), self.machine.device)
+        finally:
+            if not saved:
+                progress.best_val_loss, progress.best_step = previous
+        return saved
+
     def save(self, name: str) -> bool:
         """Write the checkpoint best/ or last/ and tell whether that worked."""
         with self.clock_stopped():
             return self.saver.save(name)
 
-    def finish(self, status: int) -> int:
-        """Save what is not saved yet, say what came out, and return the exit status."""
+    def finish(self, status: int, failed: bool = False) -> int:
+        """Save what is not saved yet, say what came out, and return the exit status.
+
+        failed: an exception ends the run.
+        """
         self.log.bar.close()
         self.clock.stop()
         self.note_time()
         saved = self.saver.is_saved() or self.save("last")
         if not saved:
             status = status or 1
-        self.log.close(status, saved)
+        self.log.close(status, saved, failed)
         return status
 
     @contextlib.contextmanager

@@ -9,6 +9,7 @@ import contextlib
 import math
 import shlex
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -196,20 +197,21 @@ class RunLog:
         if self.progress.step == 0:
             self.say("evaluating before the first step")
 
-    def close(self, status: int, saved: bool) -> None:
-        """Say what came out and what to type next."""
+    def close(self, status: int, saved: bool, failed: bool = False) -> None:
+        """Say what came out and what to type next. failed: an exception ends the run."""
         if not self.active:
             return
         assert self.metrics is not None
         self.picture.wait()
         self.metrics.close()
         if self.wandb:
-            self.wandb.finish(exit_code=status)
+            with self._going_on_without_wandb():
+                self.wandb.finish(exit_code=status)
         out_dir = self.run.out_dir
         typed = shlex.quote(out_dir.as_posix())  # as a shell takes it
         step = self.progress.step
-        if status > 128:
-            self.say(f"stopped at step {step:,}")
+        if failed or status > 128:
+            self.say(f"{'failed' if failed else 'stopped'} at step {step:,}")
             if saved:
                 self.say(f"go on with: python train.py --init_from=resume --out_dir={typed}")
             return
@@ -311,7 +313,20 @@ class RunLog:
         self.metrics.append(row)
         if self.wandb:
             del row["step"]  # Weights & Biases keeps it apart
-            self.wandb.log(row, step=self.progress.step)
+            with self._going_on_without_wandb():
+                self.wandb.log(row, step=self.progress.step)
+
+    @contextlib.contextmanager
+    def _going_on_without_wandb(self) -> Iterator[None]:
+        """Let the run go on if the block fails, and give Weights & Biases nothing more."""
+        try:
+            yield
+        except Exception as error:  # its helper process has ended, for example
+            self.wandb = None
+            self.say(
+                f"warning: wandb has failed ({_first_line(error)}) and gets nothing more. The run "
+                f"goes on, and {self.run.out_dir}/metrics.jsonl holds all"
+            )
 
     def draw(self) -> None:
         """Draw loss.png anew."""
@@ -378,6 +393,12 @@ class RunLog:
 def _count(number: int, noun: str) -> str:
     """Return `1 step` or `2 steps`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _first_line(error: Exception) -> str:
+    """Return an error as one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _time_left(steps: int, steps_per_s: float) -> str:

@@ -28,7 +28,6 @@ def exit_status_of(main, help_page=None):
         (UserError("two\nlines"), 2, "error: two\nlines\n"),
         (DamagedFileError("weights"), 2, "error: weights\n"),
         (KeyboardInterrupt(), 130, ""),
-        (BrokenPipeError(), 141, ""),
         (SystemExit(0), 0, ""),
         (SystemExit(None), 0, ""),
         (SystemExit(3), 3, ""),
@@ -75,10 +74,11 @@ run_main(main)
 """
 
 
-def run_script(body, stdout, stderr=subprocess.PIPE):
-    # An unbuffered stdout fails in print, a buffered one when it is flushed: here it is buffered.
+def run_script(body, stdout, stderr=subprocess.PIPE, unbuffered=False):
+    # An unbuffered stdout fails in print, a buffered one when it is flushed.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-c", SCRIPT.format(body=body)]
+    options = ["-u"] if unbuffered else []
+    command = [sys.executable, *options, "-c", SCRIPT.format(body=body)]
     return subprocess.run(
         command, cwd=REPOSITORY, stdout=stdout, stderr=stderr, text=True, env=environment
     )
@@ -109,6 +109,17 @@ def unread_pipe():
 def test_output_that_nobody_reads_prints_no_traceback(body, status, printed, unread_pipe):
     done = run_script(body, unread_pipe)
     assert (done.returncode, done.stderr) == (status, printed)
+    done = run_script(body, unread_pipe, unbuffered=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_another_broken_pipe_than_standard_output_is_a_bug(tmp_path, unbuffered):
+    body = "    print('x')\n    raise BrokenPipeError(32, 'another pipe')"
+    with (tmp_path / "out").open("w") as stdout:
+        done = run_script(body, stdout, unbuffered=unbuffered)
+    assert done.returncode == 1
+    assert "BrokenPipeError: [Errno 32] another pipe" in done.stderr
 
 
 def test_a_bug_shows_its_traceback_even_if_nobody_reads_the_output(unread_pipe):

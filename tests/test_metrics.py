@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from matplotlib.image import imread
@@ -196,8 +195,22 @@ def test_pictures_are_drawn_one_after_the_other_from_the_rows_of_their_time(tmp_
 # Weights & Biases
 
 
+class FakeWandbRun:
+    """Stands for a run of Weights & Biases: remembers what it was given."""
+
+    def __init__(self, wandb, run_id):
+        self.wandb = wandb
+        self.id = run_id
+
+    def log(self, values, step):
+        self.wandb.logged.append((step, values))
+
+    def finish(self, exit_code):
+        self.wandb.ended.append(exit_code)
+
+
 class FakeWandb:
-    """Stands for the package: remembers what it was given, under the run's id."""
+    """Stands for the package."""
 
     def __init__(self):
         self.started = []
@@ -206,14 +219,7 @@ class FakeWandb:
 
     def init(self, **options):
         self.started.append(options)
-        return SimpleNamespace(
-            id=options["id"] or "new-id",
-            log=lambda values, step: self.logged.append((step, values)),
-            finish=self.finish,
-        )
-
-    def finish(self, exit_code):
-        self.ended.append(exit_code)
+        return FakeWandbRun(self, options["id"] or "new-id")
 
 
 @pytest.mark.usefixtures("no_picture")
@@ -245,6 +251,28 @@ def test_the_real_wandb_continues_a_run_offline(dataset, tmp_path, monkeypatch):
     assert resume(tmp_path, "--max_iters=4") == 0
     assert trainer(tmp_path)["wandb_id"] == first
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first}"))) >= 1
+
+
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), ValueError("two\nlines")])
+@pytest.mark.parametrize("method", ["log", "finish"])
+def test_a_wandb_that_fails_is_told_once_and_costs_nothing(
+    dataset, tmp_path, monkeypatch, capsys, method, error
+):
+    wandb = FakeWandb()
+
+    def fail(self, *args, **options):
+        wandb.ended.append("asked")
+        raise error
+
+    monkeypatch.setattr(FakeWandbRun, method, fail)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert run(dataset, tmp_path, "--max_iters=3", "--wandb_log") == 0
+    assert wandb.ended == ["asked"]  # and then nothing more
+    line = f"warning: wandb has failed ({type(error).__name__}: {str(error).splitlines()[0]})"
+    assert capsys.readouterr().out.count(line) == 1
+    assert steps(tmp_path) == [1, 2, 3]
+    assert trainer(tmp_path)["step"] == 3
 
 
 def test_a_wandb_that_does_not_start_ends_with_a_message(dataset, tmp_path, monkeypatch):

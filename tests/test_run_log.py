@@ -1,6 +1,7 @@
 """gpt12/run_log.py: what a run tells on the terminal."""
 
 import io
+import itertools
 import json
 import math
 import re
@@ -20,7 +21,16 @@ from data.windows import EvalWindows
 from gpt12.run_log import RunLog, say
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig, parameter_count
-from tests.helpers import built, built_from, read_rows, resume, run, trainer
+from tests.helpers import (
+    built,
+    built_from,
+    read_rows,
+    resume,
+    run,
+    same_tensors,
+    trainer,
+    weights,
+)
 from train import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -375,3 +385,81 @@ def test_a_resumed_run_is_not_compared_with_its_start(finished, tmp_path, capsys
     monkeypatch.setattr("train.evaluate", lambda *args, **options: 9.0)
     assert resume(out_dir, "--max_iters=5") == 0
     assert "no better than at the start" not in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# An exception in the loop
+
+RARE_SAVES = ["--max_iters=8", "--eval_interval=2", "--dropout=0.1", "--save_interval_s=1e9"]
+RARE_SAVES += ["--always_save_checkpoint=False"]
+
+
+def fail_at_step(monkeypatch, name: str, step: int) -> None:
+    """Let a function raise as soon as `step` updates are finished. name: for monkeypatch."""
+    module_name, class_name, method = name.rsplit(".", 2)
+    owner = getattr(sys.modules[module_name], class_name)
+    found = getattr(owner, method)
+    trainers = []
+    begin = Trainer.__init__
+
+    def remember(self, run):
+        begin(self, run)
+        trainers.append(self)
+
+    def failing(*args, **options):
+        if trainers and trainers[-1].progress.step >= step:
+            raise ZeroDivisionError
+        return found(*args, **options)
+
+    monkeypatch.setattr(Trainer, "__init__", remember)
+    monkeypatch.setattr(owner, method, failing)
+
+
+@pytest.mark.parametrize(
+    ("name", "best_step"),
+    [
+        ("gpt12.metrics.Metrics.append", 2),
+        ("gpt12.metrics.Picture.draw", 4),
+        ("gpt12.run_log.RunLog.show_sample", 4),
+        ("data.windows.EvalWindows.batch", 2),
+        ("gpt12.loader.Loader.load", 2),
+        ("gpt12.saver.Saver._write_best", 2),
+    ],
+)
+def test_an_exception_in_the_loop_leaves_a_last_from_which_the_run_goes_on(
+    dataset, tmp_path, monkeypatch, capsys, name, best_step
+):
+    """It passes through with its traceback; what was trained up to then is saved."""
+    with monkeypatch.context() as m:
+        fail_at_step(m, name, 4)
+        with pytest.raises(ZeroDivisionError):
+            run(dataset, tmp_path / "out", *RARE_SAVES)
+    said = capsys.readouterr().out
+    assert "failed at step 4\ngo on with: python train.py --init_from=resume --out_dir=" in said
+    assert trainer(tmp_path / "out")["step"] == 4
+    assert trainer(tmp_path / "out")["best_step"] == best_step
+    assert trainer(tmp_path / "out", "best")["step"] == best_step
+    assert resume(tmp_path / "out") == 0
+    assert run(dataset, tmp_path / "whole", *RARE_SAVES) == 0
+    assert same_tensors(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+
+
+def test_an_update_that_fails_half_way_leaves_the_older_last(dataset, tmp_path, monkeypatch):
+    options = [*RARE_SAVES, "--always_save_checkpoint=True", "--eval_interval=3"]
+    monkeypatch.setattr(sys.modules["train"].AdamW, "step", failing_step(5))
+    with pytest.raises(ZeroDivisionError):
+        run(dataset, tmp_path, *options)
+    assert trainer(tmp_path)["step"] == 3
+
+
+def failing_step(updates: int):
+    """Return an optimizer's step that succeeds so often and then raises."""
+    step = sys.modules["train"].AdamW.step
+    count = itertools.count(1)
+
+    def call(self, *args):
+        if next(count) > updates:
+            raise ZeroDivisionError
+        step(self, *args)
+
+    return call
