@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from data.texts import chat_pieces, is_our_chat_template
+from data.texts import add_ending, chat_pieces, ending_of_template, is_our_chat_template
 from data.tokenizers import END_OF_TEXT, from_meta, get_tokenizer, load_tokenizer
 from gpt12 import config_loader
 from gpt12.cards import CARDS
@@ -219,6 +219,9 @@ def as_message(tokenizer: Any, text: str) -> str:
     """Put a user's message into the chat template, if the model was trained with one."""
     if not tokenizer.chat_template:
         return text
+    ending = ending_of_template(tokenizer.chat_template)
+    if ending is not None:
+        return add_ending(text, ending)
     pieces = chat_pieces([{"role": "user", "content": text}])
     return "".join(piece.text for piece in pieces)
 
@@ -432,6 +435,8 @@ def answer(writer: Writer, context: list[int], message: str) -> list[int]:
     except UserError as error:
         say(f"error: {error}")
         return context
+    if tokenizer.chat_template and ending_of_template(tokenizer.chat_template) is not None:
+        context = []  # such a model was trained on single questions
     context = context + new
     if len(context) > block_size:
         kept = max(len(new), block_size // 2)

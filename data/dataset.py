@@ -20,7 +20,7 @@ from data.prepare import FEW_DOCUMENTS, check_characters, prepare_texts
 from data.readers import SUFFIXES
 from data.rows import ROW_FORMAT
 from data.shards import UINT16, Tokens, find_shards
-from data.texts import CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS, Documents
+from data.texts import CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS, Documents, prompt_template
 from data.tokenizers import CharTokenizer, Tokenizer, from_meta, get_tokenizer
 from gpt12.errors import UserError
 from gpt12.files import exists, sha256
@@ -323,9 +323,8 @@ def _read_dataset(name: str, folder: Path) -> Dataset:
         tokenizer = from_meta(meta, folder)
         vocab_size = meta["vocab_size"]
         warnings = _warnings_about_examples(meta, tokenizer)
-        if tokenizer is not None and meta.get("kind") == "messages":
-            has_end = tokenizer.eot is not None
-            tokenizer.chat_template = CHAT_TEMPLATE if has_end else CHAT_TEMPLATE_OF_CHARACTERS
+        if tokenizer is not None:
+            tokenizer.chat_template = _chat_template(meta, has_end_token=tokenizer.eot is not None)
     elif (folder / "meta.pkl").exists() or val.dtype != UINT16:
         vocab_size = max(split.max_id() for split in splits) + 1
         warnings.append(
@@ -357,6 +356,15 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
+def _chat_template(meta: dict[str, Any], has_end_token: bool) -> str | None:
+    """Return how a question to a model that is trained on these data is written."""
+    if meta.get("kind") == "messages":
+        return CHAT_TEMPLATE if has_end_token else CHAT_TEMPLATE_OF_CHARACTERS
+    if meta.get("prompt_ending"):
+        return prompt_template(meta["prompt_ending"], has_end_token)
+    return None
+
+
 def _warnings_about_examples(meta: dict[str, Any], tokenizer: Tokenizer | None) -> list[str]:
     """Return what the user should know about instruction data; nothing for plain text."""
     warnings = []
@@ -365,6 +373,11 @@ def _warnings_about_examples(meta: dict[str, Any], tokenizer: Tokenizer | None) 
         if "\n" in tokenizer.names:
             warning += " Sample with --stop='\\n'."
         warnings.append(warning)
+    if meta.get("prompt_ending") == "":
+        warnings.append(
+            "The prompts have no common ending, so the model cannot see where a question ends and "
+            "its answer begins. End every prompt in the same way, for example with a line end."
+        )
     if meta.get("cut"):
         warnings.append(
             f"{meta['cut']:,} of {meta['documents']:,} examples were longer than a row of "

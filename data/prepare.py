@@ -19,7 +19,7 @@ import numpy as np
 from data.encode import encode_pieces
 from data.rows import RowWriter
 from data.shards import CHUNK_TOKENS, TRAINED, UINT8, ShardWriter, Tokens
-from data.texts import Documents, Piece, chat_pieces
+from data.texts import CommonEnding, Documents, Piece, chat_pieces
 from data.tokenizers import CharTokenizer, Tokenizer
 from gpt12.errors import UserError
 from gpt12.files import lock_folder, write_atomically
@@ -74,8 +74,11 @@ def prepare_texts(
             if documents.kind == "text":
                 _write_texts(encoded, split, so_far, folder, tokenizer.dtype)
             else:
-                cut = _write_rows(encoded, split, so_far, folder, tokenizer, block_size)
+                ending = CommonEnding()
+                cut = _write_rows(encoded, split, so_far, folder, tokenizer, block_size, ending)
                 meta |= {"kind": documents.kind, "row": block_size, "cut": cut}
+                if documents.kind == "prompt":
+                    meta["prompt_ending"] = ending.text()
         if min(so_far.train, so_far.val) < 2:
             raise UserError(_too_short(name, so_far, meta))
         meta |= {"documents": so_far.documents, "source_sha256": so_far.source_sha256}
@@ -314,14 +317,20 @@ def _write_rows(
     folder: Path,
     tokenizer: Tokenizer,
     block_size: int,
+    ending: CommonEnding,
 ) -> int:
-    """Write instruction data as rows. Return how many examples were too long and were cut."""
+    """Write instruction data as rows. Return how many examples were too long and were cut.
+
+    ending: is told each prompt.
+    """
     padding = tokenizer.eot or 0
     train = RowWriter(folder, "train", tokenizer.dtype, block_size, padding)
     val = RowWriter(folder, "val", tokenizer.dtype, block_size, padding)
     ids_of_example: list[np.ndarray] = []
     mask_of_example: list[np.ndarray] = []
     for document, piece, ids in encoded:
+        if not piece.trained:
+            ending.add(piece.text)
         ids_of_example.append(ids)
         mask_of_example.append(np.full(len(ids), TRAINED if piece.trained else 0, UINT8))
         if piece.last:

@@ -10,8 +10,9 @@ import numpy as np
 from data.shards import EXAMPLE_START, TRAINED, UINT8, ShardWriter
 
 OPEN_ROWS = 64  # rows that wait for an example that still fits
-# Version of the row layout. Texts that an older version packed differently are packed again.
-ROW_FORMAT = 2
+# Version of the rows and of what meta.json says about them. What an older version packed is packed
+# again.
+ROW_FORMAT = 3
 
 
 @dataclass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,30 @@ CHAT_TEMPLATE_WITHOUT_TAGS = (
     "{% endfor %}"
     "{{ '### Assistant:\n' if add_generation_prompt else '' }}"
 )
+# How a question of prompt-completion data is written: with as much of the prompts' common ending as
+# it lacks. Such data know no turns, so only the last question counts.
+PROMPT_TEMPLATE = (
+    "{% set ending = ENDING %}"
+    "{% set last = namespace(question=0, known=0) %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{% set last.question = loop.index0 %}{% endif %}"
+    "{% endfor %}"
+    "{% for message in messages[last.question:] %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}"
+    "{% for length in range(ending | length + 1) %}"
+    "{% if message['content'].endswith(ending[:length]) %}"
+    "{% set last.known = length %}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{{ message['content'] + ending[last.known:] }}"
+    "{% endif %}"
+    "{% endfor %}"
+)
 ROLES = ("system", "user", "assistant")
+# Prompts as different as this share words at their ends by intention, and not by chance.
+MANY_PROMPTS = 20
 
 
 class Piece(NamedTuple):
@@ -61,7 +85,9 @@ class Piece(NamedTuple):
 def is_our_chat_template(template: str) -> bool:
     """Return whether a template is one of chat_pieces(), in this or an earlier version."""
     ours = (CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS, CHAT_TEMPLATE_WITHOUT_TAGS)
-    return template.strip() in [known.strip() for known in ours]
+    return template.strip() in [known.strip() for known in ours] or (
+        ending_of_template(template) is not None
+    )
 
 
 def chat_pieces(messages: Sequence[Mapping[str, str]]) -> list[Piece]:
@@ -85,6 +111,63 @@ def chat_pieces(messages: Sequence[Mapping[str, str]]) -> list[Piece]:
     elif pieces:
         pieces[-1] = pieces[-1]._replace(last=True)
     return pieces
+
+
+def prompt_template(ending: str, has_end_token: bool) -> str:
+    """Return the chat template of prompt-completion data whose prompts have this ending."""
+    template = PROMPT_TEMPLATE.replace("ENDING", json.dumps(ending, ensure_ascii=False), 1)
+    return template if has_end_token else template.replace("{{ eos_token }}", r"{{ '\n' }}")
+
+
+def ending_of_template(template: str) -> str | None:
+    """Return the ending in a template made by prompt_template(), or None if it is another one."""
+    found = re.match(r'{% set ending = (".*?(?<!\\)(?:\\\\)*") %}', template)
+    if found is None:
+        return None
+    ending = json.loads(found[1])
+    same = template in (prompt_template(ending, True), prompt_template(ending, False))
+    return ending if same else None
+
+
+def add_ending(question: str, ending: str) -> str:
+    """Return a question with as much of the ending as it lacks, as PROMPT_TEMPLATE writes it."""
+    known = max(n for n in range(len(ending) + 1) if question.endswith(ending[:n]))
+    return question + ending[known:]
+
+
+class CommonEnding:
+    """Find the text with which all prompts end, so that a question can be ended in the same way.
+
+    It begins at the first line end that all prompts share, if they share one. Otherwise it is what
+    follows the sentence: " ->", but not "?". Words before it belong to it only if many different
+    prompts have them (" A:"); few may share a word by chance.
+    """
+
+    def __init__(self) -> None:
+        self._longest: str | None = None
+        self._different: set[str] = set()  # at most MANY_PROMPTS
+
+    def add(self, prompt: str) -> None:
+        """Take a prompt into account."""
+        if self._longest is None:
+            self._longest = prompt
+        shared = 0
+        for known, new in zip(reversed(self._longest), reversed(prompt)):
+            if known != new:
+                break
+            shared += 1
+        self._longest = prompt[len(prompt) - shared :]
+        if len(self._different) < MANY_PROMPTS:
+            self._different.add(prompt)
+
+    def text(self) -> str:
+        """Return the ending, which is empty if there is none."""
+        longest = self._longest or ""
+        if "\n" in longest:
+            return longest[longest.index("\n") :]
+        between = "." if len(self._different) >= MANY_PROMPTS else r"\W"
+        found = re.search(rf"(?s)[^\w.?!…。？！]{between}*(?<![\w.?!…。？！])$", longest)
+        return found[0] if found else ""
 
 
 class Documents:

@@ -23,7 +23,7 @@ from data.dataset import open_dataset
 from data.prepare import ValidationSplit, prepare_texts
 from data.rows import RowWriter
 from data.shards import EXAMPLE_START, TRAINED, UINT16, ShardWriter, Tokens, write_shard
-from data.texts import CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS, Documents, Piece
+from data.texts import CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS, Documents, Piece, prompt_template
 from data.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from data.windows import TrainWindows
 from gpt12.errors import UserError
@@ -153,7 +153,7 @@ def test_a_validation_share_far_from_val_fraction_is_reported(house, long):
 
 def test_a_padded_row_of_examples_is_not_reported_as_a_wrong_share(house):
     """A few examples fill one row of many, padded: half of the tokens, a tenth of the examples."""
-    path = jsonl(house / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 60)
+    path = jsonl(house / "a.jsonl", [{"prompt": "a\n", "completion": "b"}] * 60)
     dataset = open_bytes(path, block_size=256)
     assert len(dataset.val) == len(dataset.train)
     assert dataset.warnings == []
@@ -638,6 +638,18 @@ def test_a_data_set_of_conversations_keeps_the_chat_template(house):
     pairs = zip(ids(dataset.train), ids(dataset.train.mask), strict=True)
     text = dataset.tokenizer.decode([token for token, mark in pairs if mark == TRAINED])
     assert set(text.split("\n")) == {"Ho", ""}
+
+
+def test_prompts_keep_their_common_ending_as_a_template(house):
+    rows = [{"prompt": f"What is {i}?\n", "completion": "A number."} for i in range(30)]
+    dataset = open_bytes(jsonl(house / "a.jsonl", rows), block_size=64)
+    assert dataset.meta["prompt_ending"] == "\n"
+    assert dataset.tokenizer.chat_template == prompt_template("\n", has_end_token=True)
+    assert dataset.warnings == []
+    rows[7]["prompt"] = "What is 7?"
+    dataset = open_bytes(jsonl(house / "a.jsonl", rows), block_size=64)
+    assert dataset.tokenizer.chat_template is None
+    assert [text[:34] for text in dataset.warnings] == ["The prompts have no common ending,"]
 
 
 def test_rows_of_another_length_are_refused(house):

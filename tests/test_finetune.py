@@ -1,6 +1,7 @@
 """Fine-tuning from end to end: Hugging Face folders, LoRA, instruction data, a user's mistakes."""
 
 import http.server
+import io
 import json
 import os
 import pickle
@@ -426,6 +427,31 @@ def test_a_text_that_cannot_be_trained_on_is_refused(start, tmp_path, capsys, na
         capsys, tmp_path / "out", f"--init_from={start}", f"--dataset={tmp_path / name}"
     )
     assert [word for word in words if word not in message] == []
+
+
+def test_a_question_in_the_chat_ends_as_the_prompts_did(tmp_path, monkeypatch, capsys):
+    """input() drops the line end that every prompt of the data has."""
+    rows = [{"prompt": f"What is {i}?\n", "completion": f"It is {i}."} for i in range(30)]
+    file = tmp_path / "qa.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=64", "--max_iters=2"]
+    argv = [*QUICK, *shape, "--tokenizer=bytes", f"--dataset={file}", f"--out_dir={tmp_path}/out"]
+    assert train.main(argv) == 0
+    asked: list[bytes] = []
+
+    def stream(model, prompts, *args, **options):
+        asked.append(bytes(prompts[0]))
+        yield [ord("!")]
+        yield [256]
+
+    monkeypatch.setattr(sample, "stream", stream)
+    questions = io.TextIOWrapper(io.BytesIO(b"What is 3?\nWhat is 4?\n"))
+    monkeypatch.setattr(sys, "stdin", questions)
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={tmp_path}/out", "--interactive"])
+    sample.main()
+    # The data have no turns, so the second question does not follow the first.
+    assert asked == [b"What is 3?\n", b"What is 4?\n"]
+    assert capsys.readouterr().out.endswith("!\n!\n")
 
 
 @pytest.mark.parametrize(

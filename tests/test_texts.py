@@ -16,10 +16,12 @@ from data.texts import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATE_OF_CHARACTERS,
     CHAT_TEMPLATE_WITHOUT_TAGS,
+    CommonEnding,
     Documents,
     Piece,
     chat_pieces,
     is_our_chat_template,
+    prompt_template,
     split_document,
 )
 from data.tokenizers import ByteTokenizer, CharTokenizer, get_tokenizer
@@ -243,6 +245,56 @@ def test_every_version_of_the_chat_template_is_recognized():
     assert is_our_chat_template(CHAT_TEMPLATE_OF_CHARACTERS)
     assert is_our_chat_template(CHAT_TEMPLATE_WITHOUT_TAGS)
     assert not is_our_chat_template(CHAT_TEMPLATE.replace("###", "##"))
+
+
+MANY = [f"{word} no. {i}" for i in range(9) for word in ("one", "two", "three")]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "ending"),
+    [
+        (["What is a frog?\n", "Describe a cat.\n"], "\n"),
+        (["What is a frog?\n"] * 30, "\n"),
+        (["a ->", "b ->"], " ->"),
+        (["What is a frog? ->", "Where is a frog? ->"], " ->"),  # shared by chance
+        (["a\n\n###\n\n", "b\n\n###\n\n"], "\n\n###\n\n"),
+        ([f"### Q:\n{q}\n\n### A:\n" for q in "ab"], "\n\n### A:\n"),
+        ([f"Q: {q}? A:" for q in MANY], " A:"),
+        (["Tell me of a frog", "Describe a frog"], ""),
+        ([f"{q}?" for q in MANY], ""),
+        ([f"{q}。" for q in MANY], ""),
+        (["a\n", "b ->", "c"], ""),
+        (["", "a\n"], ""),
+        ([], ""),
+    ],
+)
+def test_the_ending_of_prompts_is_what_they_share_after_the_sentence(prompts, ending):
+    common = CommonEnding()
+    for prompt in prompts:
+        common.add(prompt)
+    assert common.text() == ending
+
+
+@pytest.mark.parametrize("ending", ["\n", " ->", "\n\n###\n\n", '"%}\\\\é🙂\\"\n'])
+@pytest.mark.parametrize(
+    "tokenizer", [ByteTokenizer(), CharTokenizer("abc\n")], ids=lambda t: t.name
+)
+def test_transformers_ends_a_question_as_the_prompts_end(tokenizer, ending, tmp_path):
+    """And begins anew with each question, because the data have no turns."""
+    from transformers import AutoTokenizer
+
+    tokenizer.chat_template = prompt_template(ending, tokenizer.eot is not None)
+    assert is_our_chat_template(tokenizer.chat_template)
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    end = "<|endoftext|>" if tokenizer.name == "bytes" else "\n"
+    for typed in range(len(ending) + 1):
+        question = {"role": "user", "content": "Is it?" + ending[:typed]}
+        chat = [*CHAT, question]
+        ask = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert ask == f"Is it?{ending}"
+        chat.append({"role": "assistant", "content": " Yes "})
+        assert theirs.apply_chat_template(chat, tokenize=False) == f"Is it?{ending} Yes {end}"
 
 
 def test_markdown_is_read_as_text(tmp_path):
