@@ -27,6 +27,11 @@ from gpt12.terminal import printable
 from model import parameter_count
 
 SAMPLE_TOKENS = 160  # length of the text written at each evaluation
+FEW_UPDATES = 30  # a run with fewer is warned of
+# A model with so many trained parameters for each token, that reads the text so many times, can
+# repeat it.
+BY_HEART_PARAMETERS = 20
+BY_HEART_EPOCHS = 20
 
 
 def say(text: str) -> None:
@@ -85,7 +90,8 @@ class RunLog:
             self.say(f"LoRA: {trained:,} parameters are trained, the others stay as they are")
         self.say(self._data_line())
         self.say(self._step_line())
-        self._warn_of_short_text()
+        for problem in self._warnings():
+            self.say(f"warning: {problem}")
         gib = needed_memory(shape, config, config.recompute, run.machine) / GIB
         size = f"{gib:.1f} GiB" if gib >= 0.05 else f"{1024 * gib:.0f} MiB"
         self.say(f"memory: about {size} at the peak of a step (recompute={config.recompute})")
@@ -120,7 +126,7 @@ class RunLog:
         config = run.config
         micro_batches = config.gradient_accumulation_steps
         per_step = run.windows_per_step * config.block_size
-        epochs = config.max_iters * run.windows_per_step / run.train_windows.per_epoch
+        epochs = self._epochs()
         if epochs > 1:
             part = f"the text {epochs:,.1f} times"
         elif epochs >= 0.01:
@@ -137,14 +143,61 @@ class RunLog:
             f"{_count(config.max_iters, 'step')} read {part}"
         )
 
-    def _warn_of_short_text(self) -> None:
-        """Warn if one step reads all the text."""
-        count = len(self.run.train_windows.tokens)
-        if count < self.run.windows_per_step * self.run.config.block_size:
-            self.say(
-                f"warning: {self.run.dataset.name} has only {count:,} training tokens, less than "
-                "one step reads: the model will learn it by heart"
+    def _warnings(self) -> list[str]:
+        """Return what is likely to spoil the result, and what to change."""
+        run = self.run
+        config = run.config
+        steps = config.max_iters
+        rate = f"learning_rate={config.learning_rate:g}"
+        warnings = []
+        if config.decay_lr and 2 * config.warmup_iters > steps:
+            warnings.append(
+                f"the warm-up of {_count(config.warmup_iters, 'step')} takes more than half of the "
+                f"run's {steps:,}, so most updates stay far below {rate}: try "
+                f"--warmup_iters={steps // 10}"
             )
+        end = config.lr_decay_iters
+        if config.decay_lr and end is not None and 2 * end < steps:
+            warnings.append(
+                f"after step {end:,} of {steps:,} the learning rate is only min_lr="
+                f"{config.min_lr:g}, not {rate}: try --lr_decay_iters={steps}"
+            )
+        if steps < FEW_UPDATES:
+            warnings.append(
+                f"{_count(steps, 'update')} will hardly change the model: try "
+                f"{self._advise_more_updates()}"
+            )
+        tokens = len(run.train_windows.tokens)
+        trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        if self._epochs() > BY_HEART_EPOCHS and trained > BY_HEART_PARAMETERS * tokens:
+            length = "num_epochs" if config.num_epochs else "max_iters"
+            warnings.append(
+                f"{run.dataset.name} has only {tokens:,} training tokens and is read "
+                f"{self._epochs():,.0f} times: the model will learn it by heart. Try a smaller "
+                f"--{length}; best/ keeps the model with the lowest validation loss"
+            )
+        return warnings
+
+    def _advise_more_updates(self) -> str:
+        """Return the options that give a run of few updates about FEW_UPDATES or more."""
+        config = self.run.config
+        factor = math.ceil(FEW_UPDATES / config.max_iters)
+        if config.num_epochs == 0:
+            return f"--max_iters={factor * config.max_iters}"
+        advice = f"--num_epochs={factor * config.num_epochs:g}"
+        world = self.run.machine.world
+        fewer = max(1, config.gradient_accumulation_steps // world // factor) * world
+        if fewer < config.gradient_accumulation_steps:
+            return f"--gradient_accumulation_steps={fewer} or {advice}"
+        smaller = max(1, int(config.batch_size) // factor)
+        if smaller < int(config.batch_size):
+            return f"--batch_size={smaller} or {advice}"
+        return advice
+
+    def _epochs(self) -> float:
+        """Return how many times the run reads the training text."""
+        run = self.run
+        return run.config.max_iters * run.windows_per_step / run.train_windows.per_epoch
 
     def open(self) -> None:
         """Set an earlier run's files aside, write run.json, and open metrics.jsonl."""

@@ -78,11 +78,56 @@ def test_one_sequence_and_a_run_that_reads_very_little_are_told(dataset, tmp_pat
     assert "step: 1 sequence x 16 tokens x 1 micro-batch = 16 tokens; 1 step read less than" in said
 
 
-@pytest.mark.parametrize(("batch_size", "warned"), [(82, True), (81, False)])
-def test_a_text_shorter_than_a_step_is_warned_of(dataset, tmp_path, capsys, batch_size, warned):
-    """Two micro-batches of rows of 16 tokens: 2,624 or 2,592 of the text's 2,600."""
-    said = introduction(capsys, dataset, tmp_path, f"--batch_size={batch_size}")
-    assert ("has only 2,600 training tokens, less than one step reads" in said) == warned
+MANY_PARAMETERS = ["--n_embd=64", "--n_layer=2"]  # 38 for each of the text's 2,600 tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], []),
+        (["--warmup_iters=50"], []),
+        (["--warmup_iters=51"], ["51 steps takes more than half .* --warmup_iters=10$"]),
+        (["--warmup_iters=51", "--decay_lr=False"], []),
+        (["--lr_decay_iters=50"], []),
+        (["--lr_decay_iters=49"], ["after step 49 of 100 .* --lr_decay_iters=100$"]),
+        (["--max_iters=30"], []),
+        (["--max_iters=29"], ["29 updates will hardly .* --max_iters=58$"]),
+        (["--max_iters=1", "--warmup_iters=0"], ["1 update will hardly .* --max_iters=30$"]),
+        # A step of 8 of the 161 windows.
+        (["--num_epochs=1"], ["21 updates .* --gradient_accumulation_steps=1 or --num_epochs=2$"]),
+        (
+            ["--num_epochs=1", "--gradient_accumulation_steps=1", "--batch_size=8"],
+            ["21 updates .* --batch_size=4 or --num_epochs=2$"],
+        ),
+        # An epoch of a text is 20 steps.
+        (["--max_iters=403"], []),
+        ([*MANY_PARAMETERS, "--max_iters=402"], []),
+        (
+            [*MANY_PARAMETERS, "--max_iters=412"],
+            ["2,600 training tokens and is read 20 times: .* by heart. Try a smaller --max_iters"],
+        ),
+        ([*MANY_PARAMETERS, "--num_epochs=25"], ["by heart. Try a smaller --num_epochs"]),
+    ],
+)
+def test_what_is_likely_to_spoil_a_run_is_warned_of_with_what_to_change(
+    dataset, tmp_path, capsys, options, told
+):
+    length = [] if "--num_epochs" in str(options) else ["--max_iters=100"]
+    said = introduction(capsys, dataset, tmp_path, *length, *options)
+    found = [line for line in said.splitlines() if line.startswith("warning: ")]
+    assert len(found) == len(told), found
+    for line, pattern in zip(found, told, strict=True):
+        assert re.search(pattern, line), line
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_advised_accumulation_can_be_shared_by_the_ranks(
+    dataset, tmp_path, capsys, monkeypatch, world
+):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    options = ["--num_epochs=1", "--batch_size=1", "--gradient_accumulation_steps=24"]
+    said = introduction(capsys, dataset, tmp_path, *options)
+    assert f"try --gradient_accumulation_steps={24 // 5 // world * world} or" in said
 
 
 def test_several_processes_are_told(dataset, tmp_path, capsys, monkeypatch):
