@@ -15,6 +15,7 @@ Gimpel 2016 (GELU).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,6 +64,17 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x).to(x.dtype)
 
 
+class StackedLinear(nn.Linear):
+    """Several linear layers that read the same input, computed as one product.
+
+    Muon updates the matrix of each by itself.
+    """
+
+    def __init__(self, inputs: int, outputs: tuple[int, ...], bias: bool):
+        super().__init__(inputs, sum(outputs), bias=bias)
+        self.outputs = outputs  # of each layer
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention: each token reads from itself and from earlier tokens.
 
@@ -73,9 +85,9 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        # Query, key and value of all heads come from one product.
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        C = config.n_embd
+        self.c_attn = StackedLinear(C, (C, C, C), bias=config.bias)  # query, key, value
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -381,29 +393,37 @@ def layer_matrices(config: GPTConfig) -> list[Matrix]:
     ]
 
 
+@functools.cache
+def meta_model(config: GPTConfig) -> GPT:
+    """Return the model without memory for its weights, to count what it consists of."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
 def parameter_count(config: GPTConfig, padded: bool = False) -> int:
     """Count the parameters; the tied head counts once.
 
     padded: count the padding rows of the vocabulary too, which exist only in memory.
     """
-    C = config.n_embd
-    norm = 2 * C if config.bias else C
-    layer = 2 * norm
-    for matrix in layer_matrices(config):
-        layer += matrix.outputs * matrix.inputs
-        if config.bias:
-            layer += matrix.outputs
-    vocab_size = config.padded_vocab_size if padded else config.vocab_size
-    return (vocab_size + config.block_size) * C + config.n_layer * layer + norm
+    model = meta_model(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if padded:
+        return count
+    tables = {model.transformer.wte.weight, model.lm_head.weight}
+    padding = config.padded_vocab_size - config.vocab_size
+    return count - padding * sum(table.size(1) for table in tables)
 
 
 def flops_per_token(config: GPTConfig) -> int:
     """Count the floating-point operations of training on one token: 6N + 12LCT.
 
     Chowdhery et al. 2022 (PaLM), appendix B, with L layers and N parameters.
-    N leaves out the position table, which is only looked up. Attention is counted in full, not
-    halved for causality.
+    N leaves out tables that are only looked up, as that of the positions. Attention is counted in
+    full, not halved for causality.
     """
-    multiplied = parameter_count(config) - config.block_size * config.n_embd
+    modules = list(meta_model(config).modules())
+    tables = {module.weight for module in modules if isinstance(module, nn.Embedding)}
+    multiplied = {module.weight for module in modules if isinstance(module, nn.Linear)}
+    looked_up = sum(table.numel() for table in tables - multiplied)
     attention = 12 * config.n_layer * config.n_embd * config.block_size
-    return 6 * multiplied + attention
+    return 6 * (parameter_count(config) - looked_up) + attention

@@ -5,7 +5,7 @@
     python train.py --init_from=resume --out_dir=out         # continue a run
     torchrun --nproc_per_node=2 train.py config/...          # one process per GPU
 
-The file reads from top to bottom: AdamW and its parameter groups, the learning rate, TrainStep (one
+The file reads from top to bottom: the parameter groups, the learning rate, TrainStep (one
 update), evaluate, Trainer (the loop), the commands. `main` at the end is a table of contents.
 """
 
@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from data.windows import EvalWindows
 from gpt12.clock import Clock
@@ -44,9 +43,7 @@ from gpt12.distributed import (
 from gpt12.errors import UserError, run_main
 from gpt12.loader import Loader
 from gpt12.memory import out_of_memory_advice, ran_out_of_memory
-from gpt12.muon import Muon, trained_matrices
-from gpt12.optim8bit import AdamW8bit
-from gpt12.optimizer import Optimizer, divide_gradients
+from gpt12.optimizer import find_optimizer
 from gpt12.run import Run, build_run, check_has_training_data, is_complete, lock_out_dir
 from gpt12.run_log import RunLog, perplexity
 from gpt12.saver import Saver
@@ -55,105 +52,31 @@ from gpt12.signals import StopSignal
 from gpt12.start import read_request
 from gpt12.targets import IGNORE_INDEX
 from gpt12.trainer_state import TrainerState, load_trainer_state
-from model import GPT
+from model import GPT, StackedLinear
 
 # --------------------------------------------------------------------------------------------------
 # Optimizer and learning rate
 
 
-class AdamW(Optimizer):
-    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101, algorithm 2) as one fused kernel."""
+def parameter_groups(model: GPT, weight_decay: float) -> list[dict[str, Any]]:
+    """Split what is trained: matrices and embeddings decay, biases and LayerNorms do not.
 
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        lr: Tensor,
-        betas: tuple[float, float],
-        machine: Machine,
-    ):
-        """groups: dictionaries with "params" and "weight_decay"."""
-        super().__init__([p for group in groups for p in group["params"]], lr)
-        self.groups = groups
-        self.betas = betas
-        self.capturable = machine.on_gpu  # the step counts are on the GPU, as a CUDA graph needs
-        # Apple's fused kernel ignores divide_by and skip.
-        self.fused = machine.device.type != "mps"
-
-    @torch.no_grad()
-    def step(self, divide_by: Tensor, skip: Tensor) -> None:
-        """Update; the kernel itself divides by `divide_by` and does nothing if `skip` is 1."""
-        if not self.fused:
-            if skip > 0:  # waits for the device
-                return
-            divide_gradients(self.parameters, divide_by, skip)  # skip is 0 here
-        for group in self.groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            states = [self._state_of(p) for p in parameters]
-            adamw(
-                parameters,
-                [p.grad for p in parameters],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],  # max_exp_avg_sqs, only for amsgrad
-                [state["step"] for state in states],
-                fused=self.fused,
-                capturable=self.capturable,
-                grad_scale=divide_by if self.fused else None,
-                found_inf=skip if self.fused else None,
-                lr=self.lr,
-                beta1=self.betas[0],
-                beta2=self.betas[1],
-                weight_decay=group["weight_decay"],
-                eps=1e-8,
-                amsgrad=False,
-                maximize=False,
-            )
-
-    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Return the parameter's step count and its averages of the gradient and of its square."""
-        if parameter not in self.state:
-            device = parameter.device if self.fused else "cpu"
-            self.state[parameter] = {
-                "step": torch.zeros((), device=device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        return self.state[parameter]
-
-
-def build_optimizers(model: GPT, config: TrainConfig, machine: Machine) -> list[Optimizer]:
-    """Return the optimizers that together update every trained parameter.
-
-    That is one, or with optimizer=muon two: Muon for the layers' matrices, AdamW for the rest.
+    Radford et al. 2018, GPT, section 4.1. The matrices of the blocks' linear layers, for which Muon
+    is made, are groups of their own. "stacked" are the rows of the matrices that lie in one weight.
     """
-    lr = torch.tensor(float(config.learning_rate), device=machine.device)
-    betas = (config.beta1, config.beta2)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "adamw":
-        return [AdamW(decay_groups(trained, config.weight_decay), lr, betas, machine)]
-    if config.optimizer == "adamw8bit":
-        return [AdamW8bit(decay_groups(trained, config.weight_decay), lr, betas)]
-    if config.optimizer == "muon":
-        matrices, stacked = trained_matrices(model)
-        taken = {id(p) for p in matrices}
-        rest = [p for p in trained if id(p) not in taken]
-        adamw_for_rest = AdamW(decay_groups(rest, config.weight_decay), lr, betas, machine)
-        if not matrices:  # with LoRA they are frozen
-            return [adamw_for_rest]
-        muon = Muon(matrices, stacked, lr, config.beta1, config.weight_decay)
-        return [muon, adamw_for_rest]
-    raise NotImplementedError(f"no branch here builds optimizer={config.optimizer}")
-
-
-def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Split the parameters: matrices and embeddings decay, biases and LayerNorms do not.
-
-    Radford et al. 2018, GPT, section 4.1.
-    """
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    blocks: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for module in model.transformer.h.modules():
+        if isinstance(module, nn.Linear) and module.weight.requires_grad:
+            stacked = module.outputs if isinstance(module, StackedLinear) else ()
+            blocks.setdefault(stacked, []).append(module.get_parameter("weight"))
+    groups: list[dict[str, Any]] = []
+    for stacked, matrices in blocks.items():
+        groups.append({"params": matrices, "weight_decay": weight_decay, "stacked": stacked})
+    taken = {parameter for group in groups for parameter in group["params"]}
+    rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
+    groups.append({"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay})
+    groups.append({"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -218,8 +141,13 @@ class TrainStep:
         self.config = config
         self.machine = machine
         self.forward = data_parallel(model, machine.world, machine.device)
-        self.optimizers = build_optimizers(model, config, machine)
-        self.lr = self.optimizers[0].lr  # one tensor, shared by all optimizers
+        kind = find_optimizer(config.optimizer)
+        self.on_device = kind.on_device and machine.device.type != "mps"
+        # A recorded step has no other way to the rate of its update than one tensor.
+        self.lr = torch.tensor(float(config.learning_rate), device=machine.device)
+        rate = self.lr if self.on_device else float(config.learning_rate)
+        groups = parameter_groups(model, config.weight_decay)
+        self.optimizers = kind.build(groups, rate, config)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # Small gradients would be 0 in float16: the loss is scaled up, the gradients down again.
         half = machine.dtype == torch.float16
@@ -248,7 +176,7 @@ class TrainStep:
 
         target_counts: number of targets per micro-batch of instruction data; for plain text None.
         """
-        self.lr.fill_(lr)
+        self.set_learning_rate(lr)
         self.set_divisor(target_counts)
         self.calls += 1
         if self.graph is not None:
@@ -259,6 +187,18 @@ class TrainStep:
             self.graph.replay()
         else:
             self.compute(target_counts)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the rate of the next update."""
+        if self.on_device:
+            self.lr.fill_(lr)
+            return
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if torch.is_tensor(group["lr"]):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
 
     def set_context_length(self, context_length: int) -> None:
         """Cut the windows into parts of this length. The step is compiled and recorded again."""
@@ -326,21 +266,33 @@ class TrainStep:
             # To learn whether a gradient is infinite, scaler.step() would wait for the device. The
             # optimizers get `skip` instead.
             for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
+                self.scaler.unscale_(optimizer)
         self.grad_norm.copy_(nn.utils.get_total_norm(gradients))
         # 1.0 if the update must be skipped, else 0.0. It is a tensor, so nothing waits for it.
         skip = 1 - torch.isfinite(self.grad_norm + self.loss).float()
         self.bad.add_(1).mul_(skip)  # skipped in a row: a good update resets it to 0
         self.skipped.add_(skip)
-        # The optimizers divide by `divide_by` as they read the gradients: clipping costs no pass.
         if self.config.grad_clip > 0:
             divide_by = (self.grad_norm / self.config.grad_clip).clamp(min=1)
         else:
             divide_by = torch.ones_like(self.grad_norm)
-        for optimizer in self.optimizers:
-            optimizer.step(divide_by, skip)
+        self.step_optimizers(gradients, divide_by, skip)
         if self.scaler.is_enabled():
             self.scaler.update()  # adjusts the scale to the infinities that unscale_ found
+
+    def step_optimizers(self, gradients: list[Tensor], divide_by: Tensor, skip: Tensor) -> None:
+        """Divide the gradients and update, or change nothing if `skip` is 1."""
+        if not self.on_device:
+            if skip > 0:  # waits for the device
+                return
+            for gradient in gradients:
+                gradient.div_(divide_by.item())
+        for optimizer in self.optimizers:
+            if self.on_device:
+                # It divides as it reads the gradients: clipping costs no pass.
+                optimizer.grad_scale = divide_by  # type: ignore[attr-defined]
+                optimizer.found_inf = skip  # type: ignore[attr-defined]
+            optimizer.step()
 
     def clear_gradients(self) -> None:
         """Free all gradients."""

@@ -12,6 +12,7 @@ import torch
 
 from gpt12.device import Machine
 from gpt12.errors import UserError
+from gpt12.optimizer import find_optimizer
 from gpt12.settings import TrainConfig
 
 # Recording a step of more layers than this, over all micro-batches, would make a graph of over
@@ -38,15 +39,15 @@ def record(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
 def use_graph_for_training(config: TrainConfig, n_layer: int, machine: Machine) -> bool:
     """Decide whether the training step is recorded.
 
-    Not possible with several ranks, with float16 (its loss scale lives on the host), with torchao's
-    optimizer, and with recomputation under dropout (torch then asks the host for the generator's
-    state).
+    Not possible with several ranks, with float16 (its loss scale lives on the host), with an
+    optimizer that asks the device for values, and with recomputation under dropout (torch then asks
+    the host for the generator's state).
     """
     if config.cuda_graph is True and not machine.on_gpu:
         raise UserError("cuda_graph=True needs a GPU")
     if config.cuda_graph is False or not machine.on_gpu or machine.world > 1:
         return False
-    if machine.dtype == torch.float16 or config.optimizer == "adamw8bit":
+    if machine.dtype == torch.float16 or not find_optimizer(config.optimizer).recordable:
         return False
     dropout = max(config.dropout, config.lora_dropout)  # without LoRA lora_dropout is 0
     if config.recompute != "none" and dropout > 0:

@@ -99,7 +99,7 @@ class _Work:
         self.full = config.lora_rank == 0  # all parameters are trained
         self.number = 4 if config.dtype == "float32" else 2  # bytes of an activation
         self.master = 2 if config.optimizer == "adamw8bit" else 4  # bytes of a trained parameter
-        self.moment_bytes = MOMENT_BYTES[config.optimizer]
+        self.moment_bytes = MOMENT_BYTES.get(config.optimizer, 8)
         self.uncompiled = not compiled and self.number == 2
         self.n_layer = shape.n_layer
         self.parameters = parameter_count(shape, padded=True)

@@ -7,30 +7,16 @@ AdamW.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-
-from gpt12.optimizer import Optimizer
-from model import GPT, layer_matrices
 
 NEWTON_SCHULZ_ITERATIONS = 4
 MEAN_SQUARE_DECAY = 0.95  # NorMuon's second beta: the mean goes over about 20 updates
 
 
-def trained_matrices(model: GPT) -> tuple[list[nn.Parameter], list[int]]:
-    """Return the layers' matrices that are trained, and how many are stacked in each."""
-    matrices: list[nn.Parameter] = []
-    stacked: list[int] = []
-    for block in model.transformer.h:
-        for matrix in layer_matrices(model.config):
-            weight = block.get_parameter(f"{matrix.name}.weight")
-            if weight.requires_grad:
-                matrices.append(weight)
-                stacked.append(matrix.stacked)
-    return matrices, stacked
-
-
-class Muon(Optimizer):
+class Muon(torch.optim.Optimizer):
     """Momentum whose update matrix is replaced by the nearest orthogonal one, then evened out.
 
     The orthogonal matrix moves some neurons further than others. Each neuron is divided by the
@@ -41,57 +27,78 @@ class Muon(Optimizer):
 
     Matrices of equal shape are stacked and computed as one batch. The stack's state is kept as the
     state of its first parameter: "momentum" and "mean_square".
+
+    Like torch's fused AdamW, step() divides the gradients by `grad_scale` and changes nothing if
+    `found_inf` is 1. Both are tensors on the device.
     """
 
     def __init__(
         self,
-        parameters: list[nn.Parameter],
-        stacked: list[int],
-        lr: Tensor,
+        groups: list[dict[str, Any]],
+        lr: Tensor | float,
         momentum: float,
-        weight_decay: float,
+        weight_decay: float = 0.0,
     ):
-        """stacked: for each parameter the number of matrices in it, 3 for c_attn.
+        """groups: of matrices. "stacked" tells that each holds several matrices, one above another.
 
-        They are orthogonalized separately.
+        It is a tuple of their rows, for query, key and value three numbers. They are orthogonalized
+        separately.
         """
-        super().__init__(parameters, lr)
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        # Parameters of equal shape that hold the same number of matrices.
-        self.stacks: dict[tuple[torch.Size, int], list[nn.Parameter]] = {}
-        for parameter, count in zip(parameters, stacked):
-            self.stacks.setdefault((parameter.shape, count), []).append(parameter)
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "stacked": ()}
+        super().__init__(groups, defaults)
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, divide_by: Tensor, skip: Tensor) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every stack."""
-        for (_, parts), parameters in self.stacks.items():
-            self._update_stack(parameters, parts, divide_by, skip)
+        for group in self.param_groups:
+            stacks: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                stacks.setdefault(parameter.shape, []).append(parameter)
+            for parameters in stacks.values():
+                self._update_stack(parameters, group)
 
-    def _update_stack(
-        self, parameters: list[nn.Parameter], parts: int, divide_by: Tensor, skip: Tensor
-    ) -> None:
-        rows, columns = parameters[0].shape
+    def _update_stack(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        one = torch.ones((), device=parameters[0].device)
+        divide_by = one if self.grad_scale is None else self.grad_scale
+        skip = 1 - one if self.found_inf is None else self.found_inf
+        keep = 1 - skip  # 0: the new gradient has no weight and the step no length
+        lr = group["lr"]
         g = stack_gradients(parameters, divide_by, skip)
-        g = g.view(-1, rows // parts, columns)  # one matrix after another
-        state = self.state.setdefault(parameters[0], {})
+        state = self.state[parameters[0]]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(g)
-        # 0 for a skipped update: then the new gradient has no weight and the step no length.
-        keep = 1 - skip
-        momentum = state["momentum"]
-        momentum.lerp_(g, keep * (1 - self.momentum))
-        direction = orthogonalize(g.lerp_(momentum, self.momentum))  # Nesterov's look-ahead
-        if "mean_square" not in state:  # the first update, or a run that began without it
-            state["mean_square"] = torch.zeros_like(neuron_mean_square(direction))
-        scale = neuron_scale(direction, state["mean_square"], keep)
-        length = (keep * self.lr * 0.2 * scale).expand_as(direction)
-        decay = 1 - keep * self.lr * self.weight_decay
-        direction = direction.reshape(-1, rows, columns)
-        length = length.reshape(-1, rows, columns)
-        for i, parameter in enumerate(parameters):
-            parameter.mul_(decay).addcmul_(direction[i], length[i], value=-1)
+        # Older checkpoints keep another shape of the same numbers.
+        momentum = state["momentum"].view_as(g)
+        momentum.lerp_(g, keep * (1 - group["momentum"]))
+        g.lerp_(momentum, group["momentum"])  # Nesterov's look-ahead
+        decay = 1 - keep * lr * group["weight_decay"]
+        for name, rows, height in pieces(g.size(1), group["stacked"]):
+            direction = orthogonalize(g[:, rows].reshape(-1, height, g.size(2)))
+            if name not in state:  # the first update, or a run that began without it
+                state[name] = torch.zeros_like(neuron_mean_square(direction))
+            scale = neuron_scale(direction, state[name], keep)
+            length = (keep * lr * 0.2 * scale).expand_as(direction)
+            direction = direction.reshape(len(parameters), -1, g.size(2))
+            length = length.reshape(direction.shape)
+            for i, parameter in enumerate(parameters):
+                parameter[rows].mul_(decay).addcmul_(direction[i], length[i], value=-1)
+
+
+def pieces(rows: int, stacked: tuple[int, ...]) -> list[tuple[str, slice, int]]:
+    """Tell which rows of a weight are computed together: all, if its matrices are equally high.
+
+    Each piece is the name of its state, its rows, and the height of a matrix in it.
+    """
+    if len(set(stacked)) < 2:
+        return [("mean_square", slice(0, rows), stacked[0] if stacked else rows)]
+    found = []
+    start = 0
+    for i, height in enumerate(stacked):
+        found.append((f"mean_square_{i}", slice(start, start + height), height))
+        start += height
+    return found
 
 
 def neuron_scale(direction: Tensor, mean_square: Tensor, keep: Tensor) -> Tensor:

@@ -9,33 +9,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import Optimizer
 
 from gpt12.errors import UserError
-from gpt12.optimizer import Optimizer, divide_gradients
+from gpt12.settings import TrainConfig
 
 
-class AdamW8bit(Optimizer):
-    """torchao's AdamW8bit behind the interface of gpt12/optimizer.py."""
-
-    def __init__(self, groups: list[dict[str, Any]], lr: Tensor, betas: tuple[float, float]):
-        """groups: dictionaries with "params" and "weight_decay"."""
-        try:
-            from torchao.optim import AdamW8bit as TorchaoAdamW8bit
-        except ImportError:
-            raise UserError("optimizer=adamw8bit needs torchao: pip install torchao") from None
-        parameters: list[nn.Parameter] = []
-        for group in groups:
-            parameters += group["params"]
-        super().__init__(parameters, lr)
-        self.inner = TorchaoAdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)
-        self.state = self.inner.state
-
-    def step(self, divide_by: Tensor, skip: Tensor) -> None:
-        """Update. A skipped update leaves the weights, but decays the moments."""
-        divide_gradients(self.parameters, divide_by, skip)
-        self.lr.mul_(1 - skip)  # the training step sets it anew before the next update
-        self.inner.step()
+def adamw8bit(
+    groups: list[dict[str, Any]], lr: Tensor | float, config: TrainConfig
+) -> list[Optimizer]:
+    """Return torchao's AdamW8bit."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise UserError("optimizer=adamw8bit needs torchao: pip install torchao") from None
+    betas = (config.beta1, config.beta2)
+    return [AdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)]
 
 
 def is_8bit(value: Any) -> bool:

@@ -1,58 +1,78 @@
-"""What a training step and a checkpoint expect of an optimizer.
+"""The optimizers that --optimizer can name, and what the training step may ask of each.
 
-There are three: AdamW in train.py, Muon in gpt12/muon.py, and AdamW with 8-bit state in
-gpt12/optim8bit.py. They are not subclasses of torch.optim.Optimizer, because its constructor
-imports torch's compiler, which takes seconds.
+Each is a torch.optim.Optimizer. To add one, add an entry to OPTIMIZERS, for example:
+
+    "sgd": Entry(lambda groups, lr, config: [SGD(groups, lr, momentum=config.beta1)])
+
+The groups are those of train.py: "params", "weight_decay", and "stacked" for the matrices of the
+blocks. A checkpoint saves the tensors in the optimizer's `state` by their names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from gpt12.errors import UserError
+from gpt12.muon import Muon
+from gpt12.optim8bit import adamw8bit
+from gpt12.settings import TrainConfig
+
+Groups = list[dict[str, Any]]
 
 
-class Optimizer:
-    """Base class of the optimizers. A subclass implements `step`.
+@dataclass(frozen=True)
+class Entry:
+    """How an optimizer is built, and what it can do.
 
-    parameters: what this optimizer updates.
-    lr: the learning rate as a tensor of one number on the device. All optimizers of a run share it:
-        a recorded CUDA graph reads the new value from it.
-    state: for each parameter its tensors by name, for example {"exp_avg": ...}. The checkpoint
-        saves exactly these, so every value has to be a tensor (or torchao's 8-bit tensor, which
-        gpt12/optim8bit.py takes apart). An optimizer that computes several parameters as one stack
-        keeps the stack's state under its first parameter, as Muon does.
+    on_device: it can divide the gradients and skip an update by tensors on the device, so that
+    nothing waits for the device. step() divides by the tensor in its attribute `grad_scale`, and
+    changes nothing if `found_inf` is 1. Its learning rate is one float32 tensor. Without it the
+    host divides the gradients, leaves out the step that is skipped, and writes the rate.
+    recordable: its step asks the device for nothing, so that a CUDA graph can hold it.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: Tensor):
-        self.parameters = parameters
-        self.lr = lr
-        self.state: dict[Tensor, dict[str, Any]] = {}
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Return the parameters in the form that torch's GradScaler asks for."""
-        return [{"params": self.parameters}]
-
-    def step(self, divide_by: Tensor, skip: Tensor) -> None:
-        """Update the parameters from their gradients.
-
-        divide_by: a number by which all gradients are divided first (clipping).
-        skip: 1.0 if the parameters and the state must stay as they are, because a gradient is not
-        finite; else 0.0. (AdamW8bit keeps its parameters only: torchao's moments still decay.)
-        Both are tensors on the device, so that nothing waits for it.
-        """
-        raise NotImplementedError
+    build: Callable[[Groups, Tensor | float, TrainConfig], list[Optimizer]]
+    on_device: bool = False
+    recordable: bool = False
 
 
-def divide_gradients(parameters: list[nn.Parameter], divide_by: Tensor, skip: Tensor) -> None:
-    """Divide the gradients in place, and set them to zero if the update is skipped.
+def adamw(groups: Groups, lr: Tensor | float, config: TrainConfig) -> list[Optimizer]:
+    """Return AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101, algorithm 2) as one kernel."""
+    device = groups[0]["params"][0].device
+    # Apple's fused kernel ignores grad_scale and found_inf.
+    fused = device.type != "mps"
+    # The step counts lie on the GPU, as a CUDA graph needs.
+    capturable = device.type == "cuda"
+    betas = (config.beta1, config.beta2)
+    return [AdamW(groups, lr, betas, fused=fused, capturable=capturable)]
 
-    For optimizers that cannot divide while they read the gradients. Zeros alone do not skip an
-    update: momentum and weight decay still act. So the caller makes the step itself 0, too.
-    """
-    for parameter in parameters:
-        if parameter.grad is not None:
-            divided = parameter.grad / divide_by
-            parameter.grad.copy_(torch.where(skip > 0, 0.0, divided))
+
+def muon(groups: Groups, lr: Tensor | float, config: TrainConfig) -> list[Optimizer]:
+    """Return Muon for the matrices of the blocks and AdamW for the rest."""
+    matrices = [group for group in groups if "stacked" in group]
+    rest = [group for group in groups if "stacked" not in group]
+    if not matrices:  # with LoRA they are frozen
+        return adamw(rest, lr, config)
+    return [Muon(matrices, lr, momentum=config.beta1), *adamw(rest, lr, config)]
+
+
+OPTIMIZERS = {
+    "adamw": Entry(adamw, on_device=True, recordable=True),
+    "muon": Entry(muon, on_device=True, recordable=True),
+    "adamw8bit": Entry(adamw8bit),
+}
+
+
+def find_optimizer(name: str) -> Entry:
+    """Return the entry with this name, or raise UserError."""
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    near = get_close_matches(name, OPTIMIZERS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UserError(f"optimizer={name} is not one of {', '.join(OPTIMIZERS)}.{hint}")

@@ -100,7 +100,6 @@ Device = Literal["auto", "cpu", "mps", "cuda"] | CudaDevice
 Layers = Literal["all"] | LayerList
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Switch = Literal["auto"] | bool
-OptimizerName = Literal["adamw", "muon", "adamw8bit"]
 Recompute = Literal["auto", "none", "pointwise", "block"]
 
 

@@ -19,7 +19,6 @@ from gpt12.option_types import (
     FullShare,
     Layers,
     OpenShare,
-    OptimizerName,
     Positive,
     Prompt,
     Recompute,
@@ -123,7 +122,7 @@ class TrainConfig(Settings):
     )
     bias: bool = option(False, "Whether Linear and LayerNorm layers have biases, as GPT-2's do.")
 
-    optimizer: OptimizerName = option(
+    optimizer: Text = option(
         "adamw",
         "How weights are updated. muon is for the blocks' matrices, with adamw for the rest; "
         "adamw8bit takes less memory.",

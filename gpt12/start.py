@@ -17,6 +17,7 @@ from gpt12.device import Machine
 from gpt12.distributed import torchrun_ranks
 from gpt12.errors import UserError
 from gpt12.new_model import new_model
+from gpt12.optimizer import find_optimizer
 from gpt12.run_folder import REPOSITORY, is_run, read_run
 from gpt12.settings import TrainConfig
 from gpt12.shape import MODEL_KEYS, model_shape
@@ -92,6 +93,7 @@ def read_request(argv: list[str]) -> Request:
         config = _with_data_of_the_run(config, given)
         request = Request(config, given, advice=_advise_a_preset(config, reading, argv))
     _check_ranks(request.config)
+    find_optimizer(request.config.optimizer)  # or UserError
     return request
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gpt12 import optim8bit
 from gpt12.device import Machine
-from gpt12.optimizer import Optimizer
 from model import GPT
 
 
@@ -34,8 +34,9 @@ class TrainerState:
     def owner(self, parameter: Tensor) -> Optimizer:
         """Return the optimizer that updates a parameter."""
         for optimizer in self.optimizers:
-            if any(parameter is p for p in optimizer.parameters):
-                return optimizer
+            for group in optimizer.param_groups:
+                if any(parameter is p for p in group["params"]):
+                    return optimizer
         raise KeyError("no optimizer updates this parameter")
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim import AdamW
 
 from gpt12.lora import add_lora
 from gpt12.muon import Muon, neuron_scale, orthogonalize
 from tests.helpers import fill, random_rows, small_gpt, small_step
-from train import AdamW
 
 
 def test_orthogonalize_brings_all_singular_values_near_one_and_keeps_the_singular_vectors():
@@ -33,6 +33,24 @@ def test_after_four_iterations_singular_values_lie_where_the_docstring_says():
     assert out[:, 0, 0].max() < 1.21
 
 
+def matrices(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Return the parameters of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def make_step(optimizer: Muon, divide_by: float = 1.0, skip: float = 0.0) -> None:
+    """Update with the attributes that the training step sets."""
+    optimizer.grad_scale = torch.tensor(divide_by)
+    optimizer.found_inf = torch.tensor(skip)
+    optimizer.step()
+
+
+def of_one(parameter: nn.Parameter, stacked: tuple[int, ...] = (8, 8, 8)) -> Muon:
+    """Return a Muon of one stacked parameter."""
+    group = {"params": [parameter], "weight_decay": 0.1, "stacked": stacked}
+    return Muon([group], torch.tensor(1e-2), momentum=0.9)
+
+
 def split(matrix: torch.Tensor) -> list[torch.Tensor]:
     """Return query, key and value of a stacked matrix, or the matrix itself."""
     return list(matrix.chunk(3)) if len(matrix) == 24 else [matrix]
@@ -49,9 +67,9 @@ def test_without_scaled_neurons_the_update_is_that_of_torchs_muon_on_each_matrix
     step = small_step(optimizer="muon", weight_decay=0.1, grad_clip=0.0)
     muon = step.optimizers[0]
     assert isinstance(muon, Muon)
-    shapes = sorted({tuple(p.shape) for p in muon.parameters})
+    shapes = sorted({tuple(p.shape) for p in matrices(muon)})
     assert shapes == [(8, 8), (8, 32), (24, 8), (32, 8)]
-    theirs = [part.detach().clone() for p in muon.parameters for part in split(p)]
+    theirs = [part.detach().clone() for p in matrices(muon) for part in split(p)]
     theirs = [nn.Parameter(part) for part in theirs]
     torch_muon = torch.optim.Muon(
         theirs,
@@ -62,22 +80,22 @@ def test_without_scaled_neurons_the_update_is_that_of_torchs_muon_on_each_matrix
         ns_steps=4,
         eps=1e-7,
     )
-    muon.lr.fill_(1e-2)
+    step.lr.fill_(1e-2)
     for seed in (1, 2):
         torch.manual_seed(seed)
-        for p in muon.parameters:
+        for p in matrices(muon):
             # Far from singular, where torch's bf16 would amplify its rounding; q, k, v of unlike
             # sizes, each of which has to count as much as the others.
             gradients = []
             for i, part in enumerate(split(p)):
                 gradients.append(nn.init.orthogonal_(torch.empty_like(part)) * 9.0**i)
             p.grad = torch.cat(gradients)
-        gradients = [part for p in muon.parameters for part in split(p.grad)]
+        gradients = [part for p in matrices(muon) for part in split(p.grad)]
         for p, gradient in zip(theirs, gradients, strict=True):
             p.grad = gradient.clone()
-        muon.step(divide_by=torch.ones(()), skip=torch.zeros(()))
+        make_step(muon)
         torch_muon.step()
-    ours = [part for p in muon.parameters for part in split(p)]
+    ours = [part for p in matrices(muon) for part in split(p)]
     for a, b in zip(ours, theirs, strict=True):
         # torch's works in bf16; the two updates moved each number by up to 2e-2.
         assert (a - b).abs().max() < 4e-4
@@ -111,9 +129,9 @@ def test_a_step_moves_the_weights_by_a_fifth_of_the_rate():
     """In the root of the mean square, as AdamW does; decay comes on top."""
     step = small_step(optimizer="muon", weight_decay=0.0, grad_clip=0.0)
     muon = step.optimizers[0]
-    before = [p.detach().clone() for p in muon.parameters]
+    before = [p.detach().clone() for p in matrices(muon)]
     step(1e-2, fill(step, *random_rows()))
-    for old, p in zip(before, muon.parameters, strict=True):
+    for old, p in zip(before, matrices(muon), strict=True):
         for moved in split(p.detach() - old):
             assert moved.square().mean().sqrt().item() == pytest.approx(0.2 * 1e-2, rel=1e-3)
 
@@ -135,8 +153,8 @@ def test_embeddings_norms_and_biases_are_left_to_adamw():
     muon, adamw = step.optimizers
     assert isinstance(adamw, AdamW)
     names = {p: name for name, p in step.model.named_parameters()}
-    rest = {names[p] for p in adamw.parameters}
-    assert {names[p] for p in muon.parameters} | rest == set(names.values())
+    rest = {names[p] for p in matrices(adamw)}
+    assert {names[p] for p in matrices(muon)} | rest == set(names.values())
     for name in rest:
         assert "wte" in name or "wpe" in name or "ln_" in name or name.endswith("bias")
 
@@ -162,15 +180,15 @@ def test_the_result_is_near_the_polar_factor_in_float64_and_in_bfloat16():
 
 def test_a_skipped_update_leaves_weights_and_momentum_bit_by_bit():
     parameter = nn.Parameter(torch.randn(24, 8))
-    muon = Muon([parameter], [3], torch.tensor(1e-2), momentum=0.9, weight_decay=0.1)
+    muon = of_one(parameter)
     parameter.grad = torch.randn(24, 8)
-    muon.step(divide_by=torch.ones(()), skip=torch.zeros(()))
+    make_step(muon)
     weights = parameter.detach().clone()
     state = {key: value.clone() for key, value in muon.state[parameter].items()}
     assert set(state) == {"momentum", "mean_square"}
     for value in (float("nan"), float("inf"), 1.0):
         parameter.grad = torch.full((24, 8), value)
-        muon.step(divide_by=torch.tensor(value), skip=torch.ones(()))
+        make_step(muon, value, skip=1.0)
         assert torch.equal(parameter, weights)
         for key, value in muon.state[parameter].items():
             assert torch.equal(value, state[key])
@@ -179,9 +197,9 @@ def test_a_skipped_update_leaves_weights_and_momentum_bit_by_bit():
 def test_a_skipped_first_update_changes_nothing():
     parameter = nn.Parameter(torch.randn(24, 8))
     before = parameter.detach().clone()
-    muon = Muon([parameter], [3], torch.tensor(1e-2), momentum=0.9, weight_decay=0.1)
+    muon = of_one(parameter)
     parameter.grad = torch.full((24, 8), float("nan"))
-    muon.step(divide_by=torch.tensor(float("nan")), skip=torch.ones(()))
+    make_step(muon, float("nan"), skip=1.0)
     assert torch.equal(parameter, before)
     assert not muon.state[parameter]["momentum"].any()
     assert not muon.state[parameter]["mean_square"].any()
@@ -189,11 +207,29 @@ def test_a_skipped_first_update_changes_nothing():
 
 def test_a_run_from_before_neurons_were_scaled_goes_on_with_its_momentum():
     parameter = nn.Parameter(torch.randn(24, 8))
-    muon = Muon([parameter], [3], torch.tensor(1e-2), momentum=0.9, weight_decay=0.1)
+    muon = of_one(parameter)
     momentum = torch.randn(3, 8, 8)
     muon.state[parameter] = {"momentum": momentum.clone()}
     parameter.grad = torch.randn(24, 8)
-    muon.step(divide_by=torch.ones(()), skip=torch.zeros(()))
+    make_step(muon)
     expected = 0.9 * momentum + 0.1 * parameter.grad.view(3, 8, 8)
-    assert torch.allclose(muon.state[parameter]["momentum"], expected, atol=1e-6)
+    found = muon.state[parameter]["momentum"]
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert found.shape == (3, 8, 8)
     assert parameter.isfinite().all()
+
+
+def test_stacked_matrices_of_unequal_height_move_as_if_each_were_alone():
+    """As in grouped-query attention: fewer rows for keys and values than for queries."""
+    torch.manual_seed(1)
+    whole = nn.Parameter(torch.randn(16, 8))
+    parts = [nn.Parameter(part.clone()) for part in whole.detach().split((8, 4, 4))]
+    together = of_one(whole, (8, 4, 4))
+    alone = [of_one(part, ()) for part in parts]
+    for _ in range(3):
+        whole.grad = torch.randn(16, 8)
+        make_step(together)
+        for part, muon, gradient in zip(parts, alone, whole.grad.split((8, 4, 4)), strict=True):
+            part.grad = gradient.clone()
+            make_step(muon)
+    assert torch.allclose(whole, torch.cat(parts), atol=1e-6)
