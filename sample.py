@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ import torch
 
 from data.texts import add_ending, chat_pieces, ending_of_template, is_our_chat_template
 from data.tokenizers import END_OF_TEXT, from_meta, get_tokenizer, load_tokenizer
-from gpt12 import config_loader
 from gpt12.cards import CARDS
 from gpt12.checkpoint import find_checkpoint
+from gpt12.config import load_config
 from gpt12.device import Machine, open_machine
 from gpt12.errors import UserError, run_main
 from gpt12.generate import Sampling, decode_bytes, store_by_columns, stream
@@ -42,9 +42,9 @@ DATA = Path(__file__).parent / "data"
 
 
 def main() -> None:
-    config, given = config_loader.load(SampleConfig, sys.argv[1:])
+    config, given = load_config(SampleConfig, sys.argv[1:])
     if config.temperature == 0 and "num_samples" not in given:
-        config.num_samples = 1  # greedy samples are all the same
+        config = replace(config, num_samples=1)  # greedy samples are all the same
     prompt = ""
     if "start" in given or not config.interactive:
         prompt = read_prompt(config.start)

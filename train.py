@@ -44,12 +44,18 @@ from gpt12.errors import UserError, run_main
 from gpt12.loader import Loader
 from gpt12.memory import out_of_memory_advice, ran_out_of_memory
 from gpt12.optimizer import find_optimizer
-from gpt12.run import Run, build_run, check_has_training_data, is_complete, lock_out_dir
+from gpt12.run import (
+    Run,
+    build_run,
+    check_has_training_data,
+    is_complete,
+    lock_out_dir,
+    read_request,
+)
 from gpt12.run_log import RunLog, perplexity
 from gpt12.saver import Saver
 from gpt12.settings import CONTEXT_PARTS, TrainConfig
 from gpt12.signals import StopSignal
-from gpt12.start import read_request
 from gpt12.targets import IGNORE_INDEX
 from gpt12.trainer_state import TrainerState, load_trainer_state
 from model import GPT, StackedLinear

@@ -6,9 +6,8 @@ The model     loss.py           output head and cross-entropy in chunks, its Tri
               generate.py       choosing tokens, key/value cache, decoding loop
 
 A run         settings.py       every key, its default and its description
-              config_loader.py  defaults, then config files, then --key=value
-              start.py          what a run starts from: configuration, weights, data
-              run.py            everything a run works with       shape.py   the model's shape
+              config.py         defaults, then config files, then --key=value; --help
+              run.py            what a run starts from, everything resolved
               new_model.py      a model without weights, or with random ones
               device.py         what "auto" becomes               memory.py  bytes of a step
               distributed.py    several processes                 signals.py Ctrl-C
@@ -27,6 +26,6 @@ bench.py      measure.py, measure_decoding.py, gpu_state.py, ladder.py, sweep.py
               bench_picture.py, bench_request.py
 
 Everywhere    errors.py (a user's mistakes), files.py (atomic writes), targets.py (ignored targets),
-              option_types.py and help_page.py (the settings' types and --help), terminal.py,
-              text_stream.py (whole characters and stop strings for sample.py), installed.py
+              terminal.py, installed.py,
+              text_stream.py (whole characters and stop strings for sample.py)
 """

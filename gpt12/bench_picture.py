@@ -9,7 +9,6 @@ from pathlib import Path
 from gpt12.measure import OutOfMemory, StepResult
 from gpt12.measure_decoding import DecodingResult
 from gpt12.settings import BenchConfig
-from gpt12.shape import SHAPE_KEYS
 from gpt12.sweep import swept_key
 from gpt12.terminal import say
 
@@ -59,7 +58,7 @@ def picture_title(
 
     A sweep over the model's shape has several models, which its labels tell.
     """
-    if swept_key(config) in (*SHAPE_KEYS, "init_from"):
+    if swept_key(config) in ("block_size", "n_layer", "n_head", "n_embd", "bias", "init_from"):
         return device
     sizes = {row.batch_size for row in steps}
     size = f"{config.block_size:,} tokens a sequence"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gpt12 import config_loader
+from gpt12.config import load_config, read
 from gpt12.distributed import torchrun_ranks
 from gpt12.errors import UserError
 from gpt12.settings import BenchConfig
@@ -44,9 +44,8 @@ class BenchRequest:
 
 def read_request(argv: Sequence[str]) -> BenchRequest:
     """Read the command line. Raises UserError for what cannot be measured."""
-    reading = config_loader.read(BenchConfig, argv)
-    config, given = reading.finish()
-    typed = {key for key in given if reading.sources[key] == config_loader.COMMAND_LINE}
+    config, given = load_config(BenchConfig, argv)
+    typed = set(read(BenchConfig, argv).typed)
     if config.init_from not in ("scratch", *GPT2_SHAPES):
         raise UserError(
             f"init_from={config.init_from}: only a model's shape matters here, so it must be "
@@ -90,8 +89,6 @@ def _measurements(config: BenchConfig) -> set[str]:
         names.add("sweep")
     if config.report:
         names |= {"step", "ladder", "sample"}
-    if config.batch_size == "auto":
-        names.add("find_batch")
     if config.compare != "none" and not config.sample:  # else generation is compared
         names.add("compare")
     return names or {"step"}

@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 
-for package in ("numpy", "torch", "safetensors", "tqdm"):
+for package in ("numpy", "torch", "pydantic", "safetensors", "tqdm"):
     if importlib.util.find_spec(package) is None:
         print(
             f"error: {package} is not installed: activate the environment, or "

@@ -14,8 +14,7 @@ from gpt12.device import Machine
 from gpt12.generate import Sampling, decode_bytes, generate, store_by_columns, stream
 from gpt12.measure import forget_last_measurement
 from gpt12.plan import card_of_machine
-from gpt12.settings import BenchConfig
-from gpt12.shape import model_shape
+from gpt12.settings import BenchConfig, model_shape
 from model import GPT
 
 BATCH_SIZES = (1, 4, 16, 64)  # texts that are written at once

@@ -16,8 +16,7 @@ from gpt12.device import Machine
 from gpt12.distributed import least_of_ranks
 from gpt12.errors import UserError
 from gpt12.loss import CHUNK_ROWS
-from gpt12.option_types import Recompute
-from gpt12.settings import TrainConfig
+from gpt12.settings import Recompute, TrainConfig
 from model import GPTConfig, Matrix, layer_matrices, parameter_count
 
 GIB = 2**30

@@ -21,9 +21,7 @@ from gpt12.gpu_state import MARGIN_GIB
 from gpt12.loss import CHUNK_ROWS
 from gpt12.memory import GIB, RECOMPUTE, step_memory, trained_parameters
 from gpt12.muon import NEWTON_SCHULZ_ITERATIONS
-from gpt12.option_types import Recompute
-from gpt12.settings import BenchConfig
-from gpt12.shape import model_shape
+from gpt12.settings import BenchConfig, Recompute, model_shape
 from model import GPTConfig, Matrix, layer_matrices
 
 # Fitted to measured steps of GPT-2 124M on an H200, which tests/test_plan.py lists.

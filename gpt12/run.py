@@ -1,27 +1,68 @@
-"""A training run: everything that it works with, built from what the user asked for."""
+"""What a training run starts from: settings, weights, data and machine, checked and resolved.
+
+    read_request()   what the user asked for; of a resumed run, with what it saved
+    build_run()      data, weights, machine; resolve() decides every key that follows from others
+
+run.json keeps both: `requested` and `given` as the user said it, `config` as it became.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass, replace
+import shlex
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from data.dataset import Dataset, check_exists, open_dataset
 from data.windows import EvalWindows, TrainWindows
+from gpt12 import lora
 from gpt12.checkpoint import Progress, find_checkpoint
+from gpt12.config import REPOSITORY, Reading, Said, check, merge, read
 from gpt12.device import Machine, open_machine
-from gpt12.distributed import is_rank_0, rank_0_first
+from gpt12.distributed import is_rank_0, rank_0_first, torchrun_ranks
 from gpt12.errors import UserError
-from gpt12.memory import check_memory, choose_batch_size
-from gpt12.run_folder import lock_run
-from gpt12.settings import CONTEXT_PARTS, TrainConfig
-from gpt12.shape import with_shape
-from gpt12.start import Request, is_worth_compiling, load_start, model_for_data, prepare_model
-from model import GPT, GPTConfig
+from gpt12.memory import check_memory
+from gpt12.new_model import new_model
+from gpt12.optimizer import find_optimizer
+from gpt12.run_folder import is_run, lock_run, read_run
+from gpt12.settings import CONTEXT_PARTS, REPLACES, TrainConfig, model_shape, with_shape
+from gpt12.weights import find_pretrained, from_pretrained
+from model import GPT, GPTConfig, flops_per_token
+
+# compile=auto: a run with fewer operations than this is over before compiling has paid off.
+COMPILE_FROM_FLOPS = 6e15
+# A core does about this many operations a second in float32; only used to warn before a very long
+# run.
+CPU_FLOPS_PER_CORE = 25e9
+LONG_RUN_HOURS = 2
+# What a resumed run cannot change, because its weights or its optimizer's state depend on it.
+CAN_CHANGE_SHAPE = ("block_size", "dropout", "vocab_size")
+MODEL_KEYS = tuple(key.name for key in fields(GPTConfig) if key.name not in CAN_CHANGE_SHAPE)
+FIXED_ON_RESUME = (*MODEL_KEYS, "lora_rank", "lora_alpha", "optimizer", "val_fraction")
+# What a run fitted into the memory that there was. A resumed run goes on with it.
+MEMORY_KEYS = ("batch_size", "gradient_accumulation_steps", "recompute")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, now or when a resumed run began."""
+
+    config: TrainConfig  # nothing is resolved, except what a resumed run keeps
+    asked: dict[str, Any]  # every key as the user asked for it, for run.json
+    given: frozenset[str]  # the keys that the user set
+    saved: dict[str, Any] | None = None  # run.json, if a run is resumed
+    notes: list[str] = field(default_factory=list)
+    advice: str = ""  # to add where the data set is not prepared
+
+    @property
+    def resumed(self) -> bool:
+        """Tell whether an earlier run goes on."""
+        return self.saved is not None
 
 
 @dataclass(frozen=True)
@@ -29,7 +70,7 @@ class Run:
     """Everything that a run works with. Nothing in it changes but the progress and the weights."""
 
     request: Request  # what the user asked for
-    config: TrainConfig  # the same; dtype, batch_size, recompute, max_iters are decided
+    config: TrainConfig  # the same with every key decided
     out_dir: Path
     machine: Machine
     model: GPT
@@ -42,7 +83,7 @@ class Run:
     @property
     def windows_per_step(self) -> int:
         """Return the number of windows in a step, over all micro-batches and ranks."""
-        return int(self.config.batch_size) * self.config.gradient_accumulation_steps
+        return self.config.batch_size * self.config.gradient_accumulation_steps
 
     @property
     def train_windows(self) -> TrainWindows:
@@ -57,21 +98,171 @@ class Run:
         return EvalWindows(self.dataset.train, self.config.block_size)
 
 
+# --------------------------------------------------------------------------------------------------
+# What the user asked for
+
+
+def read_request(argv: list[str]) -> Request:
+    """Read the command line and the config files. Without arguments: Shakespeare, on any machine.
+
+    Raises UserError with every mistake found.
+    """
+    if not argv:
+        preset = _preset_for_this_machine()
+        if is_rank_0():
+            print(f"no preset given: using {preset}, which suits this machine (--help: others)")
+        argv = [str(REPOSITORY / preset)]
+    reading = read(TrainConfig, argv)
+    said = reading.all()
+    init_from = said.get("init_from")
+    if init_from is not None and init_from.value == "resume":
+        request = _resume(reading)
+    else:
+        config = check(TrainConfig, said, set(said), reading.problems)
+        config = _with_data_of_the_run(config, set(said))
+        advice = _advise_a_preset(config, reading, argv)
+        request = Request(config, asdict(config), frozenset(said), advice=advice)
+    _check_ranks(request.config)
+    find_optimizer(request.config.optimizer)  # or UserError
+    return request
+
+
+def _preset_for_this_machine() -> str:
+    size = "char" if torch.cuda.is_available() else "cpu"
+    return f"config/train_shakespeare_{size}.py"
+
+
+def _with_data_of_the_run(config: TrainConfig, given: set[str]) -> TrainConfig:
+    """Let --eval_only measure a run on its own data set, unless another one is given."""
+    folder = Path(config.init_from)
+    if not config.eval_only or "dataset" in given or not is_run(folder):
+        return config
+    saved = read_run(folder)["config"]
+    own = {}
+    for key in ("dataset", "tokenizer", "val_fraction", "text_column"):
+        if key in saved and key not in given:
+            own[key] = saved[key]
+    return replace(config, **own)
+
+
+def _advise_a_preset(config: TrainConfig, reading: Reading, argv: list[str]) -> str:
+    """Return advice for somebody who changes a key but names neither preset nor data.
+
+    As in nanoGPT that means GPT-2 on OpenWebText, which few people have.
+    """
+    if reading.files or "dataset" in reading.typed or config.init_from != "scratch":
+        return ""
+    return (
+        "You gave no preset. To change a key of the first run, name its preset: "
+        f"python train.py {_preset_for_this_machine()} {shlex.join(argv)}"
+    )
+
+
+def _check_ranks(config: TrainConfig) -> None:
+    """Refuse a number of micro-batches that cannot be shared equally."""
+    world = torchrun_ranks().world
+    rest = config.gradient_accumulation_steps % world
+    if rest:
+        near = config.gradient_accumulation_steps + world - rest
+        raise UserError(
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not a multiple "
+            f"of {world} ranks: pass --gradient_accumulation_steps={near}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Resuming: the run's settings, then the keys that are typed. A config file changes nothing.
+
+
+def _resume(reading: Reading) -> Request:
+    """Return the saved request of the run in out_dir, changed by the keys that are typed now."""
+    now = check(TrainConfig, reading.all(), set(), reading.problems)  # its values may be wrong
+    out_dir = Path(now.out_dir)
+    saved = read_run(out_dir)
+    where = ("init_from", "out_dir")  # they only say which run
+    typed = {key: said for key, said in reading.typed.items() if key not in where}
+    _refuse_fixed_keys(now, set(typed), saved)
+    asked = _asked_before(saved, out_dir)
+    start = dict(asked)
+    kept = ["dtype"]  # another precision would be another run
+    if not typed.keys() & set(MEMORY_KEYS):
+        kept += MEMORY_KEYS
+    for key in kept:
+        if key in saved["config"]:
+            start[key] = saved["config"][key]
+    before = {}
+    for key, value in start.items():
+        before[key] = Said(value, f"{out_dir / 'run.json'}: {key}={value!r}")
+    # An older program did not note what was given; it took warmup_iters as it was.
+    given = set(saved.get("given", ["warmup_iters"]))
+    given = (given - {REPLACES.get(key) for key in typed}) | typed.keys()
+    # The folder may have been renamed, and run.json may be from somebody else's machine.
+    before["out_dir"] = Said(str(out_dir), "")
+    config = check(TrainConfig, merge(before, typed), given)
+    asked |= {key: getattr(config, key) for key in ("out_dir", "max_iters", "num_epochs", *typed)}
+    notes = []
+    for key, said in reading.files.items():
+        if key not in (*where, *typed) and getattr(now, key) != asked[key]:
+            notes.append(f"{said.words} does not count: this run has {key}={asked[key]}")
+    if notes:
+        notes.append("a resumed run keeps its settings; type a key, as --KEY=VALUE, to change it")
+    return Request(config, asked, frozenset(given), saved, notes)
+
+
+def _refuse_fixed_keys(now: TrainConfig, typed: set[str], saved: dict[str, Any]) -> None:
+    """Refuse typed keys that would need other weights or another state of the optimizer."""
+    fixed = list(FIXED_ON_RESUME)
+    if saved["config"].get("optimizer") == "adamw8bit":
+        fixed.append("block_size")  # an 8-bit state cannot be cut to fewer positions
+    for key in fixed:
+        value = getattr(now, key)
+        if key in typed and value != saved["config"].get(key):
+            raise UserError(
+                f"{key}={value}, but the run in {now.out_dir} has {saved['config'].get(key)}: "
+                f"leave --{key} out, or start a new run"
+            )
+
+
+def _asked_before(saved: dict[str, Any], out_dir: Path) -> dict[str, Any]:
+    """Return every key of today as the user asked for it when the run began.
+
+    Programs of earlier versions had more keys, and "auto" for some that have no such value now.
+    """
+    config = saved["config"]
+    for key, neutral in (("lora_dropout", 0), ("lora_targets", "all")):
+        if config.get(key, neutral) != neutral:
+            raise UserError(
+                f"the run in {out_dir} has {key}={config[key]}, which this version cannot train. "
+                f"Start a new run from its model: --init_from={out_dir / 'best'}"
+            )
+    asked = asdict(TrainConfig())
+    for key in asked:
+        value = saved.get("requested", {}).get(key, config.get(key, asked[key]))
+        if value == "auto" and key in MEMORY_KEYS:
+            value = config[key]
+        if value != "auto" or key != "save_interval_s":
+            asked[key] = value
+    return asked
+
+
+# --------------------------------------------------------------------------------------------------
+# The run
+
+
 def build_run(request: Request) -> Run:
     """Open the data, load or make the model, choose the machine; decide what depends on these."""
     config = request.config
-    out_dir = Path(config.out_dir)
     torch.manual_seed(config.seed)  # all ranks draw the same initial weights
     progress = Progress()
     checkpoint = None
     if request.resumed:
-        checkpoint, state = find_checkpoint(out_dir, ("last",))
+        checkpoint, state = find_checkpoint(Path(config.out_dir), ("last",))
         progress = Progress.from_trainer_json(state)
 
     check_exists(config.dataset)
     loaded, tokenizer = load_start(request, checkpoint)
     if loaded is not None:
-        config = replace(config, block_size=loaded.config.block_size)
+        config = with_shape(config, loaded.config)
     try:
         dataset = open_data(config, tokenizer)
     except UserError as error:
@@ -82,6 +273,7 @@ def build_run(request: Request) -> Run:
         _forget_best_on_other_data(request, dataset, progress)
     model = model_for_data(loaded, tokenizer, dataset, config)
 
+    config = resolve(config, request, dataset)
     machine = open_machine(
         config.device,
         config.dtype,
@@ -90,21 +282,19 @@ def build_run(request: Request) -> Run:
         long=is_worth_compiling(model.config, config),
         deterministic=config.deterministic,
     )
-    config = _resolve(config, model.config, dataset, machine)
-    _check_short_context(config)
-    config = choose_batch_size(model.config, config, machine)
+    dtype = str(machine.dtype).removeprefix("torch.")
+    config = replace(config, dtype=dtype)  # type: ignore[arg-type]
     check_memory(model.config, config, machine)
-    config = _count_epochs(config, dataset)
     prepare_model(model, config, machine)
 
     val_windows = EvalWindows(dataset.val, config.block_size)
-    eval_count = config.eval_iters * int(config.batch_size)
+    eval_count = config.eval_iters * config.batch_size
     if eval_count == 0 or eval_count > val_windows.count:
         eval_count = val_windows.count
     return Run(
         request=request,
         config=config,
-        out_dir=out_dir,
+        out_dir=Path(config.out_dir),
         machine=machine,
         model=model,
         dataset=dataset,
@@ -112,6 +302,46 @@ def build_run(request: Request) -> Run:
         eval_count=eval_count,
         progress=progress,
         checkpoint=checkpoint,
+    )
+
+
+def resolve(config: TrainConfig, request: Request, dataset: Dataset) -> TrainConfig:
+    """Return the configuration with every key that follows from others, or from the data, decided.
+
+    config: with the shape of the model. dtype is decided by open_machine.
+    """
+    if config.short_context_share > 0 and config.block_size % CONTEXT_PARTS != 0:
+        raise UserError(
+            f"short_context_share={config.short_context_share} cuts a sequence into "
+            f"{CONTEXT_PARTS} parts, but block_size={config.block_size} is not a multiple of "
+            f"{CONTEXT_PARTS}: choose another --block_size, or --short_context_share=0"
+        )
+    max_iters = config.max_iters
+    if config.num_epochs > 0 and dataset.train is not None:
+        per_epoch = TrainWindows(dataset.train, config.block_size, config.seed).per_epoch
+        per_step = config.batch_size * config.gradient_accumulation_steps
+        max_iters = math.ceil(config.num_epochs * per_epoch / per_step)
+    lr_decay_iters = max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    warmup_iters = config.warmup_iters
+    if "warmup_iters" not in request.given and not config.eval_only:
+        warmup_iters = min(warmup_iters, min(max_iters, lr_decay_iters) // 10)
+        if warmup_iters < config.warmup_iters and config.decay_lr:
+            request.notes.append(
+                f"warmup_iters={warmup_iters}, a tenth of the steps, because it was not set"
+            )
+    min_lr = config.min_lr
+    if config.decay_lr and "min_lr" not in request.given and min_lr > config.learning_rate:
+        min_lr = config.learning_rate / 10
+    lora_alpha = config.lora_alpha
+    if config.lora_rank and lora_alpha is None:
+        lora_alpha = 2.0 * config.lora_rank
+    return replace(
+        config,
+        max_iters=max_iters,
+        lr_decay_iters=lr_decay_iters,
+        warmup_iters=warmup_iters,
+        min_lr=min_lr,
+        lora_alpha=lora_alpha,
     )
 
 
@@ -126,40 +356,6 @@ def open_data(config: TrainConfig, tokenizer: Any) -> Dataset:
             text_column=config.text_column,
             block_size=config.block_size,
         )
-
-
-def _resolve(
-    config: TrainConfig, shape: GPTConfig, dataset: Dataset, machine: Machine
-) -> TrainConfig:
-    """Return the configuration with the model's real shape, the chosen dtype, and LoRA's scale."""
-    lora_alpha = config.lora_alpha
-    if config.lora_rank and lora_alpha is None:
-        lora_alpha = 2.0 * config.lora_rank
-    config = with_shape(config, shape)
-    return replace(
-        config,
-        dtype=str(machine.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-        lora_alpha=lora_alpha,
-    )
-
-
-def _check_short_context(config: TrainConfig) -> None:
-    """Refuse a sequence that cannot be cut into parts of equal length."""
-    if config.short_context_share > 0 and config.block_size % CONTEXT_PARTS != 0:
-        raise UserError(
-            f"short_context_share={config.short_context_share} cuts a sequence into "
-            f"{CONTEXT_PARTS} parts, but block_size={config.block_size} is not a multiple of "
-            f"{CONTEXT_PARTS}: choose another --block_size, or --short_context_share=0"
-        )
-
-
-def _count_epochs(config: TrainConfig, dataset: Dataset) -> TrainConfig:
-    """Return the configuration with max_iters set from num_epochs, if that is given."""
-    if config.num_epochs == 0 or dataset.train is None:
-        return config
-    per_epoch = TrainWindows(dataset.train, config.block_size, config.seed).per_epoch
-    per_step = int(config.batch_size) * config.gradient_accumulation_steps
-    return replace(config, max_iters=math.ceil(config.num_epochs * per_epoch / per_step))
 
 
 def _forget_best_on_other_data(request: Request, dataset: Dataset, progress: Progress) -> None:
@@ -214,3 +410,195 @@ def is_complete(run: Run) -> bool:
             f"--max_iters={2 * progress.step}"
         )
     return True
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights
+
+
+def load_start(request: Request, last: Path | None) -> tuple[GPT | None, Any]:
+    """Load the model to start from, and its tokenizer if it has one.
+
+    last: the checkpoint of a run that is resumed.
+    Returns (None, None) for a model from scratch, whose vocabulary comes from the data. The model
+    is on the CPU.
+    """
+    from data.tokenizers import load_tokenizer
+
+    config = request.config
+    source = _source(config, last)
+    if source is None:
+        return None, None
+    crop = last is not None or "block_size" in request.given
+    block_size = config.block_size if crop else None
+    model = from_pretrained(source, block_size, config.dropout)
+    if last is not None and source != last:
+        _check_base(model, last, config)
+    # A tokenizer may lie beside nanoGPT's ckpt.pt, which holds none itself.
+    tokenizer = load_tokenizer(source if source.is_dir() else source.parent)
+    return model, tokenizer
+
+
+def _source(config: TrainConfig, last: Path | None) -> Path | None:
+    """Return the folder or file with the weights, None for a model from scratch."""
+    # LoRA resumes from the base model, whose weights it does not change; its adapters are loaded
+    # later.
+    if last is not None and (not config.lora_rank or config.eval_only):
+        return last
+    if config.init_from == "scratch":
+        if config.lora_rank:
+            raise UserError(
+                "lora_rank with init_from=scratch: LoRA adapts a trained model, name one with "
+                "--init_from="
+            )
+        return None
+    source = Path(config.init_from)
+    out_dir = Path(config.out_dir).resolve()
+    inside = out_dir in (source.resolve(), *source.resolve().parents)
+    if last is None and config.lora_rank and inside:
+        raise UserError(
+            f"init_from={source} is inside out_dir={config.out_dir}, whose files this run replaces."
+            " A LoRA run needs its base model when it is resumed: choose another --out_dir="
+        )
+    if is_run(source):
+        return find_checkpoint(source, ("best", "last"))[0]
+    if source.suffix == ".pt":
+        return source
+    return find_pretrained(config.init_from)
+
+
+def _check_base(model: GPT, last: Path, config: TrainConfig) -> None:
+    """Refuse to resume adapters on another base model.
+
+    Adapters never change the position embedding, so the base can be recognized by it.
+    """
+    import safetensors
+
+    with safetensors.safe_open(last / "model.safetensors", framework="pt") as content:
+        then = content.get_tensor("transformer.wpe.weight").float()
+    now = model.transformer.wpe.weight.detach()
+    rows = min(len(then), len(now))  # resuming may have made block_size smaller
+    same = then.size(1) == now.size(1)
+    # The checkpoint may be in 16 bits.
+    if not same or not torch.allclose(then[:rows], now[:rows], rtol=1e-2, atol=1e-6):
+        raise UserError(
+            f"{config.init_from}, the base model of the adapters in {config.out_dir}, has other "
+            "weights now. Restore it, or start a new run from the merged model: "
+            f"--init_from={last}"
+        )
+
+
+def model_for_data(model: GPT | None, tokenizer: Any, dataset: Dataset, config: TrainConfig) -> GPT:
+    """Return the loaded model after checking that the data fit it, or a new one for the data.
+
+    Raises UserError if the data were made with another tokenizer than the model's.
+    """
+    if model is None:
+        return new_model(model_shape(config, dataset.vocab_size))
+    other_tokenizer = (
+        tokenizer is not None
+        and dataset.tokenizer is not None
+        and tokenizer.sha256 != dataset.tokenizer.sha256
+    )
+    if other_tokenizer or dataset.vocab_size > model.config.vocab_size:
+        raise UserError(_wrong_tokenizer(model, tokenizer, dataset, config))
+    if tokenizer is None and dataset.vocab_size < model.config.vocab_size:
+        dataset.warnings.append(
+            f"{config.init_from} has no tokenizer. Its first {dataset.vocab_size} of "
+            f"{model.config.vocab_size} ids are taken to be those of {dataset.name} "
+            f"({dataset.meta.get('tokenizer')}). If it was trained with another tokenizer, what it "
+            "learned is lost"
+        )
+    return model
+
+
+def _wrong_tokenizer(model: GPT, tokenizer: Any, dataset: Dataset, config: TrainConfig) -> str:
+    if tokenizer is None:
+        advice = "The model has no tokenizer: put its files beside it, or pass a --tokenizer="
+    elif config.tokenizer != "auto":
+        advice = (
+            f"The model brings its own tokenizer ({tokenizer.name}): leave "
+            f"--tokenizer={config.tokenizer} out, or train a new model with --init_from=scratch"
+        )
+    else:
+        advice = "Pass the text itself as --dataset=FILE"
+    return (
+        f"dataset {dataset.name} was made with another tokenizer "
+        f"({dataset.meta.get('tokenizer')}, {dataset.vocab_size} tokens) than the model to start "
+        f"from ({model.config.vocab_size} tokens). {advice}"
+    )
+
+
+def prepare_model(model: GPT, config: TrainConfig, machine: Machine) -> None:
+    """Put the model on the device in the form that the configuration asks for.
+
+    It adds adapters, sets precision and recomputation, and compiles. config: dtype, recompute and
+    lora_alpha are decided.
+    """
+    if config.optimizer == "adamw8bit":
+        if machine.dtype != torch.bfloat16:
+            raise UserError(
+                "optimizer=adamw8bit keeps the weights in bfloat16: pass --dtype=bfloat16, or "
+                "choose another optimizer"
+            )
+        model.bfloat16()
+    if config.lora_rank and not config.eval_only:
+        targets = [] if config.lora_targets == "all" else config.lora_targets.split(",")
+        model.to(machine.dtype)  # frozen weights need no float32 copy
+        assert config.lora_alpha is not None
+        lora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets)
+    model.to(machine.device)
+    model.set_recompute(config.recompute)
+    if machine.compiled:
+        compile_model(model)
+
+
+def compile_model(model: GPT) -> None:
+    """Compile the layers in place, and use the loss's Triton kernel.
+
+    Equal layers are compiled once, so this takes a fraction of the time of compiling the whole
+    model.
+    """
+    import logging
+
+    from gpt12.loss import triton
+
+    # torch warns of in-place operations under selective checkpointing; a layer has none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    layers: list[nn.Module] = [*model.transformer.h, model.transformer.ln_f]
+    for layer in layers:
+        layer.compile(dynamic=False)
+    if model.lm_head.weight.is_cuda and triton is not None:
+        model.fused_loss = True
+
+
+# --------------------------------------------------------------------------------------------------
+# Length
+
+
+def is_worth_compiling(shape: GPTConfig, config: TrainConfig) -> bool:
+    """Tell whether a run is long enough for compiling to pay off. Unknown length counts as long."""
+    if config.eval_only or config.num_epochs > 0:
+        return True
+    return training_flops(shape, config, config.max_iters) >= COMPILE_FROM_FLOPS
+
+
+def training_flops(shape: GPTConfig, config: TrainConfig, steps: int) -> float:
+    """Return the operations of this number of steps."""
+    rows = config.gradient_accumulation_steps
+    if config.batch_size != "auto":
+        rows *= int(config.batch_size)
+    return float(flops_per_token(shape)) * steps * rows * config.block_size
+
+
+def warn_of_long_run(shape: GPTConfig, config: TrainConfig, steps: int, cores: int) -> str | None:
+    """Return a warning if the steps that are left will take many hours on this CPU."""
+    hours = training_flops(shape, config, steps) / (cores * CPU_FLOPS_PER_CORE) / 3600
+    if hours < LONG_RUN_HOURS:
+        return None
+    length = f"{hours:,.0f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
+    return (
+        f"warning: this run will take about {length} on this CPU. config/train_shakespeare_cpu.py "
+        "trains a small model in half a minute, also on your own text: "
+        "python train.py config/train_shakespeare_cpu.py --dataset=my.txt --tokenizer=char"
+    )

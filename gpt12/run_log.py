@@ -10,6 +10,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,8 @@ from gpt12.errors import UserError
 from gpt12.generate import Sampling, generate
 from gpt12.memory import GIB, needed_memory
 from gpt12.metrics import Metrics, Picture, start_wandb
-from gpt12.run import Run
+from gpt12.run import Run, warn_of_long_run
 from gpt12.run_folder import describe_run, set_aside, write_json
-from gpt12.start import as_dict, warn_of_long_run
 from gpt12.targets import IGNORE_INDEX
 from gpt12.terminal import printable
 from model import parameter_count
@@ -206,8 +206,9 @@ class RunLog:
         run = self.run
         config = run.config
         facts = describe_run(
-            as_dict(config),
-            requested=run.request.requested,
+            asdict(config),
+            requested=run.request.asked,
+            given=sorted(run.request.given),
             device=run.machine.name,
             device_memory_gib=_rounded(run.machine.memory_gib()),
             dtype=config.dtype,

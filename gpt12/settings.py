@@ -1,46 +1,82 @@
 """The settings of train.py, sample.py and bench.py: each key with type, default and description.
 
-Add a key by adding a line to one of the classes: the configuration loader and --help read it there.
+Add a key by adding a line to one of the classes: reading (gpt12/config.py) and --help follow.
 nanoGPT's keys keep their names, their meanings and, with few exceptions, their defaults.
+A field added to GPTConfig in model.py is a key of train.py without a line here.
+
+pydantic checks types, ranges, choices and unknown keys.
 """
-# ruff: noqa: RUF009  (option() returns a dataclass field, not a shared object)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+import os.path
+from collections.abc import Collection
+from dataclasses import asdict, fields, replace
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
 
-from gpt12.option_types import (
-    Amount,
-    Count,
-    Device,
-    Dtype,
-    FullShare,
-    Layers,
-    OpenShare,
-    Positive,
-    Prompt,
-    Recompute,
-    Seed,
-    Share,
-    Switch,
-    Text,
-    TextCount,
-    Whole,
-)
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
-FIRST_GROUP = "The keys that people use first"
+from model import GPTConfig
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 CONTEXT_PARTS = 8  # short_context_share cuts a sequence into this many parts
+# Two keys for the length of a run: of two sources, the later one decides and ends the other's word.
+REPLACES = {"max_iters": "num_epochs", "num_epochs": "max_iters"}
 
 
-def option(default: Any, description: str, new_group: str | None = None) -> Any:
-    """Return the dataclass field of one key.
+def refuse_bool(value: Any) -> Any:
+    """Return the value unless it is True or False, which pydantic would read as 1 or 0."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed")
+    return value
 
-    description: what --help prints.
-    new_group: title of the group that begins with this key, in --help.
+
+def expand_home(path: str) -> str:
+    """Replace a ~ at the beginning by the home folder."""
+    return os.path.expanduser(path)  # noqa: PTH111 (a Path would change hf:owner/name)
+
+
+NotBool = BeforeValidator(refuse_bool)
+Whole = Annotated[int, Field(ge=0), NotBool]
+Count = Annotated[int, Field(ge=1), NotBool]
+TextCount = Annotated[int, Field(ge=1, le=100_000), NotBool]  # all texts are made at once
+Seed = Annotated[int, Field(ge=0, lt=2**62), NotBool]
+Amount = Annotated[float, Field(ge=0), NotBool]
+Positive = Annotated[float, Field(gt=0), NotBool]
+Share = Annotated[float, Field(ge=0, lt=1), NotBool]
+OpenShare = Annotated[float, Field(gt=0, lt=1), NotBool]
+FullShare = Annotated[float, Field(gt=0, le=1), NotBool]
+Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(expand_home)]
+CudaDevice = Annotated[str, Field(pattern="^cuda:[0-9]+$", examples=["cuda:1"])]
+Device = Literal["auto", "cpu", "mps", "cuda"] | CudaDevice
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Switch = Literal["auto"] | bool
+Recompute = Literal["none", "pointwise", "block"]
+
+Schema = TypeVar("Schema")
+
+
+def option(default: Any, description: str, group: str | None = None) -> Any:
+    """Return the field of one key.
+
+    description: what --help prints. group: title of the group that begins with this key, in --help.
     """
-    return field(default=default, metadata={"description": description, "new_group": new_group})
+    return Field(default, description=description, json_schema_extra={"group": group})
+
+
+def with_shape_keys(schema: type[Schema]) -> type[Schema]:
+    """Add the fields of GPTConfig that a class of settings lacks.
+
+    All but vocab_size, which comes from the tokenizer.
+    """
+    types = get_type_hints(GPTConfig)
+    for field in fields(GPTConfig):
+        if field.name != "vocab_size" and field.name not in schema.__annotations__:
+            schema.__annotations__[field.name] = types[field.name]
+            setattr(schema, field.name, option(field.default, "A field of GPTConfig in model.py."))
+    return schema
 
 
 class Contradiction(NamedTuple):
@@ -50,24 +86,9 @@ class Contradiction(NamedTuple):
     advice: str
 
 
-@dataclass
-class Settings:
-    """What the settings of all scripts have: checks between keys, and keys that follow from others.
-
-    sources: for each key that the user set, in the order of setting, the file it was set in or
-    "command line".
-    """
-
-    def contradictions(self, sources: Mapping[str, str]) -> list[Contradiction]:
-        """Return the values that cannot hold together."""
-        return []
-
-    def derive(self, sources: Mapping[str, str]) -> None:
-        """Set the keys whose value follows from what the user set."""
-
-
-@dataclass
-class TrainConfig(Settings):
+@dataclass(frozen=True, config=STRICT)
+@with_shape_keys
+class TrainConfig:
     """Train a GPT-2 model: from scratch, from GPT-2's weights (fine-tuning), or continue a run.
 
     python train.py                                            train a first small model
@@ -75,25 +96,24 @@ class TrainConfig(Settings):
     python train.py --init_from=resume --out_dir=out           continue the run in out/
     """
 
-    dataset: Text = option(
+    dataset: PathText = option(
         "openwebtext",
-        "The text to learn: a folder in data/, your own .txt, .md, .csv or .jsonl file, a folder "
-        "of such files, or hf:owner/name.",
-        new_group=FIRST_GROUP,
+        "The text to learn: a folder in data/, your own .txt, .md, .csv or .jsonl file, a "
+        "folder of such files, or hf:owner/name.",
+        group="The keys that people use first",
     )
-    init_from: Text = option(
+    init_from: PathText = option(
         "scratch",
         "Where to start: scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a model's "
         "folder, or a nanoGPT ckpt.pt.",
     )
-    out_dir: Text = option("out", "Folder of the run: checkpoints, metrics and the loss curve.")
+    out_dir: PathText = option("out", "Folder of the run: checkpoints, metrics and the loss curve.")
     max_iters: Whole = option(600000, "Number of steps (weight updates) in all.")
     num_epochs: Amount = option(
-        0.0, "Passes over the training text, in place of max_iters. 0 means max_iters counts."
+        0.0,
+        "Passes over the training text, in place of max_iters. 0 means max_iters counts.",
     )
-    batch_size: Count | Literal["auto"] = option(
-        12, "Sequences that a device computes at once (a micro-batch). auto fits it to the memory."
-    )
+    batch_size: Count = option(12, "Sequences that a device computes at once (a micro-batch).")
     block_size: Count = option(1024, "Tokens in a sequence: the longest context of the model.")
     learning_rate: Amount = option(6e-4, "The highest learning rate, reached after the warm-up.")
     eval_interval: Count = option(2000, "Steps between two measurements of the validation loss.")
@@ -101,9 +121,8 @@ class TrainConfig(Settings):
 
     gradient_accumulation_steps: Count = option(
         5 * 8,
-        "Micro-batches whose gradients one step adds up, over all GPUs. Given with "
-        "batch_size=auto, it counts sequences.",
-        new_group="Batch and order of the data",
+        "Micro-batches whose gradients one step adds up, over all GPUs.",
+        group="Batch and order of the data",
     )
     short_context_share: Share = option(
         0.0,
@@ -113,12 +132,15 @@ class TrainConfig(Settings):
     seed: Seed = option(1337, "Start of the random numbers: weights, order of data, dropout.")
 
     n_layer: Count = option(
-        12, "Number of transformer blocks.", new_group="Model (a loaded model brings its own shape)"
+        12,
+        "Number of transformer blocks.",
+        group="Model (a loaded model brings its own shape)",
     )
     n_head: Count = option(12, "Attention heads in a block. n_embd must be a multiple of it.")
     n_embd: Count = option(768, "Width: numbers that describe one token.")
     dropout: Share = option(
-        0.0, "Share of values set to 0 in training. 0 suits pre-training, 0.1 fine-tuning."
+        0.0,
+        "Share of values set to 0 in training. 0 suits pre-training, 0.1 fine-tuning.",
     )
     bias: bool = option(False, "Whether Linear and LayerNorm layers have biases, as GPT-2's do.")
 
@@ -126,7 +148,7 @@ class TrainConfig(Settings):
         "adamw",
         "How weights are updated. muon is for the blocks' matrices, with adamw for the rest; "
         "adamw8bit takes less memory.",
-        new_group="Optimizer",
+        group="Optimizer",
     )
     weight_decay: Amount = option(0.1, "How strongly matrices and embeddings are pulled to 0.")
     beta1: Share = option(0.9, "Decay of the running mean of the gradient; muon's momentum.")
@@ -135,8 +157,9 @@ class TrainConfig(Settings):
 
     warmup_iters: Whole = option(
         2000,
-        "Steps over which the learning rate rises at the start.",
-        new_group="Schedule of the learning rate",
+        "Steps over which the learning rate rises at the start. If you do not set it, it is at "
+        "most a tenth of all steps.",
+        group="Schedule of the learning rate",
     )
     decay_lr: bool = option(True, "Whether the learning rate changes. False keeps it constant.")
     schedule: Literal["cosine", "wsd"] = option(
@@ -144,7 +167,8 @@ class TrainConfig(Settings):
         "How the rate falls: along a cosine, or (wsd) level at first, then in a straight line.",
     )
     lr_decay_iters: Whole | None = option(
-        None, "Step at which the rate has fallen to min_lr. None means max_iters."
+        None,
+        "Step at which the rate has fallen to min_lr. None means max_iters.",
     )
     min_lr: Amount = option(
         6e-5,
@@ -152,25 +176,27 @@ class TrainConfig(Settings):
         "tenth of learning_rate.",
     )
     decay_fraction: FullShare = option(
-        0.4, "Share of the steps after the warm-up over which wsd falls."
+        0.4,
+        "Share of the steps after the warm-up over which wsd falls.",
     )
 
     lora_rank: Whole = option(
         0,
         "Rank of the adapters that are trained in place of the weights. 0 trains all weights.",
-        new_group="LoRA (fine-tuning in little memory)",
+        group="LoRA (fine-tuning in little memory)",
     )
     lora_alpha: Positive | None = option(
-        None, "Adapters are scaled by lora_alpha / lora_rank. None means twice lora_rank."
+        None,
+        "Adapters are scaled by lora_alpha / lora_rank. None means twice lora_rank.",
     )
     lora_dropout: Share = option(0.0, "Dropout on the input of the adapters.")
-    lora_targets: Layers = option("all", "Which linear layers get an adapter.")
+    lora_targets: Text = option("all", "Which linear layers get an adapter.")
 
     text_column: Text = option(
         "text",
-        "Column of a .csv file or key of a .jsonl file that holds the text. line: each line of a "
-        ".txt file is a text of its own.",
-        new_group="Your own text",
+        "Column of a .csv file or key of a .jsonl file that holds the text. line: each line of "
+        "a .txt file is a text of its own.",
+        group="Your own text",
     )
     tokenizer: Literal["auto", "gpt2", "char", "bytes"] = option(
         "auto",
@@ -180,98 +206,90 @@ class TrainConfig(Settings):
 
     dtype: Dtype = option(
         "auto",
-        "Precision of the computation. auto is the best of this device. Weights that are trained "
-        "stay float32, except with optimizer=adamw8bit.",
-        new_group="Speed and memory",
+        "Precision of the computation. auto is the best of this device. Weights that are "
+        "trained stay float32, except with optimizer=adamw8bit.",
+        group="Speed and memory",
     )
     compile: Switch = option(
-        "auto", "Whether to use torch.compile. auto uses it where it works and saves time."
+        "auto",
+        "Whether to use torch.compile. auto uses it where it works and saves time.",
     )
     recompute: Recompute = option(
-        "auto",
+        "none",
         "Computes activations twice to save memory (gradient checkpointing): pointwise saves some, "
-        "block saves most. auto takes the least that fits.",
+        "block saves most.",
     )
     cuda_graph: Switch = option(
-        "auto", "Whether to replay a step as one CUDA graph. auto does so for small models."
+        "auto",
+        "Whether to replay a step as one CUDA graph. auto does so for small models.",
     )
     deterministic: bool = option(
-        False, "Whether every run on this machine gives exactly the same losses. It is slower."
+        False,
+        "Whether every run on this machine gives exactly the same losses. It is slower.",
     )
     backend: Text = option("nccl", "How several GPUs communicate (torch.distributed).")
 
     eval_only: bool = option(
         False,
         "Train nothing: print the validation loss and the perplexity, and stop.",
-        new_group="Evaluation, checkpoints and logs",
+        group="Evaluation, checkpoints and logs",
     )
     eval_iters: Whole = option(
-        200, "Batches in an evaluation, at most one pass over the text. 0 means one pass."
+        200,
+        "Batches in an evaluation, at most one pass over the text. 0 means one pass.",
     )
     patience: Whole = option(
-        0, "Evaluations without a new best loss before the run stops. 0 means it never does."
+        0,
+        "Evaluations without a new best loss before the run stops. 0 means it never does.",
     )
     always_save_checkpoint: bool = option(
-        True, "Whether to write the checkpoint last/ at every evaluation."
+        True,
+        "Whether to write the checkpoint last/ at every evaluation.",
     )
     save_interval_s: Amount | Literal["auto"] = option(
         "auto",
-        "Seconds between writes of last/. auto spends about 1% of the time on them, and writes at "
-        "least every 10 minutes.",
+        "Seconds between writes of last/. auto spends about 1% of the time on them, and writes "
+        "at least every 10 minutes.",
     )
     max_bad_steps: Count = option(
-        20, "The run stops after this many steps in a row whose loss is not a finite number."
+        20,
+        "The run stops after this many steps in a row whose loss is not a finite number.",
     )
     log_interval: Count = option(1, "Steps between two lines in metrics.jsonl.")
     wandb_log: bool = option(False, "Whether to log to Weights & Biases, too.")
     wandb_project: Text = option("owt", "Name of the project there.")
     wandb_run_name: Text = option("gpt2", "Name of the run there.")
 
-    def contradictions(self, sources: Mapping[str, str]) -> list[Contradiction]:
-        """Return the values that cannot hold together."""
+    def contradictions(self, given: Collection[str]) -> list[Contradiction]:
+        """Return the values that cannot hold together. given: the keys that the user set."""
         found = []
         if self.init_from == "scratch" and self.n_embd % self.n_head != 0:
             found.append(Contradiction(("n_embd", "n_head"), "n_embd must be a multiple of n_head"))
-        if self._both_lengths_are_given(sources):
+        if self.num_epochs > 0 and "max_iters" in given and "num_epochs" in given:
             advice = "both say how long to train; give one of them"
             found.append(Contradiction(("max_iters", "num_epochs"), advice))
-        if self.decay_lr and "min_lr" in sources and self.min_lr > self.learning_rate:
+        if self.decay_lr and "min_lr" in given and self.min_lr > self.learning_rate:
             advice = "the lowest rate is above the highest; lower min_lr or add --decay_lr=False"
             found.append(Contradiction(("min_lr", "learning_rate"), advice))
-        lora_keys = []
-        for key in ("lora_alpha", "lora_dropout", "lora_targets"):
-            if key in sources:
-                lora_keys.append(key)
-        if self.lora_rank == 0 and lora_keys:
+        if self._decay_ends_in_the_warmup() and "warmup_iters" in given:
+            advice = "the rate would fall before it has risen; raise lr_decay_iters"
+            found.append(Contradiction(("lr_decay_iters", "warmup_iters"), advice))
+        if self.lora_rank == 0 and "lora_alpha" in given and self.lora_alpha is not None:
             advice = "there are no adapters without a rank; add --lora_rank=16"
-            found.append(Contradiction(("lora_rank", *lora_keys), advice))
+            found.append(Contradiction(("lora_rank", "lora_alpha"), advice))
         if self.init_from == "scratch" and self.lora_rank > self.n_embd:
             advice = "the rank can be at most n_embd"
             found.append(Contradiction(("lora_rank", "n_embd"), advice))
         return found
 
-    def _both_lengths_are_given(self, sources: Mapping[str, str]) -> bool:
-        """Whether one file, or the command line, sets both max_iters and num_epochs."""
-        if self.num_epochs == 0 or "max_iters" not in sources or "num_epochs" not in sources:
+    def _decay_ends_in_the_warmup(self) -> bool:
+        if not self.decay_lr or self.lr_decay_iters is None:
             return False
-        return sources["max_iters"] == sources["num_epochs"]
-
-    def derive(self, sources: Mapping[str, str]) -> None:
-        """Set the keys whose value follows from what the user set.
-
-        If two sources set max_iters and num_epochs, the last one wins (in one source they are a
-        contradiction, see above). If min_lr is not set and the learning rate is below its default,
-        min_lr becomes a tenth of the learning rate.
-        """
-        lengths = [key for key in sources if key in ("max_iters", "num_epochs")]
-        if lengths and lengths[-1] == "max_iters":
-            self.num_epochs = 0.0
-        if self.decay_lr and "min_lr" not in sources and self.min_lr > self.learning_rate:
-            self.min_lr = self.learning_rate / 10
+        return self.lr_decay_iters <= self.warmup_iters
 
 
-@dataclass
-class SampleConfig(Settings):
+@dataclass(frozen=True, config=STRICT)
+class SampleConfig:
     """Write text with a trained model.
 
     python sample.py --out_dir=out --start="Once upon a time"
@@ -279,25 +297,30 @@ class SampleConfig(Settings):
     python sample.py --out_dir=out --interactive
     """
 
-    out_dir: Text = option(
-        "out", "Folder of the run that trained the model.", new_group=FIRST_GROUP
+    out_dir: PathText = option(
+        "out",
+        "Folder of the run that trained the model.",
+        group="The keys that people use first",
     )
-    init_from: Text = option(
+    init_from: PathText = option(
         "resume",
         "Which model: resume (the one in out_dir), gpt2, gpt2-medium, gpt2-large, gpt2-xl, the "
         "folder of a model or a run, or a nanoGPT ckpt.pt.",
     )
-    start: Prompt = option(
-        "\n", "The text to continue. FILE:prompt.txt reads a file; - reads standard input."
+    start: str = option(
+        "\n",
+        "The text to continue. FILE:prompt.txt reads a file; - reads standard input.",
     )
     interactive: bool = option(False, "Hold a conversation: you type, the model answers.")
     num_samples: TextCount = option(10, "Number of texts to write.")
     max_new_tokens: Count = option(500, "Length of each text, in tokens.")
     temperature: Amount = option(
-        0.8, "Below 1 the text gets safer, above 1 bolder. 0 always takes the likeliest token."
+        0.8,
+        "Below 1 the text gets safer, above 1 bolder. 0 always takes the likeliest token.",
     )
     top_k: Whole | None = option(
-        200, "Choose among the k likeliest tokens only. 0 or None means all tokens."
+        200,
+        "Choose among the k likeliest tokens only. 0 or None means all tokens.",
     )
     seed: Seed = option(1337, "The same seed writes the same text.")
     device: Device = option("auto", "Where to compute. auto is the GPU if there is one.")
@@ -305,41 +328,44 @@ class SampleConfig(Settings):
     top_p: FullShare = option(
         1.0,
         "Choose among the likeliest tokens that together have this probability.",
-        new_group="Choice of the next token",
+        group="Choice of the next token",
     )
     min_p: Share = option(
-        0.0, "Leave out tokens with less than this share of the likeliest token's probability."
+        0.0,
+        "Leave out tokens with less than this share of the likeliest token's probability.",
     )
     repetition_penalty: Positive = option(
-        1.0, "Above 1, tokens that the text already has become less likely."
+        1.0,
+        "Above 1, tokens that the text already has become less likely.",
     )
 
     stop: tuple[Text, ...] = option(
         (),
         r"End a text before this string. May be repeated; \n is a new line.",
-        new_group="Input and output",
+        group="Input and output",
     )
     json: bool = option(False, "Print each text as one line of JSON.")
     checkpoint: Literal["auto", "best", "last"] = option(
-        "auto", "Which checkpoint of the run. auto is best/ if there is one, else last/."
+        "auto",
+        "Which checkpoint of the run. auto is best/ if there is one, else last/.",
     )
 
     dtype: Dtype = option(
         "auto",
         "Precision of the computation. auto is the best of this device.",
-        new_group="Speed and memory",
+        group="Speed and memory",
     )
     compile: Switch = option("auto", "Has no effect. nanoGPT's sample.py has this key.")
 
-    def contradictions(self, sources: Mapping[str, str]) -> list[Contradiction]:
-        """Return the values that cannot hold together."""
+    def contradictions(self, given: Collection[str]) -> list[Contradiction]:
+        """Return the values that cannot hold together. given: the keys that the user set."""
         if self.interactive and self.json:
             advice = "a conversation cannot be printed as JSON; leave one of them out"
             return [Contradiction(("interactive", "json"), advice)]
         return []
 
 
-@dataclass
+@dataclass(frozen=True, config=STRICT)
 class BenchConfig(TrainConfig):
     """Measure how fast this machine trains and writes text, and how much memory that takes.
 
@@ -355,7 +381,7 @@ class BenchConfig(TrainConfig):
     sweep: Text | None = option(
         None,
         "KEY:VALUE,VALUE measures the step at each value of a key; writes a table and bench.png.",
-        new_group=FIRST_GROUP,
+        group="The keys that people use first",
     )
     ladder: bool = option(
         False,
@@ -364,13 +390,16 @@ class BenchConfig(TrainConfig):
     find_batch: bool = option(False, "Find the batch size that is fastest in this memory.")
     sample: bool = option(False, "Measure generation at batch size 1, 4, 16 and 64.")
     compare: Literal["none", "transformers"] = option(
-        "none", "Measure the same work in another library, side by side."
+        "none",
+        "Measure the same work in another library, side by side.",
     )
     profile: bool = option(
-        False, "List the slowest kernels; write trace.json for chrome://tracing."
+        False,
+        "List the slowest kernels; write trace.json for chrome://tracing.",
     )
     report: bool = option(
-        False, "Measure step, ladder and generation; write bench.json and bench.png to publish."
+        False,
+        "Measure step, ladder and generation; write bench.json and bench.png to publish.",
     )
     plan: bool = option(False, "Predict memory and speed on a card, without a GPU.")
     card: Text = option(
@@ -378,35 +407,44 @@ class BenchConfig(TrainConfig):
         "The card to plan for: the name that its driver reports, or the end of it (RTX 4070 Ti).",
     )
     vram_gb: Positive | None = option(
-        None, "Memory of the card to plan for or to imitate, in GB. 1 GiB of it stays free."
+        None,
+        "Memory of the card to plan for or to imitate, in GB. 1 GiB of it stays free.",
     )
 
-    steps: Count = option(20, "Measured steps, after the warm-up.", new_group="How to measure")
+    steps: Count = option(
+        20,
+        "Measured steps, after the warm-up.",
+        group="How to measure",
+    )
     json: bool = option(
         False,
-        "Print all figures as JSON, as the last line of the output. Otherwise they are written to "
-        "bench.json.",
+        "Print all figures as JSON, as the last line of the output. Otherwise they are written "
+        "to bench.json.",
     )
-    gradient_accumulation_steps: Count = option(1, "Micro-batches in a step, over all GPUs.")
+    gradient_accumulation_steps: Count = option(
+        1, "Micro-batches in a step, over all GPUs.", group="A step"
+    )
     real_data: Switch = option(
-        "auto", "True reads the data set, False draws random tokens. auto reads it if it is there."
+        "auto",
+        "True reads the data set, False draws random tokens. auto reads it if it is there.",
     )
     vocab_size: Count = option(50257, "Number of different random tokens.")
     attention: Literal["auto", "flash", "math"] = option(
-        "auto", "Which attention kernel. auto leaves the choice to torch, as training does."
+        "auto",
+        "Which attention kernel. auto leaves the choice to torch, as training does.",
     )
     max_new_tokens: Count = option(256, "Tokens that each text is continued by, with --sample.")
 
     peak_tflops: Positive | None = option(
         None,
         "Dense bf16 TFLOP/s with fp32 accumulation, from its datasheet.",
-        new_group="A card that the program does not know",
+        group="A card that the program does not know",
     )
     bandwidth_gbs: Positive | None = option(None, "Memory bandwidth in GB/s, from its datasheet.")
 
-    def contradictions(self, sources: Mapping[str, str]) -> list[Contradiction]:
-        """Return the values that cannot hold together."""
-        found = super().contradictions(sources)
+    def contradictions(self, given: Collection[str]) -> list[Contradiction]:
+        """Return the values that cannot hold together. given: the keys that the user set."""
+        found = super().contradictions(given)
         if (self.peak_tflops is None) != (self.bandwidth_gbs is None):
             advice = "a card is described by both; its datasheet has them"
             found.append(Contradiction(("peak_tflops", "bandwidth_gbs"), advice))
@@ -415,6 +453,22 @@ class BenchConfig(TrainConfig):
             advice = "generation is timed from one new token to the next; it needs at least two"
             found.append(Contradiction(("max_new_tokens", "block_size"), advice))
         return found
+
+
+def model_shape(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    """Return the shape of the model that the settings describe."""
+    keys = {}
+    for field in fields(GPTConfig):
+        if field.name != "vocab_size":
+            keys[field.name] = getattr(config, field.name)
+    return GPTConfig(**keys, vocab_size=vocab_size)
+
+
+def with_shape(config: TrainConfig, shape: GPTConfig) -> TrainConfig:
+    """Return the settings with the shape of a model."""
+    keys = asdict(shape)
+    del keys["vocab_size"]
+    return replace(config, **keys)
 
 
 ALL_KEYS = frozenset(key.name for schema in (BenchConfig, SampleConfig) for key in fields(schema))

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from gpt12 import config_loader
 from gpt12.bench_request import BenchRequest, with_model_shape
+from gpt12.config import load_config
 from gpt12.device import Machine
 from gpt12.errors import UserError
 from gpt12.gpu_state import MARGIN_GIB
 from gpt12.measure import OutOfMemory, StepResult, measure_step, try_to_measure
 from gpt12.memory import GIB
-from gpt12.option_types import Recompute
 from gpt12.plan import kinds_of_recomputation, largest_batch
-from gpt12.settings import BenchConfig
-from gpt12.shape import with_shape
+from gpt12.settings import BenchConfig, Recompute
 
 NOTHING_FITS = (
     "nothing fits, not even one row: try --lora_rank=16, --optimizer=adamw8bit or a smaller model"
@@ -61,23 +59,11 @@ def swept_configs(
     configs = {}
     for value in values.split(","):
         setting = f"{key}={value}"
-        swept, _ = config_loader.load(BenchConfig, [f"--{setting}"], asdict(config))
-        if swept_key(config) == "init_from":
-            swept = _with_shape_of(swept, request, on_cpu)
-        if swept_key(config) == "batch_size" and swept.batch_size == "auto":
-            raise UserError(f"{setting} cannot be swept: --find_batch finds the fastest")
+        swept, _ = load_config(BenchConfig, [*request.argv, f"--{setting}"])
+        swept = with_model_shape(swept, request.given, on_cpu)
+        swept = replace(swept, compile=config.compile, dtype=config.dtype)
         configs[setting] = swept
     return configs
-
-
-def _with_shape_of(swept: BenchConfig, request: BenchRequest, on_cpu: bool) -> BenchConfig:
-    """Return the configuration with the model shape that its own init_from means.
-
-    The other keys may hold the shape of the command line's init_from.
-    """
-    asked = replace(request.asked, init_from=swept.init_from)
-    shape = with_model_shape(asked, request.given, on_cpu)
-    return replace(with_shape(swept, shape), vocab_size=shape.vocab_size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,8 +110,7 @@ def _room_gib(config: BenchConfig, machine: Machine) -> float | None:
 def _trials(config: BenchConfig, room_gib: float | None) -> list[BenchConfig]:
     """Return the configurations to measure."""
     if room_gib is None:
-        recompute: Recompute = "none" if config.recompute == "auto" else config.recompute
-        return _with_batch_sizes(config, recompute, CPU_BATCH_SIZES)
+        return _with_batch_sizes(config, config.recompute, CPU_BATCH_SIZES)
     trials = []
     for kind in kinds_of_recomputation(config):
         largest = largest_batch(config, kind, room_gib)

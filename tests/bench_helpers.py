@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from data.shards import write_shard
-from gpt12 import config_loader, measure
+from gpt12 import measure
 from gpt12.bench_request import BenchRequest, read_request
+from gpt12.config import load_config
 from gpt12.device import Machine
 from gpt12.measure import StepResult
 from gpt12.settings import BenchConfig
@@ -31,12 +32,12 @@ def arguments(**keys: object) -> list[str]:
 
 def make(**keys: object) -> BenchConfig:
     """The settings for the tiny model."""
-    return config_loader.load(BenchConfig, arguments(**keys))[0]
+    return load_config(BenchConfig, arguments(**keys))[0]
 
 
 def make_124m(**keys: object) -> BenchConfig:
     """Settings whose model is GPT-2 124M without biases."""
-    return config_loader.load(BenchConfig, [f"--{key}={value}" for key, value in keys.items()])[0]
+    return load_config(BenchConfig, [f"--{key}={value}" for key, value in keys.items()])[0]
 
 
 def request(*flags: str, **keys: object) -> BenchRequest:

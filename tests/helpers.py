@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data.shards import write_shard
-from gpt12 import config_loader
+from gpt12.config import load_config
 from gpt12.device import Machine
 from gpt12.settings import TrainConfig
 from model import GPT, GPTConfig
@@ -96,8 +96,7 @@ def built(dataset: Path, out_dir: Path, *options: str) -> Any:
 
 def built_from(argv: list[str]) -> Any:
     """Return the Run that a command line asks for, built but not trained."""
-    from gpt12.run import build_run
-    from gpt12.start import read_request
+    from gpt12.run import build_run, read_request
 
     return build_run(read_request(argv))
 
@@ -112,7 +111,7 @@ def config(*options: str, **changes: Any) -> TrainConfig:
     options: as on the command line. changes: values by key.
     """
     tiny = "--batch_size=2 --block_size=8 --gradient_accumulation_steps=1 --recompute=none"
-    found, _ = config_loader.load(
+    found, _ = load_config(
         TrainConfig, [*tiny.split(), "--learning_rate=1e-2", "--dtype=float32", *options]
     )
     return replace(found, **changes)

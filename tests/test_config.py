@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt12.config_loader import load
+from gpt12.config import load_config
 from gpt12.errors import UserError
+from gpt12.run import read_request
 from gpt12.settings import BenchConfig, SampleConfig, TrainConfig
-from gpt12.start import read_request
 from tests.harmless import harmless
 
 REPOSITORY = Path(__file__).parents[1]
@@ -91,7 +91,7 @@ def write(tmp_path):
 def refusal(argv, schema=TrainConfig, base=None):
     """Return the lines of the message with which argv is refused."""
     with pytest.raises(UserError) as caught:
-        load(schema, argv, base)
+        load_config(schema, argv, base)
     return str(caught.value).split("\n")
 
 
@@ -110,10 +110,10 @@ def test_the_defaults_are_those_of_nanogpt():
 
 def test_the_cpu_command_of_nanogpts_readme_works():
     preset = str(REPOSITORY / "config/train_shakespeare_char.py")
-    made, given = load(TrainConfig, [preset, *NANOGPT_CPU_LINE.split()])
+    made, given = load_config(TrainConfig, [preset, *NANOGPT_CPU_LINE.split()])
     said = dict(pair.lstrip("-").split("=") for pair in NANOGPT_CPU_LINE.split())
     assert {key: str(getattr(made, key)) for key in said} == said
-    alone, from_file = load(TrainConfig, [preset])
+    alone, from_file = load_config(TrainConfig, [preset])
     rest = asdict(alone).keys() - said.keys()
     assert {key: getattr(made, key) for key in rest} == {key: getattr(alone, key) for key in rest}
     assert given == said.keys() | from_file
@@ -140,7 +140,7 @@ min_lr = helper(learning_rate) / 10
 device = 'cuda'; compile = False
 top_k = 5 # sample.py's: one file may serve several scripts
 """)
-    made, given = load(TrainConfig, [path])
+    made, given = load_config(TrainConfig, [path])
     assert re.fullmatch(r"ft-\d+\.\d+", made.wandb_run_name)
     assert (made.batch_size, made.gradient_accumulation_steps, made.warmup_iters) == (8, 120, 6000)
     assert (made.weight_decay, made.seed, made.device, made.compile) == (0.2, 7, "cuda", False)
@@ -161,10 +161,10 @@ top_k = 5 # sample.py's: one file may serve several scripts
 def test_files_beat_defaults_and_the_command_line_beats_files(write):
     first = write("batch_size = 2\nn_layer = 2", "a.py")
     second = write("batch_size = 3", "b.py")
-    assert load(TrainConfig, [first, second])[0].batch_size == 3
-    assert load(TrainConfig, [first, "--batch_size=4"])[0].batch_size == 4
-    assert load(TrainConfig, ["--batch_size=4", first])[0].batch_size == 4
-    made, given = load(
+    assert load_config(TrainConfig, [first, second])[0].batch_size == 3
+    assert load_config(TrainConfig, [first, "--batch_size=4"])[0].batch_size == 4
+    assert load_config(TrainConfig, ["--batch_size=4", first])[0].batch_size == 4
+    made, given = load_config(
         TrainConfig, [first, "--batch_size=4"], {"batch_size": 9, "n_head": 6, "gone": 1}
     )
     assert (made.batch_size, made.n_layer, made.n_head, given) == (
@@ -183,7 +183,7 @@ def test_a_key_on_the_command_line_beats_a_file_of_any_name(write, name):
         [path, "--batch_size=4"],
         ["--eval_only", path, "--batch_size=4"],
     ):
-        made, given = load(TrainConfig, argv)
+        made, given = load_config(TrainConfig, argv)
         assert (made.batch_size, made.n_layer) == (4, 3)
         assert given >= {"batch_size", "n_layer"}
 
@@ -194,7 +194,7 @@ def test_a_key_on_the_command_line_beats_a_file_of_any_name(write, name):
 
 def given_by(text, write):
     """Return the keys that a config file sets, with their values."""
-    made, given = load(TrainConfig, [write(text)])
+    made, given = load_config(TrainConfig, [write(text)])
     return {key: getattr(made, key) for key in given}
 
 
@@ -230,13 +230,13 @@ def test_what_a_file_assigns_is_what_it_sets(text, given, write):
 def test_a_file_reads_the_values_of_the_file_before_it(write):
     first = write("n_layer = 3", "a.py")
     second = write("warmup_iters = n_layer * 2", "b.py")
-    assert load(TrainConfig, [first, second])[0].warmup_iters == 6
-    assert load(TrainConfig, [second], {"n_layer": 5})[0].warmup_iters == 10
+    assert load_config(TrainConfig, [first, second])[0].warmup_iters == 6
+    assert load_config(TrainConfig, [second], {"n_layer": 5})[0].warmup_iters == 10
 
 
 def test_a_file_leaves_nothing_behind(write):
     before = vars(builtins).copy()
-    load(TrainConfig, [write("seed = 3\nhelper = 4\nprint(helper, n_layer, end='')")])
+    load_config(TrainConfig, [write("seed = 3\nhelper = 4\nprint(helper, n_layer, end='')")])
     assert vars(builtins) == before
 
 
@@ -260,7 +260,7 @@ def test_a_file_leaves_nothing_behind(write):
 def test_a_misspelt_key_in_a_file_is_reported_and_a_helper_is_not(text, problem, write):
     path = write(text)
     if problem is None:
-        load(TrainConfig, [path])
+        load_config(TrainConfig, [path])
     else:
         (line,) = refusal([path])
         assert line.startswith(f"{path}:{problem}")
@@ -338,12 +338,12 @@ def test_contradictions_are_checked_with_the_saved_values(asks, saved_run, write
 )
 def test_text_on_the_command_line_becomes_a_typed_value(word, value):
     key = re.split("[=]", word)[0].lstrip("-").replace("-", "_")
-    found = getattr(load(TrainConfig, ["--lora_rank=4", word])[0], key)
+    found = getattr(load_config(TrainConfig, ["--lora_rank=4", word])[0], key)
     assert (found, type(found)) == (value, type(value))
 
 
 def test_text_on_the_command_line_of_sampling_becomes_a_typed_value():
-    made, _ = load(
+    made, _ = load_config(
         SampleConfig,
         ["--start=What is \\n?", "--top_k=0", "--temperature=0", r"--stop=\n\n", "--stop=End\\\\"],
     )
@@ -353,19 +353,22 @@ def test_text_on_the_command_line_of_sampling_becomes_a_typed_value():
         0.0,
         ("\n\n", "End\\"),
     )
-    assert load(SampleConfig, ["--top_k=None", "--start="])[0].top_k is None
+    assert load_config(SampleConfig, ["--top_k=None", "--start="])[0].top_k is None
     # Quoted text is read as Python, as in nanoGPT.
-    assert load(SampleConfig, ["--start='a\\nb'"])[0].start == "a\nb"
+    assert load_config(SampleConfig, ["--start='a\\nb'"])[0].start == "a\nb"
 
 
 def test_importing_a_module_with_the_name_of_a_key_sets_nothing(write):
-    assert load(SampleConfig, [write("import json\nseed = len(json.dumps(3))")])[0].json is False
+    assert (
+        load_config(SampleConfig, [write("import json\nseed = len(json.dumps(3))")])[0].json
+        is False
+    )
 
 
 def test_stop_strings_of_the_command_line_replace_those_of_a_file(write):
     path = write("stop = ['a', 'b']")
-    assert load(SampleConfig, [path])[0].stop == ("a", "b")
-    assert load(SampleConfig, [path, "--stop=c", "--stop=d"])[0].stop == ("c", "d")
+    assert load_config(SampleConfig, [path])[0].stop == ("a", "b")
+    assert load_config(SampleConfig, [path, "--stop=c", "--stop=d"])[0].stop == ("c", "d")
 
 
 @pytest.mark.parametrize(
@@ -595,7 +598,7 @@ def test_values_that_contradict_each_other_are_refused(line, keys):
 def test_a_conversation_as_json_is_refused():
     (message,) = refusal(["--interactive", "--json"], SampleConfig)
     assert message.startswith("--interactive=True --json=True: ")
-    load(SampleConfig, ["--interactive", "--json=False"])
+    load_config(SampleConfig, ["--interactive", "--json=False"])
 
 
 @pytest.mark.parametrize(
@@ -614,7 +617,7 @@ def test_a_conversation_as_json_is_refused():
     ],
 )
 def test_unusual_values_that_do_not_contradict_each_other_are_accepted(line):
-    load(TrainConfig, line.split())
+    load_config(TrainConfig, line.split())
 
 
 @pytest.mark.parametrize(
@@ -633,13 +636,13 @@ def test_values_that_contradict_each_other_in_a_benchmark_are_refused(line, keys
 
 @pytest.mark.parametrize("line", ["--peak_tflops=80 --bandwidth_gbs=500", "--block_size=2"])
 def test_unusual_values_of_a_benchmark_are_accepted(line):
-    load(BenchConfig, line.split())
+    load_config(BenchConfig, line.split())
 
 
 def test_a_low_learning_rate_lowers_min_lr():
-    assert load(TrainConfig, ["--learning_rate=1e-5"])[0].min_lr == pytest.approx(1e-6)
-    assert load(TrainConfig, ["--learning_rate=1e-4"])[0].min_lr == 6e-5
-    assert load(TrainConfig, ["--learning_rate=1e-5", "--decay_lr=False"])[0].min_lr == 6e-5
+    assert load_config(TrainConfig, ["--learning_rate=1e-5"])[0].min_lr == pytest.approx(1e-6)
+    assert load_config(TrainConfig, ["--learning_rate=1e-4"])[0].min_lr == 6e-5
+    assert load_config(TrainConfig, ["--learning_rate=1e-5", "--decay_lr=False"])[0].min_lr == 6e-5
 
 
 def test_of_max_iters_and_num_epochs_the_last_one_given_wins(write):
@@ -656,7 +659,7 @@ def test_of_max_iters_and_num_epochs_the_last_one_given_wins(write):
         (["--batch_size=5"], {"num_epochs": 3.0, "max_iters": 60}, 3),
     ]
     for argv, base, num_epochs in cases:
-        assert load(TrainConfig, argv, base)[0].num_epochs == num_epochs, argv
+        assert load_config(TrainConfig, argv, base)[0].num_epochs == num_epochs, argv
     assert len(refusal([write("num_epochs = 3\nmax_iters = 20", "both.py")])) == 1
 
 
@@ -666,11 +669,11 @@ def test_of_max_iters_and_num_epochs_the_last_one_given_wins(write):
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_a_saved_configuration_can_be_loaded_again(schema, write):
-    first, _ = load(
+    first, _ = load_config(
         schema, [write("seed = 3\nout_dir = 'b'\nstop = ('a', 'b')\nlr_decay_iters = 7")]
     )
     saved = json.loads(json.dumps(asdict(first)))
-    again, given = load(schema, [], saved)
+    again, given = load_config(schema, [], saved)
     assert again == first and given == set()
 
 
@@ -686,7 +689,7 @@ def test_a_wrong_value_in_a_saved_run_is_refused():
 
 def help_page(schema, capsys):
     with pytest.raises(SystemExit) as done:
-        load(schema, ["--nonsense", "--help"])
+        load_config(schema, ["--nonsense", "--help"])
     assert done.value.code == 0
     return capsys.readouterr().out
 
@@ -764,9 +767,9 @@ def test_a_preset_loads_and_its_head_has_command_result_time_and_memory(path):
     assert f"config/{path.name}" in head
     assert re.search("^# Result +.*\n# Time +.*\n# VRAM +.*", head, re.MULTILINE)
     assert all(isinstance(node, (ast.Assign, ast.Import)) for node in ast.parse(text).body)
-    _, given = load(TrainConfig, [str(path)])
+    _, given = load_config(TrainConfig, [str(path)])
     assert given
-    load(BenchConfig, [str(path)])
+    load_config(BenchConfig, [str(path)])
 
 
 def test_no_preset_is_missing():
@@ -782,7 +785,7 @@ def test_no_preset_is_missing():
 
 def test_presets_that_nanogpt_has_keep_its_values():
     def made(name):
-        return asdict(load(TrainConfig, [str(REPOSITORY / f"config/{name}.py")])[0])
+        return asdict(load_config(TrainConfig, [str(REPOSITORY / f"config/{name}.py")])[0])
 
     for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         theirs = {
@@ -887,14 +890,14 @@ def accepts_or_refuses(schema, argv, folder):
     """Load argv. A configuration that is accepted must survive the way to JSON and back."""
     try:
         with harmless(folder), contextlib.redirect_stdout(io.StringIO()):
-            made, _ = load(schema, argv)
+            made, _ = load_config(schema, argv)
     except UserError as problem:
         assert str(problem)
     except SystemExit as done:
         assert {"-h", "--help"} & set(argv) and done.code == 0
     else:
         saved = json.loads(json.dumps(asdict(made), allow_nan=False))
-        assert load(schema, [], saved)[0] == made
+        assert load_config(schema, [], saved)[0] == made
 
 
 @given(schema=st.sampled_from(SCHEMAS), argv=st.lists(flags, max_size=5))

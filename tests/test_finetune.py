@@ -24,14 +24,14 @@ from data.dataset import open_dataset
 from data.shards import TRAINED, Tokens
 from data.tokenizers import CharTokenizer
 from data.windows import TrainWindows
-from gpt12 import config_loader
+from gpt12.config import load_config
 from gpt12.device import Machine
 from gpt12.errors import UserError, run_main
 from gpt12.generate import Sampling, generate
 from gpt12.loader import Loader
 from gpt12.lora import add_lora
+from gpt12.run import load_start, read_request
 from gpt12.settings import TrainConfig
-from gpt12.start import load_start, read_request
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 from tests.helpers import ROOT, built_from, command, environment, read_rows
@@ -327,7 +327,7 @@ def test_targets_of_prompts_change_no_bit_of_any_gradient(start, instructions, m
     Without the mask they change the gradients, so that the first half of the test can fail.
     """
     dataset = open_dataset(str(instructions), tokenizer=CharTokenizer(CHARS), block_size=32)
-    config, _ = config_loader.load(TrainConfig, [*QUICK[2:], "--block_size=32"])
+    config, _ = load_config(TrainConfig, [*QUICK[2:], "--block_size=32"])
     machine = Machine(torch.device("cpu"), torch.float32, compiled=False)
     tokens = dataset.train
     mask = tokens.mask

@@ -17,8 +17,8 @@ from gpt12.generate import Sampling, generate
 from gpt12.lora import add_lora
 from gpt12.loss import cross_entropy_chunk, fused_cross_entropy_chunk
 from gpt12.memory import GIB, step_memory
+from gpt12.run import prepare_model
 from gpt12.saver import Saver
-from gpt12.start import prepare_model
 from gpt12.targets import IGNORE_INDEX
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig

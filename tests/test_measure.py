@@ -24,7 +24,7 @@ from gpt12.measure import (
     try_to_measure,
 )
 from gpt12.plan import count_work, predict_memory
-from gpt12.shape import model_shape
+from gpt12.settings import model_shape
 from model import GPT, GPTConfig, parameter_count
 from tests.bench_helpers import CPU, check_step, fake_result, make, prepare
 from train import TrainStep

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt12 import config_loader, lora, measure
+from gpt12 import lora, measure
 from gpt12.bench_request import with_model_shape
 from gpt12.cards import CARDS, Card
+from gpt12.config import load_config
 from gpt12.errors import UserError
 from gpt12.memory import GIB, RECOMPUTE
 from gpt12.plan import (
@@ -26,8 +27,7 @@ from gpt12.plan import (
     predict,
     predict_memory,
 )
-from gpt12.settings import BenchConfig, TrainConfig
-from gpt12.shape import model_shape
+from gpt12.settings import BenchConfig, TrainConfig, model_shape
 from model import GPT, GPTConfig
 from tests.bench_helpers import SHAPE, fake_gpu_memory, make, make_124m
 from tests.helpers import ROOT
@@ -238,7 +238,7 @@ def test_the_plan_for_the_4070_ti(monkeypatch):
 
 def plan_of_preset(name: str) -> tuple[BenchConfig, Prediction]:
     argv = [str(ROOT / "config" / name), "--dtype=bfloat16"]
-    preset, given = config_loader.load(BenchConfig, argv)
+    preset, given = load_config(BenchConfig, argv)
     preset = with_model_shape(preset, given, on_cpu=False)
     return preset, predict(preset, "none", RTX_4070_TI)
 
@@ -246,7 +246,7 @@ def plan_of_preset(name: str) -> tuple[BenchConfig, Prediction]:
 @pytest.mark.parametrize("name", ["train_gpt2.py", "train_gpt2_12gb.py", "train_gpt2_fast.py"])
 def test_the_days_that_a_preset_and_the_results_name_are_the_predicted_ones(name):
     _, prediction = plan_of_preset(name)
-    train, _ = config_loader.load(TrainConfig, [str(ROOT / "config" / name)])
+    train, _ = load_config(TrainConfig, [str(ROOT / "config" / name)])
     days = train.max_iters * prediction.ms / 1e3 / 86400
     shown = f"{days:.0f} days" if days > 10 else f"{days:.1f} days"
     thousands = round(prediction.tokens_per_s / 1000)
@@ -269,7 +269,7 @@ def test_the_other_predictions_in_the_readme_and_the_results_are_those_of_the_pr
         assert f"| {seconds:.0f} s | `python train.py config/{name}` |" in results
         assert f"{seconds:.0f} s on a 4070 Ti" in (ROOT / "config" / name).read_text()
     options = "--block_size=512 --batch_size=4"
-    short, _ = config_loader.load(BenchConfig, [*options.split(), "--dtype=bfloat16"])
+    short, _ = load_config(BenchConfig, [*options.split(), "--dtype=bfloat16"])
     thousands = round(predict(short, "none", RTX_4070_TI).tokens_per_s / 1000)
     row = f"| {thousands},000 tokens/s | `python bench.py --plan {options}` |"
     assert row in results

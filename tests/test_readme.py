@@ -38,10 +38,10 @@ from torch.distributed.run import get_args_parser
 
 import train
 from data.shards import write_shard
-from gpt12.config_loader import load, read
+from gpt12.config import check, load_config, read
 from gpt12.errors import UserError
+from gpt12.run import read_request
 from gpt12.settings import ALL_KEYS, BenchConfig, SampleConfig, TrainConfig
-from gpt12.start import read_request
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -247,7 +247,7 @@ def parse_only(script: str, words: list[str]) -> None:
         raise ArgumentsWereReadError
 
     def parse_known_args(self, args=None, namespace=None):
-        load(TrainConfig, original(self, args, namespace)[1])  # the rest is for train.py
+        load_config(TrainConfig, original(self, args, namespace)[1])  # the rest is for train.py
         raise ArgumentsWereReadError
 
     if not words:
@@ -280,11 +280,11 @@ def check_config(script: str, words: list[str], folders: set[str], world: int = 
     if script == "train.py" and not resumes:
         config = read_request(words).config
     else:
-        config, _ = read(SCHEMAS[script], words).finish(check=not resumes)
+        config, _ = load_config(SCHEMAS[script], words)
     if script == "bench.py" and config.sweep:
         key, _, values = config.sweep.partition(":")
         for value in values.split(","):
-            load(BenchConfig, [*words, f"--{key}={value}"])
+            load_config(BenchConfig, [*words, f"--{key}={value}"])
     if script != "sample.py":
         own_text = re.search(r"/|^hf:|\.(txt|md|csv|jsonl)$", config.dataset)
         require(
@@ -412,7 +412,8 @@ def check_options(words: list[str], foreign: set[str]) -> None:
     errors = []
     for schema in SCHEMAS.values():
         try:
-            read(schema, complete).finish(check=False)
+            reading = read(schema, complete)
+            check(schema, reading.all(), set(), reading.problems)
         except UserError as error:
             errors.append(str(error))
     if len(errors) == len(SCHEMAS):

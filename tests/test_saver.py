@@ -106,10 +106,10 @@ def test_a_number_of_seconds_is_kept_whatever_a_save_costs(clock):
 @pytest.mark.parametrize("preset", sorted((ROOT / "config").glob("train_*.py")))
 def test_a_preset_that_is_killed_after_a_minute_can_be_resumed(preset, clock):
     """Presets save by time, not at evaluations only: kill -9 costs a minute at most."""
-    from gpt12.config_loader import load
+    from gpt12.config import load_config
     from gpt12.settings import TrainConfig
 
-    config, _ = load(TrainConfig, [str(preset)])
+    config, _ = load_config(TrainConfig, [str(preset)])
     timer = SaveTimer(config.save_interval_s, size=10**9)
     assert seconds_to_the_next_save(timer, clock) <= 60
 

@@ -14,8 +14,7 @@ from data.tokenizers import CharTokenizer
 from gpt12.checkpoint import find_checkpoint
 from gpt12.device import Machine
 from gpt12.errors import UserError
-from gpt12.settings import TrainConfig
-from gpt12.start import (
+from gpt12.run import (
     CPU_FLOPS_PER_CORE,
     is_worth_compiling,
     load_start,
@@ -23,6 +22,7 @@ from gpt12.start import (
     read_request,
     warn_of_long_run,
 )
+from gpt12.settings import TrainConfig
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig, flops_per_token
 from tests.helpers import (

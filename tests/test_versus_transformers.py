@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt12.measure import OutOfMemory
-from gpt12.shape import model_shape
+from gpt12.settings import model_shape
 from gpt12.versus_transformers import (
     TheirGeneration,
     build_model,
