@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
@@ -31,9 +31,6 @@ from torch.utils.checkpoint import (
 
 from gpt12.errors import UserError
 from gpt12.loss import linear_cross_entropy
-
-if TYPE_CHECKING:
-    from gpt12.generate import KVCache, LayerCache
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,32 @@ class GPTConfig:
     def padded_vocab_size(self) -> int:
         """V: vocab_size rounded up to a multiple of 64, because matrix products are faster then."""
         return (self.vocab_size + 63) // 64 * 64
+
+
+class Cache(Protocol):
+    """What layers keep of earlier tokens while text is written (KVCache in gpt12/generate.py)."""
+
+    slots: Tensor  # (1, S), the positions of the tokens for which there is room
+
+    def take_positions(self, T: int) -> Tensor:
+        """Begin a forward pass over T more tokens of each text; return their positions, (B, T)."""
+
+    def extend(self, new: Tensor) -> Tensor:
+        """Store what a layer keeps of the new tokens, (B, T, ...).
+
+        Returns what it keeps of all tokens, (B, S, ...).
+        """
+
+
+class Shared(NamedTuple):
+    """What all layers of one forward pass share. Whatever else a layer needs can be added here."""
+
+    # (B, T), counted from the start of the text or example; (1, T) if equal for all rows.
+    position: Tensor
+    # (B, 1, T, S), added to the attention scores: 0 where a token sees another one, else -inf.
+    # None: each token sees itself and all before it.
+    mask: Tensor | None
+    cache: Cache | None
 
 
 class LayerNorm(nn.LayerNorm):
@@ -90,22 +113,22 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """mask: (B, 1, T, T), added to the scores; None hides only later tokens."""
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.unbind(dim=2)  # each (B, T, H, D)
-        if cache is not None:
-            k, v, mask = cache.update(k, v)  # (B, S, H, D) twice, (B, 1, T, S)
+        if shared.cache is not None:
+            # Stored at once, because each store is a kernel. Where k and v are not simply parts of
+            # qkv, store torch.stack((k, v), dim=2).
+            kv = shared.cache.extend(qkv[:, :, 1:])  # (B, S, 2, H, D)
+            k, v = kv.unbind(dim=2)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),  # (B, H, T, D)
             k.transpose(1, 2),
             v.transpose(1, 2),
-            attn_mask=mask,
+            attn_mask=shared.mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
+            is_causal=shared.mask is None,
         )  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # put the heads side by side
         return self.resid_dropout(self.c_proj(y))
@@ -147,11 +170,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.recompute = "none"
 
-    def forward(
-        self, x: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.layer(x, cache, mask)
+            return self.layer(x, shared)
         options: dict[str, Any] = {"use_reentrant": False}
         # With dropout, computing again has to draw the same random numbers again.
         draws = self.training and self.has_dropout()
@@ -162,14 +183,14 @@ class Block(nn.Module):
             # then draw those in place of its own. Compiled, each dropout has a seed of its own.
             if draws and not torch.compiler.is_compiling():
                 options["context_fn"] = keep_products
-        return checkpoint(self.layer, x, cache, mask, **options)
+        return checkpoint(self.layer, x, shared, **options)
 
     def has_dropout(self) -> bool:
         """Tell whether anything in this layer drops values: its own dropout or LoRA's."""
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
 
-    def layer(self, x: Tensor, cache: LayerCache | None, mask: Tensor | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache, mask)  # (B, T, C)
+    def layer(self, x: Tensor, shared: Shared) -> Tensor:
+        x = x + self.attn(self.ln_1(x), shared)  # (B, T, C)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -220,10 +241,32 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
 
+    def sees(self, query: Tensor, key: Tensor, example: Tensor | None = None) -> Tensor:
+        """Decide which tokens see which, in training and in decoding: (B, T, S) bool.
+
+        query, key: the positions of those who see, (B, T), and of those who are seen, (B, S).
+        example: (B, T), a number for each token's example, if rows hold several examples; queries
+        and keys are then the same tokens.
+        """
+        seen = key[:, None, :] <= query[:, :, None]
+        if example is not None:
+            seen = seen & (example[:, None, :] == example[:, :, None])
+        return seen
+
+    @functools.cached_property
+    def is_causal(self) -> bool:
+        """Tell whether sees() says that each token sees itself and all before it.
+
+        Attention has this built in, and is faster with it than with a mask.
+        """
+        position = torch.arange(self.wpe.num_embeddings, device="cpu")[None]
+        seen = self.sees(position, position)[0]
+        return torch.equal(seen, torch.ones_like(seen).tril())
+
     def forward(
         self,
         idx: Tensor,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         example_starts: Tensor | None = None,
         context_length: int | None = None,
     ) -> Tensor:
@@ -241,7 +284,7 @@ class Transformer(nn.Module):
         if cache is not None:
             position = cache.take_positions(T)  # (B, T): each row continues at its own length
         elif T <= self.wpe.num_embeddings:
-            position = torch.arange(T, device=idx.device)  # (T,)
+            position = torch.arange(T, device=idx.device)[None]  # (1, T)
         else:
             raise UserError(f"{T} tokens do not fit into block_size={self.wpe.num_embeddings}")
         if example_starts is not None:
@@ -251,27 +294,22 @@ class Transformer(nn.Module):
         # Keep the residual stream in autocast's dtype, not in the embedding's float32: half the
         # memory.
         x = x.to(compute_dtype(x))
-        if context_length is not None:
-            x = x.view(-1, context_length, x.size(-1))  # more and shorter sequences
+        if context_length is not None:  # more and shorter sequences
+            x = x.view(-1, context_length, x.size(-1))
+            position = position.expand(B, T).reshape(x.shape[:2])
+            if example_starts is not None:
+                example_starts = example_starts.view(x.shape[:2])
         mask = None
-        if example_starts is not None:
-            mask = example_mask(example_starts.view(x.shape[:2]), x.dtype)
-        for i, block in enumerate(self.h):
-            x = block(x, None if cache is None else cache.layer(i), mask)
+        if cache is not None or example_starts is not None or not self.is_causal:
+            key = position if cache is None else cache.slots
+            seen = self.sees(position, key, example_starts)[:, None]  # (B, 1, T, S)
+            # Given a boolean mask, the attention of every layer would make such a mask of its own
+            # and keep it for the backward pass.
+            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -torch.inf)
+        shared = Shared(position, mask, cache)
+        for block in self.h:
+            x = block(x, shared)
         return self.ln_f(x.view(B, T, -1))
-
-
-def example_mask(example_starts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask to add to the attention scores that keeps each token inside its example.
-
-    It is (B, 1, T, T): 0 for a token itself and earlier ones of its example, -inf for all others.
-    Given a boolean mask, the attention of every layer would make such a mask of its own and keep
-    it for the backward pass.
-    """
-    same = example_starts[:, :, None] == example_starts[:, None, :]  # (B, T, T)
-    hidden = ~same.tril()
-    mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
-    return mask[:, None]
 
 
 class GPT(nn.Module):
@@ -335,8 +373,7 @@ class GPT(nn.Module):
             idx, example_starts=example_starts, context_length=context_length
         )  # (B, T, C)
         if targets is None:
-            logits = self.lm_head(x)  # (B, T, V)
-            return logits[..., : self.config.vocab_size], None
+            return self.logits(x), None
         loss = linear_cross_entropy(
             x,
             self.lm_head.weight,
@@ -347,6 +384,10 @@ class GPT(nn.Module):
             fused=self.fused_loss,
         )
         return None, loss
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits (..., vocab_size) of the transformer's output x (..., C)."""
+        return self.lm_head(x)[..., : self.config.vocab_size]
 
     def set_recompute(self, recompute: str) -> None:
         """Set the `recompute` of every block: "none", "pointwise" or "block"."""

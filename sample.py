@@ -29,11 +29,10 @@ from gpt12.checkpoint import find_checkpoint
 from gpt12.config import load_config
 from gpt12.device import Machine, open_machine
 from gpt12.errors import UserError, run_main
-from gpt12.generate import Sampling, decode_bytes, store_by_columns, stream
+from gpt12.generate import Sampling, TextStream, decode_bytes, store_by_columns, stream
 from gpt12.run_folder import is_run
 from gpt12.settings import SampleConfig
 from gpt12.terminal import printable
-from gpt12.text_stream import TextStream
 from gpt12.weights import find_pretrained, from_pretrained, read_nanogpt
 from model import GPT
 

@@ -3,26 +3,30 @@
     for ids in stream(model, prompts, max_new_tokens=100):   # one new id for each prompt
     texts = generate(model, prompts, max_new_tokens=100)     # all new ids at the end
 
-Reading order: how a token is chosen (Sampling, sample_token), the cache (KVCache, LayerCache), one
-decoding step (Decoder), and the loop (stream).
+Reading order: how a token is chosen (Sampling, sample_token), the cache (KVCache), one decoding
+step (Decoder), the loop (stream), recording a step for a GPU (RecordedStep), and from ids to shown
+text (TextStream).
 
-Shapes: B texts, T new tokens of each text, S slots of the cache, L layers, H heads, D head size,
-C channels.
+Shapes: B texts, T new tokens of each text, S slots of the cache, C channels.
 """
 
 from __future__ import annotations
 
-import math
+import codecs
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from gpt12.cuda_graph import record
 from gpt12.errors import UserError
-from model import GPT, GPTConfig, compute_dtype
+from model import GPT
+
+# Attention kernels would copy a mask whose rows are no multiple of 16 bytes, once a layer.
+SLOTS_MULTIPLE = 64
+ALMOST_GREEDY = 1e-5  # temperatures below this choose like 0, and dividing by them may overflow
+
 
 # --------------------------------------------------------------------------------------------------
 # Choosing a token
@@ -57,47 +61,29 @@ def sample_token(
     The same logits and the same draw give the same token, whatever the other rows are.
     """
     if seen is not None:
-        logits = _penalize_repetition(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature == 0:
+        logits = logits.float()
+        penalty = sampling.repetition_penalty
+        penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(seen, penalized, logits)
+    if sampling.temperature < ALMOST_GREEDY:
         return logits.argmax(dim=1)
-    probs, ids = _candidates(logits, sampling)
-    # Invert the cumulative distribution: count the candidates that end at or before the draw.
-    cumulative = probs.cumsum(dim=1)
-    chosen = (cumulative <= draw[:, None] * cumulative[:, -1:]).sum(dim=1, keepdim=True)
-    # If rounding makes the draw 1, `chosen` points past the end. `last` is the last candidate whose
-    # probability is not 0: there the running count of these first reaches its maximum.
-    last = (probs > 0).cumsum(dim=1).argmax(dim=1, keepdim=True)
-    return ids.gather(1, torch.minimum(chosen, last))[:, 0]
-
-
-def _penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    logits = logits.float()
-    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen, penalized, logits)
-
-
-def _candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Return the unnormalized probabilities (B, k) of the k candidates of each row, and their ids.
-
-    Candidates that top_p or min_p exclude have probability 0.
-    """
-    vocab_size = logits.size(1)
-    k = min(sampling.top_k or vocab_size, vocab_size)
+    k = min(sampling.top_k or logits.size(1), logits.size(1))
     # Select in the logits' own dtype and without sorting, which is faster. Only top_p needs order.
     scores, ids = logits.topk(k, sorted=sampling.top_p < 1)
-    scores = scores.float()
-    # The largest score becomes 0, so that nothing overflows if the temperature is small.
-    scores = scores - scores.amax(dim=1, keepdim=True)
-    scores = scores / max(sampling.temperature, 1e-30)  # smaller ones would be 0 in float32
-    probs = scores.softmax(dim=1)
-    keep = torch.ones_like(probs, dtype=torch.bool)
+    probs = (scores.float() / sampling.temperature).softmax(dim=1)  # (B, k)
+    allowed = probs
     if sampling.min_p > 0:
-        keep = scores >= math.log(sampling.min_p)
+        least = sampling.min_p * probs.amax(dim=1, keepdim=True)
+        allowed = allowed.masked_fill(probs < least, 0)
     if sampling.top_p < 1:
         more_likely = probs.cumsum(dim=1) - probs  # the probability of all tokens before this one
-        keep &= more_likely < sampling.top_p
-        keep[:, 0] = True  # the most likely token (they are sorted) stays, whatever rounding says
-    return probs * keep, ids
+        allowed = allowed.masked_fill(more_likely >= sampling.top_p, 0)
+    # Invert the cumulative distribution. The target is a millionth lower than the draw says, so
+    # that a sum's rounding cannot lead past the last candidate.
+    cumulative = allowed.cumsum(dim=1)
+    target = (1 - 1e-6) * draw[:, None] * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, target, right=True)
+    return ids.gather(1, chosen)[:, 0]
 
 
 def uniform_draws(seed: int, count: int) -> Tensor:
@@ -113,149 +99,90 @@ def uniform_draws(seed: int, count: int) -> Tensor:
 # The cache of keys and values
 
 
-class LayerCache(NamedTuple):
-    """The part of the cache that one layer uses during one forward pass over T tokens."""
-
-    keys: Tensor  # (B, S, H, D)
-    values: Tensor  # (B, S, H, D)
-    rows: Tensor  # (B, 1), the indices 0 ... B - 1
-    position: Tensor  # (B, T), the slots of the new tokens
-    mask: Tensor  # (B, 1, T, S), 0 where a new token sees a slot, else -inf
-
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store the keys and values of the new tokens, each (B, T, H, D).
-
-        Returns all keys, all values, and the mask to add to the attention scores.
-        """
-        self.keys[self.rows, self.position] = k
-        self.values[self.rows, self.position] = v
-        return self.keys, self.values, self.mask
-
-
 class KVCache:
-    """The keys and values of past tokens of B texts, in memory of fixed size.
+    """What the layers keep of past tokens of B texts: their keys and values.
 
-    Each text has its own length. Slots past it are masked and overwritten as the text grows.
+    The memory has a fixed number of slots for each text, one for each position. Each text has its
+    own length. Slots past it are masked, and overwritten as the text grows.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, length: Tensor):
-        """keys, values: (L, B, S, H, D). length: (B,) int64, the tokens stored for each text."""
-        self.keys = keys
-        self.values = values
+    def __init__(self, length: Tensor, slots: Tensor, kept: Sequence[Tensor] = ()):
+        """length: (B,) int64, the tokens of each text. slots: (1, S), the numbers from 0.
+
+        kept: (B, S, ...) for each layer. It is made from what the layers give in the first pass.
+        """
         self.length = length
+        self.slots = slots
+        self.kept = list(kept)
         self.rows = torch.arange(len(length), device=length.device)[:, None]  # (B, 1)
-        # take_positions() sets these two for each forward pass, and then the layers read them.
-        self.position: Tensor
-        self.mask: Tensor
 
     @classmethod
-    def empty(cls, config: GPTConfig, batch: int, slots: int, like: Tensor) -> KVCache:
-        """Allocate a cache for `batch` texts of up to `slots` tokens, but not over block_size.
-
-        like: a parameter of the model, which decides the device and the dtype.
-        """
-        slots = min(slots, config.block_size)
-        shape = (config.n_layer, batch, slots, config.n_head, config.n_embd // config.n_head)
-        dtype = compute_dtype(like)
-        return cls(
-            keys=torch.zeros(shape, dtype=dtype, device=like.device),
-            values=torch.zeros(shape, dtype=dtype, device=like.device),
-            length=torch.zeros(batch, dtype=torch.int64, device=like.device),
-        )
+    def empty(cls, texts: int, slots: int, device: torch.device) -> KVCache:
+        """Return a cache with room for at least this many tokens of each text."""
+        rounded = (slots + SLOTS_MULTIPLE - 1) // SLOTS_MULTIPLE * SLOTS_MULTIPLE
+        length = torch.zeros(texts, dtype=torch.int64, device=device)
+        return cls(length, torch.arange(rounded, device=device)[None])
 
     def row(self, b: int) -> KVCache:
-        """Return a view of text b: a cache with a batch of one that shares this cache's memory."""
-        rows = slice(b, b + 1)
-        return KVCache(self.keys[:, rows], self.values[:, rows], self.length[rows])
+        """Return a view of text b: a cache of one text that shares this cache's memory."""
+        return KVCache(self.length[b : b + 1], self.slots, [kept[b : b + 1] for kept in self.kept])
 
     def take_positions(self, T: int) -> Tensor:
-        """Prepare for T more tokens of each text and return their positions, (B, T)."""
-        slots = self.keys.size(2)
-        self.position, self.mask = take_slots(self.length, T, slots, self.keys.dtype)
+        """Begin a forward pass over T more tokens of each text; return their positions, (B, T)."""
+        self.position = self.length[:, None] + self.slots[:, :T]
+        self.length.add_(T)
+        self.layer = 0
         return self.position
 
-    def layer(self, i: int) -> LayerCache:
-        """Return the part that layer i reads and writes in the present forward pass."""
-        return LayerCache(self.keys[i], self.values[i], self.rows, self.position, self.mask)
+    def extend(self, new: Tensor) -> Tensor:
+        """Store what the next layer keeps of the new tokens, (B, T, ...).
 
-
-def take_slots(length: Tensor, T: int, slots: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Take the next T slots: add T to length (B,) in place, and return their positions and mask.
-
-    Positions: (B, T). Mask: (B, 1, T, S), 0 for a token's own slot and earlier ones, -inf for later
-    ones.
-    """
-    position = length[:, None] + torch.arange(T, device=length.device)  # (B, T)
-    slot = torch.arange(slots, device=length.device)  # (S,)
-    later = (slot > position[:, :, None])[:, None]  # (B, 1, T, S)
-    mask = torch.zeros_like(later, dtype=dtype).masked_fill_(later, -math.inf)
-    length.add_(T)
-    return position, mask
+        Returns what it keeps of all tokens, (B, S, ...). Layers call this in the same order in
+        every forward pass.
+        """
+        if self.layer == len(self.kept):
+            shape = (len(new), self.slots.size(1), *new.shape[2:])
+            self.kept.append(new.new_zeros(shape))
+        kept = self.kept[self.layer]
+        kept[self.rows, self.position] = new
+        self.layer += 1
+        return kept
 
 
 # --------------------------------------------------------------------------------------------------
 # One decoding step
 
 
-class DecodingState(NamedTuple):
-    """What choosing a token reads and updates in place on the device."""
-
-    token: Tensor  # (B,) int64, the newest token of each text
-    draws: Tensor  # (B, max_new_tokens), uniform in [0, 1)
-    draw_index: Tensor  # (1,) int64, the next column of `draws`
-    seen: Tensor | None  # (B, vocab_size) bool, the tokens of each text; None without a penalty
-
-
-def head_and_sample(
-    hidden: Tensor, head: nn.Module, state: DecodingState, vocab_size: int, sampling: Sampling
-) -> None:
-    """Choose the next token of each text from its last hidden state (B, C), and store it."""
-    logits = head(hidden)[:, :vocab_size]
-    draw = state.draws.index_select(1, state.draw_index)[:, 0]
-    state.token.copy_(sample_token(logits, draw, sampling, state.seen))
-    if state.seen is not None:
-        state.seen.scatter_(1, state.token[:, None], True)
-    state.draw_index.add_(1)
-
-
 class Decoder:
     """Advance B texts by one token at a time.
 
-    A step reads and writes tensors in place and never waits for the device. On a GPU it is recorded
-    once as a CUDA graph and replayed, because a step consists of hundreds of kernels of a few
-    microseconds each, and launching them one by one takes longer than running them.
+    A step reads and writes tensors in place and never waits for the device.
     """
 
     def __init__(self, model: GPT, cache: KVCache, sampling: Sampling, draws: Tensor):
         """draws: (B, max_new_tokens), uniform in [0, 1), on the model's device."""
         B = len(draws)
-        device = draws.device
-        vocab_size = model.config.vocab_size
-        seen = None
-        if sampling.repetition_penalty != 1:
-            seen = torch.zeros((B, vocab_size), dtype=torch.bool, device=device)
         self.model = model
         self.cache = cache
         self.sampling = sampling
-        self.state = DecodingState(
-            token=torch.zeros(B, dtype=torch.int64, device=device),
-            draws=draws,
-            draw_index=torch.zeros(1, dtype=torch.int64, device=device),
-            seen=seen,
-        )
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.draws = draws
+        self.draw_index = torch.zeros(1, dtype=torch.int64, device=draws.device)  # the next column
+        self.token = torch.zeros(B, dtype=torch.int64, device=draws.device)  # newest of each text
+        self.seen: Tensor | None = None  # (B, vocab_size), the tokens of each text
+        if sampling.repetition_penalty != 1:
+            self.seen = draws.new_zeros((B, model.config.vocab_size), dtype=torch.bool)
 
     def read_prompts(self, prompts: list[list[int]]) -> None:
         """Run the prompts through the model in one pass and choose the first token of each text.
 
         Shorter prompts are padded on the right, and each text's logits are taken at its own end.
         """
-        device = self.state.token.device
+        device = self.token.device
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         rows = [torch.tensor(prompt) for prompt in prompts]
         idx = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T)
-        if self.state.seen is not None:
-            for seen, prompt in zip(self.state.seen, prompts, strict=True):
+        if self.seen is not None:
+            for seen, prompt in zip(self.seen, prompts, strict=True):
                 seen[torch.tensor(prompt, device=device)] = True
         hidden = self.model.transformer(idx, self.cache)  # (B, T, C)
         self.cache.length.copy_(lengths)  # the pass has counted the padding, too
@@ -270,58 +197,17 @@ class Decoder:
 
     def advance(self) -> None:
         """Append the newest token of each text to the cache and choose the next one."""
-        if not self.state.token.is_cuda:
-            self.compute_step()
-            return
-        if self.graph is None:
-            self.graph = self.record_step()
-        self.graph.replay()
-
-    def compute_step(self) -> None:
-        """Compute one decoding step, without a CUDA graph."""
-        hidden = self.model.transformer(self.state.token[:, None], self.cache)  # (B, 1, C)
+        hidden = self.model.transformer(self.token[:, None], self.cache)  # (B, 1, C)
         self.choose_next(hidden[:, 0])
 
     def choose_next(self, hidden: Tensor) -> None:
-        """Choose the next token of each text from hidden, (B, C)."""
-        vocab_size = self.model.config.vocab_size
-        head_and_sample(hidden, self.model.lm_head, self.state, vocab_size, self.sampling)
-
-    def start_copy(self) -> Callable[[], list[int]]:
-        """Start to copy the newest tokens to the host. Returns a function that waits for them."""
-        token = self.state.token
-        if not token.is_cuda:
-            tokens = token.tolist()
-            return lambda: tokens
-        host = torch.empty(token.shape, dtype=torch.int64, pin_memory=True)
-        host.copy_(token, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-
-        def wait() -> list[int]:
-            copied.synchronize()
-            return host.tolist()
-
-        return wait
-
-    def record_step(self) -> torch.cuda.CUDAGraph:
-        """Record one step as a CUDA graph. The state is afterwards as it was before."""
-        state = [self.state.token, self.state.draw_index, self.cache.length]
-        if self.state.seen is not None:
-            state.append(self.state.seen)
-        saved = [tensor.clone() for tensor in state]
-        # Warm up, so that nothing is compiled or set up while recording. CUDA graphs want another
-        # stream for that. Both steps start from the same state, because the cache may have room for
-        # one token only.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.compute_step()
-                for tensor, before in zip(state, saved, strict=True):
-                    tensor.copy_(before)
-        torch.cuda.current_stream().wait_stream(side)
-        return record(self.compute_step)
+        """Choose the next token of each text from its last hidden state (B, C), and store it."""
+        draw = self.draws.index_select(1, self.draw_index)[:, 0]
+        self.draw_index.add_(1)
+        logits = self.model.logits(hidden)
+        self.token.copy_(sample_token(logits, draw, self.sampling, self.seen))
+        if self.seen is not None:
+            self.seen.scatter_(1, self.token[:, None], True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -352,30 +238,27 @@ def stream(
     if not prompts or max_new_tokens == 0:
         return
     texts = [[int(token) for token in prompt] for prompt in prompts]
-    like = model.transformer.wte.weight
+    device = model.transformer.wte.weight.device
     longest = max(len(text) for text in texts)
-    cache = KVCache.empty(model.config, len(texts), longest + max_new_tokens, like)
+    cache = KVCache.empty(len(texts), min(longest + max_new_tokens, limit), device)
     if seeds is None:
         seeds = range(len(texts))
     draws = torch.stack([uniform_draws(seed, max_new_tokens) for seed in seeds])
-    decoder = Decoder(model, cache, sampling or Sampling(), draws.to(like.device))
+    decoder = Decoder(model, cache, sampling or Sampling(), draws.to(device))
+    advance = RecordedStep(decoder.advance) if device.type == "cuda" else decoder.advance
     decoder.read_prompts(texts)
     for remaining in range(max_new_tokens, 0, -1):
-        wait_for_tokens = decoder.start_copy()
-        full = [b for b, text in enumerate(texts) if len(text) == limit]
-        # Each turn calls advance() once. Normally it does so before waiting, so that the device
-        # computes the next tokens while the host hands out these. If a text is full, it does so
-        # after waiting: the text is first cut to its last half, which ends with the newest token.
-        if not full and remaining > 1:
-            decoder.advance()
+        wait_for_tokens = start_copy(decoder.token)
+        # The device computes the next tokens while the host hands out these.
+        if remaining > 1:
+            for b, text in enumerate(texts):
+                if len(text) == limit:  # the newest token has no place: keep half, with that token
+                    texts[b] = text[limit + 1 - max(1, limit // 2) :]
+                    decoder.refill(b, texts[b])
+            advance()
         new = wait_for_tokens()
         for text, token in zip(texts, new, strict=True):
             text.append(token)
-        if full and remaining > 1:
-            for b in full:
-                texts[b] = texts[b][-max(1, limit // 2) :]
-                decoder.refill(b, texts[b][:-1])  # advance() appends the newest token
-            decoder.advance()
         yield new
 
 
@@ -388,6 +271,50 @@ def generate(
         for text, token in zip(texts, new, strict=True):
             text.append(token)
     return texts
+
+
+def start_copy(token: Tensor) -> Callable[[], list[int]]:
+    """Start to copy the newest tokens to the host. Returns a function that waits for them."""
+    if not token.is_cuda:
+        tokens = token.tolist()
+        return lambda: tokens
+    host = token.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> list[int]:
+        copied.synchronize()
+        return host.tolist()
+
+    return wait
+
+
+class RecordedStep:
+    """Run a step as a CUDA graph, because launching its kernels takes longer than running them.
+
+    The first call runs the step plainly, which sets up what cannot be set up while recording.
+    """
+
+    def __init__(self, step: Callable[[], None]):
+        """step: reads and writes the same tensors in every call and never waits for the device."""
+        self.step = step
+        self.was_run = False
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if not self.was_run:
+            self.step()
+            self.was_run = True
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.step()
+        self.graph.replay()
+
+
+# --------------------------------------------------------------------------------------------------
+# For sample.py and bench.py
 
 
 def decode_bytes(model: GPT) -> int:
@@ -411,3 +338,71 @@ def store_by_columns(model: GPT) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.t().contiguous().t()
+
+
+# --------------------------------------------------------------------------------------------------
+# From ids to shown text
+
+
+class Vocabulary(Protocol):
+    """What a tokenizer has to know here."""
+
+    eot: int | None  # the id that ends a text
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of an id; they may be a part of a character."""
+
+
+class TextStream:
+    """One text in the making.
+
+    Characters whose bytes are spread over several tokens are held back until they are complete, and
+    so is a possible beginning of a stop string.
+    """
+
+    def __init__(self, tokenizer: Vocabulary, stops: Sequence[str] = ()):
+        """stops: the text ends before the first of these strings."""
+        self.tokenizer = tokenizer
+        self.stops = stops
+        self.ids: list[int] = []  # all tokens, including those of a stop string
+        self.shown = ""  # the text so far
+        self.finish_reason: str | None = None  # "stop", "end" (end-of-text token) or "length"
+        self._held = ""  # decoded, but not shown yet
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """Take the next token and return the text that can be shown now."""
+        if self.finish_reason is not None:
+            return ""
+        if token == self.tokenizer.eot:
+            return self.finish("end")
+        self.ids.append(token)
+        self._held += self._decoder.decode(self.tokenizer.token_bytes(token))
+        found = [self._held.find(stop) for stop in self.stops if stop in self._held]
+        if found:
+            self._held = self._held[: min(found)]
+            return self.finish("stop")
+        return self._show(len(self._held) - self._length_of_possible_stop())
+
+    def finish(self, reason: str) -> str:
+        """End the text and return what was held back."""
+        if self.finish_reason is None:
+            self.finish_reason = reason
+        if reason != "stop":
+            self._held += self._decoder.decode(b"", final=True)
+        return self._show(len(self._held))
+
+    def _length_of_possible_stop(self) -> int:
+        """Return how many characters at the end may be the beginning of a stop string."""
+        longest = 0
+        for stop in self.stops:
+            for length in range(longest + 1, len(stop)):
+                if self._held.endswith(stop[:length]):
+                    longest = length
+        return longest
+
+    def _show(self, length: int) -> str:
+        new = self._held[:length]
+        self._held = self._held[length:]
+        self.shown += new
+        return new

@@ -1,20 +1,18 @@
 """gpt12/generate.py against `transformers`, recomputation, and distributions in plain Python."""
 
-import contextlib
 import copy
 import math
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers.generation import logits_process as theirs_process
 
 from gpt12.errors import UserError
 from gpt12.generate import (
-    Decoder,
     Sampling,
     generate,
     sample_token,
@@ -22,7 +20,7 @@ from gpt12.generate import (
     uniform_draws,
 )
 from gpt12.weights import from_pretrained, save_pretrained
-from model import GPT, GPTConfig
+from model import CausalSelfAttention, Transformer
 from tests.helpers import ROOT
 from tests.texts import GREEDY, PROMPTS, VOCAB, random_theirs, recomputed, with_loud_padding
 
@@ -62,6 +60,44 @@ def test_past_block_size_the_last_half_is_computed_anew(both, tmp_path, block_si
     assert generate(model, prompts, 100, sampling=GREEDY) == expected
 
 
+class OneKeyHead(CausalSelfAttention):
+    """All heads share one head of keys and values (Shazeer 2019, arXiv:1911.02150)."""
+
+    def forward(self, x, shared):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).transpose(1, 3).unbind(2)
+        k, v = k[:, :1].transpose(1, 2), v[:, :1].transpose(1, 2)
+        if shared.cache is not None:
+            k = shared.cache.extend(k)  # (B, S, 1, D)
+            v = shared.cache.extend(v)
+        k, v = (t.transpose(1, 2).expand(-1, self.n_head, -1, -1) for t in (k, v))
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=shared.mask, is_causal=shared.mask is None
+        )
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+def window_of_five(self, query, key, example=None):
+    distance = query[:, :, None] - key[:, None, :]
+    return (distance >= 0) & (distance < 5)
+
+
+@pytest.mark.parametrize("changed", ["one head of keys", "sliding window"])
+def test_a_changed_model_writes_with_the_cache_what_it_writes_without(both, monkeypatch, changed):
+    """The cache takes its shapes from the model, and training and decoding see the same tokens."""
+    model = copy.deepcopy(both[1])
+    before = recomputed(model, PROMPTS[3], 20)
+    if changed == "sliding window":
+        monkeypatch.setattr(Transformer, "sees", window_of_five)
+        del model.transformer.is_causal  # it was asked for before sees() was changed
+    else:
+        for block in model.transformer.h:
+            block.attn.__class__ = OneKeyHead
+    expected = [recomputed(model, prompt, 260) for prompt in PROMPTS]
+    assert expected[3][:20] != before
+    assert generate(model, PROMPTS, 260, sampling=GREEDY) == expected
+
+
 def test_a_text_does_not_depend_on_its_neighbours(both):
     _, model = both
     how = Sampling(1.5, top_k=50, repetition_penalty=1.2)
@@ -87,31 +123,6 @@ def test_weights_stored_by_columns_are_the_same_model(both, greedy, tmp_path):
     assert (tmp_path / "rows/model.safetensors").read_bytes() == (
         tmp_path / "columns/model.safetensors"
     ).read_bytes()
-
-
-@pytest.mark.parametrize(("prompt", "new"), [([1, 2], 2), ([1] * 15, 4)])
-def test_warming_up_before_recording_stays_inside_draws_and_context(monkeypatch, prompt, new):
-    """The way a GPU goes, with the plain step in place of the recorded one.
-
-    The last draw and the last slot may be all that is left when the step is recorded.
-    """
-    model = GPT(GPTConfig(16, 13, 2, 2, 16)).eval()
-    plain = generate(model, [prompt], new, seeds=[3])
-    side = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: side)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    recorded = []
-    monkeypatch.setattr("gpt12.generate.record", recorded.append)
-
-    def advance(self):
-        if not recorded:
-            self.record_step()
-        self.compute_step()
-
-    monkeypatch.setattr(Decoder, "advance", advance)
-    assert generate(model, [prompt], new, seeds=[3]) == plain
-    assert len(recorded) == 1
 
 
 def test_loading_and_writing_do_not_import_the_compiler(both, tmp_path):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpt12.text_stream import TextStream
+from gpt12.generate import TextStream
 
 
 def pieces(*table: str | bytes) -> SimpleNamespace:
