@@ -16,7 +16,7 @@ Gimpel 2016 (GELU).
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -388,6 +388,17 @@ class GPT(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits (..., vocab_size) of the transformer's output x (..., C)."""
         return self.lm_head(x)[..., : self.config.vocab_size]
+
+    @torch.no_grad()
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context in place: drop the embeddings of the later positions."""
+        wpe = self.transformer.wpe
+        if block_size == self.config.block_size:
+            return
+        weight = wpe.weight[:block_size].clone()
+        wpe.weight = nn.Parameter(weight, requires_grad=wpe.weight.requires_grad)
+        wpe.num_embeddings = block_size
+        self.config = replace(self.config, block_size=block_size)
 
     def set_recompute(self, recompute: str) -> None:
         """Set the `recompute` of every block: "none", "pointwise" or "block"."""

@@ -8,7 +8,6 @@ The model     loss.py           output head and cross-entropy in chunks, its Tri
 A run         settings.py       every key, its default and its description
               config.py         defaults, then config files, then --key=value; --help
               run.py            what a run starts from, everything resolved
-              new_model.py      a model without weights, or with random ones
               device.py         what "auto" becomes               memory.py  bytes of a step
               distributed.py    several processes                 signals.py Ctrl-C
 

@@ -29,11 +29,11 @@ from gpt12.distributed import rank_0_first
 from gpt12.gpu_state import ask_driver, read_gpu_state
 from gpt12.loader import Loader
 from gpt12.memory import choose_recompute, ran_out_of_memory
-from gpt12.new_model import new_model
 from gpt12.plan import card_of_machine, predict
 from gpt12.run import prepare_model
 from gpt12.settings import BenchConfig, Recompute, model_shape
 from gpt12.terminal import say
+from gpt12.weights import new_model
 from model import GPTConfig, flops_per_token, parameter_count
 from train import TrainStep
 

@@ -27,11 +27,10 @@ from gpt12.device import Machine, open_machine
 from gpt12.distributed import is_rank_0, rank_0_first, torchrun_ranks
 from gpt12.errors import UserError
 from gpt12.memory import check_memory
-from gpt12.new_model import new_model
 from gpt12.optimizer import find_optimizer
 from gpt12.run_folder import is_run, lock_run, read_run
 from gpt12.settings import CONTEXT_PARTS, REPLACES, TrainConfig, model_shape, with_shape
-from gpt12.weights import find_pretrained, from_pretrained
+from gpt12.weights import find_pretrained, from_pretrained, new_model
 from model import GPT, GPTConfig, flops_per_token
 
 # compile=auto: a run with fewer operations than this is over before compiling has paid off.

@@ -3,35 +3,41 @@
     model = from_pretrained("gpt2")   # a hub name, a folder, or a ckpt.pt
     save_pretrained(model, folder)    # config.json, generation_config.json, model.safetensors
 
-On disk weights have the published names ("h.0.attn.c_attn.weight") and the layout of Conv1D, which
-is the transpose of nn.Linear's. Nothing is unpickled except tensors and plain values by torch's
-safe reader.
+No list of the parameters is kept here: every parameter and persistent buffer of the model is
+written and read, under its name in model.py. In the files of a folder
+
+    the nn.Linear weights of the blocks   are transposed, as GPT-2's layers (Conv1D) have them
+    the embedding and the head            end with the vocabulary: its padding rows are left out
+    a head that is tied to the embedding  is left out
+    LoRA's adapters                       are merged into the weights that they adapt
+
+Nothing is unpickled except tensors and plain values by torch's safe reader.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gpt12.errors import UserError
 from gpt12.files import exists
-from gpt12.linears import linear_names
 from gpt12.lora import LoRALinear
-from gpt12.new_model import uninitialized_model
-from model import GPT, GPTConfig, layer_matrices
+from model import GPT, GPTConfig
 
 # Settings in config.json that change the architecture, and the values that this model has. The
 # first value is the default of a missing key.
 SUPPORTED = {
-    "model_type": ("gpt2",),
+    "model_type": ("gpt2", "gpt12"),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "tie_word_embeddings": (True,),
     "scale_attn_weights": (True,),
@@ -40,8 +46,67 @@ SUPPORTED = {
     "layer_norm_epsilon": (1e-5,),
 }
 # OpenAI's upload holds the causal masks under names that look like biases.
-CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+CAUSAL_MASK = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+# What GPT-2 consists of, with an N for the number of a layer.
+GPT2_EMBEDDINGS = {"transformer.wte", "transformer.wpe"}
+GPT2_LAYERS = {
+    *(*GPT2_EMBEDDINGS, "transformer.ln_f"),
+    *("transformer.h.N.ln_1", "transformer.h.N.attn.c_attn", "transformer.h.N.attn.c_proj"),
+    *("transformer.h.N.ln_2", "transformer.h.N.mlp.c_fc", "transformer.h.N.mlp.c_proj"),
+}
+VOCABULARY = ("transformer.wte.weight", "lm_head.weight")  # with a row for each id
 NANOGPT_PADDED_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
+MAX_SIZE = 2**29  # the product of two such sizes in bytes is still a number for torch
+
+
+# --------------------------------------------------------------------------------------------------
+# Models whose memory is not drawn twice
+
+
+def new_model(config: GPTConfig) -> GPT:
+    """Return a model with the random weights of GPT.init_weights."""
+    model = uninitialized_model(config)
+    model.init_weights()
+    check_initialized(model, "GPT.init_weights in model.py does not set it")
+    return model
+
+
+def uninitialized_model(config: GPTConfig) -> GPT:
+    """Return a model whose weights are NaN until they are drawn or read.
+
+    torch's layers draw random weights of their own when they are built. For 124M parameters this
+    takes seconds, and nobody uses them. Unlike whatever was in memory, NaN shows what is forgotten.
+    """
+    with _NaNForRandom():
+        return GPT(config)
+
+
+class _NaNForRandom(TorchFunctionMode):
+    """Fill new memory with NaN, and let torch's functions that draw weights do nothing."""
+
+    random_inits = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self.random_inits:
+            return args[0] if args else kwargs["tensor"]
+        result = func(*args, **kwargs)
+        if func in (torch.empty, torch.empty_like) and result.is_floating_point():
+            result.fill_(math.nan)
+        return result
+
+
+def check_initialized(model: GPT, reason: str) -> None:
+    """Raise UserError with the reason if a parameter or a buffer still holds NaN."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.isnan().any():
+            raise UserError(f"{name} has no value: {reason}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading and writing
 
 
 def from_pretrained(
@@ -53,120 +118,172 @@ def from_pretrained(
     Raises UserError naming the file, the tensor or the setting that this model cannot represent.
     """
     source = str(path_or_name)
-    if Path(path_or_name).suffix == ".pt":
-        checkpoint = read_nanogpt(Path(path_or_name))
-        config = checkpoint.config
-        tensors = checkpoint.tensors
+    is_nanogpt = Path(source).suffix == ".pt"
+    if is_nanogpt:
+        config, tensors, _ = read_nanogpt(Path(source))
     else:
         folder = find_pretrained(path_or_name)
         config = read_config(folder / "config.json")
-        tensors = _read_safetensors(folder)
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        tensors = _read_tensors(folder)
+    if not any(name.startswith("transformer.") for name in tensors):  # GPT-2 without a head
+        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
     if _has_biases(tensors):
         # Another program may have trained a model of ours that had none: the tensors are right.
         config = replace(config, bias=True)
-    _check_shapes(config, tensors, source)
+    _check_sizes(config, tensors, source)
     if block_size is not None and block_size > config.block_size:
         raise UserError(
             f"the model in {source} has a context of {config.block_size} tokens: "
             f"pass --block_size={config.block_size} or less"
         )
     model = uninitialized_model(replace(config, dropout=dropout))
-    _load_tensors(model, tensors, source)
+    _load_tensors(model, tensors, source, is_conv1d=not is_nanogpt)
     if block_size is not None:
-        crop_block_size(model, block_size)
+        model.crop_block_size(block_size)
     return model
 
 
 @torch.no_grad()
-def crop_block_size(model: GPT, block_size: int) -> None:
-    """Shorten the model's context in place: drop the embeddings of the later positions."""
-    wpe = model.transformer.wpe
-    wpe.weight = nn.Parameter(wpe.weight[:block_size].clone())
-    wpe.num_embeddings = block_size
-    model.config = replace(model.config, block_size=block_size)
+def _load_tensors(model: GPT, tensors: dict[str, Tensor], source: str, is_conv1d: bool) -> None:
+    """Copy tensors into a model of their sizes. Raises UserError if one is missing or left over.
 
-
-@torch.no_grad()
-def _load_tensors(model: GPT, tensors: dict[str, Tensor], source: str) -> None:
-    """Copy tensors into a model of their shape. Raises UserError for one that is missing."""
-    for name, parameter in _published_weights(model):
-        parameter.copy_(_get(tensors, name, tuple(parameter.shape), source))
-    embedding = tensors["wte.weight"]
-    head = tensors.get("lm_head.weight")
-    if head is not None:
-        head = head[: len(embedding)]  # nanoGPT's may have padding rows
-        if head.shape != embedding.shape or not torch.equal(head, embedding):
+    is_conv1d: the blocks' matrices are transposed.
+    """
+    places = tensors_by_name(model)
+    for name, tensor in places.items():
+        place = as_published(model, name, tensor) if is_conv1d else _rows(model, name, tensor)
+        place.copy_(_get(tensors, name, tuple(place.shape), source))
+    for name in tensors.keys() - places.keys():
+        if name == "lm_head.weight":
+            _check_tied(tensors, source)
+        elif CAUSAL_MASK.fullmatch(name):
+            continue
+        elif not _is_gpt2_bias(name) or tensors[name].any():
             raise UserError(
-                f"{source}: lm_head.weight differs from wte.weight: "
-                "an output head with weights of its own is not supported"
+                f"{source}: tensor {name} has no place in the model of model.py. "
+                "Was it trained with another model.py?"
             )
+    check_initialized(model, f"{source} holds NaN, or nothing sets it")
 
 
-def save_pretrained(model: GPT, folder: str | Path, eot: int | None = None) -> None:
+def _check_tied(tensors: dict[str, Tensor], source: str) -> None:
+    """Raise UserError if the file's head has weights of its own, and the model's head has not."""
+    embedding = tensors["transformer.wte.weight"]
+    head = tensors["lm_head.weight"][: len(embedding)]  # nanoGPT's may have padding rows
+    if head.shape != embedding.shape or not torch.equal(head, embedding):
+        raise UserError(
+            f"{source}: lm_head.weight differs from wte.weight: "
+            "an output head with weights of its own is not supported"
+        )
+
+
+def save_pretrained(
+    model: GPT, folder: str | Path, eot: int | None = None, is_gpt2: bool = True
+) -> None:
     """Write config.json, generation_config.json and model.safetensors as `transformers` does.
 
     eot: the id of the end-of-text token, which ends a text in `transformers`.
-    Weights keep their dtype. Padding rows and the tied head are left out. LoRA adapters are merged.
-    A model without biases gets zero biases and "bias": false, which only our reader looks at.
+    is_gpt2: whether model.py computes what GPT-2 computes. If it does not, or if the model has
+        other parameters than GPT-2, "model_type" is "gpt12", which no other program opens.
+    Weights keep their dtype. A GPT-2 without biases gets zero biases and "bias": false, which only
+    our reader looks at.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    is_gpt2 = is_gpt2 and has_gpt2_names(model)
     tensors = {}
     dtype = model.transformer.wte.weight.dtype
     with torch.no_grad():
-        for name, tensor in _weights_to_save(model):
+        for name, tensor in _tensors_to_save(model, add_biases=is_gpt2):
             # Move it first: a transposed copy of the whole model may not fit on the GPU.
-            tensors[f"transformer.{name}"] = tensor.cpu().contiguous()
-            dtype = torch.promote_types(dtype, tensor.dtype)  # merged LoRA weights are float32
-    _write_json(folder / "config.json", _huggingface_config(model.config, eot, dtype))
+            tensors[name] = tensor.cpu().contiguous()
+            if tensor.is_floating_point():
+                dtype = torch.promote_types(dtype, tensor.dtype)  # merged weights are float32
+    _write_json(folder / "config.json", _config_json(model.config, eot, dtype, is_gpt2))
     _write_json(folder / "generation_config.json", _generation_config(eot))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _published_weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter's published name and the parameter as a view in the published layout."""
-    yield "wte.weight", model.transformer.wte.weight.detach()[: model.config.vocab_size]
-    yield "wpe.weight", model.transformer.wpe.weight.detach()
-    for name, module in model.transformer.named_modules():
-        if isinstance(module, nn.Linear | nn.LayerNorm | LoRALinear):
-            weight = module.weight
-            if isinstance(module, LoRALinear):
-                weight = module.merged_weight()
-            weight = weight.detach()
-            yield f"{name}.weight", weight if isinstance(module, nn.LayerNorm) else weight.t()
-            if module.bias is not None:
-                yield f"{name}.bias", module.bias.detach()
+def tensors_by_name(model: GPT) -> dict[str, Tensor]:
+    """Return every parameter and persistent buffer once: of a tied pair only the first."""
+    found: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
 
 
-def _weights_to_save(model: GPT) -> Iterator[tuple[str, Tensor]]:
-    """Yield what _published_weights yields, and zeros for the biases that the model does not have.
+def as_published(model: GPT, name: str, tensor: Tensor) -> Tensor:
+    """Return a view of a parameter or buffer in the layout that the files have."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    is_matrix = name.endswith(".weight") and isinstance(module, nn.Linear | LoRALinear)
+    if is_matrix and name.startswith("transformer.h."):
+        return tensor.detach().t()
+    return _rows(model, name, tensor)
 
-    One by one, so that only one merged weight at a time is in memory.
+
+def _rows(model: GPT, name: str, tensor: Tensor) -> Tensor:
+    """Return a view of a tensor without the padding rows of the vocabulary."""
+    tensor = tensor.detach()
+    return tensor[: model.config.vocab_size] if name in VOCABULARY else tensor
+
+
+def _tensors_to_save(model: GPT, add_biases: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a file holds, one by one: so only one merged weight at a time is in memory.
+
+    add_biases: also yield zeros for the biases that GPT-2 has and this model does not.
     """
-    for name, tensor in _published_weights(model):
+    for name, tensor in tensors_by_name(model).items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, LoRALinear):
+            if name.endswith((".lora_A", ".lora_B")):
+                continue  # merged into the weight
+            if name.endswith(".weight"):
+                tensor = module.merged_weight()
+        tensor = as_published(model, name, tensor)
         yield name, tensor
-        is_layer = name.startswith(("h.", "ln_f."))
-        if is_layer and name.endswith(".weight") and not model.config.bias:
+        bias = f"{name.removesuffix('weight')}bias"
+        if add_biases and not model.config.bias and _is_gpt2_bias(bias):
             # The outputs are the last dimension in the published layout.
-            yield f"{name.removesuffix('weight')}bias", tensor.new_zeros(tensor.shape[-1])
+            yield bias, tensor.new_zeros(tensor.shape[-1])
 
 
-def _huggingface_config(config: GPTConfig, eot: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    """Build config.json as `transformers` writes it, plus `bias`, which only our reader knows."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
+def has_gpt2_names(model: GPT) -> bool:
+    """Tell whether the model has the parameters of GPT-2, with or without biases, and no others."""
+    expected = {f"{layer}.weight" for layer in GPT2_LAYERS}
+    if model.config.bias:
+        expected |= {f"{layer}.bias" for layer in GPT2_LAYERS - GPT2_EMBEDDINGS}
+    return expected == {_without_number(n) for n in tensors_by_name(model) if "lora_" not in n}
+
+
+def _is_gpt2_bias(name: str) -> bool:
+    """Tell whether GPT-2 has a bias of this name."""
+    layer = _without_number(name.removesuffix(".bias"))
+    return name.endswith(".bias") and layer in GPT2_LAYERS - GPT2_EMBEDDINGS
+
+
+def _without_number(name: str) -> str:
+    return re.sub(r"^transformer\.h\.\d+\.", "transformer.h.N.", name)
+
+
+def _config_json(
+    config: GPTConfig, eot: int | None, dtype: torch.dtype, is_gpt2: bool
+) -> dict[str, Any]:
+    """Build config.json as `transformers` writes it, plus what only our reader knows.
+
+    That is `bias`, and whatever somebody adds to GPTConfig.
+    """
+    content = {
+        "architectures": ["GPT2LMHeadModel" if is_gpt2 else "GPT"],
+        "model_type": "gpt2" if is_gpt2 else "gpt12",
         "dtype": str(dtype).removeprefix("torch."),
         "activation_function": "gelu_new",
-        "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
         "n_ctx": config.block_size,  # an old name that llama.cpp's converter reads
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
         "n_inner": None,
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
@@ -176,8 +293,10 @@ def _huggingface_config(config: GPTConfig, eot: int | None, dtype: torch.dtype) 
         "tie_word_embeddings": True,
         "bos_token_id": eot,
         "eos_token_id": eot,
-        "bias": config.bias,
     }
+    shape = asdict(config)
+    del shape["block_size"], shape["dropout"]  # they have other names above
+    return content | shape
 
 
 def _generation_config(eot: int | None) -> dict[str, Any]:
@@ -209,27 +328,25 @@ def _get(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], source: 
     return tensors[name]
 
 
-def _check_shapes(config: GPTConfig, tensors: dict[str, Tensor], source: str) -> None:
-    """Check the matrices against the configuration before memory for the model is allocated."""
-    _get(tensors, "wte.weight", (config.vocab_size, config.n_embd), source)
-    _get(tensors, "wpe.weight", (config.block_size, config.n_embd), source)
-    for i in range(config.n_layer):
-        for matrix in layer_matrices(config):
-            shape = (matrix.inputs, matrix.outputs)
-            _get(tensors, f"h.{i}.{matrix.name}.weight", shape, source)
+def _check_sizes(config: GPTConfig, tensors: dict[str, Tensor], source: str) -> None:
+    """Compare the sizes of a model with its tensors before memory for it is allocated."""
+    C = config.n_embd
+    _get(tensors, "transformer.wte.weight", (config.vocab_size, C), source)
+    if "transformer.wpe.weight" in tensors:
+        _get(tensors, "transformer.wpe.weight", (config.block_size, C), source)
+    last = f"transformer.h.{config.n_layer - 1}."
+    if not any(name.startswith(last) for name in tensors):
+        raise UserError(f"{source}: tensor {last}* is missing")
 
 
 def _has_biases(tensors: dict[str, Tensor]) -> bool:
-    """Return whether any bias is not zero."""
-    for name, tensor in tensors.items():
-        if name.endswith(".bias") and not CAUSAL_MASK.fullmatch(name) and bool(tensor.any()):
-            return True
-    return False
+    """Return whether any bias of GPT-2's layers is not zero."""
+    return any(_is_gpt2_bias(name) and bool(tensor.any()) for name, tensor in tensors.items())
 
 
 def _check_config(shape: dict[str, int], file: Path) -> None:
     """Raise UserError for sizes that no model can have."""
-    in_range = all(1 <= size < 2**31 for size in shape.values())
+    in_range = all(1 <= size < MAX_SIZE for size in shape.values())
     if not in_range or shape["n_embd"] % shape["n_head"] != 0:
         raise UserError(f"{file}: impossible shape {shape}")
 
@@ -280,14 +397,20 @@ def read_config(file: Path) -> GPTConfig:
         if content.get(key, values[0]) not in values:
             raise UserError(f"{file}: {key}={content[key]!r} is not supported, only {values[0]!r}")
     try:
-        shape = {key: int(content[key]) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        block_size = int(content.get("n_positions", content.get("n_ctx", 1024)))
+        shape: dict[str, Any] = {}
+        for key in ("vocab_size", "n_layer", "n_head", "n_embd"):
+            shape[key] = int(content[key])
+        shape["block_size"] = int(content.get("n_positions", content.get("n_ctx", 1024)))
+        others: dict[str, Any] = {}  # `bias`, and what somebody has added to GPTConfig
+        for key, default in asdict(GPTConfig()).items():
+            if key not in (*shape, "dropout"):
+                others[key] = type(default)(content.get(key, default))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file}: {error} is missing or not a number") from None
-    _check_config(shape | {"n_positions": block_size}, file)
+    _check_config(shape, file)
     if content.get("n_inner") not in (None, 4 * shape["n_embd"]):
         raise UserError(f"{file}: n_inner={content['n_inner']} is not supported, only 4 * n_embd")
-    return GPTConfig(**shape, block_size=block_size, bias=bool(content.get("bias", True)))
+    return GPTConfig(**shape, **others)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -304,7 +427,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_safetensors(folder: Path) -> dict[str, Tensor]:
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """Return all tensors of a folder, memory-mapped."""
     import safetensors
 
@@ -312,7 +435,10 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
     for name in _weight_files(folder):
         file = folder / name
         if not os.path.isfile(file):  # noqa: PTH113 (as above)
-            raise UserError(_missing_weights(folder, file))
+            raise UserError(f"{str(file)!a:.200} does not exist")
+        if name.endswith(".bin"):
+            tensors.update(_read_pickle(file))
+            continue
         try:
             with safetensors.safe_open(file, framework="pt") as content:
                 for key in content.keys():
@@ -324,27 +450,37 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor]:
 
 def _weight_files(folder: Path) -> Sequence[str]:
     """Return the names of the files with the weights: one, or the shards that an index names."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():
-        return ["model.safetensors"]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return [name]
+        if index.exists():
+            return _shards(index, ending=Path(name).suffix)
+    return ["model.safetensors"]
+
+
+def _shards(index: Path, ending: str) -> Sequence[str]:
+    """Return the names of the files that an index names."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index} has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if not name.endswith(".safetensors") or Path(name).name != name:
+        if not name.endswith(ending) or Path(name).name != name:
             raise UserError(
-                f"{index}: {name!r:.80} does not name a safetensors file of its own folder"
+                f"{index}: {name!r:.80} does not name a {ending} file of its own folder"
             )
     return names
 
 
-def _missing_weights(folder: Path, file: Path) -> str:
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    hint = ""
-    if pickles:
-        hint = f"; {pickles[0]} is a pickle, which can run code and is never read"
-    return f"{str(file)!a:.200} does not exist{hint}. Save the model as safetensors and try again"
+def _read_pickle(file: Path) -> Any:
+    """Read a file of torch.save with torch's reader for tensors and plain values only."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds, UnpicklingError for a file with code
+        raise UserError(
+            f"{file} does not load without running code ({type(error).__name__})"
+        ) from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -355,16 +491,16 @@ class NanoGPTCheckpoint(NamedTuple):
     """What a ckpt.pt of nanoGPT's train.py holds."""
 
     config: GPTConfig
-    tensors: dict[str, Tensor]  # in the published layout
+    tensors: dict[str, Tensor]
     dataset: str | None  # the data set that it was trained on
 
 
 def read_nanogpt(file: Path) -> NanoGPTCheckpoint:
-    """Read nanoGPT's ckpt.pt through torch's reader for tensors and plain values only."""
+    """Read nanoGPT's ckpt.pt. Raises UserError if it is something else."""
     if not exists(file):
         raise UserError(f"{str(file)!a:.200} does not exist: pass the path of a ckpt.pt")
+    content = _read_pickle(file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         arguments = content["model_args"]
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
         shape = {name: int(arguments[name]) for name in names}
@@ -372,26 +508,12 @@ def read_nanogpt(file: Path) -> NanoGPTCheckpoint:
             shape["vocab_size"] = 50257
         # Checkpoints older than nanoGPT's key `bias` have biases.
         config = GPTConfig(**shape, bias=bool(arguments.get("bias", True)))
-        tensors = _published_from_nanogpt(content["model"], config)
+        tensors = {}
+        for name, tensor in content["model"].items():
+            name = name.removeprefix("_orig_mod.")  # torch.compile's prefix
+            tensors[name] = tensor[: config.vocab_size] if name in VOCABULARY else tensor
         dataset = dict(content.get("config", {})).get("dataset")
-    except Exception as error:  # torch raises many kinds, UnpicklingError for a file with code
-        raise UserError(
-            f"{file} is no nanoGPT checkpoint that loads without running code "
-            f"({type(error).__name__})"
-        ) from None
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{file} is no checkpoint of nanoGPT ({error!r:.200})") from None
     _check_config(shape, file)
     return NanoGPTCheckpoint(config, tensors, dataset if isinstance(dataset, str) else None)
-
-
-def _published_from_nanogpt(weights: dict[str, Any], config: GPTConfig) -> dict[str, Tensor]:
-    """Rename and transpose nanoGPT's tensors, and drop the padding rows of the vocabulary."""
-    linear_weights = tuple(f"{name}.weight" for name in linear_names(config))
-    tensors = {}
-    for name, tensor in weights.items():
-        if not isinstance(tensor, Tensor):
-            continue
-        name = name.removeprefix("_orig_mod.")  # torch.compile's prefix
-        tensors[name] = tensor.t() if name.endswith(linear_weights) else tensor
-    embedding = tensors["transformer.wte.weight"]
-    tensors["transformer.wte.weight"] = embedding[: config.vocab_size]
-    return tensors

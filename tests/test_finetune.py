@@ -508,12 +508,12 @@ FC = "transformer.h.1.mlp.c_fc.weight"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("missing", ["tensor h.1.mlp.c_fc.weight is missing"]),
-        ("misshapen", ["tensor h.1.mlp.c_fc.weight has shape (32, 127)", "(32, 128)"]),
+        ("missing", [f"tensor {FC} is missing"]),
+        ("misshapen", [f"tensor {FC} has shape (32, 127)", "(32, 128)"]),
         ("torn", ["model.safetensors is damaged"]),
-        ("pickle", ["pytorch_model.bin is a pickle", "never read"]),
+        ("pickle", ["pytorch_model.bin does not load without running code"]),
         ("disguised pickle", ["model.safetensors is damaged or no safetensors file"]),
-        ("ckpt.pt", ["ckpt.pt is no nanoGPT checkpoint that loads without running code"]),
+        ("ckpt.pt", ["ckpt.pt does not load without running code"]),
         ("none.pt", ["none.pt' does not exist"]),
         ("the file itself", ["model.safetensors is a file", "--init_from={folder}"]),
         ("untied", ["lm_head.weight", "differs from wte.weight", "is not supported"]),

@@ -103,12 +103,19 @@ class Bomb:
 def test_pickles_are_refused_and_not_executed(theirs, tmp_path):
     _, folder = theirs
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    torch.save(Bomb(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pickle"):
+    torch.save({"transformer.wte.weight": Bomb()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="without running code"):
         from_pretrained(tmp_path)
     torch.save({"model": Bomb(), "model_args": {}}, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="without running code"):
         from_pretrained(tmp_path / "ckpt.pt")
+
+
+def test_a_pytorch_model_bin_that_holds_tensors_alone_is_read(theirs, tmp_path, batch):
+    model, folder = theirs
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert relative(from_pretrained(tmp_path)(batch[0])[0], model(batch[0]).logits) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,175 @@
+"""A model that somebody has changed in model.py: nothing is lost, and nothing is pretended."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import model
+from gpt12.errors import UserError
+from gpt12.weights import from_pretrained, new_model, save_pretrained
+from model import GPT, GPTConfig
+from tests.helpers import losses, resume, run, same_tensors, weights
+
+pytestmark = pytest.mark.usefixtures("no_picture")
+SHAPE = GPTConfig(block_size=16, vocab_size=13, n_layer=1, n_head=2, n_embd=16)
+
+
+def extend(monkeypatch, owner: type, change: Callable, method: str = "__init__") -> None:
+    """Let change(self) run after a method of a class of model.py."""
+    original = getattr(owner, method)
+
+    def extended(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        change(self)
+
+    monkeypatch.setattr(owner, method, extended)
+
+
+def use_rms_norm(monkeypatch):
+    monkeypatch.setattr(model, "LayerNorm", lambda width, bias: nn.RMSNorm(width))
+
+
+def use_scale(monkeypatch):
+    """A learned scale in every block."""
+    layer = model.Block.layer
+
+    def add_scale(block):
+        block.scale = nn.Parameter(torch.ones(()))
+
+    extend(monkeypatch, model.Block, add_scale)
+    monkeypatch.setattr(model.Block, "layer", lambda self, *args: self.scale * layer(self, *args))
+
+
+def use_untied_head(monkeypatch):
+    def untie(gpt):
+        gpt.lm_head.weight = nn.Parameter(gpt.lm_head.weight.detach().clone())
+
+    def draw(gpt):
+        with torch.no_grad():
+            nn.init.normal_(gpt.lm_head.weight, std=0.02)
+
+    extend(monkeypatch, model.GPT, untie)
+    extend(monkeypatch, model.GPT, draw, "init_weights")
+
+
+def use_buffer(monkeypatch):
+    """A running mean of the stream, which is not trained."""
+    forward = model.Transformer.forward
+
+    def add_buffer(transformer):
+        transformer.register_buffer("mean", torch.zeros(SHAPE.n_embd))
+
+    def forward_and_count(self, *args, **kwargs):
+        x = forward(self, *args, **kwargs)
+        if self.training:
+            self.mean.lerp_(x.detach().mean((0, 1)), 0.1)
+        return x + self.mean
+
+    extend(monkeypatch, model.Transformer, add_buffer)
+    monkeypatch.setattr(model.Transformer, "forward", forward_and_count)
+
+
+CHANGES = {
+    use_rms_norm: "transformer.h.0.ln_1.weight",
+    use_scale: "transformer.h.0.scale",
+    use_untied_head: "lm_head.weight",
+    use_buffer: "transformer.mean",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_somebody_adds_is_saved_and_a_resumed_run_is_the_unbroken_one(
+    dataset, tmp_path, monkeypatch, change
+):
+    change(monkeypatch)
+    options = ["--decay_lr=False", "--eval_interval=3"]
+    assert run(dataset, tmp_path / "whole", *options, "--max_iters=6") == 0
+    assert run(dataset, tmp_path / "parts", *options, "--max_iters=3") == 0
+    before = weights(tmp_path / "parts")
+    assert resume(tmp_path / "parts", "--max_iters=6") == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "parts", "val_loss") == losses(tmp_path / "whole", "val_loss")
+    after = weights(tmp_path / "parts")
+    assert same_tensors(after, weights(tmp_path / "whole"))
+    name = CHANGES[change]
+    assert not torch.equal(before[name], after[name])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_does_not_call_itself_gpt2(tmp_path, monkeypatch, change):
+    change(monkeypatch)
+    save_pretrained(new_model(SHAPE), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt12"
+    assert from_pretrained(tmp_path).config == SHAPE
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_parameter_that_the_file_or_the_model_lacks_is_named(tmp_path, monkeypatch, change):
+    save_pretrained(new_model(SHAPE), tmp_path / "plain")
+    with monkeypatch.context() as m:
+        change(m)
+        save_pretrained(new_model(SHAPE), tmp_path / "changed")
+        if change is not use_rms_norm:  # whose gains have the names of LayerNorm's
+            with pytest.raises(UserError, match=f"tensor {CHANGES[change]} is missing"):
+                from_pretrained(tmp_path / "plain")
+    refused = "ln_1.bias is missing" if change is use_rms_norm else CHANGES[change]
+    with pytest.raises(UserError, match=refused):
+        from_pretrained(tmp_path / "changed")
+
+
+def test_a_parameter_that_nobody_initializes_is_named_before_training(
+    dataset, tmp_path, monkeypatch
+):
+    def untie(gpt):  # init_weights leaves lm_head out, because it is tied to the embedding
+        gpt.lm_head = nn.Linear(gpt.config.n_embd, gpt.config.padded_vocab_size, bias=False)
+
+    extend(monkeypatch, model.GPT, untie)
+    with pytest.raises(UserError, match=r"lm_head\.weight has no value: GPT\.init_weights"):
+        run(dataset, tmp_path, "--max_iters=1")
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_new_model_draws_each_weight_once_in_the_order_of_the_layers():
+    torch.manual_seed(5)
+    gpt = new_model(SHAPE)
+    torch.manual_seed(5)
+    for name, weight in gpt.named_parameters():
+        if weight.ndim < 2:
+            expected = torch.ones_like(weight) if ".weight" in name else torch.zeros_like(weight)
+        else:
+            std = 0.02
+            if "c_proj" in name:
+                std /= (2 * SHAPE.n_layer) ** 0.5
+            expected = torch.empty_like(weight).normal_(0.0, std)
+        if name.endswith("wte.weight"):
+            expected[SHAPE.vocab_size :] = 0.0
+        assert torch.equal(weight, expected), name
+
+
+def test_a_field_that_somebody_adds_to_the_configuration_comes_back(tmp_path, monkeypatch):
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Wider(GPTConfig):
+        window: int = 0
+        base: float = 1e4
+
+    monkeypatch.setattr("gpt12.weights.GPTConfig", Wider)
+    shape = Wider(block_size=16, vocab_size=13, n_layer=1, n_head=2, n_embd=16, window=4, base=9.0)
+    save_pretrained(GPT(shape), tmp_path)
+    assert from_pretrained(tmp_path).config == shape
+
+
+def test_cropping_at_equal_size_changes_nothing_and_frozen_positions_stay_frozen():
+    gpt = new_model(SHAPE)
+    table = gpt.transformer.wpe.weight
+    gpt.crop_block_size(16)
+    assert gpt.transformer.wpe.weight is table
+    table.requires_grad_(False)
+    gpt.crop_block_size(8)
+    assert not gpt.transformer.wpe.weight.requires_grad
+    assert torch.equal(gpt.transformer.wpe.weight, table[:8])
+    assert gpt.config.block_size == 8
