@@ -17,7 +17,7 @@
 out_dir = "out-compare"
 dataset = "fineweb_edu"
 eval_interval = 250
-eval_iters = 32
+eval_iters = 85
 log_interval = 50
 always_save_checkpoint = False  # only the losses matter here
 

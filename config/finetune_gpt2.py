@@ -11,20 +11,19 @@ out_dir = "out-finetune-gpt2"
 init_from = "gpt2"
 dataset = "shakespeare"  # used if you give no --dataset=my.txt
 
-eval_interval = 20
-eval_iters = 0  # measure on the whole validation split
-log_interval = 1
+eval_interval = 50
+log_interval = 10
 always_save_checkpoint = False  # you use best/; last/ is still written from time to time
 patience = 5  # stop once the model overfits
 
-# 16 sequences x 1,024 tokens x 1 micro-batch = 16,384 tokens a step
-batch_size = 16
+# 1 sequence of 1,024 tokens a step: a short text, too, makes many steps
+batch_size = 1
 gradient_accumulation_steps = 1
 block_size = 1024
-num_epochs = 3.0
+num_epochs = 10.0  # at most: patience ends it
 dropout = 0.1  # a small text is soon learned by heart
 
-learning_rate = 5e-5  # low, so that GPT-2 keeps what it knows
-min_lr = 5e-6
-warmup_iters = 10
+learning_rate = 1e-4  # low, so that GPT-2 keeps what it knows
+min_lr = 0.0
+warmup_iters = 0
 weight_decay = 0.1

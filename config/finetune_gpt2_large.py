@@ -14,21 +14,20 @@ out_dir = "out-finetune-gpt2-large"
 init_from = "gpt2-large"
 dataset = "shakespeare"  # used if you give no --dataset=my.txt
 
-eval_interval = 20
-eval_iters = 0  # measure on the whole validation split
-log_interval = 1
+eval_interval = 50
+log_interval = 10
 always_save_checkpoint = False  # you use best/; last/ is still written from time to time
 patience = 5  # stop once the model overfits
 
-# 4 sequences x 1,024 tokens x 4 micro-batches = 16,384 tokens a step
-batch_size = 4
-gradient_accumulation_steps = 4
+# 1 sequence of 1,024 tokens a step: a short text, too, makes many steps
+batch_size = 1
+gradient_accumulation_steps = 1
 block_size = 1024
-num_epochs = 3.0
+num_epochs = 10.0  # at most: patience ends it
 dropout = 0.1
 
 optimizer = "adamw8bit"  # weights, gradients and AdamW's state in float32 would take 12 GB
-learning_rate = 2e-5  # larger models take smaller rates
-min_lr = 2e-6
-warmup_iters = 10
+learning_rate = 3e-5  # larger models take smaller rates
+min_lr = 0.0
+warmup_iters = 0
 weight_decay = 0.1

@@ -11,22 +11,19 @@ out_dir = "out-finetune-gpt2-xl-lora"
 init_from = "gpt2-xl"
 dataset = "shakespeare"  # used if you give no --dataset=my.txt
 
-eval_interval = 20
-eval_iters = 0  # measure on the whole validation split
-log_interval = 1
+eval_interval = 50
+log_interval = 10
 always_save_checkpoint = False  # you use best/; last/ is still written from time to time
 patience = 5  # stop once the model overfits
 
-# 2 sequences x 1,024 tokens x 8 micro-batches = 16,384 tokens a step
-batch_size = 2
-gradient_accumulation_steps = 8
+# 1 sequence of 1,024 tokens a step: a short text, too, makes many steps
+batch_size = 1
+gradient_accumulation_steps = 1
 block_size = 1024
-num_epochs = 3.0
-dropout = 0.0  # lora_dropout takes its place
+num_epochs = 10.0  # at most: patience ends it
 
 lora_rank = 16
-lora_dropout = 0.05
 learning_rate = 2e-4  # adapters start at zero and take larger rates than weights
-min_lr = 2e-5
-warmup_iters = 10
+min_lr = 0.0
+warmup_iters = 0
 weight_decay = 0.1

@@ -16,22 +16,21 @@ out_dir = "out-finetune-instruct"
 init_from = "gpt2"
 dataset = "my.jsonl"
 
-eval_interval = 50
-eval_iters = 0  # measure on the whole validation split
-log_interval = 1
+eval_interval = 20
+log_interval = 10
 always_save_checkpoint = False  # you use best/; last/ is still written from time to time
-patience = 3  # stop once the model overfits
+patience = 5  # stop once the model overfits
 val_fraction = 0.05  # examples are few, so most of them are for training
 
-# 16 sequences x 1,024 tokens; a sequence holds as many whole examples as fit. Each is trained as if
+# 1 sequence of 1,024 tokens a step; it holds as many whole examples as fit. Each is trained as if
 # it were alone: it sees no other, and its positions count from its own start.
-batch_size = 16
+batch_size = 1
 gradient_accumulation_steps = 1
 block_size = 1024
-num_epochs = 3.0
+num_epochs = 6.0
 dropout = 0.1
 
-learning_rate = 5e-5
+learning_rate = 1e-4
 min_lr = 0.0
-warmup_iters = 20
+warmup_iters = 0
 weight_decay = 0.01
