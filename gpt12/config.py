@@ -156,9 +156,9 @@ NOUNS = {
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
-def kinds_of(schema: type[Schema]) -> dict[str, Any]:
+def kinds_of(schema: Any) -> dict[str, Any]:
     """Return the JSON schema of each key."""
-    return model_json_schema(schema)["properties"]  # type: ignore[arg-type]
+    return model_json_schema(schema)["properties"]
 
 
 def describe(kind: Mapping[str, Any]) -> str:

@@ -1,20 +1,161 @@
-"""gpt12/run.py: what a run is built of, and when there is nothing left to do."""
+"""gpt12/run.py: what a run starts from, what follows from several keys, and resuming."""
 
 import json
 import math
 import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from data.shards import Tokens
+from data.tokenizers import CharTokenizer
 from data.windows import TrainWindows
+from gpt12.checkpoint import find_checkpoint
+from gpt12.device import Machine
 from gpt12.errors import UserError
+from gpt12.run import (
+    CPU_FLOPS_PER_CORE,
+    is_worth_compiling,
+    load_start,
+    prepare_model,
+    read_request,
+    warn_of_long_run,
+)
 from gpt12.run_log import RunLog
-from tests.helpers import built, built_from, evaluations, losses, resume, run, trainer
+from gpt12.settings import TrainConfig
+from gpt12.weights import from_pretrained, save_pretrained
+from model import GPT, GPTConfig, flops_per_token
+from tests.helpers import (
+    CPU,
+    TINY,
+    built,
+    built_from,
+    config,
+    evaluations,
+    losses,
+    resume,
+    run,
+    same_tensors,
+    small_gpt,
+    trainer,
+    weights,
+)
+from tests.models import save_nanogpt
 
 pytestmark = pytest.mark.usefixtures("no_picture")
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading the configuration
+
+
+@pytest.mark.parametrize(("gpu", "preset"), [(True, "char"), (False, "cpu")])
+def test_without_arguments_the_preset_that_suits_the_machine_is_used(
+    monkeypatch, capsys, gpu, preset
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    request = read_request([])
+    assert request.config.out_dir == f"out-shakespeare-{preset}"
+    assert f"using config/train_shakespeare_{preset}.py" in capsys.readouterr().out
+
+
+def test_evaluating_a_run_takes_its_own_data_unless_others_are_given(finished, dataset):
+    own = read_request([f"--init_from={finished}", "--eval_only"]).config
+    assert own.dataset == str(dataset)
+    other = read_request([f"--init_from={finished}", "--eval_only", "--dataset=x.txt"]).config
+    assert other.dataset == "x.txt"
+    fine_tuned = read_request([f"--init_from={finished}"]).config
+    assert fine_tuned.dataset == TrainConfig().dataset
+
+
+@pytest.mark.parametrize(("micro_batches", "near"), [(1, 2), (3, 4)])
+def test_micro_batches_that_the_ranks_cannot_share_are_refused(monkeypatch, micro_batches, near):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = f"={micro_batches} is not a multiple of 2 ranks.*_steps={near}$"
+    with pytest.raises(UserError, match=message):
+        read_request([f"--gradient_accumulation_steps={micro_batches}"])
+
+
+@pytest.mark.parametrize("size", ["char", "cpu"])
+def test_who_gives_keys_but_no_preset_is_told_how_to_change_the_first_run(monkeypatch, size):
+    """The data set is then OpenWebText, which is not prepared here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: size == "char")
+    monkeypatch.setattr("data.dataset.find_shards", lambda folder, split: [])
+    with pytest.raises(UserError, match="openwebtext is not prepared") as error:
+        built_from(["--max_iters=300", "--out_dir=my run"])
+    assert str(error.value).splitlines()[-1] == (
+        "You gave no preset. To change a key of the first run, name its preset: python train.py "
+        f"config/train_shakespeare_{size}.py --max_iters=300 '--out_dir=my run'"
+    )
+
+
+@pytest.mark.parametrize("argv", [["config/train_gpt2.py"], ["--dataset=openwebtext"]])
+def test_who_names_a_preset_or_the_data_gets_no_such_advice(monkeypatch, argv):
+    monkeypatch.setattr("data.dataset.find_shards", lambda folder, split: [])
+    with pytest.raises(UserError, match="openwebtext is not prepared") as error:
+        built_from(argv)
+    assert "You gave no preset" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# What follows from several keys
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--max_iters=40"], {"lr_decay_iters": 40, "max_iters": 40}),
+        (["--max_iters=40", "--lr_decay_iters=30"], {"lr_decay_iters": 30}),
+        (["--learning_rate=1e-5"], {"min_lr": 1e-6}),
+        (["--learning_rate=1e-4"], {"min_lr": 6e-5}),
+        (["--learning_rate=1e-5", "--decay_lr=False"], {"min_lr": 6e-5}),
+        (["--max_iters=300", "--warmup_iters=200"], {"warmup_iters": 200}),
+    ],
+)
+def test_keys_that_follow_from_others_are_decided_once(dataset, tmp_path, options, expected):
+    found = asdict(built(dataset, tmp_path, *options).config)
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "warmup"),
+    [
+        (["--max_iters=300"], 30),
+        (["--max_iters=300", "--lr_decay_iters=100"], 10),
+        (["--max_iters=50000"], 2000),
+        (["--num_epochs=8"], 16),
+        (["--max_iters=300", "--warmup_iters=2000"], 2000),
+    ],
+)
+def test_a_warmup_that_nobody_set_is_at_most_a_tenth_of_the_steps(
+    dataset, tmp_path, options, warmup
+):
+    keys = [word for word in TINY if not word.startswith("--warmup_iters")]
+    found = built_from([*keys, f"--dataset={dataset}", f"--out_dir={tmp_path}", *options])
+    assert found.config.warmup_iters == warmup
+    assert found.request.asked["warmup_iters"] == 2000
+    told = [note for note in found.request.notes if "warmup_iters" in note]
+    assert told == [f"warmup_iters={warmup}, a tenth of the steps, because it was not set"] * (
+        warmup < 2000
+    )
+
+
+def test_num_epochs_sets_the_number_of_steps(dataset, tmp_path):
+    per_epoch = TrainWindows(Tokens.open(dataset, "train"), 16, 1337).per_epoch
+    found = built(dataset, tmp_path, "--num_epochs=1.5")
+    assert found.windows_per_step == 8
+    assert found.config.max_iters == math.ceil(1.5 * per_epoch / 8)
+
+
+def test_a_loaded_model_brings_its_own_shape(dataset, finished, tmp_path):
+    options = [f"--init_from={finished}", "--n_layer=7", "--n_embd=64", "--lora_rank=2"]
+    found = built(dataset, tmp_path, *options)
+    shape = found.model.config
+    assert (found.config.n_layer, found.config.n_embd) == (shape.n_layer, shape.n_embd) == (1, 16)
+    assert found.config.lora_alpha == 4.0  # twice the rank
 
 
 def test_the_seed_decides_the_weights_and_the_windows(dataset, tmp_path):
@@ -33,25 +174,206 @@ def test_eval_iters_counts_batches_and_an_evaluation_is_at_most_one_pass(
     assert built(dataset, tmp_path, f"--eval_iters={eval_iters}").eval_count == windows
 
 
-def test_num_epochs_sets_the_number_of_steps(dataset, tmp_path):
-    per_epoch = TrainWindows(Tokens.open(dataset, "train"), 16, 1337).per_epoch
-    found = built(dataset, tmp_path, "--num_epochs=1.5")
-    assert found.windows_per_step == 8
-    assert found.config.max_iters == math.ceil(1.5 * per_epoch / 8)
+def test_a_sequence_that_cannot_be_cut_into_rows_is_refused(dataset, tmp_path):
+    with pytest.raises(UserError, match="block_size=12 is not a multiple of 8: choose another"):
+        run(dataset, tmp_path / "a", "--short_context_share=0.5", "--block_size=12")
 
 
-def test_every_auto_is_decided_in_the_runs_configuration(dataset, tmp_path):
-    options = ["--dtype=auto", "--recompute=auto", "--batch_size=auto", "--lora_rank=0"]
-    found = built(dataset, tmp_path, *options, "--gradient_accumulation_steps=6").config
-    assert (found.dtype, found.recompute, found.batch_size) == ("float32", "none", 6)
+def test_what_was_asked_is_saved_apart_from_what_it_became(dataset, tmp_path):
+    assert run(dataset, tmp_path / "out", "--num_epochs=0.1", "--dtype=auto") == 0
+    saved = json.loads((tmp_path / "out" / "run.json").read_text())
+    asked, became = saved["requested"], saved["config"]
+    assert (asked["max_iters"], asked["lr_decay_iters"], asked["dtype"]) == (600000, None, "auto")
+    assert became["max_iters"] == became["lr_decay_iters"] == 3
+    assert became["dtype"] == "float32"
+    assert {"num_epochs", "dtype", "n_layer"} <= set(saved["given"])
+    assert not {"max_iters", "seed"} & set(saved["given"])
 
 
-def test_a_loaded_model_brings_its_own_shape(dataset, finished, tmp_path):
-    options = [f"--init_from={finished}", "--n_layer=7", "--n_embd=64", "--lora_rank=2"]
-    found = built(dataset, tmp_path, *options)
-    shape = found.model.config
-    assert (found.config.n_layer, found.config.n_embd) == (shape.n_layer, shape.n_embd) == (1, 16)
-    assert found.config.lora_alpha == 4.0  # twice the rank
+# --------------------------------------------------------------------------------------------------
+# Resuming: the run's settings, then the keys that are typed
+
+
+def write_run(out_dir: Path, keys: dict | None = None, **facts) -> Path:
+    """Write the run.json of a run. keys: of its configuration. facts: beside it."""
+    saved = asdict(TrainConfig(n_layer=3, n_head=3, n_embd=96, dtype="float32")) | (keys or {})
+    (out_dir / "run.json").write_text(json.dumps({"config": saved} | facts))
+    return out_dir
+
+
+@pytest.mark.parametrize("asks", ["file", "--init_from=resume", "--init-from=resume"])
+def test_a_run_is_resumed_wherever_init_from_was_set(asks, tmp_path):
+    write_run(tmp_path)
+    argv = [asks, f"--out_dir={tmp_path}"]
+    if asks == "file":
+        argv = [str(tmp_path / "again.py")]
+        text = f'init_from = "resume"\nout_dir = "{tmp_path}"\n'
+        (tmp_path / "again.py").write_text(text)
+    request = read_request([*argv, "--max_iters=7"])
+    assert request.resumed
+    made = request.config
+    assert (made.n_layer, made.max_iters, made.init_from) == (3, 7, "scratch")
+    assert request.given >= {"max_iters"}
+    assert request.notes == []
+
+
+def test_a_config_file_changes_nothing_of_a_resumed_run_and_each_key_is_told(tmp_path):
+    """nanoGPT's habit: the preset is named again, and is not the one that the run began with."""
+    write_run(tmp_path, {"learning_rate": 1e-3, "dataset": "mine"})
+    file = tmp_path / "preset.py"
+    file.write_text("learning_rate = 5e-4\ndataset = 'other'\nn_layer = 3\nn_embd = 12\nseed = 4\n")
+    argv = [str(file), "--init_from=resume", f"--out_dir={tmp_path}", "--seed=5"]
+    request = read_request(argv)
+    made = request.config
+    assert (made.learning_rate, made.dataset, made.n_embd, made.seed) == (1e-3, "mine", 96, 5)
+    assert request.notes == [
+        f"{file}:1: learning_rate=0.0005 does not count: this run has learning_rate=0.001",
+        f"{file}:2: dataset='other' does not count: this run has dataset=mine",
+        f"{file}:4: n_embd=12 does not count: this run has n_embd=96",
+        "a resumed run keeps its settings; type a key, as --KEY=VALUE, to change it",
+    ]
+
+
+def test_a_wrong_value_in_a_file_of_a_resumed_run_is_a_mistake_all_the_same(tmp_path):
+    write_run(tmp_path)
+    with pytest.raises(UserError, match=r"--dropout=2 must be .*\n--sed=3: unknown key; .* seed"):
+        read_request(["--init_from=resume", f"--out_dir={tmp_path}", "--dropout=2", "--sed=3"])
+
+
+@pytest.mark.parametrize(
+    ("options", "saved", "expected"),
+    [
+        (["--max_iters=9"], {"num_epochs": 3.0, "max_iters": 60}, {"num_epochs": 0.0}),
+        (["--num_epochs=9"], {"max_iters": 60}, {"num_epochs": 9.0}),
+        (["--batch_size=9"], {"num_epochs": 3.0, "max_iters": 60}, {"num_epochs": 3.0}),
+        ([], {"save_interval_s": "auto", "cuda_graph": "auto", "quantize": "none"}, {}),
+    ],
+)
+def test_saved_keys_and_typed_keys_are_joined(tmp_path, options, saved, expected):
+    given = [key for key in saved if key in ("num_epochs", "max_iters")][:1]
+    write_run(tmp_path, saved, given=given)
+    made = read_request(["--init_from=resume", f"--out_dir={tmp_path}", *options]).config
+    assert {key: getattr(made, key) for key in expected} == expected
+
+
+MEMORY = {"batch_size": 6, "gradient_accumulation_steps": 8, "recompute": "pointwise"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], (6, 8, "pointwise")),
+        (["--learning_rate=1e-4"], (6, 8, "pointwise")),
+        (["--recompute=block"], (12, 4, "block")),
+        (["--batch_size=24"], (24, 4, "none")),
+    ],
+)
+def test_what_a_run_fitted_into_memory_stays_until_such_a_key_is_typed(tmp_path, options, expected):
+    asked = {"batch_size": 12, "gradient_accumulation_steps": 4, "recompute": "none"}
+    write_run(tmp_path, MEMORY, requested=asked)
+    request = read_request(["--init_from=resume", f"--out_dir={tmp_path}", *options])
+    made = request.config
+    assert (made.batch_size, made.gradient_accumulation_steps, made.recompute) == expected
+    typed = {word.strip("-").partition("=")[0] for word in options}
+    for key in asked.keys() - typed:
+        assert request.asked[key] == asked[key]
+
+
+def test_values_that_an_older_program_chose_stay_as_they_became(tmp_path):
+    write_run(tmp_path, MEMORY, requested={"batch_size": "auto", "recompute": "auto"})
+    made = read_request(["--init_from=resume", f"--out_dir={tmp_path}", "--recompute=none"]).config
+    assert (made.batch_size, made.gradient_accumulation_steps, made.recompute) == (6, 8, "none")
+
+
+@pytest.mark.parametrize(("key", "value"), [("lora_dropout", 0.1), ("lora_targets", "c_attn")])
+def test_a_run_with_adapters_that_are_gone_is_refused_by_name(tmp_path, key, value):
+    write_run(tmp_path, {key: value})
+    with pytest.raises(UserError, match=f"{key}={value}, which this version cannot train"):
+        read_request(["--init_from=resume", f"--out_dir={tmp_path}"])
+
+
+def test_a_resumed_run_writes_into_the_folder_that_it_reads(finished, tmp_path, monkeypatch):
+    """The folder was renamed, or is a stranger's, whose run.json names another place."""
+    shutil.copytree(finished, tmp_path / "out")
+    file = tmp_path / "out" / "run.json"
+    facts = json.loads(file.read_text())
+    facts["config"]["out_dir"] = str(tmp_path / "elsewhere")
+    file.write_text(json.dumps(facts))
+    monkeypatch.chdir(tmp_path)  # whose out/ is the default
+    import train
+
+    assert train.main(["--init_from=resume", "--max_iters=6"]) == 0
+    assert trainer(tmp_path / "out")["step"] == 6
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("n_layer", 4), ("n_head", 2), ("n_embd", 48), ("bias", True), ("lora_rank", 2)),
+        *(("optimizer", "muon"), ("val_fraction", 0.3)),
+    ],
+)
+def test_keys_that_the_saved_weights_depend_on_cannot_change(tmp_path, key, value):
+    write_run(tmp_path)
+    argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
+    with pytest.raises(UserError, match=f"^{key}={value}, but the run in .*leave --{key} out"):
+        read_request([*argv, f"--{key}={value}"])
+    saved = json.loads((tmp_path / "run.json").read_text())["config"][key]
+    assert read_request([*argv, f"--{key}={saved}"]).resumed  # the same value may be given
+
+
+def test_options_given_on_resuming_are_checked_together_with_the_saved_ones(tmp_path):
+    write_run(tmp_path, {"learning_rate": 1e-2})
+    argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
+    assert read_request([*argv, "--min_lr=5e-3"]).config.min_lr == 5e-3
+    with pytest.raises(UserError, match="min_lr"):
+        read_request([*argv, "--min_lr=5e-2"])
+
+
+def test_the_scale_of_adapters_cannot_change(tmp_path):
+    """Another alpha would turn what is trained up or down at once."""
+    write_run(tmp_path, {"lora_rank": 4, "lora_alpha": 8.0, "init_from": "gpt2"})
+    argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
+    with pytest.raises(UserError, match=r"lora_alpha=2\.0, but the run in .* has 8\.0"):
+        read_request([*argv, "--lora_alpha=2"])
+    assert read_request([*argv, "--lora_alpha=8"]).config.lora_alpha == 8.0
+
+
+def test_a_resumed_run_keeps_the_precision_that_auto_became(tmp_path):
+    argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
+    write_run(tmp_path, {"dtype": "bfloat16"}, requested={"dtype": "auto"})
+    assert read_request(argv).config.dtype == "bfloat16"
+    write_run(tmp_path, {"dtype": "load"})
+    with pytest.raises(UserError, match=r"run\.json: dtype='load' must be auto or float32"):
+        read_request(argv)
+
+
+def test_a_run_starts_from_the_checkpoint_and_not_from_its_seed(finished, tmp_path):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    found = built_from(["--init_from=resume", f"--out_dir={out_dir}", "--max_iters=9"])
+    assert found.checkpoint == find_checkpoint(out_dir, ("last",))[0]
+    assert found.progress.step == 4
+    save_pretrained(found.model, tmp_path / "model")
+    assert same_tensors(weights(tmp_path, "model"), weights(finished, "last"))
+
+
+def test_resuming_reads_each_file_of_the_checkpoint_once_to_verify_it(
+    finished, tmp_path, monkeypatch
+):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    read = []
+    from gpt12 import checkpoint
+
+    verify = checkpoint.read_checkpoint
+
+    def noted(folder):
+        read.append(folder)
+        return verify(folder)
+
+    monkeypatch.setattr(checkpoint, "read_checkpoint", noted)
+    assert resume(out_dir) == 0
+    assert read == [out_dir / "last"]
 
 
 def test_resuming_a_finished_run_says_that_it_is_complete_and_changes_nothing(
@@ -82,6 +404,21 @@ def test_resuming_a_finished_run_with_more_steps_continues_it(dataset, tmp_path,
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+def test_a_run_that_was_stopped_before_its_last_evaluation_is_not_complete(
+    dataset, tmp_path, monkeypatch
+):
+    def killed(self):
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr("train.Trainer.evaluation_is_due", lambda self: self.progress.step == 3)
+        m.setattr("train.Trainer.evaluate", killed)
+        run(dataset, tmp_path, "--max_iters=3", "--save_interval_s=0")
+    assert trainer(tmp_path)["step"] == 3
+    assert resume(tmp_path) == 0
+    assert evaluations(tmp_path) == [3]
+
+
 @pytest.mark.parametrize("stopped", [1, 2, 3, 5])
 def test_a_run_resumes_exactly_before_and_after_its_rows_get_longer(
     dataset, tmp_path, monkeypatch, stopped
@@ -105,11 +442,6 @@ def test_a_run_with_a_short_context_first_is_another_run(dataset, tmp_path):
     assert run(dataset, tmp_path / "a", "--max_iters=4", "--short_context_share=0.5") == 0
     assert run(dataset, tmp_path / "b", "--max_iters=4") == 0
     assert losses(tmp_path / "a")[1] != losses(tmp_path / "b")[1]
-
-
-def test_a_sequence_that_cannot_be_cut_into_rows_is_refused(dataset, tmp_path):
-    with pytest.raises(UserError, match="block_size=12 is not a multiple of 8: choose another"):
-        run(dataset, tmp_path / "a", "--short_context_share=0.5", "--block_size=12")
 
 
 def test_a_run_on_other_data_says_so_and_forgets_its_best(dataset, finished, tmp_path, capsys):
@@ -150,16 +482,127 @@ def test_a_data_set_without_a_training_split_can_only_be_evaluated(dataset, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_was_stopped_before_its_last_evaluation_is_not_complete(
-    dataset, tmp_path, monkeypatch
-):
-    def killed(self):
-        raise SystemExit("killed")
+# --------------------------------------------------------------------------------------------------
+# Weights
 
-    with monkeypatch.context() as m, pytest.raises(SystemExit):
-        m.setattr("train.Trainer.evaluation_is_due", lambda self: self.progress.step == 3)
-        m.setattr("train.Trainer.evaluate", killed)
-        run(dataset, tmp_path, "--max_iters=3", "--save_interval_s=0")
-    assert trainer(tmp_path)["step"] == 3
-    assert resume(tmp_path) == 0
-    assert evaluations(tmp_path) == [3]
+
+def test_nanogpts_checkpoint_starts_with_the_tokenizer_beside_it(finished, tmp_path):
+    file = tmp_path / "ckpt.pt"
+    model = from_pretrained(finished / "best")
+    save_nanogpt(file, model, model.config.vocab_size)
+    request = read_request([f"--init_from={file}"])
+    assert load_start(request, None)[1] is None
+    letters = "".join(chr(97 + i) for i in range(model.config.vocab_size))
+    CharTokenizer(letters).save(tmp_path)
+    _, tokenizer = load_start(request, None)
+    assert tokenizer.name == "char"
+
+
+@pytest.mark.parametrize("argv", [[], ["--eval_only"]])
+def test_a_start_with_a_name_that_no_file_can_have_does_not_exist(argv):
+    with pytest.raises(UserError, match="a{300}"):
+        built_from([f"--init_from={'a' * 300}", "--dataset=shakespeare_char", *argv])
+
+
+def test_a_run_as_start_means_its_best_and_else_its_last(finished, tmp_path):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    # A step so long that the model becomes worse: best/ stays as it is.
+    assert resume(out_dir, "--max_iters=5", "--learning_rate=1", "--decay_lr=False") == 0
+    assert (trainer(out_dir, "best")["step"], trainer(out_dir, "last")["step"]) == (4, 5)
+    for name in ("best", "last"):
+        request = read_request([*TINY, f"--init_from={out_dir}"])
+        model, tokenizer = load_start(request, None)
+        wpe = weights(out_dir, name)["transformer.wpe.weight"]
+        assert torch.equal(model.transformer.wpe.weight, wpe)
+        assert tokenizer.vocab_size == 13
+        shutil.rmtree(out_dir / "best", ignore_errors=True)
+
+
+def test_adapters_on_an_untrained_model_are_refused():
+    with pytest.raises(UserError, match=r"lora_rank with init_from=scratch.*--init_from="):
+        load_start(read_request([*TINY, "--lora_rank=2"]), None)
+
+
+@pytest.mark.parametrize("inside", ["", "best"])
+def test_adapters_on_a_model_that_the_run_replaces_are_refused(finished, inside):
+    """Resuming would put them a second time on the model into which best/ has merged them."""
+    argv = [*TINY, f"--init_from={finished / inside}", "--lora_rank=4"]
+    with pytest.raises(UserError, match="choose another --out_dir="):
+        load_start(read_request([*argv, f"--out_dir={finished}"]), None)
+    model, _ = load_start(read_request([*argv, f"--out_dir={finished}-2"]), None)
+    assert model.config.n_layer == 1
+
+
+def test_data_of_another_tokenizer_than_the_models_are_refused(dataset, tmp_path):
+    save_pretrained(GPT(GPTConfig(16, 9, 1, 2, 16)), tmp_path / "model")
+    with pytest.raises(UserError, match=r"another tokenizer.*13 tokens.*9 tokens.*no tokenizer"):
+        run(dataset, tmp_path / "out", f"--init_from={tmp_path / 'model'}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The form of the model, and the length of the run
+
+
+def test_8_bit_adamw_is_refused_unless_weights_may_be_bfloat16():
+    for dtype in (torch.float32, torch.float16):
+        machine = Machine(CPU.device, dtype, compiled=False)
+        with pytest.raises(UserError, match=r"adamw8bit keeps the weights in bfloat16.*--dtype="):
+            prepare_model(small_gpt(), config(optimizer="adamw8bit"), machine)
+    model = small_gpt()
+    machine = Machine(CPU.device, torch.bfloat16, compiled=False)
+    prepare_model(model, config(optimizer="adamw8bit"), machine)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_frozen_weights_of_lora_have_the_products_precision_and_adapters_float32():
+    model = small_gpt()
+    machine = Machine(CPU.device, torch.bfloat16, compiled=False)
+    changes = {"lora_rank": 2, "lora_alpha": 4.0, "lora_targets": "c_attn", "recompute": "block"}
+    prepare_model(model, config(**changes), machine)
+    adapters = 0
+    for name, p in model.named_parameters():
+        assert p.requires_grad == ("lora_" in name)
+        assert p.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
+        if "lora_" in name:
+            assert "c_attn" in name
+            adapters += 1
+    assert adapters == 2 * 2
+    assert model.transformer.h[0].recompute == "block"
+
+
+def test_only_a_compiled_run_compiles_its_layers(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
+    for wanted in (False, True):
+        model = small_gpt()
+        machine = Machine(CPU.device, torch.float32, compiled=wanted)
+        prepare_model(model, config(), machine)
+        assert len(compiled) == (3 if wanted else 0)  # two layers and the last norm
+        assert not model.fused_loss  # a GPU's kernel
+
+
+def test_a_run_is_compiled_from_a_number_of_operations_on():
+    shape = GPTConfig(8, 13, 1, 1, 8)
+    steps = math.ceil(6e15 / (flops_per_token(shape) * 3 * 2 * 8))
+    for max_iters, worth in ((steps, True), (steps - 1, False)):
+        length = config(gradient_accumulation_steps=3, max_iters=max_iters)
+        assert is_worth_compiling(shape, length) == worth
+    # With num_epochs the length is not known yet, so it counts as long.
+    assert is_worth_compiling(shape, config(num_epochs=1.0, max_iters=1))
+
+
+def test_a_run_of_hours_on_a_cpu_is_warned_of_and_the_small_preset_named():
+    shape = GPTConfig(bias=False)
+    a_second = CPU_FLOPS_PER_CORE / flops_per_token(shape)  # tokens
+    for hours, said in ((1.9, None), (5, "5 hours"), (30, "30 hours"), (96, "4 days")):
+        tokens = hours * 3600 * 2 * a_second
+        length = config(batch_size=1, block_size=1024, max_iters=round(tokens / 1024))
+        # Only the steps that are left count, and max_iters may come from num_epochs.
+        begun = replace(length, max_iters=length.max_iters + 10**6, num_epochs=3.0)
+        warning = warn_of_long_run(shape, length, length.max_iters, cores=2)
+        assert warn_of_long_run(shape, begun, length.max_iters, cores=2) == warning
+        if said is None:
+            assert warning is None
+        else:
+            assert f"about {said} on this CPU. config/train_shakespeare_cpu.py" in warning
+            assert "--dataset=my.txt --tokenizer=char" in warning
