@@ -353,7 +353,7 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         example_starts: Tensor | None = None,
         divisor: Tensor | float | None = None,
-        target_count: int | None = None,
+        batch_targets: int | None = None,
         context_length: int | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Compute the logits, or the loss if targets are given.
@@ -364,7 +364,7 @@ class GPT(nn.Module):
         divisor: what the summed loss is divided by. The default is the number of targets, which
             gives the mean in nats per token. With gradient accumulation it is the number of
             targets of all micro-batches together.
-        target_count: the number of targets that are not ignored, if the caller knows it. It saves
+        batch_targets: the number of targets that are not ignored, if the caller knows it. It saves
             computing the head for ignored positions.
         context_length: see Transformer.forward.
         Returns (logits (B, T, vocab_size), None) or (None, loss), the loss a scalar in float32.
@@ -380,7 +380,7 @@ class GPT(nn.Module):
             targets,
             vocab_size=self.config.vocab_size,
             divisor=divisor,
-            target_count=target_count,
+            batch_targets=batch_targets,
             fused=self.fused_loss,
         )
         return None, loss

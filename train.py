@@ -6,7 +6,8 @@
     torchrun --nproc_per_node=2 train.py config/...          # one process per GPU
 
 The file reads from top to bottom: the parameter groups, the learning rate, TrainStep (one
-update), evaluate, Trainer (the loop), the commands. `main` at the end is a table of contents.
+update), mean_loss (evaluation), Trainer (the loop), the commands. `main` at the end is a table of
+contents.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class TrainStep:
         bad         how many updates in a row, ending with the latest, were skipped as not finite
         skipped     number of updates skipped so far
     On a GPU, a small step is recorded as a CUDA graph in its fourth call and replayed from then on;
-    a step with target_counts never is. bench.py measures this object.
+    a step with batch_targets never is. bench.py measures this object.
     """
 
     def __init__(self, model: GPT, config: TrainConfig, machine: Machine, packed: bool = False):
@@ -153,7 +154,7 @@ class TrainStep:
         self.lr = torch.tensor(float(config.learning_rate), device=machine.device)
         rate = self.lr if self.on_device else float(config.learning_rate)
         groups = parameter_groups(model, config.weight_decay)
-        self.optimizers = kind.build(groups, rate, config)
+        self.optimizers = kind.build(groups, rate, (config.beta1, config.beta2))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # Small gradients would be 0 in float16: the loss is scaled up, the gradients down again.
         half = machine.dtype == torch.float16
@@ -177,22 +178,22 @@ class TrainStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warmup_calls = 4 if self.use_graph else 1  # then all is compiled and recorded
 
-    def __call__(self, lr: float, target_counts: list[int] | None = None) -> None:
+    def __call__(self, lr: float, batch_targets: list[int] | None = None) -> None:
         """Update the weights once from the windows in self.x and self.y.
 
-        target_counts: number of targets per micro-batch of instruction data; for plain text None.
+        batch_targets: number of targets per micro-batch of instruction data; for plain text None.
         """
         self.set_learning_rate(lr)
-        self.set_divisor(target_counts)
+        self.set_divisor(batch_targets)
         self.calls += 1
         if self.graph is not None:
             self.graph.replay()
-        elif self.use_graph and self.calls >= self.warmup_calls and target_counts is None:
+        elif self.use_graph and self.calls >= self.warmup_calls and batch_targets is None:
             self.clear_gradients()
             self.graph = record(self.compute)
             self.graph.replay()
         else:
-            self.compute(target_counts)
+            self.compute(batch_targets)
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the rate of the next update."""
@@ -212,27 +213,27 @@ class TrainStep:
         self.calls = 0
         self.graph = None  # frees its memory
 
-    def set_divisor(self, target_counts: list[int] | None) -> None:
+    def set_divisor(self, batch_targets: list[int] | None) -> None:
         """Set what each loss is divided by: the number of targets of the whole step.
 
         Dividing each micro-batch by its own number of targets would give a target more weight
         where the answers are short.
         """
-        targets = self.x.numel() if target_counts is None else sum(target_counts)
+        step_targets = self.x.numel() if batch_targets is None else sum(batch_targets)
         world = self.machine.world
         # DistributedDataParallel averages the ranks' gradients. To get their sum / N, each rank
         # divides by N / world. N is the sum of the ranks' targets: all_reduce adds them up.
-        self.divisor.fill_(targets / world)
+        self.divisor.fill_(step_targets / world)
         if world > 1:
             dist.all_reduce(self.divisor)
         self.divisor.clamp_(min=1 / world)  # a step without any target must not divide by 0
 
-    def compute(self, target_counts: list[int] | None = None) -> None:
+    def compute(self, batch_targets: list[int] | None = None) -> None:
         """Compute the gradients of all micro-batches, then update the weights."""
-        self.accumulate_gradients(target_counts)
+        self.accumulate_gradients(batch_targets)
         self.update_weights()
 
-    def accumulate_gradients(self, target_counts: list[int] | None) -> None:
+    def accumulate_gradients(self, batch_targets: list[int] | None) -> None:
         """Compute the loss and the gradients of the step, one micro-batch after another.
 
         Gradient accumulation: backward() adds to the gradients, so several micro-batches act as
@@ -241,7 +242,7 @@ class TrainStep:
         self.clear_gradients()
         self.loss.zero_()
         for m in range(self.micro_steps):
-            count = None if target_counts is None else target_counts[m]
+            count = None if batch_targets is None else batch_targets[m]
             if count == 0 and self.machine.world == 1:
                 continue  # nothing to learn in this micro-batch
             starts = None if self.example_starts is None else self.example_starts[m]
@@ -321,22 +322,16 @@ class TrainStep:
 
 
 @torch.no_grad()
-def evaluate(
-    model: GPT,
-    windows: EvalWindows,
-    count: int,
-    batch_size: int,
-    machine: Machine,
-    stop: Callable[[], bool] | None = None,
-) -> float:
-    """Return the mean loss in nats per token over `count` fixed windows of a split.
+def mean_loss(run: Run, windows: EvalWindows, stop: Callable[[], bool] | None = None) -> float:
+    """Return the mean loss in nats per token over the run's fixed windows of a split.
 
-    count: 0 means all windows.
     Dropout is off. No random number is drawn and the position in the training data does not move.
     stop: asked before each batch; True ends the evaluation, and its result is useless.
     """
-    chosen = windows.choose(count)
-    batch = 2 * batch_size  # without gradients this needs less memory than a training step
+    model = run.model
+    machine = run.machine
+    chosen = windows.choose(run.eval_count)
+    batch = 2 * run.config.batch_size  # without gradients it needs less memory than a step
     losses = [torch.zeros((), device=machine.device)]
     targets = 0
     was_training = model.training
@@ -361,12 +356,6 @@ def evaluate(
         dist.all_reduce(sums)
         total, targets = sums.tolist()
     return total / max(1, targets)
-
-
-def split_loss(run: Run, windows: EvalWindows, stop: Callable[[], bool] | None = None) -> float:
-    """Return the mean loss over the run's fixed windows of a split. stop: see evaluate."""
-    batch_size = int(run.config.batch_size)
-    return evaluate(run.model, windows, run.eval_count, batch_size, run.machine, stop)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -418,7 +407,7 @@ class Trainer:
         """Train until something ends the run, and return the exit status."""
         config = self.config
         progress = self.progress
-        target_counts = self.load()
+        batch_targets = self.load()
         while True:
             if self.evaluation_is_due():
                 finished = self.evaluate()
@@ -430,13 +419,13 @@ class Trainer:
                 return 0
             lr = learning_rate(progress.step, config)
             self.updating = True
-            self.train_step(lr, target_counts)
+            self.train_step(lr, batch_targets)
             progress.step += 1
             progress.position += self.run.windows_per_step
             progress.tokens += self.run.windows_per_step * config.block_size
             self.updating = False
             self.clock.count_step()
-            target_counts = self.load()  # the host loads while the device still computes
+            batch_targets = self.load()  # the host loads while the device still computes
             self.log.bar.update()
             if self.logging_is_due() and self.log_step(lr) >= config.max_bad_steps:
                 self.log.say_hopeless()
@@ -490,8 +479,8 @@ class Trainer:
         progress = self.progress
         with self.clock_stopped():
             stop = self.evaluation_is_cut_short
-            train_loss = split_loss(self.run, self.run.train_eval_windows, stop)
-            val_loss = split_loss(self.run, self.run.val_windows, stop)
+            train_loss = mean_loss(self.run, self.run.train_eval_windows, stop)
+            val_loss = mean_loss(self.run, self.run.val_windows, stop)
             if self.evaluation_is_cut_short():
                 return False
             progress.evaluated_step = progress.step
@@ -584,7 +573,7 @@ def evaluate_only(run: Run) -> int:
     log = RunLog(run)
     for note in [*run.request.notes, *run.machine.notes, *run.dataset.warnings]:
         log.say(note)
-    loss = split_loss(run, run.val_windows)
+    loss = mean_loss(run, run.val_windows)
     log.say(
         f"{run.dataset.name}: val loss {loss:.4f}, perplexity {perplexity(loss):.2f} "
         f"over {run.eval_count:,} windows of {run.config.block_size:,} tokens"

@@ -32,7 +32,7 @@ def linear_cross_entropy(
     targets: Tensor,
     vocab_size: int,
     divisor: Tensor | float | None = None,
-    target_count: int | None = None,
+    batch_targets: int | None = None,
     fused: bool = False,
 ) -> Tensor:
     """Compute the cross-entropy of the logits x @ weight.T, summed and divided by `divisor`.
@@ -41,7 +41,7 @@ def linear_cross_entropy(
     vocab_size, or IGNORE_INDEX.
     divisor: by default the number of targets that are not ignored. With gradient accumulation it
     is that of all micro-batches.
-    target_count: the number of targets here that are not ignored, if the caller knows it. It only
+    batch_targets: the number of targets here that are not ignored, if the caller knows it. It only
     saves work: most ignored rows are then not multiplied with the weight.
     fused: use the Triton kernel (GPU only).
     Returns a scalar in float32.
@@ -50,8 +50,8 @@ def linear_cross_entropy(
     targets = targets.reshape(-1)  # (N,)
     if divisor is None:
         divisor = (targets != IGNORE_INDEX).sum().clamp(min=1)
-    if target_count is not None and target_count < len(targets):
-        x, targets = _drop_ignored_rows(x, targets, target_count)
+    if batch_targets is not None and batch_targets < len(targets):
+        x, targets = _drop_ignored_rows(x, targets, batch_targets)
     if not torch.is_grad_enabled():
         # An autograd.Function sees whether its inputs require a gradient, but not that no_grad is
         # on.
@@ -61,7 +61,7 @@ def linear_cross_entropy(
     return total / divisor
 
 
-def _drop_ignored_rows(x: Tensor, targets: Tensor, target_count: int) -> tuple[Tensor, Tensor]:
+def _drop_ignored_rows(x: Tensor, targets: Tensor, batch_targets: int) -> tuple[Tensor, Tensor]:
     """Move the rows with a target to the front and cut off most of the others.
 
     The sort needs no answer from the GPU, so the host does not wait. The number of rows is rounded
@@ -69,7 +69,7 @@ def _drop_ignored_rows(x: Tensor, targets: Tensor, target_count: int) -> tuple[T
     nothing.
     """
     order = (targets == IGNORE_INDEX).argsort(stable=True)  # False comes before True
-    rounded = (target_count + 1023) // 1024 * 1024
+    rounded = (batch_targets + 1023) // 1024 * 1024
     kept = order[: min(len(targets), rounded)]
     return x[kept], targets[kept]
 

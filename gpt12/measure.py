@@ -171,14 +171,14 @@ class StepRunner:
         self.step = step
         self.loader = Loader(windows, step.x, step.y, machine, step.example_starts)
         self.position = 0
-        self.target_counts = self.loader.load(self.position)
+        self.batch_targets = self.loader.load(self.position)
 
     def __call__(self) -> None:
         """Make a step and load the windows of the next one. Does not wait for the device."""
-        self.step(self.config.learning_rate, self.target_counts)
+        self.step(self.config.learning_rate, self.batch_targets)
         windows_per_step = int(self.config.batch_size) * self.config.gradient_accumulation_steps
         self.position += windows_per_step
-        self.target_counts = self.loader.load(self.position)
+        self.batch_targets = self.loader.load(self.position)
 
 
 def resolve(config: BenchConfig, shape: GPTConfig, machine: Machine) -> BenchConfig:

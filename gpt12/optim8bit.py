@@ -13,18 +13,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gpt12.errors import UserError
-from gpt12.settings import TrainConfig
 
 
 def adamw8bit(
-    groups: list[dict[str, Any]], lr: Tensor | float, config: TrainConfig
+    groups: list[dict[str, Any]], lr: Tensor | float, betas: tuple[float, float]
 ) -> list[Optimizer]:
     """Return torchao's AdamW8bit."""
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
         raise UserError("optimizer=adamw8bit needs torchao: pip install torchao") from None
-    betas = (config.beta1, config.beta2)
     return [AdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)]
 
 

@@ -2,7 +2,7 @@
 
 Each is a torch.optim.Optimizer. To add one, add an entry to OPTIMIZERS, for example:
 
-    "sgd": Entry(lambda groups, lr, config: [SGD(groups, lr, momentum=config.beta1)])
+    "sgd": Entry(lambda groups, lr, betas: [SGD(groups, lr, momentum=betas[0])])
 
 The groups are those of train.py: "params", "weight_decay", and "stacked" for the matrices of the
 blocks. A checkpoint saves the tensors in the optimizer's `state` by their names.
@@ -21,9 +21,9 @@ from torch.optim import AdamW, Optimizer
 from gpt12.errors import UserError
 from gpt12.muon import Muon
 from gpt12.optim8bit import adamw8bit
-from gpt12.settings import TrainConfig
 
 Groups = list[dict[str, Any]]
+Betas = tuple[float, float]  # beta1 and beta2
 
 
 @dataclass(frozen=True)
@@ -37,29 +37,28 @@ class Entry:
     recordable: its step asks the device for nothing, so that a CUDA graph can hold it.
     """
 
-    build: Callable[[Groups, Tensor | float, TrainConfig], list[Optimizer]]
+    build: Callable[[Groups, Tensor | float, Betas], list[Optimizer]]
     on_device: bool = False
     recordable: bool = False
 
 
-def adamw(groups: Groups, lr: Tensor | float, config: TrainConfig) -> list[Optimizer]:
+def adamw(groups: Groups, lr: Tensor | float, betas: Betas) -> list[Optimizer]:
     """Return AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101, algorithm 2) as one kernel."""
     device = groups[0]["params"][0].device
     # Apple's fused kernel ignores grad_scale and found_inf.
     fused = device.type != "mps"
     # The step counts lie on the GPU, as a CUDA graph needs.
     capturable = device.type == "cuda"
-    betas = (config.beta1, config.beta2)
     return [AdamW(groups, lr, betas, fused=fused, capturable=capturable)]
 
 
-def muon(groups: Groups, lr: Tensor | float, config: TrainConfig) -> list[Optimizer]:
+def muon(groups: Groups, lr: Tensor | float, betas: Betas) -> list[Optimizer]:
     """Return Muon for the matrices of the blocks and AdamW for the rest."""
     matrices = [group for group in groups if "stacked" in group]
     rest = [group for group in groups if "stacked" not in group]
     if not matrices:  # with LoRA they are frozen
-        return adamw(rest, lr, config)
-    return [Muon(matrices, lr, momentum=config.beta1), *adamw(rest, lr, config)]
+        return adamw(rest, lr, betas)
+    return [Muon(matrices, lr, momentum=betas[0]), *adamw(rest, lr, betas)]
 
 
 OPTIMIZERS = {

@@ -39,6 +39,7 @@ COMPILE_FROM_FLOPS = 6e15
 # run.
 CPU_FLOPS_PER_CORE = 25e9
 LONG_RUN_HOURS = 2
+EVAL_TOKENS = 12 * 1024  # eval_iters counts portions of this many tokens, nanoGPT's default batch
 # What a resumed run cannot change, because its weights or its optimizer's state depend on it.
 CAN_CHANGE_SHAPE = ("block_size", "dropout", "vocab_size")
 MODEL_KEYS = tuple(key.name for key in fields(GPTConfig) if key.name not in CAN_CHANGE_SHAPE)
@@ -183,7 +184,9 @@ def _resume(reading: Reading) -> Request:
     _refuse_fixed_keys(now, set(typed), saved)
     asked = _asked_before(saved, out_dir)
     start = dict(asked)
-    kept = ["dtype"]  # another precision would be another run
+    # Another precision would be another run; losses over other windows cannot be compared. A loaded
+    # model brought its own context.
+    kept = ["dtype", "eval_iters", "block_size"]
     if not typed.keys() & set(MEMORY_KEYS):
         kept += MEMORY_KEYS
     for key in kept:
@@ -287,9 +290,10 @@ def build_run(request: Request) -> Run:
     prepare_model(model, config, machine)
 
     val_windows = EvalWindows(dataset.val, config.block_size)
-    eval_count = config.eval_iters * config.batch_size
-    if eval_count == 0 or eval_count > val_windows.count:
-        eval_count = val_windows.count
+    eval_count = val_windows.count
+    if config.eval_iters > 0:
+        portion = max(1, EVAL_TOKENS // config.block_size)
+        eval_count = min(eval_count, config.eval_iters * portion)
     return Run(
         request=request,
         config=config,
@@ -337,11 +341,31 @@ def resolve(config: TrainConfig, request: Request, dataset: Dataset) -> TrainCon
     return replace(
         config,
         max_iters=max_iters,
+        eval_iters=_eval_iters(replace(config, max_iters=max_iters), request, dataset),
         lr_decay_iters=lr_decay_iters,
         warmup_iters=warmup_iters,
         min_lr=min_lr,
         lora_alpha=lora_alpha,
     )
+
+
+def _eval_iters(config: TrainConfig, request: Request, dataset: Dataset) -> int:
+    """Return eval_iters. If nobody set it, an evaluation is at most a tenth of its interval.
+
+    That is of the forward passes of the steps between two evaluations, each of which reads its
+    windows from both splits.
+    """
+    if "eval_iters" in request.given or request.resumed or config.eval_only:
+        return config.eval_iters
+    steps = max(1, min(config.eval_interval, config.max_iters))
+    rows = config.batch_size * config.gradient_accumulation_steps
+    portions = max(1, steps * rows * config.block_size // (10 * 2 * EVAL_TOKENS))
+    if portions < config.eval_iters and portions * EVAL_TOKENS < len(dataset.val):
+        request.notes.append(
+            f"eval_iters={portions} ({portions * EVAL_TOKENS:,} tokens of each split), because "
+            "it was not set: an evaluation is then at most a tenth of the steps between two"
+        )
+    return min(portions, config.eval_iters)
 
 
 def open_data(config: TrainConfig, tokenizer: Any) -> Dataset:

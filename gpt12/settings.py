@@ -236,7 +236,8 @@ class TrainConfig:
     )
     eval_iters: Whole = option(
         200,
-        "Batches in an evaluation, at most one pass over the text. 0 means one pass.",
+        "Portions of 12,288 tokens in an evaluation, at most one pass over the text. 0 means one "
+        "pass. If you do not set it, an evaluation is at most a tenth of the steps before it.",
     )
     patience: Whole = option(
         0,

@@ -89,7 +89,7 @@ def test_a_run_counts_neither_compiling_nor_evaluations_nor_saves(
 ):
     """A step takes a second, an evaluation 100, a checkpoint 1,000. The first step compiles."""
     monkeypatch.setattr(TrainStep, "__call__", time.taking(1, TrainStep.__call__))
-    monkeypatch.setattr(train, "split_loss", time.taking(100, train.split_loss))
+    monkeypatch.setattr(train, "mean_loss", time.taking(100, train.mean_loss))
     monkeypatch.setattr(Saver, "_write", time.taking(1000, Saver._write))
     options = ["--max_iters=6", "--eval_interval=3", "--save_interval_s=2"]
     assert run(dataset, tmp_path, *options, "--always_save_checkpoint=False") == 0

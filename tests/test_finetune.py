@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -269,7 +270,7 @@ def test_a_step_on_all_packed_rows_has_the_loss_of_evaluating_them(start, short_
     options = [f"--init_from={start}", f"--dataset={short_pairs}", f"--out_dir={tmp_path}"]
     run = built_from([*QUICK, *options, "--batch_size=5", "--dropout=0"])
     assert run.train_windows.per_epoch == 5
-    expected = train.evaluate(run.model, run.train_eval_windows, 0, 5, run.machine)
+    expected = train.mean_loss(replace(run, eval_count=5), run.train_eval_windows)
     trainer = train.Trainer(run)
     trainer.train_step(0.0, trainer.load())
     assert trainer.train_step.loss.item() == pytest.approx(expected, rel=1e-5)

@@ -113,7 +113,7 @@ def test_the_loss_is_the_mean_over_however_few_targets(targets, known):
     y = torch.full((32,), IGNORE_INDEX)
     chosen = torch.randperm(32)[:targets]
     y[chosen] = torch.tensor([0, 12] * 16)[:targets]
-    _, loss = model(x, y.view(4, 8), target_count=targets if known else None)
+    _, loss = model(x, y.view(4, 8), batch_targets=targets if known else None)
     loss.backward()
     log_probs = model(x)[0].view(-1, 13).log_softmax(1)
     expected = -sum(log_probs[i, y[i]] for i in chosen) / max(1, targets)
@@ -129,7 +129,7 @@ def test_masked_rows_that_are_left_out_of_many_change_nothing(targets):
     masked = torch.randperm(2048, generator=generator)[targets:]
     y.view(-1)[masked] = IGNORE_INDEX
     parameters = list(model.parameters())
-    loss = model(x, y, target_count=targets)[1]
+    loss = model(x, y, batch_targets=targets)[1]
     full_loss = model(x, y)[1]
     assert loss.item() == pytest.approx(full_loss.item(), rel=1e-5)
     gradients = torch.autograd.grad(loss, parameters)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from data.shards import Tokens
 from data.tokenizers import CharTokenizer
 from data.windows import TrainWindows
@@ -167,11 +168,47 @@ def test_the_seed_decides_the_weights_and_the_windows(dataset, tmp_path):
     assert not torch.equal(head, other)
 
 
-@pytest.mark.parametrize(("eval_iters", "windows"), [(2, 8), (6, 24), (7, 25), (0, 25)])
-def test_eval_iters_counts_batches_and_an_evaluation_is_at_most_one_pass(
-    dataset, tmp_path, eval_iters, windows
+@pytest.mark.parametrize(("eval_iters", "windows"), [(1, 6), (4, 24), (5, 25), (0, 25)])
+@pytest.mark.parametrize("batch", [(8, 1), (2, 4)])
+def test_eval_iters_counts_portions_whatever_the_micro_batch_up_to_one_pass(
+    dataset, tmp_path, monkeypatch, eval_iters, windows, batch
 ):
-    assert built(dataset, tmp_path, f"--eval_iters={eval_iters}").eval_count == windows
+    monkeypatch.setattr("gpt12.run.EVAL_TOKENS", 6 * 16)
+    options = [f"--batch_size={batch[0]}", f"--gradient_accumulation_steps={batch[1]}"]
+    assert built(dataset, tmp_path, f"--eval_iters={eval_iters}", *options).eval_count == windows
+
+
+@pytest.mark.parametrize(
+    ("interval", "max_iters", "eval_iters"),
+    # An evaluation of 2 splits x 4 windows is a tenth of 10 steps of 8 windows.
+    [(10, 100, 1), (20, 100, 2), (25, 100, 2), (3, 100, 1), (1000, 30, 3), (10**6, 10**6, 200)],
+)
+def test_an_evaluation_that_nobody_set_is_at_most_a_tenth_of_the_steps_before_it(
+    dataset, tmp_path, monkeypatch, interval, max_iters, eval_iters
+):
+    monkeypatch.setattr("gpt12.run.EVAL_TOKENS", 4 * 16)
+    argv = [word for word in TINY if "eval_i" not in word]
+    argv += [f"--dataset={dataset}", f"--out_dir={tmp_path}", f"--max_iters={max_iters}"]
+    found = built_from([*argv, f"--eval_interval={interval}"])
+    assert found.config.eval_iters == eval_iters
+    limited = any("eval_iters" in note for note in found.request.notes)
+    assert limited == (4 * eval_iters < 25)
+    preset = tmp_path / "mine.py"
+    preset.write_text("eval_iters = 5\n")
+    given = built_from([str(preset), *argv, f"--eval_interval={interval}"])
+    assert (given.config.eval_iters, given.eval_count) == (5, 20)
+
+
+def test_a_resumed_run_evaluates_the_windows_that_its_best_loss_is_of(
+    dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("gpt12.run.EVAL_TOKENS", 4 * 16)
+    argv = [word for word in TINY if "eval_i" not in word]
+    argv += [f"--dataset={dataset}", f"--out_dir={tmp_path}", "--eval_interval=20"]
+    assert train.main([*argv, "--max_iters=20"]) == 0
+    shorter = ["--init_from=resume", f"--out_dir={tmp_path}", "--eval_interval=1"]
+    found = built_from([*shorter, "--batch_size=1"])
+    assert (found.config.eval_iters, found.eval_count) == (2, 8)
 
 
 def test_a_sequence_that_cannot_be_cut_into_rows_is_refused(dataset, tmp_path):

@@ -136,7 +136,7 @@ OTHERS = {
 def test_any_optimizer_is_added_by_one_entry(name, dataset, tmp_path, monkeypatch):
     """It makes the same steps here as by hand, is skipped, clipped, saved and resumed."""
     make = OTHERS[name]
-    entry = Entry(lambda groups, lr, config: [make(groups, lr)])
+    entry = Entry(lambda groups, lr, betas: [make(groups, lr)])
     monkeypatch.setitem(OPTIMIZERS, name, entry)
     step = small_step(optimizer=name, grad_clip=0.1)
     model = small_gpt()
@@ -376,6 +376,17 @@ def test_a_step_without_a_target_on_any_rank_does_not_divide_by_0(monkeypatch):
     assert step.divisor.item() == 3
 
 
+def loss_over(model, windows, count=50, batch_size=2, machine=CPU):
+    """Return the mean loss that a run with this model would evaluate."""
+    evaluated = SimpleNamespace(
+        model=model,
+        machine=machine,
+        eval_count=count,
+        config=SimpleNamespace(batch_size=batch_size),
+    )
+    return train.mean_loss(evaluated, windows)
+
+
 class NoFloat64(TorchDispatchMode):
     """Metal has no such numbers."""
 
@@ -392,17 +403,17 @@ def test_a_mac_which_lacks_fused_kernels_and_float64_trains_the_same(
     """Clipped and skipped updates, and evaluation. The machine is acted, on the CPU."""
     fused = small_step(grad_clip=0.1, optimizer=optimizer)
     windows = EvalWindows(Tokens.open(dataset, "val"), 8)
-    expected = train.evaluate(fused.model, windows, 5, 2, CPU)
+    expected = loss_over(fused.model, windows, 5)
     mac = small_step(grad_clip=0.1, optimizer=optimizer)
     mac.on_device = False
     groups = train.parameter_groups(mac.model, mac.config.weight_decay)
-    mac.optimizers = OPTIMIZERS[optimizer].build(groups, 1e-2, mac.config)
+    mac.optimizers = OPTIMIZERS[optimizer].build(groups, 1e-2, (0.9, 0.95))
     for group in mac.optimizers[-1].param_groups:
         group["fused"] = False
     for module in ("torch.nn.utils.clip_grad", "torch.utils._foreach_utils"):
         monkeypatch.setattr(f"{module}._device_has_foreach_support", lambda device: False)
     with NoFloat64():
-        assert train.evaluate(mac.model, windows, 5, 2, CPU) == pytest.approx(expected, rel=1e-6)
+        assert loss_over(mac.model, windows, 5) == pytest.approx(expected, rel=1e-6)
     for step in (fused, mac):
         step(1e-2, fill(step, *random_rows()))
     states = moments(mac)
@@ -437,7 +448,9 @@ def test_an_evaluation_is_the_mean_over_every_target_once(dataset):
     model.train()
     expected = -log_probs.gather(1, ids[1:, None]).double().mean().item()
     windows = EvalWindows(tokens, 8)
-    assert train.evaluate(model, windows, 0, 3, CPU) == pytest.approx(expected, rel=1e-5)
+    for batch_size in (1, 3, 8):
+        found = loss_over(model, windows, batch_size=batch_size)
+        assert found == pytest.approx(expected, rel=1e-5)
     assert model.training  # again, after it was off
 
 
@@ -460,7 +473,7 @@ def test_an_evaluation_of_packed_rows_is_the_mean_over_examples_computed_alone(t
     writer.close()
     windows = EvalWindows(Tokens.open(tmp_path, "val"), 8)
     assert windows.count < 25  # packed
-    assert train.evaluate(model, windows, 0, 2, CPU) == pytest.approx(total / targets, rel=1e-5)
+    assert loss_over(model, windows) == pytest.approx(total / targets, rel=1e-5)
 
 
 def test_evaluating_more_often_does_not_move_training(dataset, tmp_path):
@@ -552,10 +565,10 @@ def test_too_many_bad_updates_stop_the_run_and_last_stays_finite(
     original = train.TrainStep.compute
     count = itertools.count()
 
-    def poisoned(self, target_counts=None):
+    def poisoned(self, batch_targets=None):
         if next(count) == 5:
             break_gradients(self)
-        original(self, target_counts)
+        original(self, batch_targets)
 
     monkeypatch.setattr(train.TrainStep, "compute", poisoned)
     options = ["--max_iters=30", "--max_bad_steps=3", "--eval_interval=100"]
@@ -577,11 +590,11 @@ def test_patience_ends_the_run_and_best_is_kept(dataset, tmp_path, capsys):
 def test_patience_counts_the_evaluations_since_the_best(dataset, tmp_path, monkeypatch):
     values = iter((9.0, 4.0, 5.0, 3.0, 4.0, 3.5, 3.4))  # every five steps
 
-    def acted(model, windows, *args, **options):
+    def acted(run, windows, stop):
         is_training_split = len(windows.tokens) == 2600
         return 0.0 if is_training_split else next(values)
 
-    monkeypatch.setattr(train, "evaluate", acted)
+    monkeypatch.setattr(train, "mean_loss", acted)
     assert run(dataset, tmp_path, "--max_iters=30", "--eval_interval=5", "--patience=2") == 0
     assert evaluations(tmp_path) == [0, 5, 10, 15, 20, 25]
     assert set(losses(tmp_path, "train_loss").values()) == {0.0}
@@ -598,7 +611,7 @@ def test_a_resumed_run_continues_its_patience(dataset, tmp_path, monkeypatch):
 
 
 def test_losses_that_are_not_finite_never_become_the_best(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", lambda *args, **options: math.nan)
+    monkeypatch.setattr(train, "mean_loss", lambda *args, **options: math.nan)
     assert run(dataset, tmp_path, "--max_iters=2", "--eval_interval=1") == 0
     assert not (tmp_path / "best").exists()
     assert trainer(tmp_path)["best_val_loss"] is None
