@@ -22,13 +22,15 @@ This file decides what is measured and in which order. How it is measured:
 
 from __future__ import annotations
 
-import gpt12.installed  # isort: skip  # noqa: F401 (first: it names a missing package)
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from gpt12.errors import require_packages, run_main, say
+
+require_packages()
 # As in train.py, before torch is imported: let memory segments grow.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -39,7 +41,6 @@ from gpt12.bench_picture import draw
 from gpt12.bench_request import BenchRequest, read_request, say_if_small, with_model_shape
 from gpt12.device import Machine
 from gpt12.distributed import process_group, reported_by_rank_0, torchrun_ranks
-from gpt12.errors import run_main
 from gpt12.gpu_state import imitate_card
 from gpt12.ladder import climb_ladder
 from gpt12.measure import machine_for_training, measure_step
@@ -49,7 +50,6 @@ from gpt12.plan import make_plan
 from gpt12.profile_step import profile_step
 from gpt12.settings import BenchConfig
 from gpt12.sweep import find_batch, sweep, swept_configs
-from gpt12.terminal import say
 from gpt12.versus_transformers import TheirGeneration, compare_training, match_settings
 
 

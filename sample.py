@@ -10,7 +10,6 @@ Texts go to standard output as they are written, everything else goes to standar
 
 from __future__ import annotations
 
-import gpt12.installed  # isort: skip  # noqa: F401 (first: it names a missing package)
 import contextlib
 import json
 import sys
@@ -20,6 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gpt12.errors import UserError, printable, require_packages, run_main
+
+require_packages()
+
 import torch
 
 from data.texts import add_ending, chat_pieces, ending_of_template, is_our_chat_template
@@ -28,11 +31,9 @@ from gpt12.cards import CARDS
 from gpt12.checkpoint import find_checkpoint
 from gpt12.config import load_config
 from gpt12.device import Machine, open_machine
-from gpt12.errors import UserError, run_main
 from gpt12.generate import Sampling, TextStream, decode_bytes, store_by_columns, stream
 from gpt12.run_folder import is_run
 from gpt12.settings import SampleConfig
-from gpt12.terminal import printable
 from gpt12.weights import find_pretrained, from_pretrained, read_nanogpt
 from model import GPT
 

@@ -12,15 +12,18 @@ contents.
 
 from __future__ import annotations
 
-import gpt12.installed  # isort: skip  # noqa: F401 (first: it names a missing package)
 import contextlib
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpt12.errors import UserError, require_packages, run_main
+
+require_packages()
 # Before torch is imported: let memory segments grow, so that less is lost to gaps between them.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -30,19 +33,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.windows import EvalWindows
-from gpt12.clock import Clock
 from gpt12.cuda_graph import record, use_graph_for_training
 from gpt12.device import Machine
 from gpt12.distributed import (
+    StopSignal,
     data_parallel,
     is_lost_rank,
+    least_of_ranks,
     lost_rank_advice,
     process_group,
     reported_by_rank_0,
-    value_of_rank_0,
 )
-from gpt12.errors import UserError, run_main
 from gpt12.loader import Loader
+from gpt12.log import Clock, RunLog, perplexity
 from gpt12.memory import out_of_memory_advice, ran_out_of_memory
 from gpt12.optimizer import find_optimizer
 from gpt12.run import (
@@ -53,10 +56,8 @@ from gpt12.run import (
     lock_out_dir,
     read_request,
 )
-from gpt12.run_log import RunLog, perplexity
 from gpt12.saver import Saver
 from gpt12.settings import CONTEXT_PARTS, TrainConfig
-from gpt12.signals import StopSignal
 from gpt12.targets import IGNORE_INDEX
 from gpt12.trainer_state import TrainerState, load_trainer_state
 from model import GPT, StackedLinear
@@ -383,7 +384,7 @@ class Trainer:
             load_trainer_state(run.checkpoint, self.train_step.trainer_state())
         self.log = RunLog(run)
         self.clock = Clock(run.machine, run.progress.elapsed_s)
-        self.stop = StopSignal(run.machine, self.log.say)
+        self.stop = StopSignal(run.machine.device, self.log.say)
         self.saver = Saver(run, self.train_step.trainer_state(), self.log.say)
         self.updating = False  # whether an update is under way
 
@@ -428,7 +429,7 @@ class Trainer:
             batch_targets = self.load()  # the host loads while the device still computes
             self.log.bar.update()
             if self.logging_is_due() and self.log_step(lr) >= config.max_bad_steps:
-                self.log.say_hopeless()
+                self.log.say_hopeless(config.max_bad_steps)
                 return 1
             if self.train_step.calls == self.train_step.warmup_calls:
                 self.clock.start()  # all is compiled and recorded from now on
@@ -524,7 +525,8 @@ class Trainer:
         progress.best_step = progress.step
         saved = False
         try:
-            saved = value_of_rank_0(self.save("best"), self.machine.device)
+            # Only rank 0 writes; on the others save() succeeds.
+            saved = least_of_ranks(self.save("best"), self.machine.device) > 0
         finally:
             if not saved:
                 progress.best_val_loss, progress.best_step = previous
@@ -533,7 +535,10 @@ class Trainer:
     def save(self, name: str) -> bool:
         """Write the checkpoint best/ or last/ and tell whether that worked."""
         with self.clock_stopped():
-            return self.saver.save(name)
+            began = time.perf_counter()
+            saved = self.saver.save(name)
+            self.log.saving_s += time.perf_counter() - began
+            return saved
 
     def finish(self, status: int, failed: bool = False) -> int:
         """Save what is not saved yet, say what came out, and return the exit status.

@@ -9,7 +9,7 @@ A run         settings.py       every key, its default and its description
               config.py         defaults, then config files, then --key=value; --help
               run.py            what a run starts from, everything resolved
               device.py         what "auto" becomes               memory.py  bytes of a step
-              distributed.py    several processes                 signals.py Ctrl-C
+              distributed.py    several processes, Ctrl-C
 
 The step      optimizer.py      what a step expects of an optimizer; AdamW is in train.py
               muon.py           Muon                optim8bit.py   AdamW with 8-bit state
@@ -17,14 +17,14 @@ The step      optimizer.py      what a step expects of an optimizer; AdamW is in
 
 The folder    checkpoint.py     what best/ and last/ hold, and how they are replaced
               saver.py          writes them             trainer_state.py  what resuming needs
-              run_folder.py     run.json, the lock       metrics.py        metrics.jsonl, loss.png
-              run_log.py        lines on the terminal    clock.py          training time
+              run_folder.py     run.json, the lock
+              log.py            terminal, metrics.jsonl, loss.png, wandb, clock
 
 bench.py      measure.py, measure_decoding.py, gpu_state.py, ladder.py, sweep.py, profile_step.py,
               versus_transformers.py, plan.py and cards.py (predictions), bench_report.py,
               bench_picture.py, bench_request.py
 
 Everywhere    errors.py (a user's mistakes), files.py (atomic writes), targets.py (ignored targets),
-              terminal.py, installed.py,
+              terminal.py,
               text_stream.py (whole characters and stop strings for sample.py)
 """

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from gpt12.distributed import Ranks, torchrun_ranks
-from gpt12.errors import UserError
+from gpt12.distributed import torchrun_ranks
+from gpt12.errors import UserError, one_line
 
 CUDA_WHEELS = "https://download.pytorch.org/whl/cu126"
 COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"  # torch's environment variable
@@ -70,25 +70,23 @@ def open_machine(
     device: str,
     dtype: str,
     compile: bool | str,  # noqa: A002 (the configuration's key)
-    training: bool = False,
     long: bool = True,
     deterministic: bool = False,
 ) -> Machine:
     """Choose device, dtype and compile where they are "auto", and prepare torch for them.
 
-    training: changes only the notes. In training the weights stay float32 and products use
-    autocast; otherwise the caller converts the weights.
     long: whether there is enough work for compiling to pay off.
     Raises UserError if something was asked for that this machine does not have.
     """
     ranks = torchrun_ranks()
     notes: list[str] = []
-    kind = _choose_device(device, notes)
-    place = _place(kind, ranks)
+    if device == "auto":
+        device = _best_device(notes)
+    place = torch.device("cuda", ranks.local) if device == "cuda" else torch.device(device)
+    _check_device(device, place)
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
         # torch would start a pool of compiling processes, one a core, and wait at the end of the
         # program until they have all started. The few GPU kernels here compile as fast without it.
         # A CPU's kernels go through a C++ compiler, which takes longer: there the pool stays.
@@ -98,42 +96,12 @@ def open_machine(
         torch.use_deterministic_algorithms(True)
     return Machine(
         device=place,
-        dtype=_choose_dtype(dtype, place, training, notes),
+        dtype=_best_dtype(place, notes) if dtype == "auto" else getattr(torch, dtype),
         compiled=_choose_compile(compile, place, long, notes),
         rank=ranks.rank,
         world=ranks.world,
         notes=notes,
     )
-
-
-def _place(kind: str, ranks: Ranks) -> torch.device:
-    """Return the torch device: for "cuda" the GPU of this rank."""
-    if kind != "cuda":
-        place = torch.device(kind)
-    else:
-        place = torch.device("cuda", ranks.local)
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={place}: this machine has {torch.cuda.device_count()} GPU(s)")
-    return place
-
-
-def _choose_device(asked: str, notes: list[str]) -> str:
-    if asked == "auto":
-        return _best_device(notes)
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"device={asked}, but torch cannot use a GPU. {_why_no_cuda()}. Or pass --device=cpu"
-        )
-    if asked == "mps" and not torch.backends.mps.is_available():
-        raise UserError(
-            f"device={asked} needs a Mac with an Apple GPU and a torch that supports it. "
-            "Or pass --device=cpu"
-        )
-    try:
-        torch.empty(1, device="cuda:0" if asked == "cuda" else asked)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={asked} cannot be used: {str(error).splitlines()[0]}") from None
-    return asked
 
 
 def _best_device(notes: list[str]) -> str:
@@ -143,11 +111,22 @@ def _best_device(notes: list[str]) -> str:
     if torch.backends.mps.is_available():
         notes.append("device: mps")
         return "mps"
+    reason = ""
     if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
-        notes.append(f"device: cpu, although there is an NVIDIA card. {_why_no_cuda()}")
-    else:
-        notes.append("device: cpu")
+        reason = f", although there is an NVIDIA card. {_why_no_cuda()}"
+    notes.append(f"device: cpu{reason}")
     return "cpu"
+
+
+def _check_device(asked: str, place: torch.device) -> None:
+    """Raise UserError if the device cannot hold a tensor."""
+    try:
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = one_line(error)
+        if place.type == "cuda" and not torch.cuda.is_available():
+            reason = _why_no_cuda()
+        raise UserError(f"device={asked} cannot be used: {reason}. Or pass --device=cpu") from None
 
 
 def _why_no_cuda() -> str:
@@ -161,46 +140,36 @@ def _why_no_cuda() -> str:
     )
 
 
-def _choose_dtype(
-    asked: str, device: torch.device, training: bool, notes: list[str]
-) -> torch.dtype:
-    if asked != "auto":
-        return getattr(torch, asked)
+def _best_dtype(device: torch.device, notes: list[str]) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     if torch.cuda.is_bf16_supported(including_emulation=False):
-        notes.append("dtype: bfloat16" + (" autocast" if training else ""))
+        notes.append("dtype: bfloat16")
         return torch.bfloat16
-    notes.append(
-        "dtype: float16"
-        + (" with loss scaling" if training else "")
-        + ", because this GPU has no bfloat16"
-    )
+    notes.append("dtype: float16, because this GPU has no bfloat16")
     return torch.float16
 
 
 def _choose_compile(asked: bool | str, device: torch.device, long: bool, notes: list[str]) -> bool:
     if asked is False:
         return False
+    reason: str | None
     if asked == "auto" and device.type != "cuda":
-        notes.append("compile: off, because on this device compiling takes longer than it saves")
-        return False
-    if asked == "auto" and not long:
-        notes.append("compile: off, because for so little work it takes longer than it saves")
-        return False
-    reason = _try_compiler(device)
+        reason = "on this device compiling takes longer than it saves"
+    elif asked == "auto" and not long:
+        reason = "for so little work it takes longer than it saves"
+    else:
+        reason = _try_compiler(device)
     if reason is None:
         return True
     if asked is True:
-        raise UserError(
-            f"compile=True, but torch.compile fails here: {reason}. Pass --compile=False"
-        )
-    notes.append(f"compile: off, because torch.compile fails here: {reason}")
+        raise UserError(f"compile=True, but {reason}. Pass --compile=False")
+    notes.append(f"compile: off, because {reason}")
     return False
 
 
 def _try_compiler(device: torch.device) -> str | None:
-    """Compile a small function; return the first line of the error if that fails."""
+    """Compile a small function. If that fails, return the reason in one line."""
 
     def double_plus_one(x: torch.Tensor) -> torch.Tensor:
         return x * 2 + 1
@@ -208,6 +177,5 @@ def _try_compiler(device: torch.device) -> str | None:
     try:
         torch.compile(double_plus_one)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Triton, an unknown GPU: any library may raise
-        lines = str(error).strip().splitlines()
-        return lines[0] if lines else type(error).__name__
+        return f"torch.compile fails here: {one_line(error)}"
     return None

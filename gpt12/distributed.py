@@ -1,8 +1,14 @@
-"""Several processes, one per GPU, as torchrun starts them: ranks, joining, waiting for rank 0.
+"""Several processes, one per GPU, as torchrun starts them; and the signals that stop a run.
 
 If a process dies, torchrun notices it, names the rank, sends SIGTERM to the others and kills them
 after 30 seconds. The others wait inside a collective operation until then, so they cannot save: a
 run continues from its last checkpoint, with `--init_from=resume`.
+
+Ctrl-C (SIGINT), a scheduler's SIGTERM and a closed terminal (SIGHUP) all mean: finish the step,
+save last/, and end with exit status 128 + the signal's number. With several ranks that is one step
+later. A running evaluation is given up and done again after resuming; with several ranks it is
+finished first. A second signal ends the program at once with status 130 and saves nothing; so does
+Ctrl-C before the loop begins.
 """
 
 from __future__ import annotations
@@ -11,10 +17,13 @@ import contextlib
 import gc
 import os
 import shlex
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +33,9 @@ from gpt12.errors import UserError
 
 # Rank 0 may prepare data for hours. NCCL's barrier would give up after 10 minutes.
 PREPARATION_TIMEOUT = timedelta(days=7)
+# `timeout` sends its signal to the process and to its group, so it arrives twice. That is not a
+# second Ctrl-C.
+SAME_SIGNAL_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,11 @@ def torchrun_ranks() -> Ranks:
         world=int(os.environ.get("WORLD_SIZE", "1")),
         local=int(os.environ.get("LOCAL_RANK", "0")),
     )
+
+
+def is_rank_0() -> bool:
+    """Tell whether this process is the one that writes files and prints."""
+    return torchrun_ranks().rank == 0
 
 
 @contextlib.contextmanager
@@ -92,7 +109,7 @@ def reported_by_rank_0() -> Iterator[None]:
     try:
         yield
     except UserError:
-        if torchrun_ranks().rank == 0:
+        if is_rank_0():
             raise
         raise SystemExit(2) from None
 
@@ -128,11 +145,6 @@ def data_parallel(model: nn.Module, ranks: int, device: torch.device) -> nn.Modu
     )
 
 
-def is_rank_0() -> bool:
-    """Tell whether this process is the one that writes files and prints."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def is_lost_rank(error: RuntimeError) -> bool:
     """Tell whether an error means that another process has ended."""
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
@@ -140,17 +152,11 @@ def is_lost_rank(error: RuntimeError) -> bool:
     return "by peer" in str(error)  # gloo raises a plain RuntimeError: "Connection closed by peer"
 
 
-def value_of_rank_0(value: bool, device: torch.device) -> bool:
-    """Return rank 0's value on every rank: for example, only rank 0 knows if a file was written."""
-    if not dist.is_initialized():
-        return value
-    shared = torch.tensor(int(value), device=device)
-    dist.broadcast(shared, 0)
-    return bool(shared)
-
-
 def least_of_ranks(value: float, device: torch.device) -> float:
-    """Return the smallest of the ranks' values. All ranks have to ask for it together."""
+    """Return the smallest of the ranks' values. All ranks have to ask for it together.
+
+    For what only rank 0 knows, the others give a value that is not smaller.
+    """
     if not dist.is_initialized():
         return value
     shared = torch.tensor(value, dtype=torch.float64, device=device)
@@ -160,13 +166,63 @@ def least_of_ranks(value: float, device: torch.device) -> float:
 
 def lost_rank_advice(out_dir: Path) -> str:
     """Say that another process has ended, and how to continue."""
-    message = (
+    return (
         "rank 0 has lost the others: one of them has ended. torchrun names it below; if it printed "
-        "an error message, look for it above"
+        "an error message, look for it above. Continue from the last checkpoint with the same "
+        f"torchrun line and --init_from=resume --out_dir={shlex.quote(out_dir.as_posix())}"
     )
-    if (out_dir / "last").exists() or (out_dir / "last.prev").exists():
-        message += (
-            ". Continue from the last checkpoint with the same torchrun line and "
-            f"--init_from=resume --out_dir={shlex.quote(out_dir.as_posix())}"
-        )
-    return message
+
+
+# --------------------------------------------------------------------------------------------------
+# Signals
+
+
+class StopSignal:
+    """Remembers the signal that asked the run to stop. `number` is 0 until one arrives."""
+
+    def __init__(self, device: torch.device, say: Callable[[str], None]):
+        """device: where the ranks exchange what they got. say: prints a line."""
+        self.say = say
+        self.number = 0
+        self.arrived_at = 0.0
+        self.flag = torch.zeros((), dtype=torch.int64, device=device)
+
+    @contextlib.contextmanager
+    def handling(self) -> Iterator[None]:
+        """Handle the signals for the duration of the block, then restore the previous handlers."""
+        numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
+        # Windows has no SIGHUP. Under nohup it is ignored, and stays so.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, self.handle) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def handle(self, number: int, frame: Any) -> None:
+        """Note the first signal; a second one ends the program at once (run_main in errors.py)."""
+        if self.number:
+            if time.monotonic() - self.arrived_at < SAME_SIGNAL_SECONDS:
+                return
+            raise KeyboardInterrupt
+        self.number = number
+        self.arrived_at = time.monotonic()
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        self.say(f"\n{name}: finishing this step, then saving (press again to quit at once)")
+
+    def agreed(self) -> bool:
+        """Tell whether to stop now. Call it once per step, on all ranks.
+
+        With several ranks the largest flag is found now and read in the next call, so that the host
+        does not wait for the GPU. All ranks read the same one, so all stop after the same step.
+        """
+        if torchrun_ranks().world == 1:
+            return self.number > 0
+        previous = self.flag
+        self.flag = torch.full_like(self.flag, self.number)
+        dist.all_reduce(self.flag, dist.ReduceOp.MAX)
+        agreed = int(previous)
+        self.number = max(self.number, agreed)
+        return agreed > 0

@@ -1,4 +1,4 @@
-"""UserError, the exception for a user's mistake, and the frame around each script's main function.
+"""UserError, printing a line, and the frame around each script's main function.
 
 Exit status: 0 success, 1 a bug or a run that failed, 2 a user's mistake, 128 + a signal's number
 if one ended the program: 130 for Ctrl-C, 141 if the program that read our output has ended.
@@ -7,10 +7,11 @@ if one ended the program: 130 for Ctrl-C, 141 if the program that read our outpu
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 
 class UserError(Exception):
@@ -20,6 +21,37 @@ class UserError(Exception):
     """
 
 
+def require_packages() -> None:
+    """End with advice if a package is missing. Scripts call it before they import others."""
+    for package in ("numpy", "torch", "pydantic", "safetensors", "tqdm"):
+        if importlib.util.find_spec(package) is None:
+            _print_error(
+                f"{package} is not installed: activate the environment, or "
+                "pip install -r requirements.txt"
+            )
+            sys.exit(2)
+
+
+def say(text: str) -> None:
+    """Print a line at once, under torchrun on rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """Return the text with a question mark for each character that the stream cannot show.
+
+    A Windows console may be in cp1252, and a model may write any character.
+    """
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's type and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+
+
 def run_main(main: Callable[[], int | None], help_page: str | None = None) -> NoReturn:
     """Run a script's main function and exit with its status.
 
@@ -27,11 +59,12 @@ def run_main(main: Callable[[], int | None], help_page: str | None = None) -> No
     help_page: the text that --help prints, for scripts that take no other argument.
     An unexpected exception is a bug: it passes through, so that its traceback appears.
     """
+    status: Any = 1
     try:
-        if help_page is None:
-            status = main() or 0
+        if help_page is None or not _is_answered(help_page):
+            status = main()
         else:
-            status = _run_without_options(main, help_page)
+            status = 0
     except UserError as error:
         _print_error(str(error))
         status = 2
@@ -42,32 +75,21 @@ def run_main(main: Callable[[], int | None], help_page: str | None = None) -> No
             raise
         status = 141
     except SystemExit as stop:  # --help ends this way
-        status = _status_of(stop)
-    except BaseException:
-        _flush_output(status=1)
-        raise
-    sys.exit(_flush_output(status))
+        status = stop.code
+    finally:
+        status = _flush_output(status or 0)
+    sys.exit(status)
 
 
-def _run_without_options(main: Callable[[], int | None], help_page: str) -> int:
-    """Run a script that takes no argument but --help. Return its exit status."""
+def _is_answered(help_page: str) -> bool:
+    """Print the page if --help is asked for. Raise UserError for any other argument."""
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
         print(help_page.strip())
-        return 0
+        return True
     if arguments:
         raise UserError(f"unknown argument {arguments[0]!r}: this script has no options but --help")
-    return main() or 0
-
-
-def _status_of(stop: SystemExit) -> int:
-    """Return the exit status that Python gives to sys.exit(code)."""
-    if stop.code is None:
-        return 0
-    if isinstance(stop.code, int):
-        return stop.code
-    _print_error(str(stop.code))
-    return 1
+    return False
 
 
 def _is_output_closed() -> bool:
@@ -85,7 +107,7 @@ def _print_error(message: str) -> None:
         print(f"error: {message}", file=sys.stderr)
 
 
-def _flush_output(status: int) -> int:
+def _flush_output(status: Any) -> Any:
     """Flush stdout and stderr. Return the exit status, which is 2 if output was lost.
 
     Python flushes once more when it ends. That would fail again and print a traceback, so a broken

@@ -204,7 +204,6 @@ def machine_for_training(config: BenchConfig) -> Machine:
         config.device,
         config.dtype,
         config.compile,
-        training=True,
         deterministic=config.deterministic,
     )
 

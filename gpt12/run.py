@@ -280,7 +280,6 @@ def build_run(request: Request) -> Run:
         config.device,
         config.dtype,
         config.compile,
-        training=True,
         long=is_worth_compiling(model.config, config),
         deterministic=config.deterministic,
     )

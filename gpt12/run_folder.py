@@ -1,7 +1,7 @@
 """A run's folder out_dir: run.json, its lock, and what happens to an earlier run's files.
 
 run.json        the configuration, what the user gave, versions, commit, GPU, data set's hash
-metrics.jsonl   one line per logged step and per evaluation (gpt12/metrics.py)
+metrics.jsonl   one line per logged step and per evaluation (gpt12/log.py)
 loss.png        the curves
 best/  last/    checkpoints (gpt12/checkpoint.py)
 previous/       the files of an earlier run, set aside when a new one starts

@@ -1,25 +1,8 @@
-"""Print lines and tables to the terminal. Under torchrun only rank 0 prints."""
+"""Print tables to the terminal. Under torchrun only rank 0 prints."""
 
 from __future__ import annotations
 
-from typing import TextIO
-
-from gpt12.distributed import torchrun_ranks
-
-
-def printable(text: str, stream: TextIO) -> str:
-    """Return the text with a question mark for each character that the stream cannot show.
-
-    A Windows console may be in cp1252, and a model may write any character.
-    """
-    encoding = stream.encoding or "utf-8"
-    return text.encode(encoding, "replace").decode(encoding)
-
-
-def say(text: str) -> None:
-    """Print a line at once, on rank 0 only."""
-    if torchrun_ranks().rank == 0:
-        print(text, flush=True)
+from gpt12.errors import say
 
 
 class Table:

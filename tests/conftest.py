@@ -73,7 +73,7 @@ def fresh_compiler() -> None:
 def no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not draw loss.png, which takes as long as a tiny run. The mark `picture` draws it."""
     if not request.node.get_closest_marker("picture"):
-        monkeypatch.setattr("gpt12.metrics.draw_losses", lambda *arguments: None)
+        monkeypatch.setattr("gpt12.log.draw_losses", lambda *arguments: None)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """run_main: what a script prints and returns for mistakes, bugs, Ctrl-C and lost output."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt12.errors import UserError, run_main
+from gpt12.errors import UserError, one_line, printable, run_main, say
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -31,7 +32,6 @@ def exit_status_of(main, help_page=None):
         (SystemExit(0), 0, ""),
         (SystemExit(None), 0, ""),
         (SystemExit(3), 3, ""),
-        (SystemExit("why"), 1, "error: why\n"),
     ],
 )
 def test_an_exception_becomes_a_status_and_a_message(raised, status, printed, capsys):
@@ -164,3 +164,23 @@ def test_a_missing_package_is_named_with_what_to_do(script):
         "error: numpy is not installed: activate the environment, or pip install -r "
         "requirements.txt\n",
     )
+
+
+def test_only_rank_0_prints(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    say("not this")
+    monkeypatch.setenv("RANK", "0")
+    say("this")
+    assert capsys.readouterr().out == "this\n"
+
+
+def test_a_console_in_cp1252_gets_question_marks_for_what_it_cannot_show():
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    console.write(printable("caf\u00e9 \u6f22", console))
+    console.flush()
+    assert console.buffer.getvalue() == b"caf\xe9 ?"
+
+
+def test_an_exception_becomes_one_line():
+    assert one_line(ValueError("\nfirst\nsecond")) == "ValueError: first"
+    assert one_line(OSError()) == "OSError: "

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gpt12 import checkpoint
 from gpt12.checkpoint import Progress, find_checkpoint
 from gpt12.errors import UserError
-from gpt12.metrics import Metrics
+from gpt12.log import Metrics
 from gpt12.run_folder import read_run
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig, parameter_count
@@ -291,7 +291,7 @@ def test_any_run_folder_is_read_or_refused(
             assert "init_from" in read_run(out_dir)["config"]
         except UserError as error:
             assert str(out_dir) in str(error)
-        metrics = Metrics(out_dir / "metrics.jsonl", 10)
+        metrics = Metrics(out_dir / "metrics.jsonl", 10, 10)
         metrics.append({"step": 11, "tokens": 1, "loss": 1.0, "lr": 0.1})
         metrics.close()
     assert json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 11

@@ -11,6 +11,7 @@ import torch
 from gpt12 import memory
 from gpt12.device import Machine
 from gpt12.errors import UserError
+from gpt12.log import RunLog
 from gpt12.lora import add_lora
 from gpt12.memory import (
     CPU_GAPS,
@@ -21,7 +22,6 @@ from gpt12.memory import (
     step_memory,
     trained_parameters,
 )
-from gpt12.run_log import RunLog
 from model import GPT, GPTConfig
 from tests.helpers import CPU, built, config, run
 from train import TrainStep

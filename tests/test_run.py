@@ -17,6 +17,7 @@ from data.windows import TrainWindows
 from gpt12.checkpoint import find_checkpoint
 from gpt12.device import Machine
 from gpt12.errors import UserError
+from gpt12.log import RunLog
 from gpt12.run import (
     CPU_FLOPS_PER_CORE,
     is_worth_compiling,
@@ -25,7 +26,6 @@ from gpt12.run import (
     read_request,
     warn_of_long_run,
 )
-from gpt12.run_log import RunLog
 from gpt12.settings import TrainConfig
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig, flops_per_token

@@ -1,8 +1,6 @@
-"""Lines and tables on the terminal."""
+"""Tables on the terminal."""
 
-import io
-
-from gpt12.terminal import Table, printable, say
+from gpt12.terminal import Table
 
 
 def test_the_first_column_is_on_the_left_and_the_others_on_the_right():
@@ -21,18 +19,3 @@ def test_a_column_without_cells_is_not_printed():
 
 def test_a_table_without_rows_is_nothing():
     assert Table("a", "b").lines() == []
-
-
-def test_only_rank_0_prints(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    say("not this")
-    monkeypatch.setenv("RANK", "0")
-    say("this")
-    assert capsys.readouterr().out == "this\n"
-
-
-def test_a_console_in_cp1252_gets_question_marks_for_what_it_cannot_show():
-    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
-    console.write(printable("caf\u00e9 \u6f22", console))
-    console.flush()
-    assert console.buffer.getvalue() == b"caf\xe9 ?"

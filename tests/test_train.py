@@ -510,7 +510,7 @@ def test_a_killed_run_that_is_resumed_equals_the_unbroken_run_bit_for_bit(
     options = ["--max_iters=20", "--dropout=0.2"]
     # A clock that a second passes on whenever it is read.
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
-    monkeypatch.setattr("gpt12.clock.time", clock)
+    monkeypatch.setattr("gpt12.log.time", clock)
     assert run(dataset, whole, *options) == 0
     with monkeypatch.context() as m, pytest.raises(SystemExit):
         kill_after(m, 7)

@@ -525,10 +525,10 @@ RESUMING = [
     ),
     Mutant(
         "rows of metrics after the checkpoint are kept on resuming",
-        file="gpt12/metrics.py",
-        before='rows = [row for row in read_metrics(file) if row["step"] <= resume_step]',
-        after="rows = read_metrics(file)",
-        test_file="test_metrics.py",
+        file="gpt12/log.py",
+        before='if row["step"] <= last:',
+        after="if True:",
+        test_file="test_log.py",
         test="test_metrics_are_read_up_to_a_torn_line_and_continued",
     ),
 ]
@@ -610,18 +610,18 @@ CHECKPOINTS = [
 PROCESSES = [
     Mutant(
         "a second Ctrl-C does not end the program",
-        file="gpt12/signals.py",
+        file="gpt12/distributed.py",
         before="raise KeyboardInterrupt",
         after="return",
-        test_file="test_signals.py",
+        test_file="test_distributed.py",
         test="test_a_signal_is_remembered_and_told_once_and_a_second_one_ends_at_once",
     ),
     Mutant(
         "a rank stops before the others know of the signal",
-        file="gpt12/signals.py",
+        file="gpt12/distributed.py",
         before="agreed = int(previous)",
         after="agreed = self.number",
-        test_file="test_signals.py",
+        test_file="test_distributed.py",
         test="test_all_ranks_stop_after_the_same_step",
     ),
     Mutant(
@@ -912,10 +912,10 @@ CONFIGURATION = [
     ),
     Mutant(
         "NaN is written into metrics.jsonl",
-        file="gpt12/metrics.py",
-        before="row = {key: _json_number(value) for key, value in row.items()}",
-        after="row = dict(row)",
-        test_file="test_metrics.py",
+        file="gpt12/log.py",
+        before="finite = value is not None and math.isfinite(value)",
+        after="finite = True",
+        test_file="test_log.py",
         test="test_a_metric_that_is_not_finite_is_written_as_null",
     ),
 ]

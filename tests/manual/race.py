@@ -123,7 +123,7 @@ def draw(theirs: Finished, ours: Finished, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from gpt12.metrics import BLUE, ORANGE
+    from gpt12.log import BLUE, ORANGE
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for side, colour in ((theirs, ORANGE), (ours, BLUE)):
