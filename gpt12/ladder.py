@@ -6,7 +6,7 @@ because model.py and train.py have no switch for them:
     a residual stream in 16 bits under autocast     model.py, Transformer.forward
     head and loss in chunks of rows                 gpt12/loss.py
     AdamW in one fused kernel, with clipping in it  train.py, AdamW
-The loss's Triton kernel comes with torch.compile (gpt12/start.py, compile_model).
+The loss's Triton kernel comes with torch.compile (gpt12/run.py, compile_model).
 """
 
 from __future__ import annotations
