@@ -12,26 +12,30 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NoReturn, TypedDict
 
 from gpt12.errors import UserError, printable, require_packages, run_main
 
 require_packages()
 
 import torch
+from jinja2 import TemplateError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data.texts import add_ending, chat_pieces, ending_of_template, is_our_chat_template
-from data.tokenizers import END_OF_TEXT, from_meta, get_tokenizer, load_tokenizer
-from gpt12.cards import CARDS
+from data.tokenizers import END_OF_TEXT, GPT2_VOCAB_SIZE, from_meta, get_tokenizer, load_tokenizer
 from gpt12.checkpoint import find_checkpoint
-from gpt12.config import load_config
-from gpt12.device import Machine, open_machine
-from gpt12.generate import Sampling, TextStream, decode_bytes, store_by_columns, stream
+from gpt12.config import load_config, unescape
+from gpt12.device import open_machine
+from gpt12.generate import Sampling, TextStream, store_by_columns, stream
 from gpt12.run_folder import is_run
 from gpt12.settings import SampleConfig
 from gpt12.weights import find_pretrained, from_pretrained, read_nanogpt
@@ -39,6 +43,16 @@ from model import GPT
 
 SEPARATOR = "---------------"  # between samples, as in nanoGPT
 DATA = Path(__file__).parent / "data"
+# Without a chat template the model continues what both have written.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message.content }}{% if message.ended %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+TEMPLATE_SECONDS = 5
+TEMPLATE_CHARACTERS = 1_000_000
+MARK = "~~question~~"  # stands for a user's text, to see what a chat template makes of it
+PASTE_SECONDS = 0.05
 
 
 def main() -> None:
@@ -53,7 +67,7 @@ def main() -> None:
         if config.interactive:
             converse(writer, first_message=prompt)
         else:
-            print_samples(writer, as_message(writer.tokenizer, prompt))
+            print_samples(writer, prompt)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -87,7 +101,7 @@ def load(config: SampleConfig) -> Writer:
     model.to(machine.device, machine.dtype)
     if not machine.on_gpu:
         store_by_columns(model)
-    return Writer(model, tokenizer, machine, config)
+    return Writer(model, tokenizer, config)
 
 
 def find_source(config: SampleConfig) -> Path:
@@ -113,10 +127,7 @@ def find_source(config: SampleConfig) -> Path:
 
 
 def find_tokenizer(source: Path) -> Any:
-    """Return the tokenizer of a model; UserError if there is none.
-
-    A chat template that is not ours is removed, because we cannot format messages with it.
-    """
+    """Return the tokenizer of a model; UserError if there is none."""
     if source.suffix == ".pt":
         tokenizer = load_tokenizer(source.parent)
         if tokenizer is None:
@@ -128,10 +139,6 @@ def find_tokenizer(source: Path) -> Any:
             f"{source} has no tokenizer, so its ids cannot be turned into text. Put the model's "
             "tokenizer.json, or its vocab.json and merges.txt, into that folder"
         )
-    template = tokenizer.chat_template
-    if template and not is_our_chat_template(template):
-        say(f"{source}: its chat template is not one of train.py's: texts go in as they are")
-        tokenizer.chat_template = None
     return tokenizer
 
 
@@ -143,40 +150,21 @@ def nanogpt_tokenizer(file: Path) -> Any:
     """
     checkpoint = read_nanogpt(file)
     vocab_size = checkpoint.config.vocab_size
-    if vocab_size == 50257:
+    if vocab_size == GPT2_VOCAB_SIZE:
         return get_tokenizer("gpt2")
-    name = checkpoint.dataset
-    advice = f"Put the tokenizer.json of its {vocab_size:,} tokens into {file.parent}"
-    if name is None:
-        raise UserError(f"{file} does not name the data set that its tokenizer is from. {advice}")
-    folder = DATA / name
+    folder = DATA / str(checkpoint.dataset)
+    meta = folder / "meta.json"
     # The name comes from the file, so it must not be allowed to lead out of data/.
-    if folder.parent != DATA or not (folder / "meta.json").is_file():
-        script = f": python data/{name}/prepare.py" if (folder / "prepare.py").is_file() else ""
-        raise UserError(
-            f"{file} was trained on the data set {name!r}, which is not prepared in {DATA}, so its "
-            f"tokenizer is not known. Prepare it{script}. Or put the tokenizer.json of its "
-            f"{vocab_size:,} tokens into {file.parent}"
-        )
-    tokenizer = dataset_tokenizer(folder)
-    if tokenizer is None or tokenizer.vocab_size != vocab_size:
-        found = "no known tokenizer" if tokenizer is None else f"{tokenizer.vocab_size:,} tokens"
-        raise UserError(
-            f"{file} has {vocab_size:,} tokens and was trained on the data set {name!r}, but "
-            f"{folder / 'meta.json'} has {found}. {advice}"
-        )
-    say(f"tokenizer: that of {folder}")
-    return tokenizer
-
-
-def dataset_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer that a data set's meta.json describes, or None if it describes none."""
-    file = folder / "meta.json"
-    try:
-        meta = dict(json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({error}). Prepare the data again") from None
-    return from_meta(meta, folder)
+    if folder.parent == DATA and meta.is_file():
+        tokenizer = from_meta(json.loads(meta.read_bytes()), folder)
+        if tokenizer is not None and tokenizer.vocab_size == vocab_size:
+            say(f"tokenizer: that of {folder}")
+            return tokenizer
+    raise UserError(
+        f"{file} was trained on the data set {checkpoint.dataset!r}, which is not prepared in "
+        f"{DATA} with its {vocab_size:,} tokens. Prepare it there, or put the tokenizer.json of "
+        f"these tokens into {file.parent}"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -184,29 +172,26 @@ def dataset_tokenizer(folder: Path) -> Any:
 
 
 def read_prompt(start: str) -> str:
-    """Return --start itself, the content of a file for FILE:path, or standard input for "-"."""
+    r"""Return --start (\n is a new line), a file for FILE:path, or standard input for "-"."""
     if start == "-":
         check_standard_input()
         try:
-            start = sys.stdin.read()
+            text = sys.stdin.read()
         except ValueError as error:
             raise UserError(f"standard input is not UTF-8 text: {error}") from None
     elif start.startswith("FILE:"):
-        file = Path(start.removeprefix("FILE:"))
+        file = Path(start.removeprefix("FILE:")).expanduser()
         try:
-            start = file.read_text("utf-8")
-        except FileNotFoundError:
-            raise UserError(f"the prompt file {file} does not exist") from None
+            text = file.read_text("utf-8")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"the prompt file {file} cannot be read as UTF-8 text: {error}"
             ) from None
-    if not start:
-        raise UserError(
-            "the prompt is empty: give at least one character with --start, "
-            "for example --start=$'\\n'"
-        )
-    return start
+    else:
+        text = unescape(start)
+    if not text:
+        raise UserError(r"the prompt is empty: give at least one character, as in --start='\n'")
+    return text
 
 
 def check_standard_input() -> None:
@@ -215,61 +200,164 @@ def check_standard_input() -> None:
         raise UserError("there is no standard input to read from")
 
 
-def as_message(tokenizer: Any, text: str) -> str:
-    """Put a user's message into the chat template, if the model was trained with one."""
-    if not tokenizer.chat_template:
-        return text
-    ending = ending_of_template(tokenizer.chat_template)
-    if ending is not None:
-        return add_ending(text, ending)
-    pieces = chat_pieces([{"role": "user", "content": text}])
-    return "".join(piece.text for piece in pieces)
+class GenerationTag(Extension):
+    """Let {% generation %} and {% endgeneration %} pass, which mark what is trained."""
+
+    tags: ClassVar = {"generation"}
+
+    def parse(self, parser: Parser) -> Any:
+        """Return what stands between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def encode(tokenizer: Any, prompt: str, block_size: int) -> list[int]:
-    """Return the ids of a prompt; UserError if it is longer than the model's context.
+def raise_exception(message: str) -> NoReturn:
+    """Let a template refuse a conversation."""
+    raise TemplateError(message)
 
-    `<|endoftext|>` in it becomes the end-of-text token, as in nanoGPT, if the tokenizer has one.
+
+class ChatTemplate:
+    """How a model's conversations are written as one text.
+
+    The template is a program in Jinja and may be a stranger's: it runs in a sandbox, and its time
+    and its length are limited. What it finds there is what `transformers` gives it.
     """
-    parts = [prompt]
-    if tokenizer.eot is not None:
-        parts = prompt.split(END_OF_TEXT)
-    ids: list[int] = []
-    for i, part in enumerate(parts):
-        if i > 0:
-            ids.append(tokenizer.eot)
-        ids.extend(int(token) for token in tokenizer.encode(part))
-    if len(ids) > block_size:
-        raise UserError(
-            f"the prompt has {len(ids)} tokens, the model's context only {block_size}: shorten it"
+
+    def __init__(self, tokenizer: Any):
+        """A model without a template gets one that writes the messages one after the other."""
+        self.is_plain = not tokenizer.chat_template
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
         )
-    return ids
+        end = "" if tokenizer.eot is None else tokenizer.token_bytes(tokenizer.eot).decode()
+        environment.globals.update(
+            raise_exception=raise_exception,
+            strftime_now=time.strftime,
+            add_generation_prompt=True,
+            bos_token=end,
+            eos_token=end,
+        )
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        try:
+            self.template = environment.from_string(tokenizer.chat_template or PLAIN_TEMPLATE)
+        except TemplateError as error:
+            raise broken_template(error) from None
+
+    def write(self, messages: Sequence[Message]) -> str:
+        """Return the prompt for the next answer; UserError if the template fails."""
+        deadline = time.monotonic() + TEMPLATE_SECONDS
+
+        def check_time(*event: Any) -> Any:  # Python calls it before each line of the template
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"it takes longer than {TEMPLATE_SECONDS} s")
+            return check_time
+
+        pieces: list[str] = []
+        length = 0
+        tracer = sys.gettrace()
+        sys.settrace(check_time)
+        try:
+            for piece in self.template.generate(messages=messages):
+                pieces.append(piece)
+                length += len(piece)
+                if length > TEMPLATE_CHARACTERS:
+                    raise ValueError(f"it writes more than {TEMPLATE_CHARACTERS:,} characters")
+        except Exception as error:  # the template may do anything
+            raise broken_template(error) from None
+        finally:
+            sys.settrace(tracer)
+        return "".join(pieces)
+
+    def forgets(self) -> bool:
+        """Tell whether it writes a question without those before it, as in single-turn data."""
+        messages = [user_message(MARK), Message(role="assistant", content=""), user_message("?")]
+        return MARK not in self.write(messages)
+
+    def complete(self, text: str) -> str | None:
+        """Return a prompt that is in the template already, with the white space that it lacks.
+
+        None if it is not in the template.
+        """
+        head, _, tail = self.write([user_message(MARK)]).partition(MARK)
+        before, after = head.strip(), tail.strip()
+        if after and text.rstrip().endswith(after):
+            for known in range(len(tail), len(tail.rstrip()) - 1, -1):
+                if text.endswith(tail[:known]):
+                    return text + tail[known:]
+            return text
+        begins = text.lstrip().startswith(before)
+        if before and (begins or (before in text and after in text)):
+            return text
+        return None
+
+
+def broken_template(error: Exception) -> UserError:
+    """Return the error for a template that cannot be used."""
+    return UserError(
+        f"the model's chat template fails ({type(error).__name__}: {str(error)[:200]}). Repair "
+        "chat_template in its tokenizer_config.json, or remove it to write plain text"
+    )
+
+
+class Message(TypedDict, total=False):
+    """A message as chat templates expect it."""
+
+    role: str
+    content: str
+    ended: bool  # the model has ended it by itself
+
+
+def user_message(text: str) -> Message:
+    return Message(role="user", content=text)
 
 
 # --------------------------------------------------------------------------------------------------
 # Writing
 
 
-@dataclass
 class Writer:
     """A loaded model and everything that is needed to write with it."""
 
-    model: GPT
-    tokenizer: Any
-    machine: Machine
-    config: SampleConfig
+    def __init__(self, model: GPT, tokenizer: Any, config: SampleConfig):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.template = ChatTemplate(tokenizer)
+        self.system: list[Message] = []
+        if config.system is not None:
+            self.system = [Message(role="system", content=config.system)]
+            written = self.template.write([*self.system, user_message("?")])
+            if self.template.is_plain or config.system.strip() not in written:
+                raise UserError("--system: the model's chat template has no place for it")
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the ids of a prompt; UserError if it is too long."""
-        return encode(self.tokenizer, prompt, self.model.config.block_size)
+        """Return the ids of a prompt, in which `<|endoftext|>` is that token, as in nanoGPT."""
+        tokenizer = self.tokenizer
+        parts = [prompt] if tokenizer.eot is None else prompt.split(END_OF_TEXT)
+        ids = tokenizer.encode(parts[0]).tolist()
+        for part in parts[1:]:
+            ids += [tokenizer.eot, *tokenizer.encode(part).tolist()]
+        return ids
+
+    def check_length(self, ids: list[int]) -> list[int]:
+        """Return the ids of a prompt; UserError if it is longer than the model's context."""
+        room = self.model.config.block_size
+        if len(ids) > room:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, the model's context only {room}: shorten it"
+            )
+        return ids
+
+    def new_text(self) -> TextStream:
+        """Return an empty text, which ends as the configuration says."""
+        return TextStream(self.tokenizer, self.config.stop)
 
     def write(
         self, prompt: list[int], texts: list[TextStream], speed: Speed
     ) -> Iterator[tuple[int, str]]:
-        """Continue the prompt once for each of `texts`; yield (index of the text, new characters).
-
-        In a conversation Ctrl-C ends the texts, not the program.
-        """
+        """Continue the prompt once for each text; yield (index of the text, new characters)."""
         config = self.config
         sampling = Sampling(
             temperature=config.temperature,
@@ -280,40 +368,15 @@ class Writer:
         )
         # Far apart, so that no two samples of different --seed share their random numbers.
         seeds = [config.seed * 1_000_003 + i for i in range(len(texts))]
-        steps = stream(
-            self.model,
-            [prompt] * len(texts),
-            config.max_new_tokens,
-            sampling,
-            seeds=seeds,
-        )
-        try:
-            for tokens in steps:
-                speed.count(sum(text.finish_reason is None for text in texts))
-                for i, token in enumerate(tokens):
-                    new = texts[i].add(token)
-                    if new:
-                        yield i, new
-                if all(text.finish_reason is not None for text in texts):
-                    break
-        except KeyboardInterrupt:
-            if not config.interactive:
-                raise
-        for i, text in enumerate(texts):
-            if text.finish_reason is None:
-                new = text.finish("length")
+        prompts = [prompt] * len(texts)
+        for tokens in stream(self.model, prompts, config.max_new_tokens, sampling, seeds=seeds):
+            speed.count(sum(text.finish_reason is None for text in texts))
+            for i, token in enumerate(tokens):
+                new = texts[i].add(token)
                 if new:
                     yield i, new
-
-    def tokens_per_second_bound(self, count: int) -> float | None:
-        """Return the tokens/s at which `count` texts would use the GPU's whole memory bandwidth.
-
-        Each decoding step reads all weights once. None for a device that is not in CARDS.
-        """
-        card = CARDS.get(self.machine.name)
-        if card is None:
-            return None
-        return card.bandwidth_gbs * 1e9 / decode_bytes(self.model) * count
+            if all(text.finish_reason is not None for text in texts):
+                break
 
 
 class Speed:
@@ -321,78 +384,122 @@ class Speed:
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
-        self.first: float | None = None  # when the first token came
-        self.last = self.started
-        self.tokens = 0
-        self.tokens_at_first = 0
+        self.times: list[float] = []  # when the tokens of each step came
+        self.tokens: list[int] = []
 
     def count(self, tokens: int) -> None:
         """Count the tokens of one decoding step, which have just arrived."""
-        self.last = time.perf_counter()
-        self.tokens += tokens
-        if self.first is None:
-            self.first = self.last
-            self.tokens_at_first = self.tokens
+        self.times.append(time.perf_counter())
+        self.tokens.append(tokens)
 
-    def summary(self, bound: float | None) -> str:
-        """Describe the speed. bound: the tokens/s that memory bandwidth allows, if it is known."""
-        if self.first is None:
+    def summary(self) -> str:
+        """Describe the speed."""
+        if not self.times:
             return "no token"
-        unit = "token" if self.tokens == 1 else "tokens"
-        text = f"{self.tokens} {unit}, first after {self.first - self.started:.2f} s"
-        tokens = self.tokens - self.tokens_at_first
-        seconds = self.last - self.first
-        if tokens == 0 or seconds == 0:
+        count = sum(self.tokens)
+        unit = "token" if count == 1 else "tokens"
+        text = f"{count} {unit}, first after {self.times[0] - self.started:.2f} s"
+        seconds = self.times[-1] - self.times[0]
+        if seconds == 0:
             return text
-        rate = tokens / seconds
-        text += f", then {rate:,.0f} tokens/s" if rate >= 1 else f", then {rate:.2f} tokens/s"
-        if bound is not None:
-            text += f", {rate / bound:.0%} of what the memory's speed allows ({bound:,.0f})"
-        return text
+        rate = sum(self.tokens[1:]) / seconds
+        return f"{text}, then {rate:,.0f} tokens/s" if rate >= 1 else f"{text}, {rate:.2f} tokens/s"
 
 
-def print_samples(writer: Writer, prompt: str) -> None:
+def print_samples(writer: Writer, start: str) -> None:
     """Write all samples as one batch: the first one as it grows, the others after it.
 
     With --json it is one line of JSON for each sample.
     """
-    config = writer.config
-    ids = writer.encode(prompt)
-    texts = [TextStream(writer.tokenizer, config.stop) for _ in range(config.num_samples)]
+    as_json = writer.config.json
+    prompt = writer.template.complete(start)
+    if prompt is None:
+        prompt = writer.template.write([*writer.system, user_message(start)])
+    ids = writer.check_length(writer.encode(prompt))
+    texts = [writer.new_text() for _ in range(writer.config.num_samples)]
     speed = Speed()
-    if not config.json:
+    if not as_json:
         show(prompt)
     for i, new in writer.write(ids, texts, speed):
-        if i == 0 and not config.json:
+        if i == 0 and not as_json:
             show(new)
     for i, text in enumerate(texts):
-        if config.json:
-            show(json.dumps(describe_sample(i, prompt, text)) + "\n")
+        rest = text.finish("length")
+        if as_json:
+            row = {"sample": i, "prompt": prompt, "text": text.shown}
+            row |= {"tokens": len(text.ids), "finish": text.finish_reason}
+            show(json.dumps(row) + "\n")
         elif i == 0:
-            show(f"\n{SEPARATOR}\n")
+            show(f"{rest}\n{SEPARATOR}\n")
         else:
             show(f"{prompt}{text.shown}\n{SEPARATOR}\n")
-    summary = speed.summary(writer.tokens_per_second_bound(len(texts)))
-    if len(texts) > 1:
-        summary = f"{len(texts)} texts in one batch: {summary}"
-    say(summary)
+    together = f"{len(texts)} texts in one batch: " if len(texts) > 1 else ""
+    say(together + speed.summary())
 
 
-def describe_sample(index: int, prompt: str, text: TextStream) -> dict[str, Any]:
-    """Return what --json prints of a sample."""
-    return {
-        "sample": index,
-        "prompt": prompt,
-        "text": text.shown,
-        "tokens": len(text.ids),
-        "finish": text.finish_reason,
-    }
+# --------------------------------------------------------------------------------------------------
+# Talking
+
+
+class Conversation:
+    """The messages so far and the model that answers them."""
+
+    def __init__(self, writer: Writer):
+        self.writer = writer
+        self.messages: list[Message] = []
+        self.forgets = writer.template.forgets()
+
+    def prompt(self, text: str) -> list[int]:
+        """Add a user's message and return the ids that the model continues.
+
+        If they do not fit into the context, the oldest messages go, until half of it is free. A
+        text that is in the chat template already is taken as it is and remembered no longer.
+        """
+        writer = self.writer
+        complete = writer.template.complete(text)
+        if complete is not None:
+            self.messages = []
+            return writer.check_length(writer.encode(complete))
+        messages = [] if self.forgets else self.messages
+        messages = [*messages, user_message(text)]
+        room = writer.model.config.block_size
+        ids = writer.encode(writer.template.write([*writer.system, *messages]))
+        if writer.template.is_plain and len(ids) > room:
+            last = writer.check_length(writer.encode(text))
+            ids = ids[-max(len(last), room // 2) :]
+        elif len(ids) > room:
+            while len(ids) > room // 2 and len(messages) > 1:
+                messages = messages[2:]
+                ids = writer.encode(writer.template.write([*writer.system, *messages]))
+        self.messages = messages
+        return writer.check_length(ids)
+
+    def answer(self, message: str) -> None:
+        """Show the model's answer to a message."""
+        writer = self.writer
+        before = self.messages
+        try:
+            prompt = self.prompt(message)
+        except UserError as error:
+            self.messages = before
+            say(f"error: {error}")
+            return
+        text = writer.new_text()
+        speed = Speed()
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the text, not the program
+            for _, new in writer.write(prompt, [text], speed):
+                show(new)
+        show(text.finish("length") + "\n")
+        say(speed.summary())
+        if self.messages:
+            said = writer.tokenizer.decode(text.ids)  # with the stop string, which is not shown
+            ended = text.finish_reason == "end"
+            self.messages.append(Message(role="assistant", content=said, ended=ended))
 
 
 def converse(writer: Writer, first_message: str = "") -> None:
-    """Answer messages from the keyboard. The context is kept; if it is full, its older half goes.
+    """Answer messages from the keyboard. An empty line begins a new conversation.
 
-    An empty line begins a new conversation.
     first_message: answered before anything is read from the keyboard.
     """
     with contextlib.suppress(ImportError):  # Windows has none
@@ -400,19 +507,21 @@ def converse(writer: Writer, first_message: str = "") -> None:
     check_standard_input()
     # Otherwise an incomplete character at the end of the input would be read again and again.
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    verb = "answers" if writer.tokenizer.chat_template else "continues it"
+    conversation = Conversation(writer)
+    verb = "continues it" if writer.template.is_plain else "answers"
+    memory = "reads each text together with all before it; an empty line starts over"
+    if conversation.forgets:
+        memory = "answers each question without those before it, as it has learned from its data"
     say(
-        f"type a text and press Enter, and the model {verb}. "
-        "The model reads each text together with all before it; an empty line starts over. "
+        f"type a text and press Enter, and the model {verb}. The model {memory}. "
         "Ctrl-C stops a text; Ctrl-C or Ctrl-D at the > prompt quits"
     )
-    context: list[int] = []
     if first_message:
         say(f"> {first_message}")
-        context = answer(writer, context, first_message)
+        conversation.answer(first_message)
     while True:
         try:
-            message = input("> " if sys.stdin.isatty() else "")
+            message = read_message()
             message.encode()
         except (EOFError, KeyboardInterrupt):
             return
@@ -420,43 +529,28 @@ def converse(writer: Writer, first_message: str = "") -> None:
             say(f"error: that was not UTF-8 text: {error}")
             continue
         if message:
-            context = answer(writer, context, message)
-        elif context:
-            context = []
+            conversation.answer(message)
+        elif conversation.messages:
+            conversation.messages = []
             say("a new conversation")
 
 
-def answer(writer: Writer, context: list[int], message: str) -> list[int]:
-    """Show the model's answer to a message; return the context with the message and the answer."""
-    tokenizer = writer.tokenizer
-    block_size = writer.model.config.block_size
+def read_message() -> str:
+    """Read a line from the keyboard, with the lines that were pasted together with it."""
+    if not sys.stdin.isatty():
+        return input()
+    lines = [input("> ")]
+    while lines[0] and is_pasted():
+        lines.append(input())
+    return "\n".join(lines)
+
+
+def is_pasted() -> bool:
+    """Tell whether another line is there already: nobody types that fast."""
     try:
-        new = writer.encode(as_message(tokenizer, message))
-    except UserError as error:
-        say(f"error: {error}")
-        return context
-    if tokenizer.chat_template and ending_of_template(tokenizer.chat_template) is not None:
-        context = []  # such a model was trained on single questions
-    context = context + new
-    if len(context) > block_size:
-        kept = max(len(new), block_size // 2)
-        context = context[-kept:]
-    text = TextStream(tokenizer, writer.config.stop)
-    speed = Speed()
-    with contextlib.suppress(KeyboardInterrupt):  # it may also come while the text is shown
-        for _, piece in writer.write(context, [text], speed):
-            show(piece)
-    show("\n")
-    say(speed.summary(writer.tokens_per_second_bound(1)))
-    context = context + text.ids
-    # In training every answer had an end: end-of-text, or a line end where a tokenizer has no such
-    # token. An answer that was cut off gets it, too.
-    if tokenizer.eot is not None:
-        if text.finish_reason == "end" or tokenizer.chat_template:
-            context.append(tokenizer.eot)
-    elif tokenizer.chat_template and not text.shown.endswith("\n"):
-        context += writer.encode("\n")
-    return context
+        return bool(select.select([sys.stdin], [], [], PASTE_SECONDS)[0])
+    except (OSError, ValueError):  # Windows cannot tell
+        return False
 
 
 def say(text: str) -> None:
@@ -466,6 +560,8 @@ def say(text: str) -> None:
 
 def show(text: str) -> None:
     """Print a part of a text at once, on standard output."""
+    if sys.stdout is None:
+        raise UserError("there is no standard output to write to")
     try:
         sys.stdout.write(printable(text, sys.stdout))
         sys.stdout.flush()

@@ -385,9 +385,10 @@ class TextStream:
         return self._show(len(self._held) - self._length_of_possible_stop())
 
     def finish(self, reason: str) -> str:
-        """End the text and return what was held back."""
-        if self.finish_reason is None:
-            self.finish_reason = reason
+        """End the text, if it has not ended yet, and return what was held back."""
+        if self.finish_reason is not None:
+            return ""
+        self.finish_reason = reason
         if reason != "stop":
             self._held += self._decoder.decode(b"", final=True)
         return self._show(len(self._held))

@@ -310,7 +310,7 @@ class SampleConfig:
     )
     start: str = option(
         "\n",
-        "The text to continue. FILE:prompt.txt reads a file; - reads standard input.",
+        r"The text to continue; \n is a new line. FILE:prompt.txt reads a file; - standard input.",
     )
     interactive: bool = option(False, "Hold a conversation: you type, the model answers.")
     num_samples: TextCount = option(10, "Number of texts to write.")
@@ -344,6 +344,10 @@ class SampleConfig:
         (),
         r"End a text before this string. May be repeated; \n is a new line.",
         group="Input and output",
+    )
+    system: Text | None = option(
+        None,
+        "The system message of a conversation. None means the one that the model was trained with.",
     )
     json: bool = option(False, "Print each text as one line of JSON.")
     checkpoint: Literal["auto", "best", "last"] = option(

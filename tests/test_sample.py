@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,19 +11,25 @@ import sys
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TextIO
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sample
-from data.texts import CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS
-from data.tokenizers import ByteTokenizer, CharTokenizer
-from gpt12.cards import Card
+from data.texts import (
+    CHAT_TEMPLATE,
+    CHAT_TEMPLATE_OF_CHARACTERS,
+    CHAT_TEMPLATE_WITHOUT_TAGS,
+    prompt_template,
+)
+from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from gpt12.checkpoint import Progress, save_checkpoint
 from gpt12.errors import run_main
-from gpt12.generate import Sampling, decode_bytes
+from gpt12.generate import Sampling
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 from tests.harmless import FEW, harmless
@@ -52,10 +59,12 @@ def out_dir(tmp_path_factory):
 def start(out_dir, monkeypatch, capsys):
     """Run sample.py with options; returns (exit status, standard output, standard error)."""
 
-    def call(*options: str, stdin: bytes = b"") -> tuple[int, str, str]:
+    def call(*options: str, stdin: bytes | TextIO = b"") -> tuple[int, str, str]:
         argv = ["sample.py", f"--out_dir={out_dir}", "--device=cpu", "--dtype=float32", *options]
         monkeypatch.setattr(sys, "argv", argv)
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        if isinstance(stdin, bytes):
+            stdin = io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
+        monkeypatch.setattr(sys, "stdin", stdin)
         with pytest.raises(SystemExit) as end:
             run_main(sample.main)
         return (end.value.code or 0, *capsys.readouterr())
@@ -117,24 +126,21 @@ def test_texts_go_to_standard_output_and_figures_to_standard_error(start):
     assert "tokens/s" in err
 
 
-def test_the_pace_counts_from_the_first_token(monkeypatch):
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        (0, "no token"),
+        (1, "2 tokens, first after 2.00 s"),
+        (5, "10 tokens, first after 2.00 s, then 2 tokens/s"),
+    ],
+)
+def test_the_pace_counts_from_the_first_token(monkeypatch, steps, told):
     clock = iter([10.0, 12.0, 13.0, 14.0, 15.0, 16.0])  # begun, then one for each step
     monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
     speed = sample.Speed()
-    for _ in range(5):
+    for _ in range(steps):
         speed.count(2)
-    text = "10 tokens, first after 2.00 s, then 2 tokens/s"
-    assert speed.summary(8.0) == f"{text}, 25% of what the memory's speed allows (8)"
-    assert speed.summary(None) == text
-
-
-def test_a_text_of_one_step_has_no_pace(monkeypatch):
-    clock = iter([10.0, 12.0])
-    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
-    speed = sample.Speed()
-    assert speed.summary(8.0) == "no token"
-    speed.count(3)
-    assert speed.summary(8.0) == "3 tokens, first after 2.00 s"
+    assert speed.summary() == told
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -145,16 +151,6 @@ def test_the_speed_is_reported_once_after_the_last_sample(start, monkeypatch, co
     assert start(f"--num_samples={count}", "--max_new_tokens=5")[0] == 0
     assert ["tokens/s" in entry for entry in order].count(True) == 1
     assert "tokens/s" in order[-1]
-
-
-def test_the_speed_bound_is_one_reading_of_the_weights_for_all_texts(start, out_dir, monkeypatch):
-    bounds = []
-    size = decode_bytes(from_pretrained(out_dir / "best"))
-    monkeypatch.setattr(sample, "CARDS", SimpleNamespace(get=lambda name: Card(1.0, 3.0, 1.0, 1.0)))
-    monkeypatch.setattr(sample.Speed, "summary", lambda self, bound: str(bounds.append(bound)))
-    for count in (1, 4):
-        assert start(f"--num_samples={count}", "--max_new_tokens=1")[0] == 0
-    assert bounds == pytest.approx([3e9 / size, 4 * 3e9 / size])
 
 
 @pytest.mark.parametrize(("options", "texts"), [([], 1), (["--num_samples=2"], 2)])
@@ -192,6 +188,7 @@ def test_a_prompt_comes_from_the_option_a_file_or_standard_input(start, scripted
     (tmp_path / "prompt.txt").write_text("f\u00e9e\n", "utf-8")
     for option, stdin, prompt in (
         ("--start=direct", b"", "direct"),
+        (r"--start=a\nb", b"", "a\nb"),
         (f"--start=FILE:{tmp_path / 'prompt.txt'}", b"", "f\u00e9e\n"),
         ("--start=-", "p\u00efped".encode(), "p\u00efped"),
     ):
@@ -206,16 +203,6 @@ def test_the_end_of_text_in_a_start_is_the_token_as_in_nanogpt(start, scripted):
         scripted.script[:] = [b"!"]
         assert start(f"--start={prompt}", "--num_samples=1")[0] == 0
         assert scripted.calls[-1] == ids
-
-
-def test_a_start_is_a_question_to_a_model_of_conversations(start, out_dir, scripted, tmp_path):
-    shutil.copytree(out_dir / "best", tmp_path / "chat")
-    tokenizer = ByteTokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save(tmp_path / "chat")
-    scripted.script[:] = [b"42"]
-    assert start(f"--init_from={tmp_path / 'chat'}", "--start=Hi", "--num_samples=1")[0] == 0
-    assert bytes(scripted.calls[-1]) == b"### User:\nHi\n\n### Assistant:\n"
 
 
 def test_a_conversation_keeps_its_context(start, scripted):
@@ -250,18 +237,88 @@ def test_a_full_context_forgets_its_older_half_but_never_the_prompt(start, scrip
     assert [bytes(call).decode() for call in scripted.calls] == ["a" * 10, history[-16:], "d" * 30]
 
 
+# --------------------------------------------------------------------------------------------------
+# Chat templates
+
+DIALOGPT = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+STRANGE = """{%- if messages[0].role == 'system' %}
+    {{- '<<' + messages[0].content + '>>' }}
+{%- endif %}
+{% for message in messages if message.role != 'system' %}
+    {% if loop.index > 5 %}{% break %}{% endif %}
+    [{{ message | tojson }}]
+{% endfor %}
+{% if add_generation_prompt %}:{% endif %}
+"""
+QUESTION = {"role": "user", "content": " Hé\n"}
+LOOP = "{{% for _ in range(99999) %}}{}{{% endfor %}}"
+TURNS = [{"role": "system", "content": "Be brief."}, QUESTION]
+TURNS += [{"role": "assistant", "content": "a\n"}, {"role": "user", "content": "b ->"}]
+
+
 @pytest.fixture
 def chat(tmp_path):
     """Make a folder with a random model of bytes and this chat template; it has room to talk."""
 
-    def make(template: str) -> str:
-        tokenizer = ByteTokenizer()
+    def make(template: str, tokenizer=None, room: int = 256) -> str:
+        tokenizer = tokenizer or ByteTokenizer()
         tokenizer.chat_template = template
-        save_pretrained(GPT(GPTConfig(256, tokenizer.vocab_size, 1, 1, 8)), tmp_path, tokenizer.eot)
+        save_pretrained(
+            GPT(GPTConfig(room, tokenizer.vocab_size, 1, 1, 8)), tmp_path, tokenizer.eot
+        )
         tokenizer.save(tmp_path)
         return f"--init_from={tmp_path}"
 
     return make
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHAT_TEMPLATE,
+        CHAT_TEMPLATE_OF_CHARACTERS,
+        CHAT_TEMPLATE_WITHOUT_TAGS,
+        prompt_template(" ->", True),
+        DIALOGPT,
+        STRANGE,
+    ],
+    ids=["chat", "characters", "older", "prompt", "DialoGPT", "strange"],
+)
+def test_a_template_writes_here_what_it_writes_in_transformers(chat, template):
+    folder = chat(template).partition("=")[2]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = sample.ChatTemplate(load_tokenizer(Path(folder)))
+    for messages in ([QUESTION], TURNS[1:], TURNS):
+        expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert ours.write(messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "start_text", "prompt"),
+    [
+        (CHAT_TEMPLATE, "Hi", "### User:\nHi\n\n### Assistant:\n"),
+        (CHAT_TEMPLATE, "### User:\nHi\n\n### Assistant:\n", None),
+        (CHAT_TEMPLATE, "### User:\nHi\n\n### Assistant:", "### User:\nHi\n\n### Assistant:\n"),
+        (CHAT_TEMPLATE, "### System:\nBe kind.\n\n### User:\nHi\n\n### Assistant:\nWell", None),
+        (prompt_template(" ->", True), "Hi", "Hi ->"),
+        (prompt_template(" ->", True), "Hi ->", None),
+        (prompt_template("\n\n##\n", True), "Hi\n\n##", "Hi\n\n##\n"),
+        (DIALOGPT, "Hi", "Hi<|endoftext|>"),
+        (DIALOGPT, "Hi<|endoftext|>", None),
+    ],
+)
+def test_a_start_is_put_into_the_template_once(start, scripted, chat, template, start_text, prompt):
+    """prompt: what is continued; None: the start as it is."""
+    scripted.script[:] = [b"!"]
+    status, out, err = start(chat(template), f"--start={start_text}", "--num_samples=1")
+    assert status == 0, err
+    prompt = prompt or start_text
+    assert out == f"{prompt}!\n{sample.SEPARATOR}\n"
+    expected = [256 if part == "<|endoftext|>" else ord(part) for part in TOKENS.findall(prompt)]
+    assert scripted.calls == [expected]
+
+
+TOKENS = re.compile(r"(?s)<\|endoftext\|>|.")
 
 
 def test_every_answer_in_the_context_ends_as_those_it_was_trained_on(start, scripted, chat):
@@ -275,17 +332,85 @@ def test_every_answer_in_the_context_ends_as_those_it_was_trained_on(start, scri
     assert scripted.calls[3] == [*scripted.calls[2], *b"cc", 256, *ask[3]]
 
 
-def test_an_answer_of_a_model_of_characters_ends_with_a_line_end(start, scripted, tmp_path):
-    letters = "".join(map(chr, range(128)))
-    tokenizer = CharTokenizer(letters)
-    tokenizer.chat_template = CHAT_TEMPLATE_OF_CHARACTERS
-    save_pretrained(GPT(GPTConfig(256, len(letters), 1, 1, 8)), tmp_path)
-    tokenizer.save(tmp_path)
+def test_an_answer_of_a_model_of_characters_ends_with_a_line_end(start, scripted, chat):
+    folder = chat(CHAT_TEMPLATE_OF_CHARACTERS, CharTokenizer("".join(map(chr, range(128)))))
     scripted.script[:] = [b"cut", b"done\n", b""]
-    options = (f"--init_from={tmp_path}", "--interactive")
-    assert start(*options, stdin=b"q\nr\ns\n")[0] == 0
+    assert start(folder, "--interactive", stdin=b"q\nr\ns\n")[0] == 0
     ask = [f"### User:\n{c}\n\n### Assistant:\n" for c in "qrs"]
     assert bytes(scripted.calls[2]).decode() == f"{ask[0]}cut\n{ask[1]}done\n{ask[2]}"
+
+
+def test_a_full_chat_forgets_its_oldest_turns_and_keeps_the_system_message(start, scripted, chat):
+    scripted.script[:] = [b"one", b"two", b"three", b"!"]
+    options = (chat(CHAT_TEMPLATE, room=128), "--interactive", "--system=Be brief.")
+    assert start(*options, stdin=b"q\nr\ns\nt\n")[0] == 0
+    system = "### System:\nBe brief.\n\n"
+    calls = [bytes(min(token, 255) for token in call).decode("latin") for call in scripted.calls]
+    assert all(call.startswith(f"{system}### User:\n") for call in calls)
+    assert [call.count("### User:") for call in calls] == [1, 2, 3, 1]
+    assert calls[3] == f"{system}### User:\nt\n\n### Assistant:\n"
+
+
+def test_single_turn_data_begin_anew_with_each_question_and_say_so(start, scripted, chat):
+    scripted.script[:] = [b"a", b"b"]
+    folder = chat(prompt_template("\n", True))
+    status, _, err = start(folder, "--interactive", stdin=b"What?\nWhy?\n")
+    assert (status, [bytes(call) for call in scripted.calls]) == (0, [b"What?\n", b"Why?\n"])
+    assert "answers each question without those before it" in err
+
+
+@pytest.mark.parametrize("template", ["", DIALOGPT])
+def test_a_system_message_without_a_place_is_refused(start, chat, template):
+    options = [chat(DIALOGPT.replace("message.content", "'x'"))] if template else []
+    status, out, err = start(*options, "--system=Be brief.")
+    assert (status, out) == (2, "")
+    assert "--system: the model's chat template has no place for it" in err
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{% for %}", "TemplateSyntaxError: "),
+        ("{{ raise_exception('no roles') }}", "TemplateError: no roles"),
+        ("{{ messages[7].content }}", "UndefinedError: "),
+        ("{{ messages.append(1) }}", "SecurityError: "),
+        ("{{ ''.__class__.__mro__ }}", "SecurityError: "),
+        (LOOP.format(LOOP.format("{% set x = 1 %}")), "TimeoutError: it takes longer than 0.2 s"),
+        (LOOP.format("{{ 'x' * 9999 }}"), "ValueError: it writes more than 1,000,000 characters"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--interactive", "--start=Hi"])
+def test_a_bad_template_ends_with_a_message(start, chat, monkeypatch, option, template, told):
+    monkeypatch.setattr(sample, "TEMPLATE_SECONDS", 0.2)
+    status, out, err = start(chat(template), option, "--num_samples=1", "--max_new_tokens=1")
+    assert (status, out) == (2, "")
+    assert f"the model's chat template fails ({told}" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot tell pasted lines apart")
+def test_lines_that_are_pasted_together_are_one_message(start, scripted, monkeypatch):
+    import pty
+
+    keyboard, terminal = pty.openpty()
+    os.write(keyboard, b"one\ntwo\n\nthree\n")
+
+    def end(*args, **options):
+        os.write(keyboard, b"\x04")  # Ctrl-D
+        return original(*args, **options)
+
+    original = sample.stream
+    monkeypatch.setattr(sample, "stream", end)
+    scripted.script[:] = [b"fine"]
+    with open(terminal, encoding="utf-8") as stdin:
+        status, out, err = start("--interactive", stdin=stdin)
+    os.close(keyboard)
+    assert (status, out) == (0, "> fine\n> "), err
+    assert [bytes(call) for call in scripted.calls] == [b"one\ntwo\n\nthree"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Faults
 
 
 @pytest.mark.parametrize("options", [["--interactive"], ["--start=-"]])
@@ -296,14 +421,6 @@ def test_a_program_without_standard_input_says_so(out_dir, monkeypatch, capsys, 
         run_main(sample.main)
     assert end.value.code == 2
     assert "there is no standard input" in capsys.readouterr().err
-
-
-def test_a_template_that_is_not_ours_is_told_and_not_replaced_by_ours(start, scripted, chat):
-    scripted.script[:] = [b"!"]
-    template = "{{ messages[0].content }}<|endoftext|>"
-    status, _, err = start(chat(template), "--interactive", stdin=b"hello\n")
-    assert (status, scripted.calls) == (0, [[*b"hello"]])
-    assert "chat template is not one of train.py's: texts go in as they are" in err
 
 
 @pytest.mark.parametrize("before", [b"", b"par"])
@@ -353,6 +470,12 @@ def test_sample_ends_quietly_when_nobody_reads_any_more(out_dir):
         assert b"Exception" not in told
 
 
+def test_a_program_without_standard_output_says_so(start, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    status, _, err = start(*ONE_TEXT)
+    assert (status, "there is no standard output" in err) == (2, True)
+
+
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
 def test_sample_reports_a_full_disk(start, monkeypatch):
     full = io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)
@@ -387,7 +510,7 @@ def test_a_line_that_is_no_text_does_not_end_a_conversation(start, line):
         (["--checkpoint=best", "--init_from=/nowhere/else"], "/nowhere/else"),
         (["--start="], "prompt is empty"),
         (["--start=-"], "prompt is empty"),
-        (["--start=FILE:/nowhere/prompt.txt"], "prompt file /nowhere/prompt.txt does not exist"),
+        (["--start=FILE:/nowhere/prompt.txt"], "prompt file /nowhere/prompt.txt cannot be read"),
         (["--start=" + "x" * 33], "33 tokens"),
         (["--start=abcZ", "--checkpoint=last"], "'Z'"),
         (["--max_new_tokens=0"], "max_new_tokens"),
@@ -474,35 +597,19 @@ def test_nanogpts_checkpoint_takes_the_tokenizer_of_its_data_set(
     assert f"tokenizer: that of {tmp_path / 'letters'}" in err
 
 
-@pytest.mark.parametrize(
-    ("dataset", "message"),
-    [
-        (None, "does not name the data set"),
-        ("unknown", "the data set 'unknown', which is not prepared in"),
-        ("scripted", "Prepare it: python data/scripted/prepare.py"),
-        ("../outside", "the data set '../outside', which is not prepared in"),
-        ("fewer", "fewer/meta.json has 3 tokens"),
-        ("damaged", "damaged/meta.json is damaged"),
-    ],
-)
+@pytest.mark.parametrize("dataset", [None, "unknown", "../outside", "fewer"])
 def test_nanogpts_checkpoint_without_a_known_tokenizer_names_the_file_it_needs(
-    start, out_dir, tmp_path, monkeypatch, dataset, message
+    start, out_dir, tmp_path, monkeypatch, dataset
 ):
     monkeypatch.setattr(sample, "DATA", tmp_path / "data")
     (tmp_path / "data").mkdir()
     save_nanogpt(tmp_path / "ckpt.pt", from_pretrained(out_dir / "last"), 11, dataset)
     prepare(tmp_path / "outside", "\nabcdefghij")
     prepare(tmp_path / "data/fewer", "abc")
-    (tmp_path / "data/scripted").mkdir()
-    (tmp_path / "data/scripted/prepare.py").write_text("raise SystemExit('executed')")
-    (tmp_path / "data/damaged").mkdir()
-    (tmp_path / "data/damaged/meta.json").write_text("{")
     status, out, err = start(f"--init_from={tmp_path / 'ckpt.pt'}", *ONE_TEXT)
     assert (status, out) == (2, "")
-    assert message in err
-    if dataset != "damaged":
-        assert str(tmp_path / "ckpt.pt") in err
-        assert f"ut the tokenizer.json of its 11 tokens into {tmp_path}" in err
+    assert f"ckpt.pt was trained on the data set {dataset!r}, which is not prepared in" in err
+    assert f"put the tokenizer.json of these tokens into {tmp_path}" in err
 
 
 @pytest.mark.parametrize(("option", "told"), [("True", 1), ("False", 0), ("auto", 0)])
