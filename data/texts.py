@@ -39,14 +39,6 @@ CHAT_TEMPLATE = (
 )
 # A character tokenizer has no end token. A line end stands in its place.
 CHAT_TEMPLATE_OF_CHARACTERS = CHAT_TEMPLATE.replace("{{ eos_token }}", r"{{ '\n' }}")
-# The template that earlier versions saved. It writes the same text.
-CHAT_TEMPLATE_WITHOUT_TAGS = (
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] | trim }}"
-    "{{ eos_token if message['role'] == 'assistant' else '\n\n' }}"
-    "{% endfor %}"
-    "{{ '### Assistant:\n' if add_generation_prompt else '' }}"
-)
 # How a question of prompt-completion data is written: with as much of the prompts' common ending as
 # it lacks. Such data know no turns, so only the last question counts.
 PROMPT_TEMPLATE = (
@@ -82,14 +74,6 @@ class Piece(NamedTuple):
     last: bool = True  # it is the document's last piece
 
 
-def is_our_chat_template(template: str) -> bool:
-    """Return whether a template is one of chat_pieces(), in this or an earlier version."""
-    ours = (CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS, CHAT_TEMPLATE_WITHOUT_TAGS)
-    return template.strip() in [known.strip() for known in ours] or (
-        ending_of_template(template) is not None
-    )
-
-
 def chat_pieces(messages: Sequence[Mapping[str, str]]) -> list[Piece]:
     """Return the pieces of a conversation, as CHAT_TEMPLATE writes it.
 
@@ -117,22 +101,6 @@ def prompt_template(ending: str, has_end_token: bool) -> str:
     """Return the chat template of prompt-completion data whose prompts have this ending."""
     template = PROMPT_TEMPLATE.replace("ENDING", json.dumps(ending, ensure_ascii=False), 1)
     return template if has_end_token else template.replace("{{ eos_token }}", r"{{ '\n' }}")
-
-
-def ending_of_template(template: str) -> str | None:
-    """Return the ending in a template made by prompt_template(), or None if it is another one."""
-    found = re.match(r'{% set ending = (".*?(?<!\\)(?:\\\\)*") %}', template)
-    if found is None:
-        return None
-    ending = json.loads(found[1])
-    same = template in (prompt_template(ending, True), prompt_template(ending, False))
-    return ending if same else None
-
-
-def add_ending(question: str, ending: str) -> str:
-    """Return a question with as much of the ending as it lacks, as PROMPT_TEMPLATE writes it."""
-    known = max(n for n in range(len(ending) + 1) if question.endswith(ending[:n]))
-    return question + ending[known:]
 
 
 class CommonEnding:

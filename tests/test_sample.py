@@ -23,7 +23,6 @@ import sample
 from data.texts import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATE_OF_CHARACTERS,
-    CHAT_TEMPLATE_WITHOUT_TAGS,
     prompt_template,
 )
 from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
@@ -240,6 +239,14 @@ def test_a_full_context_forgets_its_older_half_but_never_the_prompt(start, scrip
 # --------------------------------------------------------------------------------------------------
 # Chat templates
 
+# Earlier versions saved this one.
+OLDER_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] | trim }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\n\n' }}"
+    "{% endfor %}"
+    "{{ '### Assistant:\n' if add_generation_prompt else '' }}"
+)
 DIALOGPT = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
 STRANGE = """{%- if messages[0].role == 'system' %}
     {{- '<<' + messages[0].content + '>>' }}
@@ -277,7 +284,7 @@ def chat(tmp_path):
     [
         CHAT_TEMPLATE,
         CHAT_TEMPLATE_OF_CHARACTERS,
-        CHAT_TEMPLATE_WITHOUT_TAGS,
+        OLDER_CHAT_TEMPLATE,
         prompt_template(" ->", True),
         DIALOGPT,
         STRANGE,

@@ -15,12 +15,10 @@ from data import texts
 from data.texts import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATE_OF_CHARACTERS,
-    CHAT_TEMPLATE_WITHOUT_TAGS,
     CommonEnding,
     Documents,
     Piece,
     chat_pieces,
-    is_our_chat_template,
     prompt_template,
     split_document,
 )
@@ -206,29 +204,6 @@ def test_generation_tags_stand_around_exactly_what_is_trained(name, tmp_path, re
     assert mask == trained
 
 
-@pytest.mark.parametrize(
-    "tokenizer",
-    [ByteTokenizer(), CharTokenizer("".join(map(chr, range(128))))],
-    ids=lambda t: t.name,
-)
-@pytest.mark.parametrize("add_generation_prompt", [False, True])
-def test_the_template_with_tags_writes_the_same_text_as_the_one_without(
-    tokenizer, add_generation_prompt, tmp_path
-):
-    """Characters have no end token, so there eos_token is undefined."""
-    from transformers import AutoTokenizer
-
-    tokenizer.save(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    for messages in (CHAT, CHAT[:2], CHAT[2:3]):
-        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        new = theirs.apply_chat_template(messages, chat_template=CHAT_TEMPLATE, **options)
-        old = theirs.apply_chat_template(
-            messages, chat_template=CHAT_TEMPLATE_WITHOUT_TAGS, **options
-        )
-        assert new == old
-
-
 def test_without_an_end_token_the_template_ends_an_answer_with_a_line_end(tmp_path):
     from transformers import AutoTokenizer
 
@@ -238,13 +213,6 @@ def test_without_an_end_token_the_template_ends_an_answer_with_a_line_end(tmp_pa
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     expected = [piece.text + "\n" * piece.end for piece in chat_pieces(CHAT)]
     assert theirs.apply_chat_template(CHAT, tokenize=False) == "".join(expected)
-
-
-def test_every_version_of_the_chat_template_is_recognized():
-    assert is_our_chat_template(CHAT_TEMPLATE + "\n")
-    assert is_our_chat_template(CHAT_TEMPLATE_OF_CHARACTERS)
-    assert is_our_chat_template(CHAT_TEMPLATE_WITHOUT_TAGS)
-    assert not is_our_chat_template(CHAT_TEMPLATE.replace("###", "##"))
 
 
 MANY = [f"{word} no. {i}" for i in range(9) for word in ("one", "two", "three")]
@@ -284,7 +252,6 @@ def test_transformers_ends_a_question_as_the_prompts_end(tokenizer, ending, tmp_
     from transformers import AutoTokenizer
 
     tokenizer.chat_template = prompt_template(ending, tokenizer.eot is not None)
-    assert is_our_chat_template(tokenizer.chat_template)
     tokenizer.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     end = "<|endoftext|>" if tokenizer.name == "bytes" else "\n"

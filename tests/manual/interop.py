@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data.texts import chat_pieces, is_our_chat_template
+from data.texts import CHAT_TEMPLATE, chat_pieces
 from data.tokenizers import END_OF_TEXT
 from gpt12.weights import from_pretrained
 from tests.manual.interop_models import (
@@ -240,7 +240,7 @@ def check_trl(runs: Runs) -> str:
     trainer.save_model(str(runs.work / "trl"))
     check_came_home(runs, runs.work / "trl", model)
     template = our_tokenizer(runs.work / "trl").chat_template
-    assert is_our_chat_template(template), f"the chat template came back as {template!r:.200}"
+    assert template.strip() == CHAT_TEMPLATE, f"the chat template came back as {template!r:.200}"
     return "SFTTrainer, assistant_only_loss: loss equal to ours, one step, back here with template"
 
 
