@@ -1,108 +1,45 @@
-"""Time a training step: train.py's own TrainStep and Loader, on the data set or on random tokens.
+"""Time a training step, and the writing of texts. bench.py hands over what is timed.
 
-Reading order: the windows (RandomWindows), the step (StepRunner, step_runner), timing (time_calls),
-and all of it together (measure_step, try_to_measure).
+Reading order: the windows of tokens (open_windows), timing calls (time_calls), what spoils the
+figures of a GPU, writing texts (time_decoding).
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.compiler import config as compiler_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.dataset import DATA, open_dataset
 from data.shards import find_shards
 from data.windows import TrainWindows
-from gpt12.device import Machine, open_machine
+from gpt12.device import Machine
 from gpt12.distributed import rank_0_first
-from gpt12.gpu_state import ask_driver, read_gpu_state
-from gpt12.loader import Loader
-from gpt12.memory import choose_recompute, ran_out_of_memory
-from gpt12.plan import card_of_machine, predict
-from gpt12.run import prepare_model
-from gpt12.settings import BenchConfig, Recompute, model_shape
-from gpt12.terminal import say
-from gpt12.weights import new_model
-from model import GPTConfig, flops_per_token, parameter_count
-from train import TrainStep
+from gpt12.generate import Sampling, stream
+from gpt12.memory import GIB
+from gpt12.settings import BenchConfig
+from model import GPT
 
-WARMUP_STEPS = 3  # beyond those in which the step is compiled and recorded
-RANDOM_DATA = "random tokens"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """The time and the memory of some work that was done several times."""
-
-    label: str = ""
-    ms: float  # median
-    ms_p10: float  # 10th percentile
-    ms_p90: float
-    steps: int  # how often it was timed
-    warmup_s: float  # time before that, compilation included
-    tokens: int  # per call
-    tokens_per_s: float
-    mfu: float | None = None  # share of the GPU's peak rate, None if that is not known
-    peak_gib: float | None = None  # most memory in tensors, None without a GPU
-    reserved_gib: float | None = None
-    total_gib: float | None = None
-    driver: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult(Measurement):
-    """A measured training step."""
-
-    batch_size: int
-    block_size: int
-    micro_steps: int  # on each rank
-    data: str  # name of the data set, or RANDOM_DATA
-    parameters: int
-    flops_per_token: int
-    dtype: str
-    compile: bool
-    recompute: Recompute
-    attention: str
-    cuda_graph: bool
-    loss: float  # of the last step
-    ranks: list[dict[str, Any]] = field(default_factory=list)  # each rank's figures, if several
-    # For a GPU whose datasheet is known:
-    predicted_ms: float | None = None
-    predicted_gib: float | None = None
-    roofline: float | None = None  # the least time that rate and bandwidth allow, over the measured
-
-
-@dataclass(frozen=True)
-class OutOfMemory:
-    """Stands for a measurement that did not fit into the GPU's memory."""
-
-    label: str
-    batch_size: int
-    error: str = "out of memory"
-
-
-AnyMeasurement = TypeVar("AnyMeasurement", bound=Measurement)
-
-# --------------------------------------------------------------------------------------------------
-# The data
-
-
-class NoMask:
-    """Stands for a split's tokens: without a mask, every position is a target."""
-
-    mask = None
+# Bits of clocks_throttle_reasons.active that mean heat or a power limit of the hardware (NVML's
+# nvmlClocksThrottleReasons: HwSlowdown 0x8, SwThermalSlowdown 0x20, HwThermalSlowdown 0x40,
+# HwPowerBrakeSlowdown 0x80).
+CLOCK_IS_HELD = 0x08 | 0x20 | 0x40 | 0x80
+OWN_CONTEXT_GIB = 0.8  # the most that our own context takes outside of torch's allocator
+OTHERS_GIB = 0.5  # more than this in other programs is worth a warning
+PROFILED_CALLS = 3
+PROMPT_RUNS = 4  # how often reading the prompts is timed
 
 
 class RandomWindows:
@@ -111,11 +48,13 @@ class RandomWindows:
     It has what Loader uses of TrainWindows: batch() and tokens.mask.
     """
 
+    mask = None  # every position is a target
+
     def __init__(self, vocab_size: int, block_size: int, seed: int):
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.seed = seed
-        self.tokens = NoMask()
+        self.tokens = self
 
     def batch(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return inputs and targets, int64 (count, T) each, that depend on the position only."""
@@ -125,19 +64,19 @@ class RandomWindows:
         return inputs, targets
 
 
-def open_windows(config: BenchConfig) -> tuple[BenchConfig, Any, str]:
-    """Return the configuration with the data's vocabulary, the windows, and the data's name.
+def open_windows(config: BenchConfig) -> tuple[Any, int, str]:
+    """Return the windows, the vocabulary's size, and the data's name.
 
     real_data=auto reads the data set if it is prepared.
     """
-    named = DATA / config.dataset
-    folder = named if named.is_dir() else Path(config.dataset)
-    use_dataset = config.real_data is True
-    if config.real_data == "auto":
+    use_dataset = config.real_data
+    if use_dataset == "auto":
+        named = DATA / config.dataset
+        folder = named if named.is_dir() else Path(config.dataset)
         use_dataset = bool(find_shards(folder, "train"))
     if not use_dataset:
         windows = RandomWindows(config.vocab_size, config.block_size, config.seed)
-        return config, windows, RANDOM_DATA
+        return windows, config.vocab_size, "random tokens"
     with rank_0_first():
         dataset = open_dataset(
             config.dataset,
@@ -147,81 +86,57 @@ def open_windows(config: BenchConfig) -> tuple[BenchConfig, Any, str]:
             block_size=config.block_size,
         )
     assert dataset.train is not None
-    config = replace(config, vocab_size=dataset.vocab_size)
-    return config, TrainWindows(dataset.train, config.block_size, config.seed), dataset.name
+    train_windows = TrainWindows(dataset.train, config.block_size, config.seed)
+    return train_windows, dataset.vocab_size, dataset.name
 
 
 # --------------------------------------------------------------------------------------------------
-# The step
+# Timing
 
 
-class StepRunner:
-    """Makes training steps one after the other, as the loop of train.py does."""
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The time of some work that was done several times, and the memory that it took."""
 
-    def __init__(self, config: BenchConfig, machine: Machine):
-        config, windows, self.data = open_windows(config)
-        shape = model_shape(config, config.vocab_size)
-        self.config = resolve(config, shape, machine)
-        self.machine = machine
-        torch.manual_seed(config.seed)
-        self.model = new_model(shape)
-        prepare_model(self.model, self.config, machine)
-        packed = windows.tokens.mask is not None
-        step = TrainStep(self.model.train(), self.config, machine, packed)
-        self.step = step
-        self.loader = Loader(windows, step.x, step.y, machine, step.example_starts)
-        self.position = 0
-        self.batch_targets = self.loader.load(self.position)
-
-    def __call__(self) -> None:
-        """Make a step and load the windows of the next one. Does not wait for the device."""
-        self.step(self.config.learning_rate, self.batch_targets)
-        windows_per_step = int(self.config.batch_size) * self.config.gradient_accumulation_steps
-        self.position += windows_per_step
-        self.batch_targets = self.loader.load(self.position)
+    ms: float  # median
+    ms_p10: float  # 10th percentile
+    ms_p90: float
+    steps: int  # how often it was timed
+    warmup_s: float  # time before that, compilation included
+    peak_gib: float | None  # most memory in tensors, None without a GPU
+    reserved_gib: float | None  # most memory that torch took from the driver
+    total_gib: float | None
+    warnings: list[str]
 
 
-def resolve(config: BenchConfig, shape: GPTConfig, machine: Machine) -> BenchConfig:
-    """Return the configuration with dtype, lora_alpha and recompute decided as train.py does."""
-    lora_alpha = config.lora_alpha
-    if config.lora_rank and lora_alpha is None:
-        lora_alpha = 2.0 * config.lora_rank
-    config = replace(
-        config,
-        dtype=str(machine.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-        lora_alpha=lora_alpha,
-        # A preset for evaluation still describes a model that can be trained.
-        eval_only=False,
+def time_calls(call: Callable[[], None], machine: Machine, warmup: int, count: int) -> Timing:
+    """Time `count` calls after `warmup` others. On a GPU no call waits for the one before."""
+    began = time.perf_counter()
+    for _ in range(warmup):
+        call()
+    machine.synchronize()
+    warmup_s = time.perf_counter() - began
+    throttling = None
+    marks = [mark_time(machine)]
+    for i in range(count):
+        call()
+        marks.append(mark_time(machine))
+        if i == count // 2 and machine.on_gpu:
+            throttling = ask_for_throttling()  # an idle GPU would lower its clock
+    machine.synchronize()
+    times = [elapsed_ms(before, after) for before, after in pairwise(marks)]
+    p10, middle, p90 = np.percentile(times, (10, 50, 90)).tolist()
+    return Timing(
+        ms=middle,
+        ms_p10=p10,
+        ms_p90=p90,
+        steps=count,
+        warmup_s=warmup_s,
+        peak_gib=torch.cuda.max_memory_allocated() / GIB if machine.on_gpu else None,
+        reserved_gib=torch.cuda.max_memory_reserved() / GIB if machine.on_gpu else None,
+        total_gib=torch.cuda.mem_get_info()[1] / GIB if machine.on_gpu else None,
+        warnings=gpu_warnings(throttling, machine.world) if machine.on_gpu else [],
     )
-    if config.recompute == "auto":
-        config = replace(config, recompute=choose_recompute(shape, config, machine))
-    return config
-
-
-def machine_for_training(config: BenchConfig) -> Machine:
-    """Return the machine as train.py would use it for a long run."""
-    return open_machine(
-        config.device,
-        config.dtype,
-        config.compile,
-        deterministic=config.deterministic,
-    )
-
-
-@contextlib.contextmanager
-def step_runner(config: BenchConfig, tf32: bool = True) -> Iterator[StepRunner]:
-    """Prepare a training step with the kernel for attention that was asked for; clean up later.
-
-    tf32: whether float32 products on a GPU may use TF32, as in training.
-    """
-    forget_last_measurement()
-    machine = machine_for_training(config)
-    try:
-        with attention_kernel(config.attention), tf32_allowed(tf32):
-            yield StepRunner(config, machine)
-    finally:
-        if machine.compiled:
-            torch.compiler.reset()  # what was compiled for these shapes
 
 
 def forget_last_measurement() -> None:
@@ -232,71 +147,7 @@ def forget_last_measurement() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-@contextlib.contextmanager
-def attention_kernel(name: str) -> Iterator[None]:
-    """Use this kernel for attention: "flash", "math", or "auto", torch's own choice."""
-    if name == "auto":
-        yield
-        return
-    kernel = SDPBackend.FLASH_ATTENTION if name == "flash" else SDPBackend.MATH
-    # torch keeps compiled graphs on the disk, and their key does not name the kernel inside. The
-    # tag becomes part of the key.
-    tag = compiler_config.patch(  # type: ignore[attr-defined]  # torch adds patch() itself
-        cache_key_tag=f"attention={name}"
-    )
-    with sdpa_kernel(kernel), tag:
-        yield
-
-
-@contextlib.contextmanager
-def tf32_allowed(allowed: bool) -> Iterator[None]:
-    """Let float32 products on a GPU round their inputs to TF32, or not."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before and allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-# --------------------------------------------------------------------------------------------------
-# Timing
-
 Mark = torch.cuda.Event | float  # a moment: in the GPU's queue of work, or on the host's clock
-
-
-def time_calls(
-    call: Callable[[], None], machine: Machine, warmup: int, count: int, tokens: int
-) -> Measurement:
-    """Time `count` calls after `warmup` others. On a GPU no call waits for the one before.
-
-    tokens: how many a call processes.
-    """
-    began = time.perf_counter()
-    for _ in range(warmup):
-        call()
-    machine.synchronize()
-    warmup_s = time.perf_counter() - began
-    query = None
-    marks = [mark_time(machine)]
-    for i in range(count):
-        call()
-        marks.append(mark_time(machine))
-        if i == count // 2:
-            query = ask_driver(machine)
-    machine.synchronize()
-    times = [elapsed_ms(before, after) for before, after in pairwise(marks)]
-    p10, middle, p90 = np.percentile(times, (10, 50, 90)).tolist()
-    return Measurement(
-        ms=middle,
-        ms_p10=p10,
-        ms_p90=p90,
-        steps=count,
-        warmup_s=warmup_s,
-        tokens=tokens,
-        tokens_per_s=1e3 * tokens / middle,
-        **vars(read_gpu_state(machine, times, query)),
-    )
 
 
 def mark_time(machine: Machine) -> Mark:
@@ -318,105 +169,116 @@ def elapsed_ms(before: Mark, after: Mark) -> float:
     return 1e3 * (after - before)
 
 
-def measure_step(config: BenchConfig, tf32: bool = True) -> StepResult:
-    """Time train.py's step in this configuration, over all ranks together."""
-    with step_runner(config, tf32) as runner:
-        step = runner.step
-        machine = runner.machine
-        timed = time_calls(
-            runner,
-            machine,
-            warmup=step.warmup_calls + WARMUP_STEPS,
-            count=config.steps,
-            tokens=step.x.numel(),
-        )
-        ranks: list[dict[str, Any]] = []
-        if machine.world > 1:
-            ranks = gather_ranks(timed, machine.world)
-            timed = combine_ranks(timed, ranks)
-        shape = runner.model.config
-        recompute = runner.config.recompute
-        assert recompute != "auto"
-        result = StepResult(
-            **vars(timed),
-            batch_size=int(config.batch_size),
-            block_size=config.block_size,
-            micro_steps=step.micro_steps,
-            data=runner.data,
-            parameters=parameter_count(shape),
-            flops_per_token=flops_per_token(shape),
-            dtype=runner.config.dtype,
-            compile=machine.compiled,
-            recompute=recompute,
-            attention=config.attention,
-            cuda_graph=step.graph is not None,
-            loss=step.loss.item(),
-            ranks=ranks,
-        )
-        result = compare_with_datasheet(result, runner.config, machine)
-    for warning in result.warnings:
-        say(f"warning: {warning}")
-    return result
-
-
-def gather_ranks(timed: Measurement, world: int) -> list[dict[str, Any]]:
-    """Return the figures of all ranks, in their order."""
-    mine = {
-        "tokens": timed.tokens,
-        "tokens_per_s": timed.tokens_per_s,
-        "ms": timed.ms,
-        "ms_p10": timed.ms_p10,
-        "ms_p90": timed.ms_p90,
-        "peak_gib": timed.peak_gib,
-    }
-    ranks: list[dict[str, Any]] = [{} for _ in range(world)]
-    dist.all_gather_object(ranks, mine)
-    return ranks
-
-
-def combine_ranks(timed: Measurement, ranks: Sequence[dict[str, Any]]) -> Measurement:
-    """Return the figures of all ranks together; tokens and speeds add up."""
-    tokens = sum(rank["tokens"] for rank in ranks)
-    tokens_per_s = sum(rank["tokens_per_s"] for rank in ranks)
-    return replace(
-        timed,
-        tokens=tokens,
-        tokens_per_s=tokens_per_s,
-        ms=1e3 * tokens / tokens_per_s,
-        ms_p10=min(rank["ms_p10"] for rank in ranks),
-        ms_p90=max(rank["ms_p90"] for rank in ranks),
+@contextlib.contextmanager
+def attention_kernel(name: str) -> Iterator[None]:
+    """Use this kernel for attention: "flash", "math", or "auto", torch's own choice."""
+    if name == "auto":
+        yield
+        return
+    kernel = SDPBackend.FLASH_ATTENTION if name == "flash" else SDPBackend.MATH
+    # torch keeps compiled graphs on the disk, and their key does not name the kernel inside. The
+    # tag becomes part of the key.
+    tag = compiler_config.patch(  # type: ignore[attr-defined]  # torch adds patch() itself
+        cache_key_tag=f"attention={name}"
     )
+    with sdpa_kernel(kernel), tag:
+        yield
 
 
-def compare_with_datasheet(result: StepResult, config: BenchConfig, machine: Machine) -> StepResult:
-    """Add MFU and the plan's prediction, if the card is known and computes in 16 bits."""
-    card = card_of_machine(config, machine)
-    if card is None or machine.dtype == torch.float32:
-        return result
-    mfu = None
-    if config.lora_rank == 0:  # 6N + 12LCT counts a gradient for every weight
-        achieved = result.flops_per_token * result.tokens_per_s / machine.world
-        mfu = achieved / (card.tflops * 1e12)
-    on_one_rank = replace(config, gradient_accumulation_steps=result.micro_steps)
-    assert config.recompute != "auto"
-    prediction = predict(on_one_rank, config.recompute, card)
-    return replace(
-        result,
-        mfu=mfu,
-        predicted_ms=prediction.ms,
-        predicted_gib=prediction.gib,
-        roofline=prediction.floor_ms / result.ms,
-    )
+def profile_calls(call: Callable[[], None], machine: Machine, warmup: int) -> str:
+    """Return torch's table of the slowest operations in a few calls after `warmup` others."""
+    for _ in range(warmup):
+        call()
+    machine.synchronize()
+    with torch.profiler.profile(acc_events=True) as profiler:
+        for _ in range(PROFILED_CALLS):
+            call()
+        machine.synchronize()
+    order = "self_cuda_time_total" if machine.on_gpu else "self_cpu_time_total"
+    table = profiler.key_averages().table(order, row_limit=20, max_name_column_width=60)
+    return f"{table}\nthe times are those of {PROFILED_CALLS} steps"
 
 
-def try_to_measure(
-    label: str, config: BenchConfig, measure: Callable[[BenchConfig], AnyMeasurement]
-) -> AnyMeasurement | OutOfMemory:
-    """Measure, or return that memory did not suffice."""
-    say(f"measuring {label} ...")
+# --------------------------------------------------------------------------------------------------
+# What spoils the figures of a GPU
+
+
+def ask_for_throttling() -> subprocess.Popen[str] | None:
+    """Ask nvidia-smi why this GPU's clock is low, and do not wait. None without nvidia-smi."""
+    uuid = torch.cuda.get_device_properties().uuid
+    query = "--query-gpu=clocks_throttle_reasons.active"
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", query, "--format=csv,noheader"]
     try:
-        return replace(measure(config), label=label)
-    except RuntimeError as error:
-        if not ran_out_of_memory(error):
-            raise
-    return OutOfMemory(label, int(config.batch_size))
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+    except OSError:
+        return None
+
+
+def gpu_warnings(throttling: subprocess.Popen[str] | None, world: int) -> list[str]:
+    """Return what makes the figures of this GPU worse than they could be.
+
+    throttling: what ask_for_throttling returned. world: the processes of ours on the machine.
+    """
+    warnings = []
+    reasons = throttling.communicate()[0] if throttling is not None else ""
+    if reasons.startswith("0x") and int(reasons, 16) & CLOCK_IS_HELD:
+        warnings.append("the driver holds the clock down because of heat or power")
+    free, total = torch.cuda.mem_get_info()
+    outside = (total - free - torch.cuda.memory_reserved()) / GIB
+    others = max(0.0, outside - OWN_CONTEXT_GIB)
+    if others > OTHERS_GIB and world == 1:
+        warnings.append(
+            f"other programs hold {others:.1f} GiB of the card's memory: nvidia-smi names them"
+        )
+    # On Windows and WSL the driver does not refuse, it moves memory.
+    if torch.cuda.max_memory_reserved() > total - others * GIB:
+        warnings.append(
+            "the driver spills into the computer's own memory, which is slow: lower batch_size"
+        )
+    return warnings
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing texts
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The measured speed of writing a number of texts at once."""
+
+    texts: int
+    first_s: float  # from the start of stream() to the first token, nothing being warm
+    prompt_ms: float  # the same when all is warm: reading the prompts
+    ms: float  # mean time per new token of all texts, after the first
+    tokens_per_s: float  # new tokens of all texts together
+
+
+def time_decoding(
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling
+) -> Decoding:
+    """Time how sample.py continues the prompts.
+
+    max_new_tokens: at least 2. With the prompts they fit into the context.
+    """
+    forget_last_measurement()
+    arrivals = [time.perf_counter()]
+    # stream() computes the next token before it yields one. So on a CPU the last token, after which
+    # there is nothing to compute, comes at once: make one more than is timed.
+    for _ in stream(model, prompts, max_new_tokens + 1, sampling):
+        arrivals.append(time.perf_counter())
+    began, *tokens = arrivals[:-1]
+    gap = (tokens[-1] - tokens[0]) / (len(tokens) - 1)
+    prompt_times = []
+    for _ in range(PROMPT_RUNS):
+        start = time.perf_counter()
+        next(stream(model, prompts, 1, sampling))
+        prompt_times.append(time.perf_counter() - start)
+    return Decoding(
+        texts=len(prompts),
+        first_s=tokens[0] - began,
+        prompt_ms=1e3 * median(prompt_times),
+        ms=1e3 * gap,
+        tokens_per_s=len(prompts) / gap,
+    )

@@ -393,19 +393,8 @@ class BenchConfig(TrainConfig):
         "Show what each technique gains, from plain float32 on; a table and bench.png.",
     )
     find_batch: bool = option(False, "Find the batch size that is fastest in this memory.")
-    sample: bool = option(False, "Measure generation at batch size 1, 4, 16 and 64.")
-    compare: Literal["none", "transformers"] = option(
-        "none",
-        "Measure the same work in another library, side by side.",
-    )
-    profile: bool = option(
-        False,
-        "List the slowest kernels; write trace.json for chrome://tracing.",
-    )
-    report: bool = option(
-        False,
-        "Measure step, ladder and generation; write bench.json and bench.png to publish.",
-    )
+    sample: bool = option(False, "Measure sample.py: 1, 4, 16 and 64 texts at once.")
+    profile: bool = option(False, "Print torch's table of the slowest kernels.")
     plan: bool = option(False, "Predict memory and speed on a card, without a GPU.")
     card: Text = option(
         "NVIDIA GeForce RTX 4070 Ti",
@@ -438,23 +427,12 @@ class BenchConfig(TrainConfig):
         "auto",
         "Which attention kernel. auto leaves the choice to torch, as training does.",
     )
-    max_new_tokens: Count = option(256, "Tokens that each text is continued by, with --sample.")
-
-    peak_tflops: Positive | None = option(
-        None,
-        "Dense bf16 TFLOP/s with fp32 accumulation, from its datasheet.",
-        group="A card that the program does not know",
-    )
-    bandwidth_gbs: Positive | None = option(None, "Memory bandwidth in GB/s, from its datasheet.")
+    max_new_tokens: Count = option(500, "Tokens that each text is continued by, with --sample.")
 
     def contradictions(self, given: Collection[str]) -> list[Contradiction]:
         """Return the values that cannot hold together. given: the keys that the user set."""
         found = super().contradictions(given)
-        if (self.peak_tflops is None) != (self.bandwidth_gbs is None):
-            advice = "a card is described by both; its datasheet has them"
-            found.append(Contradiction(("peak_tflops", "bandwidth_gbs"), advice))
-        generates = self.sample or self.report
-        if generates and min(self.max_new_tokens, self.block_size - 1) < 2:
+        if self.sample and min(self.max_new_tokens, self.block_size - 1) < 2:
             advice = "generation is timed from one new token to the next; it needs at least two"
             found.append(Contradiction(("max_new_tokens", "block_size"), advice))
         return found
