@@ -13,11 +13,10 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-import re
 import textwrap
 import traceback
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -30,7 +29,6 @@ from gpt12.settings import ALL_KEYS, REPLACES, BenchConfig, SampleConfig, TrainC
 
 REPOSITORY = Path(__file__).parents[1]
 MAX_SHOWN = 120  # characters of a value in a message
-TEXT_FILES = (".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
 Schema = TypeVar("Schema", TrainConfig, SampleConfig, BenchConfig)
 
 
@@ -41,17 +39,12 @@ class Said(NamedTuple):
     words: str
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """What the user gave, not checked yet."""
 
     files: dict[str, Said]  # what the config files say, the last one counts
     typed: dict[str, Said]  # the keys on the command line
     problems: list[str]
-
-    def all(self) -> dict[str, Said]:
-        """Return what counts of the files and of the command line."""
-        return merge(self.files, self.typed)
 
 
 def load_config(schema: type[Schema], argv: Sequence[str]) -> tuple[Schema, set[str]]:
@@ -61,9 +54,9 @@ def load_config(schema: type[Schema], argv: Sequence[str]) -> tuple[Schema, set[
     argv: the command line without the program's name. --help prints the help page and exits.
     Raises UserError with every mistake, one a line.
     """
-    reading = read(schema, argv)
-    said = reading.all()
-    return check(schema, said, set(said), reading.problems), set(said)
+    files, typed, problems = read(schema, argv)
+    said = merge(files, typed)
+    return check(schema, said, set(said), problems), set(said)
 
 
 def read(schema: type[Schema], argv: Sequence[str]) -> Reading:
@@ -75,31 +68,36 @@ def read(schema: type[Schema], argv: Sequence[str]) -> Reading:
         print(help_page(schema))
         raise SystemExit(0)
     kinds = kinds_of(schema)
-    reading = Reading({}, {}, [])
+    defaults = asdict(schema())
     files: dict[str, Said] = {}
-    words = list(argv)
-    while words:
-        word = words.pop(0)
+    typed: dict[str, Said] = {}
+    problems = []
+    for before, word in zip(["", *argv], argv):
         if word.startswith("-"):
-            detached = words.pop(0) if words and is_value(words[0], word, kinds) else None
-            if detached is not None:
-                advice = f"needs its value after an equals sign: {word}={shorten(detached)}"
-                reading.problems.append(f"{word} {advice}")
-            else:
-                read_word(word, kinds, reading.typed)
-            continue
-        present = asdict(schema()) | {key: said.value for key, said in files.items()}
-        try:
-            files = merge(files, execute(word, present))
-        except UserError as problem:
-            reading.problems.append(str(problem))
-    reading.files.update(files)
-    return reading
+            read_word(word, kinds, typed)
+        elif word.endswith(".py"):
+            present = defaults | {key: said.value for key, said in files.items()}
+            try:
+                files = merge(files, execute(word, present))
+            except UserError as problem:
+                problems.append(str(problem))
+        elif before.startswith("-") and "=" not in before:
+            typed.pop(key_of(before))
+            problems.append(f"{before} needs its value after an equals sign: {before}={word}")
+        elif "=" in word:
+            problems.append(f"{word}: a key is set with two dashes: --{word}")
+        else:
+            own_text = "--dataset=" if "dataset" in kinds else "--start=FILE:"
+            problems.append(
+                f"{word}: the name of a config file ends with .py; your own text is given as "
+                f"{own_text}{word}"
+            )
+    return Reading(files, typed, problems)
 
 
 def merge(earlier: Mapping[str, Said], later: Mapping[str, Said]) -> dict[str, Said]:
     """Return both; of a key in both, and of two keys that replace each other, the later counts."""
-    replaced = {REPLACES[key] for key in later if key in REPLACES}
+    replaced = {REPLACES.get(key) for key in later}
     return {key: said for key, said in earlier.items() if key not in replaced} | dict(later)
 
 
@@ -114,33 +112,31 @@ def check(
     given: the keys that the user set; the others are those of a run that is resumed.
     problems: mistakes found so far. After one in a file, any value might be another.
     """
-    values = {key: one.value for key, one in said.items()}
     messages = list(problems)
+    wrong = set()
     try:
-        config = schema(**values)
+        config = schema(**{key: one.value for key, one in said.items()})
     except ValidationError as error:
         wrong = {str(mistake["loc"][0]) for mistake in error.errors()}
-        kinds = kinds_of(schema)
-        messages += [explain(key, one.words, kinds) for key, one in said.items() if key in wrong]
-        config = schema(**{key: value for key, value in values.items() if key not in wrong})
-    else:
-        wrong = set()
-    if not problems:
-        for keys, advice in config.contradictions(given):
+        messages += [explain(key, one.words, schema) for key, one in said.items() if key in wrong]
+        config = schema(**{key: one.value for key, one in said.items() if key not in wrong})
+    for keys, advice in config.contradictions(given):
+        if not problems and wrong.isdisjoint(keys):
             shown = " ".join(f"--{key}={getattr(config, key)}" for key in keys)
-            if wrong.isdisjoint(keys):
-                messages.append(f"{shown}: {advice}")
+            messages.append(f"{shown}: {advice}")
     if messages:
         raise UserError("\n".join(messages))
     return config
 
 
-def explain(key: str, words: str, kinds: Mapping[str, Any]) -> str:
+def explain(key: str, words: str, schema: type[Schema]) -> str:
     """Say what is wrong with a value that pydantic refused, or with a key that it does not know."""
+    kinds = kinds_of(schema)
     if key in kinds:
         return f"{words} must be {describe(kinds[key])}"
-    near = difflib.get_close_matches(key[:MAX_SHOWN], kinds, n=1)
-    return f"{words}: unknown key; " + (f"did you mean {near[0]}?" if near else "see --help")
+    near = difflib.get_close_matches(key, kinds, n=1)
+    advice = f"did you mean {near[0]}?" if near else "see --help"
+    return f"{words}: unknown key; {advice}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,47 +147,30 @@ NOUNS = {
     "number": "a number",
     "boolean": "True or False",
     "null": "None",
-    "string": "text",
+    "string": "text, not empty",
+    "array": "text, not empty",
 }
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
-def kinds_of(schema: Any) -> dict[str, Any]:
+def kinds_of(schema: type[Schema]) -> dict[str, Any]:
     """Return the JSON schema of each key."""
-    return model_json_schema(schema)["properties"]
+    return model_json_schema(schema)["properties"]  # type: ignore[arg-type]
 
 
 def describe(kind: Mapping[str, Any]) -> str:
     """Say what a key takes: "a number >= 0 and < 1", "auto or True or False"."""
     if "anyOf" in kind:
         return " or ".join(describe(part) for part in kind["anyOf"])
-    if "const" in kind or "enum" in kind:
-        return " or ".join(kind.get("enum", [kind.get("const")]))
-    if "examples" in kind:
-        return " or ".join(kind["examples"])
-    if "items" in kind:
-        return describe(kind["items"])
-    if kind.get("minLength"):
-        return "text, not empty"
+    words = kind.get("enum") or kind.get("examples") or [kind.get("const")]
+    if words != [None]:
+        return " or ".join(words)
     limits = [f"{sign} {kind[limit]}" for limit, sign in LIMITS.items() if limit in kind]
     return f"{NOUNS[kind['type']]} {' and '.join(limits)}".rstrip()
 
 
-def types_of(kind: Mapping[str, Any]) -> set[str]:
-    """Return the types that a key takes: {"string", "boolean"} for compile."""
-    return {part["type"] for part in kind.get("anyOf", [kind])}
-
-
 # --------------------------------------------------------------------------------------------------
 # The command line
-
-
-def is_value(word: str, flag: str, kinds: Mapping[str, Any]) -> bool:
-    """Tell whether a word was meant as the value of the key before it: --key value."""
-    kind = kinds.get(key_of(flag))
-    if "=" in flag or kind is None or word.startswith("-") or word.endswith(".py"):
-        return False
-    return "boolean" not in types_of(kind) or word.lower() in ("true", "false", "auto")
 
 
 def key_of(word: str) -> str:
@@ -200,16 +179,20 @@ def key_of(word: str) -> str:
 
 
 def read_word(word: str, kinds: Mapping[str, Any], typed: dict[str, Said]) -> None:
-    """Add --key=value, or --key for True, to the typed keys. A list gets one more entry."""
+    """Add --key=value, or --key for True, to the typed keys. A list gets one more entry.
+
+    A key that takes text only, or words, gets what was typed; others get the Python value of it.
+    """
     key = key_of(word)
     _, equals, text = word.partition("=")
-    types = types_of(kinds[key]) if key in kinds else {"string"}
+    kind = kinds.get(key, {"type": "string"})
+    types = {part["type"] for part in kind.get("anyOf", [kind])}
     value: Any = text
     if not equals:
         value = True
     elif types == {"array"}:
         before = typed[key].value if key in typed else ()
-        value = (*before, unescape(text))
+        value = (*before, text.replace(r"\n", "\n"))
     elif not types <= {"string", "null"}:
         value = parse(text)
     typed[key] = Said(value, shorten(word))
@@ -225,11 +208,6 @@ def parse(text: str) -> Any:
         return text
 
 
-def unescape(text: str) -> str:
-    r"""Replace \n, \t and \\ by the characters that they stand for."""
-    return re.sub(r"\\[nt\\]", lambda match: {"n": "\n", "t": "\t"}.get(match[0][1], "\\"), text)
-
-
 # --------------------------------------------------------------------------------------------------
 # Config files
 
@@ -241,60 +219,43 @@ def execute(name: str, present: Mapping[str, Any]) -> dict[str, Said]:
     modules, functions, names that begin with _, and keys of another script.
     Raises UserError if the file cannot be read or raises an exception.
     """
-    source = read_file(name, present)
     names = {**present, "__file__": name, "__name__": "__main__"}
     try:
-        tree = ast.parse(source, name)
+        tree = ast.parse(Path(name).read_bytes(), name)
         exec(compile(tree, name, "exec"), names)  # noqa: S102 (--help says it is code)
     except (Exception, SystemExit) as error:  # the user's code may raise anything
-        text = f"{type(error).__name__}: {error}"
-        raise UserError(f"{name}:{line_of_error(error, name)}: {shorten(text)}") from error
+        raise UserError(explain_exception(error, name)) from error
     said = {}
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Name) or not isinstance(node.ctx, ast.Store):
-            continue
-        key = node.id
-        if key.startswith("_") or key not in names or key in ALL_KEYS - present.keys():
-            continue
-        value = names[key]
-        if not callable(value) and not isinstance(value, ModuleType):
-            said[key] = Said(value, f"{name}:{node.lineno}: {key}={shorten(repr(value))}")
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in names:
+            value = names[node.id]
+            own = node.id.startswith("_") or callable(value) or isinstance(value, ModuleType)
+            if not own and node.id not in ALL_KEYS - present.keys():
+                words = f"{name}:{node.lineno}: {node.id}={shorten(repr(value))}"
+                said[node.id] = Said(value, words)
     return said
 
 
-def read_file(name: str, present: Mapping[str, Any]) -> bytes:
-    """Return the content of a config file. Raises UserError with advice if there is none."""
-    if name.startswith("hf:") or name.lower().endswith(TEXT_FILES):
-        own_text = "--dataset=" if "dataset" in present else "--start=FILE:"
-        raise UserError(
-            f"{name}: a config file is Python; your own text is given as {own_text}{name}"
-        )
-    try:
-        return Path(name).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        presets = {path.stem: path for path in preset_titles()}
-        near = difflib.get_close_matches(Path(name).stem[:MAX_SHOWN], presets, n=1, cutoff=0.5)
-        advice = "--help lists the presets"
-        if "=" in name:
-            advice = f"a key is set with two dashes: --{name}"
-        elif near:
-            advice = f"did you mean {presets[near[0]]}?"
-        problem = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise UserError(f"{shorten(name)}: {shorten(problem)}; {advice}") from error
-
-
-def line_of_error(error: BaseException, name: str) -> int:
-    """Return the line of a config file at which it raised an exception."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == name]
-    return (lines[-1] if lines else getattr(error, "lineno", None)) or 1
+def explain_exception(error: BaseException, name: str) -> str:
+    """Say why a config file could not be executed, and on which line."""
+    if not Path(name).exists():
+        presets = {path.stem: f"did you mean {path}?" for path in preset_titles()}
+        near = difflib.get_close_matches(Path(name).stem, presets, n=1)
+        advice = presets[near[0]] if near else "--help lists the presets"
+        return f"{name}: there is no such file; {advice}"
+    lines = [1]
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == name and frame.lineno:
+            lines.append(frame.lineno)
+    line = getattr(error, "lineno", None) or lines[-1]
+    return f"{name}:{line}: {shorten(f'{type(error).__name__}: {error}')}"
 
 
 def shorten(text: str) -> str:
     """Return text as one line of at most MAX_SHOWN characters."""
     if not text.isprintable():
         text = repr(text)
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 # --------------------------------------------------------------------------------------------------

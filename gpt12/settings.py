@@ -12,7 +12,7 @@ from __future__ import annotations
 import os.path
 from collections.abc import Collection
 from dataclasses import asdict, fields, replace
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -40,8 +40,6 @@ def expand_home(path: str) -> str:
 NotBool = BeforeValidator(refuse_bool)
 Whole = Annotated[int, Field(ge=0), NotBool]
 Count = Annotated[int, Field(ge=1), NotBool]
-TextCount = Annotated[int, Field(ge=1, le=100_000), NotBool]  # all texts are made at once
-Seed = Annotated[int, Field(ge=0, lt=2**62), NotBool]
 Amount = Annotated[float, Field(ge=0), NotBool]
 Positive = Annotated[float, Field(gt=0), NotBool]
 Share = Annotated[float, Field(ge=0, lt=1), NotBool]
@@ -55,6 +53,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Switch = Literal["auto"] | bool
 Recompute = Literal["none", "pointwise", "block"]
 
+Contradictions = list[tuple[tuple[str, ...], str]]  # keys, and what to do
 Schema = TypeVar("Schema")
 
 
@@ -77,13 +76,6 @@ def with_shape_keys(schema: type[Schema]) -> type[Schema]:
             schema.__annotations__[field.name] = types[field.name]
             setattr(schema, field.name, option(field.default, "A field of GPTConfig in model.py."))
     return schema
-
-
-class Contradiction(NamedTuple):
-    """Keys whose values cannot hold together, and what to do."""
-
-    keys: tuple[str, ...]
-    advice: str
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -129,7 +121,7 @@ class TrainConfig:
         "Share of the steps, from the start, in which attention sees only an eighth of the "
         "sequence. A model learns from near words first, so it needs fewer tokens.",
     )
-    seed: Seed = option(1337, "Start of the random numbers: weights, order of data, dropout.")
+    seed: Whole = option(1337, "Start of the random numbers: weights, order of data, dropout.")
 
     n_layer: Count = option(
         12,
@@ -261,32 +253,49 @@ class TrainConfig:
     wandb_project: Text = option("owt", "Name of the project there.")
     wandb_run_name: Text = option("gpt2", "Name of the run there.")
 
-    def contradictions(self, given: Collection[str]) -> list[Contradiction]:
-        """Return the values that cannot hold together. given: the keys that the user set."""
-        found = []
-        if self.init_from == "scratch" and self.n_embd % self.n_head != 0:
-            found.append(Contradiction(("n_embd", "n_head"), "n_embd must be a multiple of n_head"))
-        if self.num_epochs > 0 and "max_iters" in given and "num_epochs" in given:
-            advice = "both say how long to train; give one of them"
-            found.append(Contradiction(("max_iters", "num_epochs"), advice))
-        if self.decay_lr and "min_lr" in given and self.min_lr > self.learning_rate:
-            advice = "the lowest rate is above the highest; lower min_lr or add --decay_lr=False"
-            found.append(Contradiction(("min_lr", "learning_rate"), advice))
-        if self._decay_ends_in_the_warmup() and "warmup_iters" in given:
-            advice = "the rate would fall before it has risen; raise lr_decay_iters"
-            found.append(Contradiction(("lr_decay_iters", "warmup_iters"), advice))
-        if self.lora_rank == 0 and "lora_alpha" in given and self.lora_alpha is not None:
-            advice = "there are no adapters without a rank; add --lora_rank=16"
-            found.append(Contradiction(("lora_rank", "lora_alpha"), advice))
-        if self.init_from == "scratch" and self.lora_rank > self.n_embd:
-            advice = "the rank can be at most n_embd"
-            found.append(Contradiction(("lora_rank", "n_embd"), advice))
-        return found
+    def contradictions(self, given: Collection[str]) -> Contradictions:
+        """Return the keys whose values cannot hold together, and what to do.
 
-    def _decay_ends_in_the_warmup(self) -> bool:
-        if not self.decay_lr or self.lr_decay_iters is None:
-            return False
-        return self.lr_decay_iters <= self.warmup_iters
+        given: the keys that the user set.
+        """
+        new = self.init_from == "scratch"
+        end = self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
+        both_lengths = "max_iters" in given and "num_epochs" in given
+        rules = [
+            (
+                new and self.n_embd % self.n_head != 0,
+                ("n_embd", "n_head"),
+                "n_embd must be a multiple of n_head",
+            ),
+            (
+                both_lengths and self.num_epochs > 0,
+                ("max_iters", "num_epochs"),
+                "both say how long to train; give one of them",
+            ),
+            (
+                self.decay_lr and "min_lr" in given and self.min_lr > self.learning_rate,
+                ("min_lr", "learning_rate"),
+                "the lowest rate is above the highest; lower min_lr or add --decay_lr=False",
+            ),
+            (
+                self.decay_lr
+                and {"lr_decay_iters", "warmup_iters"} <= set(given)
+                and end <= self.warmup_iters,
+                ("lr_decay_iters", "warmup_iters"),
+                "the rate would fall before it has risen; raise lr_decay_iters",
+            ),
+            (
+                self.lora_rank == 0 and "lora_alpha" in given and self.lora_alpha is not None,
+                ("lora_rank", "lora_alpha"),
+                "there are no adapters without a rank; add --lora_rank=16",
+            ),
+            (
+                new and self.lora_rank > self.n_embd,
+                ("lora_rank", "n_embd"),
+                "the rank can be at most n_embd",
+            ),
+        ]
+        return [(keys, advice) for wrong, keys, advice in rules if wrong]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -313,7 +322,7 @@ class SampleConfig:
         r"The text to continue; \n is a new line. FILE:prompt.txt reads a file; - standard input.",
     )
     interactive: bool = option(False, "Hold a conversation: you type, the model answers.")
-    num_samples: TextCount = option(10, "Number of texts to write.")
+    num_samples: Count = option(10, "Number of texts to write.")
     max_new_tokens: Count = option(500, "Length of each text, in tokens.")
     temperature: Amount = option(
         0.8,
@@ -323,7 +332,7 @@ class SampleConfig:
         200,
         "Choose among the k likeliest tokens only. 0 or None means all tokens.",
     )
-    seed: Seed = option(1337, "The same seed writes the same text.")
+    seed: Whole = option(1337, "The same seed writes the same text.")
     device: Device = option("auto", "Where to compute. auto is the GPU if there is one.")
 
     top_p: FullShare = option(
@@ -362,11 +371,11 @@ class SampleConfig:
     )
     compile: Switch = option("auto", "Has no effect. nanoGPT's sample.py has this key.")
 
-    def contradictions(self, given: Collection[str]) -> list[Contradiction]:
-        """Return the values that cannot hold together. given: the keys that the user set."""
+    def contradictions(self, given: Collection[str]) -> Contradictions:
+        """Return the keys whose values cannot hold together, and what to do."""
         if self.interactive and self.json:
             advice = "a conversation cannot be printed as JSON; leave one of them out"
-            return [Contradiction(("interactive", "json"), advice)]
+            return [(("interactive", "json"), advice)]
         return []
 
 
@@ -429,12 +438,12 @@ class BenchConfig(TrainConfig):
     )
     max_new_tokens: Count = option(500, "Tokens that each text is continued by, with --sample.")
 
-    def contradictions(self, given: Collection[str]) -> list[Contradiction]:
-        """Return the values that cannot hold together. given: the keys that the user set."""
+    def contradictions(self, given: Collection[str]) -> Contradictions:
+        """Return the keys whose values cannot hold together, and what to do."""
         found = super().contradictions(given)
         if self.sample and min(self.max_new_tokens, self.block_size - 1) < 2:
             advice = "generation is timed from one new token to the next; it needs at least two"
-            found.append(Contradiction(("max_new_tokens", "block_size"), advice))
+            found.append((("max_new_tokens", "block_size"), advice))
         return found
 
 

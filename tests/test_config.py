@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt12.settings
-from gpt12.config import check, load_config, merge, read
+from gpt12.config import check, load_config, read
 from gpt12.errors import UserError
 from gpt12.settings import BenchConfig, SampleConfig, TrainConfig, model_shape, with_shape_keys
 from model import GPTConfig
@@ -158,10 +158,9 @@ top_k = 5 # sample.py's: one file may serve several scripts
     }
 
 
-@pytest.mark.parametrize("name", ["b.py", "b.cfg"])
-def test_files_beat_defaults_and_the_command_line_beats_files(write, name):
+def test_files_beat_defaults_and_the_command_line_beats_files(write):
     first = write("batch_size = 2\nn_layer = 2", "a.py")
-    second = write("batch_size = 3\nwarmup_iters = n_layer * 2", name)
+    second = write("batch_size = 3\nwarmup_iters = n_layer * 2", "b.py")
     both, given = load_config(TrainConfig, [first, second])
     assert (both.batch_size, both.n_layer, both.warmup_iters) == (3, 2, 4)
     assert given == {"batch_size", "n_layer", "warmup_iters"}
@@ -222,10 +221,10 @@ def test_text_on_the_command_line_becomes_a_typed_value(word, value):
 
 
 def test_text_on_the_command_line_of_sampling_becomes_a_typed_value(write):
-    words = ["--start=42", "--top_k=None", "--temperature=0", r"--stop=\n\n", "--stop=End\\\\"]
+    words = ["--start=42", "--top_k=None", "--temperature=0", r"--stop=\n\n", "--stop=End"]
     made, _ = load_config(SampleConfig, words)
     assert (made.start, made.top_k, made.temperature) == ("42", None, 0.0)
-    assert made.stop == ("\n\n", "End\\")
+    assert made.stop == ("\n\n", "End")
     path = write("import json\nstop = ['a', 'b']\n")
     assert load_config(SampleConfig, [path])[0].stop == ("a", "b")
     assert load_config(SampleConfig, [path])[0].json is False
@@ -257,7 +256,7 @@ def test_text_on_the_command_line_of_sampling_becomes_a_typed_value(write):
         ("--device=gpu", "auto or cpu or mps or cuda or cuda:1"),
         ("--out_dir=", "text, not empty"),
         ("--out_dir", "text, not empty"),
-        ("--seed=-1", "a whole number >= 0 and < 4611686018427387904"),
+        ("--seed=-1", "a whole number >= 0"),
     ],
 )
 def test_a_wrong_value_is_refused_with_what_it_must_be(word, must_be):
@@ -273,7 +272,7 @@ def test_a_wrong_value_is_refused_with_what_it_must_be(word, must_be):
         "--min_p=1",
         "--repetition_penalty=0",
         "--stop=",
-        "--num_samples=1e9",
+        "--num_samples=0",
         "--checkpoint=first",
     ],
 )
@@ -314,31 +313,23 @@ def test_all_mistakes_are_reported_at_once(write):
         (["-"], "-: unknown key; see --help"),
         (
             ["batch_size=8"],
-            "batch_size=8: there is no such file; a key is set with two dashes: --batch_size=8",
+            "batch_size=8: a key is set with two dashes: --batch_size=8",
         ),
         (
             ["config/train_gtp2.py"],
             f"config/train_gtp2.py: there is no such file; did you mean "
             f"{ROOT / 'config/train_gpt2.py'}?",
         ),
-        (["xyz"], "xyz: there is no such file; --help lists the presets"),
+        (["qqqq.py"], "qqqq.py: there is no such file; --help lists the presets"),
         (
-            ["My.TXT"],
-            "My.TXT: a config file is Python; your own text is given as --dataset=My.TXT",
-        ),
-        (
-            ["hf:me/it"],
-            "hf:me/it: a config file is Python; your own text is given as --dataset=hf:me/it",
+            ["my.txt"],
+            "my.txt: the name of a config file ends with .py; your own text is given as "
+            "--dataset=my.txt",
         ),
     ],
 )
 def test_a_mistake_on_the_command_line_gets_advice(argv, message):
     assert refusal(argv) == [message]
-
-
-def test_a_folder_is_no_config_file(tmp_path):
-    [line] = refusal([str(tmp_path)])
-    assert line.startswith(f"{tmp_path}: ")
 
 
 @pytest.mark.parametrize(
@@ -439,7 +430,6 @@ def test_settings_that_are_saved_can_be_read_again(schema, write):
     reading = read(schema, [path])
     first = check(schema, reading.files, set())
     assert schema(**json.loads(json.dumps(asdict(first), allow_nan=False))) == first
-    assert merge(reading.files, {}) == reading.all()
 
 
 # --------------------------------------------------------------------------------------------------
