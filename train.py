@@ -51,7 +51,6 @@ from gpt12.optimizer import find_optimizer
 from gpt12.run import (
     Run,
     build_run,
-    check_has_training_data,
     is_complete,
     lock_out_dir,
     read_request,
@@ -588,7 +587,6 @@ def evaluate_only(run: Run) -> int:
 
 def train(run: Run) -> int:
     """Train, or say that the run is complete."""
-    check_has_training_data(run.dataset)
     if is_complete(run):
         return 0
     return Trainer(run).train()

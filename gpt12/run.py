@@ -22,7 +22,7 @@ from data.dataset import Dataset, check_exists, open_dataset
 from data.windows import EvalWindows, TrainWindows
 from gpt12 import lora
 from gpt12.checkpoint import Progress, find_checkpoint
-from gpt12.config import REPOSITORY, Reading, Said, check, merge, read
+from gpt12.config import REPOSITORY, Said, check, merge, read
 from gpt12.device import Machine, open_machine
 from gpt12.distributed import is_rank_0, rank_0_first, torchrun_ranks
 from gpt12.errors import UserError
@@ -41,11 +41,10 @@ CPU_FLOPS_PER_CORE = 25e9
 LONG_RUN_HOURS = 2
 EVAL_TOKENS = 12 * 1024  # eval_iters counts portions of this many tokens, nanoGPT's default batch
 # What a resumed run cannot change, because its weights or its optimizer's state depend on it.
-CAN_CHANGE_SHAPE = ("block_size", "dropout", "vocab_size")
-MODEL_KEYS = tuple(key.name for key in fields(GPTConfig) if key.name not in CAN_CHANGE_SHAPE)
-FIXED_ON_RESUME = (*MODEL_KEYS, "lora_rank", "lora_alpha", "optimizer", "val_fraction")
+FIXED_ON_RESUME = {field.name for field in fields(GPTConfig)} - {"block_size", "dropout"}
+FIXED_ON_RESUME |= {"lora_rank", "lora_alpha", "optimizer", "val_fraction"}
 # What a run fitted into the memory that there was. A resumed run goes on with it.
-MEMORY_KEYS = ("batch_size", "gradient_accumulation_steps", "recompute")
+MEMORY_KEYS = {"batch_size", "gradient_accumulation_steps", "recompute"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,6 @@ class Request:
     given: frozenset[str]  # the keys that the user set
     saved: dict[str, Any] | None = None  # run.json, if a run is resumed
     notes: list[str] = field(default_factory=list)
-    advice: str = ""  # to add where the data set is not prepared
 
     @property
     def resumed(self) -> bool:
@@ -107,29 +105,32 @@ def read_request(argv: list[str]) -> Request:
 
     Raises UserError with every mistake found.
     """
+    preset = f"config/train_shakespeare_{'char' if torch.cuda.is_available() else 'cpu'}.py"
     if not argv:
-        preset = _preset_for_this_machine()
-        if is_rank_0():
-            print(f"no preset given: using {preset}, which suits this machine (--help: others)")
+        _say(f"no preset given: using {preset}, which suits this machine (--help: others)")
         argv = [str(REPOSITORY / preset)]
-    reading = read(TrainConfig, argv)
-    said = reading.all()
-    init_from = said.get("init_from")
-    if init_from is not None and init_from.value == "resume":
-        request = _resume(reading)
+    files, typed, problems = read(TrainConfig, argv)
+    said = merge(files, typed)
+    if "init_from" in said and said["init_from"].value == "resume":
+        request = _resume(files, typed, problems)
     else:
-        config = check(TrainConfig, said, set(said), reading.problems)
+        config = check(TrainConfig, said, set(said), problems)
+        if not files and "dataset" not in said and config.init_from == "scratch":
+            _say(
+                "no preset given: nanoGPT's defaults hold, GPT-2 124M on openwebtext. To change a "
+                f"key of the first run, name its preset: python train.py {preset} "
+                f"{shlex.join(argv)}"
+            )
         config = _with_data_of_the_run(config, set(said))
-        advice = _advise_a_preset(config, reading, argv)
-        request = Request(config, asdict(config), frozenset(said), advice=advice)
+        request = Request(config, asdict(config), frozenset(said))
     _check_ranks(request.config)
     find_optimizer(request.config.optimizer)  # or UserError
     return request
 
 
-def _preset_for_this_machine() -> str:
-    size = "char" if torch.cuda.is_available() else "cpu"
-    return f"config/train_shakespeare_{size}.py"
+def _say(text: str) -> None:
+    if is_rank_0():
+        print(text, flush=True)
 
 
 def _with_data_of_the_run(config: TrainConfig, given: set[str]) -> TrainConfig:
@@ -138,24 +139,8 @@ def _with_data_of_the_run(config: TrainConfig, given: set[str]) -> TrainConfig:
     if not config.eval_only or "dataset" in given or not is_run(folder):
         return config
     saved = read_run(folder)["config"]
-    own = {}
-    for key in ("dataset", "tokenizer", "val_fraction", "text_column"):
-        if key in saved and key not in given:
-            own[key] = saved[key]
-    return replace(config, **own)
-
-
-def _advise_a_preset(config: TrainConfig, reading: Reading, argv: list[str]) -> str:
-    """Return advice for somebody who changes a key but names neither preset nor data.
-
-    As in nanoGPT that means GPT-2 on OpenWebText, which few people have.
-    """
-    if reading.files or "dataset" in reading.typed or config.init_from != "scratch":
-        return ""
-    return (
-        "You gave no preset. To change a key of the first run, name its preset: "
-        f"python train.py {_preset_for_this_machine()} {shlex.join(argv)}"
-    )
+    keys = {"dataset", "tokenizer", "val_fraction", "text_column"} - given
+    return replace(config, **{key: saved[key] for key in keys & saved.keys()})
 
 
 def _check_ranks(config: TrainConfig) -> None:
@@ -174,77 +159,62 @@ def _check_ranks(config: TrainConfig) -> None:
 # Resuming: the run's settings, then the keys that are typed. A config file changes nothing.
 
 
-def _resume(reading: Reading) -> Request:
-    """Return the saved request of the run in out_dir, changed by the keys that are typed now."""
-    now = check(TrainConfig, reading.all(), set(), reading.problems)  # its values may be wrong
+def _resume(files: dict[str, Said], typed: dict[str, Said], problems: list[str]) -> Request:
+    """Return what the run in out_dir was and was asked for, changed by the keys typed now."""
+    now = check(TrainConfig, merge(files, typed), set(), problems)  # as if it were a new run
     out_dir = Path(now.out_dir)
     saved = read_run(out_dir)
     where = ("init_from", "out_dir")  # they only say which run
-    typed = {key: said for key, said in reading.typed.items() if key not in where}
+    typed = {key: said for key, said in typed.items() if key not in where}
     _refuse_fixed_keys(now, set(typed), saved)
-    asked = _asked_before(saved, out_dir)
-    start = dict(asked)
-    # Another precision would be another run; losses over other windows cannot be compared. A loaded
-    # model brought its own context.
-    kept = ["dtype", "eval_iters", "block_size"]
-    if not typed.keys() & set(MEMORY_KEYS):
-        kept += MEMORY_KEYS
-    for key in kept:
-        if key in saved["config"]:
-            start[key] = saved["config"][key]
-    before = {}
-    for key, value in start.items():
-        before[key] = Said(value, f"{out_dir / 'run.json'}: {key}={value!r}")
-    # An older program did not note what was given; it took warmup_iters as it was.
-    given = set(saved.get("given", ["warmup_iters"]))
-    given = (given - {REPLACES.get(key) for key in typed}) | typed.keys()
+
+    start = dict(saved["config"])
+    asked = start | saved.get("requested", {})
+    start["lr_decay_iters"] = asked.get("lr_decay_iters")  # None follows a new max_iters
+    if "given" in saved and not MEMORY_KEYS.isdisjoint(typed):
+        start |= {key: asked[key] for key in MEMORY_KEYS}
     # The folder may have been renamed, and run.json may be from somebody else's machine.
-    before["out_dir"] = Said(str(out_dir), "")
+    start["out_dir"] = str(out_dir)
+    if start.get("save_interval_s") == "auto":  # a run of an earlier version
+        del start["save_interval_s"]
+    before = {}
+    for key in start.keys() & asdict(now).keys():
+        before[key] = Said(start[key], f"{out_dir / 'run.json'}: {key}={start[key]!r}")
+    given = set(saved.get("given", ())) - {REPLACES.get(key) for key in typed} | typed.keys()
     config = check(TrainConfig, merge(before, typed), given)
-    asked |= {key: getattr(config, key) for key in ("out_dir", "max_iters", "num_epochs", *typed)}
+
     notes = []
-    for key, said in reading.files.items():
-        if key not in (*where, *typed) and getattr(now, key) != asked[key]:
-            notes.append(f"{said.words} does not count: this run has {key}={asked[key]}")
+    for key, said in files.items():
+        kept = (getattr(config, key), asked.get(key))
+        if key not in (*where, *typed) and getattr(now, key) not in kept:
+            notes.append(f"{said.words} does not count: this run has {key}={kept[0]}")
     if notes:
         notes.append("a resumed run keeps its settings; type a key, as --KEY=VALUE, to change it")
+    asked |= {key: getattr(config, key) for key in typed}
     return Request(config, asked, frozenset(given), saved, notes)
 
 
 def _refuse_fixed_keys(now: TrainConfig, typed: set[str], saved: dict[str, Any]) -> None:
-    """Refuse typed keys that would need other weights or another state of the optimizer."""
-    fixed = list(FIXED_ON_RESUME)
-    if saved["config"].get("optimizer") == "adamw8bit":
-        fixed.append("block_size")  # an 8-bit state cannot be cut to fewer positions
-    for key in fixed:
-        value = getattr(now, key)
-        if key in typed and value != saved["config"].get(key):
-            raise UserError(
-                f"{key}={value}, but the run in {now.out_dir} has {saved['config'].get(key)}: "
-                f"leave --{key} out, or start a new run"
-            )
+    """Refuse typed keys that would need other weights or another state of the optimizer.
 
-
-def _asked_before(saved: dict[str, Any], out_dir: Path) -> dict[str, Any]:
-    """Return every key of today as the user asked for it when the run began.
-
-    Programs of earlier versions had more keys, and "auto" for some that have no such value now.
+    Raises UserError for a run of an earlier version that this one cannot train, too.
     """
     config = saved["config"]
+    fixed = set(FIXED_ON_RESUME)
+    if config.get("optimizer") == "adamw8bit":
+        fixed.add("block_size")  # an 8-bit state cannot be cut to fewer positions
+    for key in sorted(fixed & typed):
+        if getattr(now, key) != config.get(key):
+            raise UserError(
+                f"{key}={getattr(now, key)}, but the run in {now.out_dir} has {config.get(key)}: "
+                f"leave --{key} out, or start a new run"
+            )
     for key, neutral in (("lora_dropout", 0), ("lora_targets", "all")):
         if config.get(key, neutral) != neutral:
             raise UserError(
-                f"the run in {out_dir} has {key}={config[key]}, which this version cannot train. "
-                f"Start a new run from its model: --init_from={out_dir / 'best'}"
+                f"the run in {now.out_dir} has {key}={config[key]}, which this version cannot "
+                f"train: start a new run from its model, --init_from={now.out_dir}/best"
             )
-    asked = asdict(TrainConfig())
-    for key in asked:
-        value = saved.get("requested", {}).get(key, config.get(key, asked[key]))
-        if value == "auto" and key in MEMORY_KEYS:
-            value = config[key]
-        if value != "auto" or key != "save_interval_s":
-            asked[key] = value
-    return asked
 
 
 # --------------------------------------------------------------------------------------------------
@@ -265,22 +235,18 @@ def build_run(request: Request) -> Run:
     loaded, tokenizer = load_start(request, checkpoint)
     if loaded is not None:
         config = with_shape(config, loaded.config)
-    try:
-        dataset = open_data(config, tokenizer)
-    except UserError as error:
-        if not request.advice:
-            raise
-        raise UserError(f"{error}\n{request.advice}") from None
+    dataset = _open_data(config, tokenizer)
     if request.resumed and not config.eval_only:
         _forget_best_on_other_data(request, dataset, progress)
     model = model_for_data(loaded, tokenizer, dataset, config)
 
     config = resolve(config, request, dataset)
+    flops = training_flops(model.config, config, config.max_iters)
     machine = open_machine(
         config.device,
         config.dtype,
         config.compile,
-        long=is_worth_compiling(model.config, config),
+        long=config.eval_only or flops >= COMPILE_FROM_FLOPS,
         deterministic=config.deterministic,
     )
     dtype = str(machine.dtype).removeprefix("torch.")
@@ -325,7 +291,7 @@ def resolve(config: TrainConfig, request: Request, dataset: Dataset) -> TrainCon
         max_iters = math.ceil(config.num_epochs * per_epoch / per_step)
     lr_decay_iters = max_iters if config.lr_decay_iters is None else config.lr_decay_iters
     warmup_iters = config.warmup_iters
-    if "warmup_iters" not in request.given and not config.eval_only:
+    if "warmup_iters" not in request.given and not (request.resumed or config.eval_only):
         warmup_iters = min(warmup_iters, min(max_iters, lr_decay_iters) // 10)
         if warmup_iters < config.warmup_iters and config.decay_lr:
             request.notes.append(
@@ -367,17 +333,22 @@ def _eval_iters(config: TrainConfig, request: Request, dataset: Dataset) -> int:
     return min(portions, config.eval_iters)
 
 
-def open_data(config: TrainConfig, tokenizer: Any) -> Dataset:
+def _open_data(config: TrainConfig, tokenizer: Any) -> Dataset:
     """Open the data set, preparing it if it is not there yet. tokenizer: the loaded model's."""
     use_models = tokenizer is not None and config.tokenizer == "auto"
     with rank_0_first():
-        return open_dataset(
+        dataset = open_dataset(
             config.dataset,
             tokenizer=tokenizer if use_models else config.tokenizer,
             val_fraction=config.val_fraction,
             text_column=config.text_column,
             block_size=config.block_size,
         )
+    if dataset.train is None and not config.eval_only:
+        raise UserError(
+            f"{dataset.folder} holds no training shards (train_*.bin): only --eval_only works"
+        )
+    return dataset
 
 
 def _forget_best_on_other_data(request: Request, dataset: Dataset, progress: Progress) -> None:
@@ -400,14 +371,6 @@ def lock_out_dir(config: TrainConfig) -> contextlib.AbstractContextManager[None]
     if config.eval_only or not is_rank_0():
         return contextlib.nullcontext()
     return lock_run(Path(config.out_dir))
-
-
-def check_has_training_data(dataset: Dataset) -> None:
-    """Raise UserError if there is only a validation split."""
-    if dataset.train is None:
-        raise UserError(
-            f"{dataset.folder} holds no training shards (train_*.bin): only --eval_only works"
-        )
 
 
 def is_complete(run: Run) -> bool:
@@ -598,18 +561,9 @@ def compile_model(model: GPT) -> None:
 # Length
 
 
-def is_worth_compiling(shape: GPTConfig, config: TrainConfig) -> bool:
-    """Tell whether a run is long enough for compiling to pay off. Unknown length counts as long."""
-    if config.eval_only or config.num_epochs > 0:
-        return True
-    return training_flops(shape, config, config.max_iters) >= COMPILE_FROM_FLOPS
-
-
 def training_flops(shape: GPTConfig, config: TrainConfig, steps: int) -> float:
     """Return the operations of this number of steps."""
-    rows = config.gradient_accumulation_steps
-    if config.batch_size != "auto":
-        rows *= int(config.batch_size)
+    rows = config.batch_size * config.gradient_accumulation_steps
     return float(flops_per_token(shape)) * steps * rows * config.block_size
 
 
