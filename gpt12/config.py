@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import re
 import textwrap
 import traceback
 from collections.abc import Collection, Mapping, Sequence
@@ -192,7 +193,7 @@ def read_word(word: str, kinds: Mapping[str, Any], typed: dict[str, Said]) -> No
         value = True
     elif types == {"array"}:
         before = typed[key].value if key in typed else ()
-        value = (*before, text.replace(r"\n", "\n"))
+        value = (*before, unescape(text))
     elif not types <= {"string", "null"}:
         value = parse(text)
     typed[key] = Said(value, shorten(word))
@@ -206,6 +207,11 @@ def parse(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
+
+
+def unescape(text: str) -> str:
+    r"""Replace \n, \t and \\ by the characters that they stand for."""
+    return re.sub(r"\\[nt\\]", lambda match: {"n": "\n", "t": "\t"}.get(match[0][1], "\\"), text)
 
 
 # --------------------------------------------------------------------------------------------------
