@@ -341,6 +341,10 @@ class Writer:
             ids += [tokenizer.eot, *tokenizer.encode(part).tolist()]
         return ids
 
+    def ids_of(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of the prompt for the next answer."""
+        return self.encode(self.template.write([*self.system, *messages]))
+
     def check_length(self, ids: list[int]) -> list[int]:
         """Return the ids of a prompt; UserError if it is longer than the model's context."""
         room = self.model.config.block_size
@@ -385,7 +389,7 @@ class Speed:
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.times: list[float] = []  # when the tokens of each step came
-        self.tokens: list[int] = []
+        self.tokens: list[int] = []  # of each step
 
     def count(self, tokens: int) -> None:
         """Count the tokens of one decoding step, which have just arrived."""
@@ -396,14 +400,14 @@ class Speed:
         """Describe the speed."""
         if not self.times:
             return "no token"
+        first = self.times[0]
         count = sum(self.tokens)
         unit = "token" if count == 1 else "tokens"
-        text = f"{count} {unit}, first after {self.times[0] - self.started:.2f} s"
-        seconds = self.times[-1] - self.times[0]
-        if seconds == 0:
-            return text
-        rate = sum(self.tokens[1:]) / seconds
-        return f"{text}, then {rate:,.0f} tokens/s" if rate >= 1 else f"{text}, {rate:.2f} tokens/s"
+        text = f"{count} {unit}, first after {first - self.started:.2f} s"
+        seconds = self.times[-1] - first
+        if seconds > 0:
+            text += f", then {sum(self.tokens[1:]) / seconds:,.1f} tokens/s"
+        return text
 
 
 def print_samples(writer: Writer, start: str) -> None:
@@ -463,14 +467,14 @@ class Conversation:
         messages = [] if self.forgets else self.messages
         messages = [*messages, user_message(text)]
         room = writer.model.config.block_size
-        ids = writer.encode(writer.template.write([*writer.system, *messages]))
+        ids = writer.ids_of(messages)
         if writer.template.is_plain and len(ids) > room:
             last = writer.check_length(writer.encode(text))
             ids = ids[-max(len(last), room // 2) :]
         elif len(ids) > room:
             while len(ids) > room // 2 and len(messages) > 1:
                 messages = messages[2:]
-                ids = writer.encode(writer.template.write([*writer.system, *messages]))
+                ids = writer.ids_of(messages)
         self.messages = messages
         return writer.check_length(ids)
 

@@ -13,9 +13,10 @@ Shapes: B texts, T new tokens of each text, S slots of the cache, C channels.
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,26 +107,22 @@ class KVCache:
     own length. Slots past it are masked, and overwritten as the text grows.
     """
 
-    def __init__(self, length: Tensor, slots: Tensor, kept: Sequence[Tensor] = ()):
-        """length: (B,) int64, the tokens of each text. slots: (1, S), the numbers from 0.
-
-        kept: (B, S, ...) for each layer. It is made from what the layers give in the first pass.
-        """
-        self.length = length
-        self.slots = slots
-        self.kept = list(kept)
-        self.rows = torch.arange(len(length), device=length.device)[:, None]  # (B, 1)
-
-    @classmethod
-    def empty(cls, texts: int, slots: int, device: torch.device) -> KVCache:
-        """Return a cache with room for at least this many tokens of each text."""
+    def __init__(self, texts: int, slots: int, device: torch.device):
+        """slots: at least this many for each text."""
         rounded = (slots + SLOTS_MULTIPLE - 1) // SLOTS_MULTIPLE * SLOTS_MULTIPLE
-        length = torch.zeros(texts, dtype=torch.int64, device=device)
-        return cls(length, torch.arange(rounded, device=device)[None])
+        self.slots = torch.arange(rounded, device=device)[None]  # (1, S), the positions
+        self.rows = torch.arange(texts, device=device)[:, None]  # (B, 1)
+        self.length = torch.zeros(texts, dtype=torch.int64, device=device)  # (B,), tokens stored
+        # (B, S, ...) for each layer, made from what the layers give in the first pass.
+        self.kept: list[Tensor] = []
 
     def row(self, b: int) -> KVCache:
-        """Return a view of text b: a cache of one text that shares this cache's memory."""
-        return KVCache(self.length[b : b + 1], self.slots, [kept[b : b + 1] for kept in self.kept])
+        """Return a cache of text b alone that shares this cache's memory."""
+        row = copy.copy(self)
+        row.rows = self.rows[:1]
+        row.length = self.length[b : b + 1]
+        row.kept = [kept[b : b + 1] for kept in self.kept]
+        return row
 
     def take_positions(self, T: int) -> Tensor:
         """Begin a forward pass over T more tokens of each text; return their positions, (B, T)."""
@@ -240,7 +237,7 @@ def stream(
     texts = [[int(token) for token in prompt] for prompt in prompts]
     device = model.transformer.wte.weight.device
     longest = max(len(text) for text in texts)
-    cache = KVCache.empty(len(texts), min(longest + max_new_tokens, limit), device)
+    cache = KVCache(len(texts), min(longest + max_new_tokens, limit), device)
     if seeds is None:
         seeds = range(len(texts))
     draws = torch.stack([uniform_draws(seed, max_new_tokens) for seed in seeds])
@@ -344,15 +341,6 @@ def store_by_columns(model: GPT) -> None:
 # From ids to shown text
 
 
-class Vocabulary(Protocol):
-    """What a tokenizer has to know here."""
-
-    eot: int | None  # the id that ends a text
-
-    def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of an id; they may be a part of a character."""
-
-
 class TextStream:
     """One text in the making.
 
@@ -360,8 +348,8 @@ class TextStream:
     so is a possible beginning of a stop string.
     """
 
-    def __init__(self, tokenizer: Vocabulary, stops: Sequence[str] = ()):
-        """stops: the text ends before the first of these strings."""
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
+        """tokenizer: one of data/tokenizers.py. stops: the text ends before the first of these."""
         self.tokenizer = tokenizer
         self.stops = stops
         self.ids: list[int] = []  # all tokens, including those of a stop string

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process as theirs_process
 
 from gpt12.errors import UserError
 from gpt12.generate import (
+    Decoder,
+    KVCache,
     Sampling,
     generate,
     sample_token,
@@ -20,7 +23,7 @@ from gpt12.generate import (
     uniform_draws,
 )
 from gpt12.weights import from_pretrained, save_pretrained
-from model import CausalSelfAttention, Transformer
+from model import GPT, CausalSelfAttention, GPTConfig, Transformer
 from tests.helpers import ROOT
 from tests.texts import GREEDY, PROMPTS, VOCAB, random_theirs, recomputed, with_loud_padding
 
@@ -123,6 +126,36 @@ def test_weights_stored_by_columns_are_the_same_model(both, greedy, tmp_path):
     assert (tmp_path / "rows/model.safetensors").read_bytes() == (
         tmp_path / "columns/model.safetensors"
     ).read_bytes()
+
+
+class CountOperations(TorchDispatchMode):
+    """Count what would be kernels on a GPU: all operations but views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_launches_few_kernels():
+    """Decoding on a GPU takes as long as its kernels are many."""
+    counts = []
+    for n_layer in (1, 2):
+        model = GPT(GPTConfig(64, 500, n_layer, 2, 16)).bfloat16().eval()
+        decoder = Decoder(
+            model, KVCache(1, 64, torch.device("cpu")), Sampling(0.8, 200), torch.rand(1, 9)
+        )
+        with torch.no_grad():
+            decoder.read_prompts([[1, 2, 3]])
+            with CountOperations() as operations:
+                decoder.advance()
+        counts.append(operations.count)
+    # In a layer: two norms, four products, one store, attention, GELU and two sums.
+    assert counts[1] - counts[0] == 11
+    assert counts[0] <= 11 + 23
 
 
 def test_loading_and_writing_do_not_import_the_compiler(both, tmp_path):

@@ -130,7 +130,7 @@ def test_texts_go_to_standard_output_and_figures_to_standard_error(start):
     [
         (0, "no token"),
         (1, "2 tokens, first after 2.00 s"),
-        (5, "10 tokens, first after 2.00 s, then 2 tokens/s"),
+        (5, "10 tokens, first after 2.00 s, then 2.0 tokens/s"),
     ],
 )
 def test_the_pace_counts_from_the_first_token(monkeypatch, steps, told):
