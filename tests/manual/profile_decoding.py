@@ -68,11 +68,10 @@ def main() -> None:
     arrivals = []
     for _ in stream(model, prompts, NEW, sampling):
         arrivals.append(time.perf_counter())
-    gap = median(after - before for before, after in zip(arrivals[5:], arrivals[6:], strict=False))
-    whole = options.texts * (NEW - 1) / (arrivals[-1] - arrivals[0])
-    print(
-        f"{options.texts / gap:,.0f} tokens/s by the median step, {whole:,.0f} from first to last"
-    )
+    step_s = median(after - before for before, after in pairwise(arrivals))
+    whole_s = arrivals[-1] - arrivals[0]
+    print(f"{options.texts / step_s:,.0f} tokens/s by the median step")
+    print(f"{options.texts * (NEW - 1) / whole_s:,.0f} tokens/s from the first token to the last")
 
 
 if __name__ == "__main__":
