@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
