@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,10 @@ from gpt12.distributed import (
     process_group,
     reported_by_rank_0,
 )
+from gpt12.fit import ADVICE, fit, tenth_is_free
 from gpt12.loader import Loader
 from gpt12.log import Clock, RunLog, perplexity
-from gpt12.memory import out_of_memory_advice, ran_out_of_memory
+from gpt12.memory import ran_out_of_memory
 from gpt12.optimizer import find_optimizer
 from gpt12.run import (
     Run,
@@ -139,10 +141,18 @@ class TrainStep:
     a step with batch_targets never is. bench.py measures this object.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig, machine: Machine, packed: bool = False):
-        """model: on the device. config: batch_size, dtype and recompute are no longer "auto".
+    def __init__(
+        self,
+        model: GPT,
+        config: TrainConfig,
+        machine: Machine,
+        packed: bool = False,
+        cuda_graph: bool = True,
+    ):
+        """model: on the device. config: dtype is no longer "auto".
 
         packed: a window holds several examples, which self.example_starts tells apart.
+        cuda_graph: record the step if that is possible and pays off.
         """
         self.model = model
         self.config = config
@@ -174,7 +184,9 @@ class TrainStep:
         self.skipped = torch.zeros((), device=machine.device)
 
         self.calls = 0
-        self.use_graph = use_graph_for_training(config, model.config.n_layer, machine)
+        self.use_graph = cuda_graph and use_graph_for_training(
+            config, model.config.n_layer, machine
+        )
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warmup_calls = 4 if self.use_graph else 1  # then all is compiled and recorded
 
@@ -365,7 +377,8 @@ def mean_loss(run: Run, windows: EvalWindows, stop: Callable[[], bool] | None = 
 class Trainer:
     """Trains until the last step, until patience ends, a signal comes, or updates keep failing."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, cuda_graph: bool = True):
+        """cuda_graph: whether the memory suffices to record the step."""
         self.run = run
         self.config = run.config
         self.progress = run.progress
@@ -373,7 +386,7 @@ class Trainer:
         self.machine = run.machine
         windows = run.train_windows
         packed = windows.tokens.mask is not None
-        step = TrainStep(run.model, run.config, run.machine, packed)
+        step = TrainStep(run.model, run.config, run.machine, packed, cuda_graph)
         self.train_step = step
         self.loader = Loader(windows, step.x, step.y, run.machine, step.example_starts)
         # Each rank draws its own dropout masks, and a resumed run does not repeat the first ones.
@@ -589,7 +602,14 @@ def train(run: Run) -> int:
     """Train, or say that the run is complete."""
     if is_complete(run):
         return 0
-    return Trainer(run).train()
+    packed = run.train_windows.tokens.mask is not None
+
+    def make_step(config: TrainConfig, machine: Machine) -> TrainStep:
+        return TrainStep(run.model, config, machine, packed, cuda_graph=False)
+
+    keep = run.request.resumed and run.config.deterministic
+    config = fit(run.config, run.model, run.machine, make_step, may_change=not keep)
+    return Trainer(replace(run, config=config), cuda_graph=tenth_is_free(run.machine)).train()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -604,11 +624,10 @@ def main(argv: list[str] | None = None) -> int:
             lock_out_dir(config),
         ):
             run = build_run(request)
-            config = run.config  # from here on advice on memory knows what "auto" became
             return evaluate_only(run) if config.eval_only else train(run)
     except RuntimeError as error:
         if ran_out_of_memory(error):  # perhaps on one rank only, so each reports it
-            raise out_of_memory_advice(config, request.resumed) from None
+            raise UserError(f"out of memory: {ADVICE}") from None
         if is_lost_rank(error):
             with reported_by_rank_0():
                 raise UserError(lost_rank_advice(Path(config.out_dir))) from None

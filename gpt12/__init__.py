@@ -11,9 +11,10 @@ A run         settings.py       every key, its default and its description
               device.py         what "auto" becomes               memory.py  bytes of a step
               distributed.py    several processes, Ctrl-C
 
-The step      optimizer.py      what a step expects of an optimizer; AdamW is in train.py
+The step      optimizer.py      the optimizers that --optimizer can name
               muon.py           Muon                optim8bit.py   AdamW with 8-bit state
               cuda_graph.py     recording a step    loader.py      windows on their way to the GPU
+              fit.py            settings with which a step fits into the memory
 
 The folder    checkpoint.py     what best/ and last/ hold, and how they are replaced
               saver.py          writes them             trainer_state.py  what resuming needs

@@ -26,7 +26,6 @@ from gpt12.config import REPOSITORY, Said, check, merge, read
 from gpt12.device import Machine, open_machine
 from gpt12.distributed import is_rank_0, rank_0_first, torchrun_ranks
 from gpt12.errors import UserError
-from gpt12.memory import check_memory
 from gpt12.optimizer import find_optimizer
 from gpt12.run_folder import is_run, lock_run, read_run
 from gpt12.settings import CONTEXT_PARTS, REPLACES, TrainConfig, model_shape, with_shape
@@ -251,7 +250,6 @@ def build_run(request: Request) -> Run:
     )
     dtype = str(machine.dtype).removeprefix("torch.")
     config = replace(config, dtype=dtype)  # type: ignore[arg-type]
-    check_memory(model.config, config, machine)
     prepare_model(model, config, machine)
 
     val_windows = EvalWindows(dataset.val, config.block_size)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ import torch
 
 import train
 from data.shards import write_shard
+from gpt12 import fit
 from gpt12.device import Machine
 from gpt12.generate import Sampling, generate
 from gpt12.lora import add_lora
 from gpt12.loss import cross_entropy_chunk, fused_cross_entropy_chunk
 from gpt12.memory import GIB, step_memory
-from gpt12.run import prepare_model
+from gpt12.run import MEMORY_KEYS, prepare_model
 from gpt12.saver import Saver
 from gpt12.targets import IGNORE_INDEX
 from gpt12.weights import save_pretrained
@@ -30,7 +32,6 @@ from tests.helpers import (
     run,
     same_tensors,
     same_weights,
-    trainer,
     weights,
 )
 from tests.models import relative
@@ -43,6 +44,7 @@ def make_step(
     shape: GPTConfig = SMALL,
     dtype: torch.dtype = torch.bfloat16,
     compiled: bool = True,
+    cuda_graph: bool = False,
     **changes,
 ) -> train.TrainStep:
     """Return a step on the GPU. changes: keys of the configuration."""
@@ -51,7 +53,6 @@ def make_step(
         "batch_size": 8,
         "block_size": shape.block_size,
         "dropout": shape.dropout,
-        "cuda_graph": False,
         "dtype": str(dtype).removeprefix("torch."),
         "learning_rate": 1e-3,
     }
@@ -59,7 +60,7 @@ def make_step(
     machine = Machine(torch.device("cuda", 0), dtype, compiled)
     model = GPT(shape)
     prepare_model(model, found, machine)
-    return train.TrainStep(model, found, machine)
+    return train.TrainStep(model, found, machine, cuda_graph=cuda_graph)
 
 
 def fill(step: train.TrainStep, seed: int = 0) -> None:
@@ -336,25 +337,59 @@ def test_deterministic_training_resumes_bit_for_bit(letters, tmp_path, monkeypat
         assert same_tensors(weights(broken, file=file), weights(whole, file=file))
 
 
-def test_a_run_notes_its_gpu_and_is_resumed_on_it_as_it_was(letters, tmp_path):
-    """On the same card recompute and the micro-batch are not decided again."""
-    options = [*ON_GPU, "--batch_size=auto", "--gradient_accumulation_steps=16", "--recompute=auto"]
-    assert run(letters, tmp_path, *options, "--max_iters=6") == 0
-    facts = json.loads((tmp_path / "run.json").read_text())
-    assert facts["device"] == torch.cuda.get_device_name()
-    total = torch.cuda.get_device_properties(0).total_memory
-    assert facts["device_memory_gib"] == round(total / GIB, 1)
-    decided = facts["config"]
-    assert decided["batch_size"] * decided["gradient_accumulation_steps"] == 16
-    assert (decided["recompute"], facts["requested"]["recompute"]) == ("none", "auto")
-    assert resume(tmp_path, "--max_iters=8") == 0
-    assert json.loads((tmp_path / "run.json").read_text())["config"] == decided | {"max_iters": 8}
-    assert trainer(tmp_path)["step"] == 8
+def reserved_by_rung(found) -> list[tuple[Any, int]]:
+    """Return each rung of a run's ladder with the most memory that it reserves."""
+
+    def make_step(changed, machine):
+        return train.TrainStep(found.model, changed, machine, cuda_graph=False)
+
+    reserved = []
+    for rung in fit.ladder(found.config):
+        gc.collect()
+        torch.cuda.empty_cache()
+        assert fit.fits_in_a_trial(rung, found.model, found.machine, make_step)
+        reserved.append((rung, torch.cuda.max_memory_reserved()))
+    return reserved
+
+
+def test_less_memory_leads_down_the_ladder_to_the_same_losses(letters, tmp_path):
+    """The allocator is capped between what a rung takes and what the rung before it takes."""
+    options = [*ON_GPU, "--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=1024"]
+    options += ["--compile=False", "--deterministic", "--dropout=0", "--max_iters=3"]
+    reserved = reserved_by_rung(built(letters, tmp_path / "measured", *options))
+    print("GiB by rung:", [round(size / GIB, 2) for _, size in reserved])
+    asked = reserved[0][0]
+    total = torch.cuda.mem_get_info()[1]
+    seen = []
+    try:
+        for (_, more), (rung, less) in itertools.pairwise(reserved):
+            if less > 0.95 * more:
+                continue  # no cap between the two would be safe
+            name = f"{rung.recompute}-{rung.batch_size}"
+            typed = [f"--{key}={getattr(rung, key)}" for key in MEMORY_KEYS]
+            gc.collect()
+            torch.cuda.empty_cache()
+            assert run(letters, tmp_path / f"typed-{name}", *options, *typed) == 0
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction((less + more) / 2 / total)
+            assert run(letters, tmp_path / f"fallen-{name}", *options) == 0
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            facts = json.loads((tmp_path / f"fallen-{name}" / "run.json").read_text())
+            for key in MEMORY_KEYS:
+                assert facts["config"][key] == getattr(rung, key), (name, key)
+                assert facts["requested"][key] == getattr(asked, key)
+            assert losses(tmp_path / f"fallen-{name}") == losses(tmp_path / f"typed-{name}")
+            seen.append(name)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.use_deterministic_algorithms(False)
+    assert {"pointwise-8", "pointwise-4", "block-4"} <= set(seen)
 
 
 def test_a_save_of_a_run_with_a_recorded_step_holds_the_weights_after_the_replay(letters, tmp_path):
     """The checkpoint has the tensors that the graph updates, not copies of them."""
-    options = [*ON_GPU, "--cuda_graph=True", "--max_iters=12"]
+    options = [*ON_GPU, "--max_iters=12"]
     found = train.Trainer(built(letters, tmp_path, *options))
     assert found.train() == 0
     assert found.train_step.graph is not None

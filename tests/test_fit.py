@@ -1,0 +1,279 @@
+"""gpt12/fit.py: the ladder, what a trial leaves behind, and runs that had to go down."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train
+from gpt12 import fit
+from gpt12.device import Machine
+from gpt12.errors import UserError
+from gpt12.optimizer import OPTIMIZERS, Entry
+from model import GPT
+from tests.helpers import (
+    CPU,
+    config,
+    fill,
+    losses,
+    random_rows,
+    resume,
+    run,
+    same_tensors,
+    same_weights,
+    small_gpt,
+    small_step,
+    weights,
+)
+
+pytestmark = pytest.mark.usefixtures("no_picture")
+
+
+def rungs(**changes) -> list[tuple[str, int, int]]:
+    """Return the ladder as (recompute, micro-batch, micro-batches)."""
+    found = []
+    for rung in fit.ladder(config(**changes)):
+        assert replace(rung, recompute="none", batch_size=1, gradient_accumulation_steps=1) == (
+            config(**changes | {"recompute": "none", "batch_size": 1} | ONE)
+        )
+        found.append((rung.recompute, rung.batch_size, rung.gradient_accumulation_steps))
+    return found
+
+
+ONE = {"gradient_accumulation_steps": 1}
+
+
+def test_the_ladder_recomputes_first_then_cuts_the_micro_batch_by_its_smallest_factor():
+    assert rungs(batch_size=12, block_size=1024, gradient_accumulation_steps=40) == [
+        ("none", 12, 40),
+        ("pointwise", 12, 40),
+        ("pointwise", 6, 80),  # 6,144 tokens; half of it would be less than 4,096
+        ("block", 6, 80),
+        ("block", 3, 160),
+        ("block", 1, 480),
+    ]
+    assert rungs(batch_size=64, block_size=256, recompute="pointwise") == [
+        ("pointwise", 64, 1),
+        ("pointwise", 32, 2),
+        ("pointwise", 16, 4),
+        ("block", 16, 4),
+        ("block", 8, 8),
+        ("block", 4, 16),
+        ("block", 2, 32),
+        ("block", 1, 64),
+    ]
+    assert rungs(batch_size=35, block_size=1024, recompute="block") == [
+        ("block", 35, 1),
+        ("block", 7, 5),
+        ("block", 1, 35),
+    ]
+    assert rungs(batch_size=1, recompute="block") == [("block", 1, 1)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Trials. A GPU is acted: its memory ends at a number of sequences.
+
+
+@pytest.fixture
+def acted_gpu(monkeypatch):
+    """Return a machine that tries, whose forward pass takes at most 3 sequences, or 6 with block.
+
+    An evaluation's batch is twice as large and never too large.
+    """
+    forward = GPT.forward
+
+    def limited(self, idx, *args, **options):
+        limit = {"none": 2, "pointwise": 3, "block": 6}[self.transformer.h[0].recompute]
+        if len(idx) > limit and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, idx, *args, **options)
+
+    monkeypatch.setattr(GPT, "forward", limited)
+    monkeypatch.setattr(Machine, "on_gpu", property(lambda self: True))
+    monkeypatch.setattr(fit, "cap_memory", lambda machine: None)
+    for name in ("reset_peak_memory_stats", "empty_cache", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
+    fork_rng = torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices, **more: fork_rng([], **more))
+    return CPU
+
+
+def fit_small(machine, model=None, may_change=True, **changes):
+    model = model or small_gpt()
+
+    def make_step(changed, alone):
+        assert (alone.rank, alone.world) == (0, 1)
+        return train.TrainStep(model, changed, alone, cuda_graph=False)
+
+    return fit.fit(config(**changes), model, machine, make_step, may_change)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "recompute", "expected"),
+    [
+        (2, "none", ("none", 2, 4)),
+        (3, "none", ("pointwise", 3, 4)),
+        (6, "none", ("block", 6, 4)),
+        (12, "none", ("block", 6, 8)),
+        (14, "pointwise", ("block", 1, 56)),
+        (12, "block", ("block", 6, 8)),
+    ],
+)
+def test_the_first_rung_that_fits_is_taken_and_the_lines_say_so(
+    acted_gpu, capsys, batch_size, recompute, expected
+):
+    model = small_gpt()
+    asked = {"batch_size": batch_size, "recompute": recompute, "gradient_accumulation_steps": 4}
+    found = fit_small(acted_gpu, model, **asked)
+    assert (found.recompute, found.batch_size, found.gradient_accumulation_steps) == expected
+    assert model.transformer.h[0].recompute == found.recompute
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == fit.ladder(config(**asked)).index(found)
+    if said:
+        assert said[-1].endswith(f": trying {fit.words(found)}")
+
+
+@pytest.mark.parametrize("may_change", [True, False])
+def test_a_step_that_never_fits_is_a_users_mistake(acted_gpu, monkeypatch, may_change):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.TrainStep, "accumulate_gradients", full)
+    last = "recompute=block, batch_size=1" if may_change else "recompute=none, batch_size=2"
+    advice = "--lora_rank=16" if may_change else "--deterministic=False"
+    with pytest.raises(UserError, match=f"even with {last}.*{advice}"):
+        fit_small(acted_gpu, may_change=may_change)
+
+
+def test_another_error_is_no_lack_of_memory(acted_gpu, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("a bug about memory")
+
+    monkeypatch.setattr(train.TrainStep, "accumulate_gradients", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        fit_small(acted_gpu)
+
+
+def test_ranks_take_the_lowest_rung_of_all(acted_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(fit, "least_of_ranks", lambda value, device: min(value, -3))
+    found = fit_small(acted_gpu, batch_size=14)  # this one's own rung is the last
+    assert (found.recompute, found.batch_size) == ("block", 1)
+    assert "another rank" not in capsys.readouterr().out
+    found = fit_small(acted_gpu, batch_size=4)
+    assert (found.recompute, found.batch_size) == ("block", 2)
+    assert "another rank has less memory: recompute=block, batch_size=2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "rmsprop"])
+@pytest.mark.parametrize("fitting", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_trial_changes_nothing(monkeypatch, optimizer, fitting, packed):
+    """Weights, random numbers, gradients; and it makes the optimizer's state before the step."""
+    other = Entry(lambda groups, lr, betas: [torch.optim.RMSprop(groups, lr)])
+    monkeypatch.setitem(OPTIMIZERS, "rmsprop", other)
+    model = small_gpt(dropout=0.3)
+    before = [p.clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+    made = []
+    accumulate = train.TrainStep.accumulate_gradients
+
+    def noted(self, batch_targets):
+        held = sum(len(optimizer.state) for optimizer in self.optimizers)
+        made.append((self.micro_steps, held > 0, batch_targets))
+        accumulate(self, batch_targets)
+        if not fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.TrainStep, "accumulate_gradients", noted)
+
+    def make_step(changed, alone):
+        return train.TrainStep(model, changed, alone, packed=packed)
+
+    asked = config(optimizer=optimizer, gradient_accumulation_steps=8, dropout=0.3)
+    assert fit.fits_in_a_trial(asked, model, CPU, make_step) == fitting
+    assert made == [(2, True, [15, 15] if packed else None)]
+    assert same_weights(model, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_trial_makes_the_state_that_training_makes(optimizer):
+    trained = small_step(optimizer=optimizer)
+    trained(1e-2, fill(trained, *random_rows()))
+    tried = small_step(optimizer=optimizer)
+    fit.try_step(tried)
+    for a, b in zip(trained.optimizers, tried.optimizers, strict=True):
+        shapes = [{key: t.shape for key, t in state.items()} for state in a.state.values()]
+        assert shapes == [{key: t.shape for key, t in state.items()} for state in b.state.values()]
+
+
+# --------------------------------------------------------------------------------------------------
+# Whole runs, on a CPU: an estimate in place of the trial
+
+
+def need_gib_per_row(monkeypatch, free: float) -> None:
+    """Let a sequence need 3 GiB with recompute=none, 2 with pointwise, 1 with block."""
+    sizes = {"none": 3, "pointwise": 2, "block": 1}
+    monkeypatch.setattr(
+        fit, "needed_memory", lambda shape, asked, recompute, _: asked.batch_size * sizes[recompute]
+    )
+    monkeypatch.setattr(fit, "available_memory", lambda machine: free)
+
+
+def test_a_run_that_went_down_the_ladder_trains_as_the_one_that_fitted(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    fixed = ["--max_iters=6", "--eval_interval=3"]
+    typed = ["--recompute=block", "--batch_size=2", "--gradient_accumulation_steps=4"]
+    assert run(dataset, tmp_path / "typed", *fixed, *typed) == 0
+    need_gib_per_row(monkeypatch, free=2)
+    assert run(dataset, tmp_path / "fallen", *fixed) == 0
+    assert "trying recompute=block, batch_size=2, gradient_accumulation_steps=4" in (
+        capsys.readouterr().out
+    )
+    assert losses(tmp_path / "fallen") == losses(tmp_path / "typed")
+    assert same_tensors(weights(tmp_path / "fallen"), weights(tmp_path / "typed"))
+    facts = json.loads((tmp_path / "fallen" / "run.json").read_text())
+    keys = ("recompute", "batch_size", "gradient_accumulation_steps")
+    assert [facts["config"][key] for key in keys] == ["block", 2, 4]
+    assert [facts["requested"][key] for key in keys] == ["none", 4, 2]
+    # It goes on as it is, also where there is more memory now; a typed key begins anew.
+    need_gib_per_row(monkeypatch, free=100)
+    assert resume(tmp_path / "fallen", "--max_iters=8") == 0
+    config_now = json.loads((tmp_path / "fallen" / "run.json").read_text())["config"]
+    assert [config_now[key] for key in keys] == ["block", 2, 4]
+    assert resume(tmp_path / "fallen", "--max_iters=9", "--recompute=none") == 0
+    config_now = json.loads((tmp_path / "fallen" / "run.json").read_text())["config"]
+    assert [config_now[key] for key in keys] == ["none", 4, 2]
+    assert losses(tmp_path / "fallen", "tokens")[9] == 9 * 2 * 4 * 16
+
+
+def test_a_deterministic_run_is_not_resumed_in_less_memory(dataset, tmp_path, monkeypatch):
+    need_gib_per_row(monkeypatch, free=12)
+    options = ["--deterministic", "--max_iters=2"]
+    try:
+        assert run(dataset, tmp_path, *options) == 0
+        need_gib_per_row(monkeypatch, free=11)
+        with pytest.raises(UserError, match="deterministic=True keeps a resumed run as it is"):
+            resume(tmp_path, "--max_iters=4")
+        assert resume(tmp_path, "--max_iters=4", "--deterministic=False") == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_on_a_cpu_a_run_that_needs_more_than_there_is_ends_before_it_begins(
+    dataset, tmp_path, monkeypatch
+):
+    need_gib_per_row(monkeypatch, free=0.5)
+    with pytest.raises(UserError, match=r"out of memory, even with recompute=block, batch_size=1,"):
+        run(dataset, tmp_path)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_memory_that_ends_later_is_a_users_mistake_too(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.TrainStep, "compute", lambda *args: torch.empty(2**60))
+    with pytest.raises(UserError, match="out of memory: take a smaller model"):
+        run(dataset, tmp_path, "--max_iters=1")
