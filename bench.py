@@ -143,7 +143,7 @@ Row = StepResult | OutOfMemory
 class StepRunner:
     """Makes training steps one after the other, as the loop of train.py does."""
 
-    def __init__(self, config: BenchConfig, machine: Machine):
+    def __init__(self, config: BenchConfig, machine: Machine, cuda_graph: bool = True):
         windows, vocab_size, self.data = open_windows(config)
         self.shape = model_shape(config, vocab_size)
         self.config = config
@@ -152,7 +152,7 @@ class StepRunner:
         self.model = new_model(self.shape)
         prepare_model(self.model, config, machine)
         packed = windows.tokens.mask is not None
-        self.step = TrainStep(self.model.train(), config, machine, packed)
+        self.step = TrainStep(self.model.train(), config, machine, packed, cuda_graph)
         self.loader = Loader(windows, self.step.x, self.step.y, machine, self.step.example_starts)
         self.position = 0
         self.batch_targets = self.loader.load(self.position)
@@ -193,12 +193,11 @@ def step_runner(
     """
     forget_last_measurement()
     config, machine = decide(config)
-    config = replace(config, cuda_graph="auto" if cuda_graph else False)
     tf32_before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32_before and tf32
     try:
         with attention_kernel(config.attention):
-            yield StepRunner(config, machine)
+            yield StepRunner(config, machine, cuda_graph)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32_before
         if machine.compiled:

@@ -63,6 +63,9 @@ from gpt12.targets import IGNORE_INDEX
 from gpt12.trainer_state import TrainerState, load_trainer_state
 from model import GPT, StackedLinear
 
+# The run stops after so many updates in a row whose loss or gradient is not finite.
+MAX_BAD_STEPS = 20
+
 # --------------------------------------------------------------------------------------------------
 # Optimizer and learning rate
 
@@ -440,8 +443,8 @@ class Trainer:
             self.clock.count_step()
             batch_targets = self.load()  # the host loads while the device still computes
             self.log.bar.update()
-            if self.logging_is_due() and self.log_step(lr) >= config.max_bad_steps:
-                self.log.say_hopeless(config.max_bad_steps)
+            self.log_step(lr)
+            if self.updates_keep_failing():
                 return 1
             if self.train_step.calls == self.train_step.warmup_calls:
                 self.clock.start()  # all is compiled and recorded from now on
@@ -461,20 +464,27 @@ class Trainer:
             self.train_step.set_context_length(length)
         return self.loader.load(self.progress.position)
 
-    def logging_is_due(self) -> bool:
-        """Tell whether this step is logged."""
-        step = self.progress.step
-        return step % self.config.log_interval == 0 or step == self.config.max_iters
-
-    def log_step(self, lr: float) -> float:
-        """Log the step and return the number of bad updates in a row. Waits for the device."""
+    def log_step(self, lr: float) -> None:
+        """Log every log_interval-th step and the last one. That waits for the device."""
+        number = self.progress.step
+        if number % self.config.log_interval != 0 and number != self.config.max_iters:
+            return
         step = self.train_step
         values = torch.stack([step.loss, step.grad_norm, step.bad, step.skipped])
         loss, grad_norm, bad, skipped = values.tolist()
         steps_per_s = self.clock.steps_per_second()
         self.note_time()
         self.log.log_step(loss, lr, grad_norm, bad, skipped, steps_per_s)
-        return bad
+
+    def updates_keep_failing(self) -> bool:
+        """Tell whether the last MAX_BAD_STEPS updates were skipped. Looks every so many steps."""
+        if self.progress.step % MAX_BAD_STEPS != 0:
+            return False  # looking waits for the device
+        bad = int(self.train_step.bad.item())
+        if bad < MAX_BAD_STEPS:
+            return False
+        self.log.say_hopeless(bad)
+        return True
 
     def evaluation_is_due(self) -> bool:
         """Tell whether to evaluate now: at step 0, at every eval_interval, and at the end."""

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 
 from gpt12.device import Machine
-from gpt12.errors import UserError
 from gpt12.optimizer import find_optimizer
 from gpt12.settings import TrainConfig
 
@@ -43,15 +42,10 @@ def use_graph_for_training(config: TrainConfig, n_layer: int, machine: Machine) 
     optimizer that asks the device for values, and with recomputation under dropout (torch then asks
     the host for the generator's state).
     """
-    if config.cuda_graph is True and not machine.on_gpu:
-        raise UserError("cuda_graph=True needs a GPU")
-    if config.cuda_graph is False or not machine.on_gpu or machine.world > 1:
+    if not machine.on_gpu or machine.world > 1 or machine.dtype == torch.float16:
         return False
-    if machine.dtype == torch.float16 or not find_optimizer(config.optimizer).recordable:
+    if not find_optimizer(config.optimizer).recordable:
         return False
-    dropout = max(config.dropout, config.lora_dropout)  # without LoRA lora_dropout is 0
-    if config.recompute != "none" and dropout > 0:
+    if config.recompute != "none" and config.dropout > 0:
         return False
-    if config.cuda_graph is True:
-        return True
     return config.gradient_accumulation_steps * n_layer <= MAX_LAYERS

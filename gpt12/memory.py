@@ -23,7 +23,6 @@ import torch
 from gpt12.cards import Card
 from gpt12.device import Machine
 from gpt12.distributed import least_of_ranks
-from gpt12.errors import UserError
 from gpt12.loss import CHUNK_ROWS
 from gpt12.muon import NEWTON_SCHULZ_ITERATIONS
 from gpt12.settings import Recompute, TrainConfig
@@ -358,89 +357,3 @@ def largest_batch(
         return sum(step_memory(shape, sized, recompute, config.compile is not False).values())
 
     return bisect_right(range(1, LARGEST_BATCH + 1), room_gib * GIB, key=needed)
-
-
-# --------------------------------------------------------------------------------------------------
-# Out of memory
-
-
-def check_memory(shape: GPTConfig, config: TrainConfig, machine: Machine) -> None:
-    """Raise UserError if a step needs more RAM than is free.
-
-    The operating system would kill the program without a word. A GPU's driver raises an error,
-    which out_of_memory_advice() explains.
-    """
-    if machine.on_gpu or config.eval_only:
-        return
-    free = available_memory(machine)
-    needed = needed_memory(shape, config, config.recompute, machine)
-    if needed <= free:
-        return
-    pieces = 0
-    for divisor in _divisors(config.batch_size):
-        pieces = divisor
-        smaller = replace(config, batch_size=config.batch_size // pieces)
-        if needed_memory(shape, smaller, config.recompute, machine) <= free:
-            break
-    title = f"a step needs about {needed / GIB:,.1f} GiB of memory, and {free / GIB:,.1f} are free."
-    raise _advice(title, _memory_knobs(config, pieces, on_cpu=True))
-
-
-def out_of_memory_advice(config: TrainConfig, resumed: bool = False) -> UserError:
-    """Return an error that says how much memory there was and what to change, best first.
-
-    resumed: whether an earlier run goes on, which cannot change its optimizer or add adapters.
-    """
-    if not torch.cuda.is_initialized():
-        return _advice("out of memory.", _memory_knobs(config, resumed=resumed, on_cpu=True))
-    free, total = torch.cuda.mem_get_info()
-    peak = torch.cuda.max_memory_allocated()
-    usable = free + torch.cuda.memory_reserved()
-    title = (
-        f"out of GPU memory: {peak / GIB:.1f} GiB were in use, the card has {total / GIB:.1f} GiB, "
-        f"other programs leave {usable / GIB:.1f}."
-    )
-    return _advice(title, _memory_knobs(config, resumed=resumed))
-
-
-def _advice(title: str, knobs: list[str]) -> UserError:
-    lines = [title, "Try, in this order:"]
-    for knob in knobs:
-        lines.append(f"  {knob}")
-    return UserError("\n".join(lines))
-
-
-def _divisors(number: int) -> list[int]:
-    """Return the divisors of a number but 1, ascending."""
-    return [n for n in range(2, number + 1) if number % n == 0]
-
-
-def _memory_knobs(
-    config: TrainConfig, pieces: int = 0, resumed: bool = False, on_cpu: bool = False
-) -> list[str]:
-    """Return the options that save memory, without those that the configuration has already.
-
-    pieces: into how many to cut the micro-batch; 0 means as few as possible.
-    """
-    knobs = []
-    if config.recompute == "none":
-        knobs.append("--recompute=pointwise")
-    if config.recompute != "block":
-        knobs.append("--recompute=block")
-    if config.batch_size > 1:
-        pieces = pieces or _divisors(config.batch_size)[0]
-        size = config.batch_size // pieces
-        knobs.append(
-            f"--batch_size={size} "
-            f"--gradient_accumulation_steps={pieces * config.gradient_accumulation_steps} "
-            "(the same step in smaller pieces)"
-        )
-    if not config.lora_rank and not resumed:
-        # adamw8bit needs bfloat16, which is slow on most CPUs.
-        if config.optimizer != "adamw8bit" and not on_cpu:
-            knobs.append("--optimizer=adamw8bit")
-        knobs.append("--lora_rank=16 (fine-tuning)")
-    knobs.append(f"--block_size={config.block_size // 2}")
-    if on_cpu:
-        knobs.append("config/train_shakespeare_cpu.py (a small model)")
-    return knobs

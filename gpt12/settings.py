@@ -211,10 +211,6 @@ class TrainConfig:
         "Computes activations twice to save memory (gradient checkpointing): pointwise saves some, "
         "block saves most.",
     )
-    cuda_graph: Switch = option(
-        "auto",
-        "Whether to replay a step as one CUDA graph. auto does so for small models.",
-    )
     deterministic: bool = option(
         False,
         "Whether every run on this machine gives exactly the same losses. It is slower.",
@@ -243,10 +239,6 @@ class TrainConfig:
         "auto",
         "Seconds between writes of last/. auto spends about 1% of the time on them, and writes "
         "at least every 10 minutes.",
-    )
-    max_bad_steps: Count = option(
-        20,
-        "The run stops after this many steps in a row whose loss is not a finite number.",
     )
     log_interval: Count = option(1, "Steps between two lines in metrics.jsonl.")
     wandb_log: bool = option(False, "Whether to log to Weights & Biases, too.")

@@ -5,7 +5,6 @@ import torch
 
 from gpt12.cuda_graph import MAX_LAYERS, use_graph_for_training
 from gpt12.device import Machine
-from gpt12.errors import UserError
 from tests.helpers import CPU, config
 
 GPU = torch.device("cuda")
@@ -20,12 +19,10 @@ MANY = MAX_LAYERS // 2  # micro-batches of two layers
     ("expected", "changes", "machine"),
     [
         (True, {}, PLAIN),
-        (False, {"cuda_graph": False}, PLAIN),
         (False, {}, CPU),
-        # A graph may not become too large, unless the user asks for it.
+        # A graph may not become too large.
         (True, {"gradient_accumulation_steps": MANY}, PLAIN),
         (False, {"gradient_accumulation_steps": MANY + 1}, PLAIN),
-        (True, {"gradient_accumulation_steps": MANY + 1, "cuda_graph": True}, PLAIN),
         # A recorded step can ask the host for nothing.
         (False, {}, HALF),
         (False, {}, TWO_RANKS),
@@ -33,18 +30,8 @@ MANY = MAX_LAYERS // 2  # micro-batches of two layers
         (True, {"dropout": 0.1}, PLAIN),
         (False, {"dropout": 0.1, "recompute": "block"}, PLAIN),
         (False, {"dropout": 0.1, "recompute": "block"}, COMPILED),
-        (False, {"lora_rank": 2, "lora_dropout": 0.1, "recompute": "block"}, PLAIN),
-        (True, {"lora_rank": 2, "lora_dropout": 0.1}, PLAIN),
         (True, {"recompute": "block"}, PLAIN),
-        # Not even if the user asks for it.
-        (False, {"cuda_graph": True}, HALF),
-        (False, {"cuda_graph": True}, TWO_RANKS),
     ],
 )
 def test_only_a_small_step_that_asks_the_host_for_nothing_is_recorded(expected, changes, machine):
     assert use_graph_for_training(config(**changes), n_layer=2, machine=machine) == expected
-
-
-def test_a_graph_without_a_gpu_is_refused():
-    with pytest.raises(UserError, match="cuda_graph=True needs a GPU"):
-        use_graph_for_training(config(cuda_graph=True), n_layer=2, machine=CPU)

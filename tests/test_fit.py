@@ -30,7 +30,7 @@ from tests.helpers import (
 pytestmark = pytest.mark.usefixtures("no_picture")
 
 
-def rungs(**changes) -> list[tuple[str, int, int]]:
+def rungs(**changes):
     """Return the ladder as (recompute, micro-batch, micro-batches)."""
     found = []
     for rung in fit.ladder(config(**changes)):

@@ -314,10 +314,14 @@ def test_the_commands_to_type_next_quote_a_folder_with_a_blank(dataset, tmp_path
 def test_a_run_whose_loss_was_lost_does_not_invite_to_sample(
     dataset, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(Trainer, "log_step", lambda self, lr: 2.0)  # bad steps in a row
-    assert run(dataset, tmp_path, "--max_iters=2", "--max_bad_steps=2") == 1
+    def hopeless(self):
+        self.log.say_hopeless(20)
+        return True
+
+    monkeypatch.setattr(Trainer, "updates_keep_failing", hopeless)
+    assert run(dataset, tmp_path, "--max_iters=2") == 1
     said = capsys.readouterr().out
-    assert "stopping at step 1: the last 2 updates had a loss or gradient that is not fin" in said
+    assert "stopping at step 1: the last 20 updates had a loss or gradient that is not fi" in said
     assert "sample.py" not in said
 
 

@@ -1,7 +1,6 @@
 """gpt12/memory.py: counted bytes and work against torch's own counters and against measurements."""
 
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpt12 import memory
 from gpt12.cards import CARDS
 from gpt12.device import Machine
-from gpt12.errors import UserError
 from gpt12.log import RunLog
 from gpt12.lora import add_lora
 from gpt12.memory import (
@@ -31,8 +29,7 @@ from gpt12.muon import orthogonalize
 from gpt12.settings import model_shape
 from model import GPT, GPTConfig, Shared
 from tests.bench_helpers import SHAPE, make, make_124m
-from tests.helpers import CPU, built, config, run
-from train import TrainStep
+from tests.helpers import CPU, built, config
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 GPU = Machine(torch.device("cuda"), torch.bfloat16, compiled=True)
@@ -316,131 +313,6 @@ def test_a_system_that_does_not_tell_its_free_ram_counts_as_unlimited(monkeypatc
         memory._read_number(str(tmp_path / "meminfo"), "MemAvailable")
     monkeypatch.setattr(Path, "read_text", lambda self: (tmp_path / "none").open())
     assert memory.available_memory(CPU) == math.inf
-
-
-# --------------------------------------------------------------------------------------------------
-# Out of memory
-
-
-def allow(monkeypatch, gib: float) -> None:
-    """Act a machine with so much free memory."""
-    monkeypatch.setattr(memory, "available_memory", lambda machine: gib * GIB)
-
-
-def exhausted(*args, **options):
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def exhausted_while_recording(*args, **options):
-    try:
-        exhausted()
-    finally:
-        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-
-
-@pytest.fixture
-def card(monkeypatch):
-    """A card of 12 GiB with 1 free."""
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *args: (GIB, 12 * GIB))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10 * GIB)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 10 * GIB)
-
-
-@pytest.mark.usefixtures("card")
-@pytest.mark.parametrize("how", [exhausted, exhausted_while_recording])
-def test_running_out_of_memory_names_the_options_that_help_best_first(
-    dataset, tmp_path, monkeypatch, how
-):
-    monkeypatch.setattr(TrainStep, "compute", how)
-    with pytest.raises(UserError) as error:
-        run(dataset, tmp_path, "--max_iters=1", "--recompute=none")
-    message = str(error.value)
-    figures = "10.0 GiB were in use, the card has 12.0 GiB, other programs leave 11.0"
-    assert figures in message
-    knobs = [line.split()[0] for line in message.splitlines()[2:]]
-    assert knobs == [
-        "--recompute=pointwise",
-        "--recompute=block",
-        "--batch_size=2",
-        "--optimizer=adamw8bit",
-        "--lora_rank=16",
-        "--block_size=8",
-    ]
-    assert "--batch_size=2 --gradient_accumulation_steps=4" in message
-
-
-@pytest.mark.parametrize(
-    ("changes", "resumed", "expected"),
-    [
-        ({}, False, ["--optimizer=adamw8bit", "--lora_rank=16"]),
-        ({"optimizer": "adamw8bit"}, False, ["--lora_rank=16"]),
-        ({"lora_rank": 16}, False, []),
-        ({}, True, []),  # a resumed run keeps its optimizer and its adapters
-    ],
-)
-@pytest.mark.usefixtures("card")
-def test_what_a_run_has_already_or_cannot_change_is_not_advised(changes, resumed, expected):
-    asked = full_size(batch_size=1, recompute="block", **changes)
-    lines = str(memory.out_of_memory_advice(asked, resumed)).splitlines()[2:]
-    assert [line.split()[0] for line in lines] == [*expected, "--block_size=512"]
-
-
-@pytest.mark.usefixtures("card")
-def test_a_model_that_does_not_fit_ends_with_the_same_advice(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt12.run.prepare_model", exhausted)
-    with pytest.raises(UserError, match="--optimizer=adamw8bit"):
-        run(dataset, tmp_path, "--max_iters=1")
-
-
-def test_on_a_cpu_a_run_that_needs_more_than_the_free_ram_ends_before_it_begins(dataset, tmp_path):
-    with pytest.raises(UserError) as error:
-        run(dataset, tmp_path, "--batch_size=100000000", "--recompute=block")
-    title, _, *knobs = str(error.value).splitlines()
-    assert re.match(r"a step needs about [\d,.]+ GiB of memory, and [\d,.]+ are free\.$", title)
-    names = [knob.split()[0].partition("=")[0] for knob in knobs]
-    assert names == [
-        "--batch_size",
-        "--lora_rank",
-        "--block_size",
-        "config/train_shakespeare_cpu.py",
-    ]
-    assert not (tmp_path / "run.json").exists()
-
-
-@pytest.mark.parametrize("rows", [64, 75])
-def test_the_advised_batch_size_is_one_that_fits_and_makes_the_same_step(monkeypatch, rows):
-    allow(monkeypatch, 4)
-    asked = full_size(batch_size=rows, dtype="float32", recompute="block")
-    with pytest.raises(UserError) as error:
-        memory.check_memory(GPT2, asked, CPU)
-    size, pieces = map(int, re.findall(r"(?:batch_size|steps)=(\d+)", str(error.value)))
-    assert size * pieces == rows
-    fitting = replace(asked, batch_size=size)
-    memory.check_memory(GPT2, fitting, CPU)
-    with pytest.raises(UserError):
-        memory.check_memory(GPT2, replace(asked, batch_size=2 * size), CPU)
-
-
-def test_evaluation_and_a_gpu_are_not_checked_before_they_begin(monkeypatch):
-    allow(monkeypatch, 0)
-    memory.check_memory(GPT2, full_size(), GPU)
-    memory.check_memory(GPT2, full_size(eval_only=True), CPU)
-
-
-def test_a_cpu_that_cannot_allocate_ends_with_advice(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(TrainStep, "compute", lambda *args: torch.empty(2**60))
-    with pytest.raises(UserError, match=r"^out of memory\.\nTry.*\n  --recompute=pointwise\n"):
-        run(dataset, tmp_path, "--max_iters=1", "--recompute=none")
-
-
-def test_another_error_is_not_taken_for_too_little_memory(dataset, tmp_path, monkeypatch):
-    def fail(*args):
-        raise RuntimeError("a bug about memory")
-
-    monkeypatch.setattr(TrainStep, "compute", fail)
-    with pytest.raises(RuntimeError, match="a bug about memory"):
-        run(dataset, tmp_path, "--max_iters=1")
 
 
 def test_the_predicted_memory_of_a_run_is_told(dataset, tmp_path, capsys):

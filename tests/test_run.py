@@ -277,7 +277,7 @@ def test_a_wrong_value_in_a_file_of_a_resumed_run_is_a_mistake_all_the_same(tmp_
         (["--max_iters=9"], {"num_epochs": 3.0, "max_iters": 60}, {"num_epochs": 0.0}),
         (["--num_epochs=9"], {"max_iters": 60}, {"num_epochs": 9.0}),
         (["--batch_size=9"], {"num_epochs": 3.0, "max_iters": 60}, {"num_epochs": 3.0}),
-        ([], {"save_interval_s": "auto", "cuda_graph": "auto", "quantize": "none"}, {}),
+        ([], {"save_interval_s": "auto", "cuda_graph": "auto", "max_bad_steps": 20}, {}),
     ],
 )
 def test_saved_keys_and_typed_keys_are_joined(tmp_path, options, saved, expected):

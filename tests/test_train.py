@@ -571,13 +571,14 @@ def test_too_many_bad_updates_stop_the_run_and_last_stays_finite(
         original(self, batch_targets)
 
     monkeypatch.setattr(train.TrainStep, "compute", poisoned)
-    options = ["--max_iters=30", "--max_bad_steps=3", "--eval_interval=100"]
+    monkeypatch.setattr(train, "MAX_BAD_STEPS", 3)
+    options = ["--max_iters=30", "--log_interval=100", "--eval_interval=100"]
     assert run(dataset, tmp_path, *options) == 1
     out = capsys.readouterr().out
-    assert "stopping at step 8: the last 3 updates" in out
+    assert "stopping at step 9: the last 4 updates" in out
     assert "Try a lower learning_rate" in out
     assert all(torch.isfinite(t).all() for t in weights(tmp_path).values())
-    assert trainer(tmp_path)["step"] == 8
+    assert trainer(tmp_path)["step"] == 9
 
 
 def test_patience_ends_the_run_and_best_is_kept(dataset, tmp_path, capsys):
