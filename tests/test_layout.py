@@ -98,7 +98,9 @@ def test_model_py_imports_only_torch_the_loss_the_errors_and_the_targets():
         if top == "gpt12":
             assert any(f"{module}.".startswith(f"{name}.") for name in allowed), module
         else:
-            assert top in {"torch", "__future__", "dataclasses", "math", "typing"}, module
+            assert top in {"torch", "__future__", "dataclasses", "functools", "math", "typing"}, (
+                module
+            )
 
 
 def test_the_data_pipeline_imports_of_gpt12_only_errors_files_and_targets():

@@ -121,8 +121,8 @@ def test_texts_go_to_standard_output_and_figures_to_standard_error(start):
     assert status == 0
     assert out == "".join(f"abc{row['text']}\n---------------\n" for row in rows)
     assert "last, step 7, best val loss 1.5" in err
-    assert "27 tokens, first after" in err
-    assert "tokens/s" in err
+    assert err.splitlines()[-1].startswith("3 texts in one batch: 27 tokens, first after")
+    assert err.count("tokens/s") == 1
 
 
 @pytest.mark.parametrize(
@@ -140,16 +140,6 @@ def test_the_pace_counts_from_the_first_token(monkeypatch, steps, told):
     for _ in range(steps):
         speed.count(2)
     assert speed.summary() == told
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_the_speed_is_reported_once_after_the_last_sample(start, monkeypatch, count):
-    order = []
-    monkeypatch.setattr(sample, "show", lambda text: order.append("text"))
-    monkeypatch.setattr(sample, "say", order.append)
-    assert start(f"--num_samples={count}", "--max_new_tokens=5")[0] == 0
-    assert ["tokens/s" in entry for entry in order].count(True) == 1
-    assert "tokens/s" in order[-1]
 
 
 @pytest.mark.parametrize(("options", "texts"), [([], 1), (["--num_samples=2"], 2)])
@@ -520,15 +510,6 @@ def test_a_line_that_is_no_text_does_not_end_a_conversation(start, line):
         (["--start=FILE:/nowhere/prompt.txt"], "prompt file /nowhere/prompt.txt cannot be read"),
         (["--start=" + "x" * 33], "33 tokens"),
         (["--start=abcZ", "--checkpoint=last"], "'Z'"),
-        (["--max_new_tokens=0"], "max_new_tokens"),
-        (["--num_samples=0"], "num_samples"),
-        (["--top_p=0"], "top_p"),
-        (["--top_p=1.01"], "top_p"),
-        (["--min_p=1"], "min_p"),
-        (["--top_k=-1"], "top_k"),
-        (["--temperature=-0.1"], "temperature"),
-        (["--temperature=nan"], "temperature"),
-        (["--repetition_penalty=0"], "repetition_penalty"),
         (["--stop="], "stop"),
         (["--max_token=5"], "max_new_tokens"),
     ],
@@ -632,77 +613,16 @@ def test_standard_input_that_is_no_text_is_refused(start):
     assert "not UTF-8" in err
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(start, out_dir, tmp_path):
-    import shutil
-
-    shutil.copytree(out_dir, tmp_path / "run")
-    file = tmp_path / "run/best/model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
-    status, _, err = start(f"--out_dir={tmp_path / 'run'}")
-    assert status == 2
-    assert str(file) in err
-    (tmp_path / "run/last/tokenizer.json").unlink()
-    assert "tokenizer.json" in start(f"--out_dir={tmp_path / 'run'}", "--checkpoint=last")[2]
-
-
-NUMBERS = st.sampled_from(
-    [
-        "0",
-        "1",
-        "2",
-        "7",
-        "-1",
-        "0.5",
-        "1e-30",
-        "1e30",
-        "1e999",
-        "nan",
-        "None",
-        "True",
-        "",
-        "'3'",
-        "x",
-    ]
-)
+TEXTS = st.text(max_size=40) | st.sampled_from(["-", "FILE:", "FILE:\0", "FILE:/", "/dev/null"])
+NUMBERS = st.sampled_from(["0", "2", "-1", "0.5", "1e-30", "1e30", "nan", "None", "True", "", "x"])
 OPTIONS = st.one_of(
     st.builds(
         "--{}={}".format,
-        st.sampled_from(["temperature", "top_k", "top_p", "min_p", "seed"]),
-        NUMBERS,
+        st.sampled_from(["stop", "system", "start", "out_dir", "init_from"]),
+        TEXTS,
     ),
-    st.builds(
-        "--{}={}".format,
-        st.sampled_from(["num_samples", "max_new_tokens", "repetition_penalty"]),
-        NUMBERS,
-    ),
-    st.builds("--stop={}".format, st.text(max_size=3)),
-    st.builds(
-        "--start={}".format,
-        st.text(max_size=40) | st.sampled_from(["-", "FILE:", "FILE:\0", "FILE:/", "FILE:x" * 900]),
-    ),
-    st.builds(
-        "--{}={}".format,
-        st.sampled_from(["out_dir", "init_from", "checkpoint"]),
-        st.text(max_size=9),
-    ),
-    st.sampled_from(
-        [
-            "--init_from=x.pt",
-            "--init_from=/",
-            "--init_from=resume",
-            "--out_dir=/dev/null",
-            "--checkpoint=last",
-        ]
-    ),
-    st.sampled_from(
-        [
-            "--json",
-            "--interactive",
-            "--dtype=bfloat16",
-            "--device=mps",
-            "--compile=False",
-        ]
-    ),
+    st.builds("--{}={}".format, st.sampled_from(["top_k", "top_p", "temperature"]), NUMBERS),
+    st.sampled_from(["--init_from=x.pt", "--checkpoint=last", "--json", "--interactive"]),
     st.text(max_size=9),
 )
 

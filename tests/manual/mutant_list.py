@@ -81,7 +81,7 @@ MODEL = [
     Mutant(
         "the causal mask is off",
         file="model.py",
-        before="is_causal=mask is None,",
+        before="is_causal=shared.mask is None,",
         after="is_causal=False,",
         test_file="test_model.py",
         test="test_no_position_sees_the_future",
@@ -717,14 +717,14 @@ WRITING = [
         file="gpt12/generate.py",
         before="self._held += self._decoder.decode(self.tokenizer.token_bytes(token))",
         after='self._held += self.tokenizer.token_bytes(token).decode(errors="replace")',
-        test_file="test_text_stream.py",
+        test_file="test_generate.py",
     ),
     Mutant(
         "the beginning of a stop string is shown",
         file="gpt12/generate.py",
         before="return self._show(len(self._held) - self._length_of_possible_stop())",
         after="return self._show(len(self._held))",
-        test_file="test_text_stream.py",
+        test_file="test_generate.py",
     ),
     Mutant(
         "all samples are the same",
