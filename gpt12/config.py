@@ -148,8 +148,8 @@ NOUNS = {
     "number": "a number",
     "boolean": "True or False",
     "null": "None",
-    "string": "text, not empty",
-    "array": "text, not empty",
+    "string": "nonempty text",
+    "array": "nonempty text",
 }
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 

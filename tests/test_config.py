@@ -254,8 +254,8 @@ def test_text_on_the_command_line_of_sampling_becomes_a_typed_value(write):
         ("--val_fraction=1", "a number > 0 and < 1"),
         ("--decay_fraction=0", "a number > 0 and <= 1"),
         ("--device=gpu", "auto or cpu or mps or cuda or cuda:1"),
-        ("--out_dir=", "text, not empty"),
-        ("--out_dir", "text, not empty"),
+        ("--out_dir=", "nonempty text"),
+        ("--out_dir", "nonempty text"),
         ("--seed=-1", "a whole number >= 0"),
     ],
 )
@@ -340,7 +340,7 @@ def test_a_mistake_on_the_command_line_gets_advice(argv, message):
         ("n_layer = 2\nn_head = = 2\n", "2: SyntaxError: "),
         ("import no_such_module_at_all\n", "1: ModuleNotFoundError: "),
         ("raise SystemExit('enough')\n", "1: SystemExit: enough"),
-        ("out_dir = 3", "1: out_dir=3 must be text, not empty"),
+        ("out_dir = 3", "1: out_dir=3 must be nonempty text"),
     ],
 )
 def test_a_mistake_in_a_file_is_reported_with_its_line(text, problem, write):
