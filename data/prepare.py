@@ -1,34 +1,40 @@
 """Turn documents into the train and val shards of a data set, in constant memory.
 
-An interrupted preparation continues where it was.
+The documents are tokenized on all cores. Texts are written one after another, and an interrupted
+preparation goes on where it was. Instruction data, whose examples must not see each other, are
+packed into rows of a fixed length.
 """
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from data.encode import encode_pieces
-from data.rows import RowWriter
-from data.shards import CHUNK_TOKENS, TRAINED, UINT8, ShardWriter, Tokens
-from data.texts import CommonEnding, Documents, Piece, chat_pieces
+from data.shards import CHUNK_TOKENS, EXAMPLE_START, TRAINED, UINT8, ShardWriter, Tokens
+from data.texts import CommonEnding, Documents, Piece
 from data.tokenizers import CharTokenizer, Tokenizer
 from gpt12.errors import UserError
 from gpt12.files import lock_folder, write_atomically
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
+BATCH_CHARACTERS = 500_000  # a thread's share at a time: handing it over then costs little
 FEW_DOCUMENTS = 20  # fewer texts are split by tokens: one of them may be most of the data
 SAVE_TOKENS = 20_000_000  # tokens between two saves of the progress
+OPEN_ROWS = 64  # rows that wait for an example that still fits
+# Version of the rows and of what meta.json says about them. What an older version packed is packed
+# again.
+ROW_FORMAT = 3
+
+Encoded = tuple[int, Piece, np.ndarray]  # a document's index, one of its pieces, the piece's ids
 
 
 def prepare_texts(
@@ -40,107 +46,75 @@ def prepare_texts(
     *,
     block_size: int = 1024,
     max_tokens: int | None = None,
-    expected_tokens: int | None = None,
+    text_bytes: int | None = None,
 ) -> None:
     """Write the train and val shards and meta.json of some documents into a folder.
 
-    If this is killed and called again, it continues and leaves the same shards. Instruction data,
-    which are small, start again; they are packed into rows of block_size tokens.
+    If this is killed and called again, it goes on after the last saved text and leaves the same
+    shards. Instruction data, which are small, start again; their rows have block_size tokens.
 
     max_tokens: leave out the documents after this many tokens.
-    expected_tokens: for the progress bar, if neither max_tokens nor the files' size says the end.
+    text_bytes: how many bytes of text there are, for the progress bar; default: the files' size.
     Raises UserError for texts that cannot be read, or that are too short to train and validate on.
     """
     from tqdm import tqdm
 
     split = ValidationSplit(documents, val_fraction)
-    source_bytes = sum(file.stat().st_size for file in documents.files)
-    meta = _describe_tokenizer(tokenizer)
+    if text_bytes is None and documents.files:
+        text_bytes = sum(file.stat().st_size for file in documents.files)
+    meta = describe_tokenizer(tokenizer)
     locked = f"Another process is preparing the data in {folder}. Wait until it has ended."
     with lock_folder(folder, if_locked=locked):
-        made_by = _made_by(documents, tokenizer, val_fraction)
-        so_far = PreparationProgress(made_by)
+        progress = Progress()
         if documents.kind == "text":
-            so_far = PreparationProgress.load(folder, made_by)
+            progress = Progress.load(folder)
         with tqdm(
             desc=name,
-            total=max_tokens or expected_tokens,
-            initial=so_far.train + so_far.val,
-            unit=" tokens",
+            total=text_bytes,
+            initial=progress.size,
+            unit="B",
             unit_scale=True,
             disable=None,  # no bar in a log file
         ) as bar:
-            encoded = _encode_documents(documents, tokenizer, so_far, bar, source_bytes, max_tokens)
+            encoded = _encode_documents(documents, tokenizer, progress, bar, max_tokens)
             if documents.kind == "text":
-                _write_texts(encoded, split, so_far, folder, tokenizer.dtype)
+                _write_texts(encoded, split, progress, folder, tokenizer.dtype)
             else:
-                ending = CommonEnding()
-                cut = _write_rows(encoded, split, so_far, folder, tokenizer, block_size, ending)
-                meta |= {"kind": documents.kind, "row": block_size, "cut": cut}
-                if documents.kind == "prompt":
-                    meta["prompt_ending"] = ending.text()
-        if min(so_far.train, so_far.val) < 2:
-            raise UserError(_too_short(name, so_far, meta))
-        meta |= {"documents": so_far.documents, "source_sha256": so_far.source_sha256}
+                meta |= _write_rows(encoded, split, progress, folder, tokenizer, block_size)
+                meta["kind"] = documents.kind
+        if min(progress.train, progress.val) < 2:
+            raise UserError(_too_short(name, progress, meta))
+        meta |= {"documents": progress.documents, "source_sha256": progress.source_sha256}
+        if tokenizer.name == "model":
+            tokenizer.save(folder)
         write_atomically(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
         (folder / "progress.json").unlink(missing_ok=True)
 
 
-def _describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return what meta.json says about the tokenizer."""
     return {
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": tokenizer.sha256,
-        "vocab_size": len(tokenizer.names),  # without added tokens, which no text becomes
-        "chars": "".join(tokenizer.names) if isinstance(tokenizer, CharTokenizer) else None,
+        "vocab_size": tokenizer.text_ids,
+        "chars": "".join(tokenizer.names) if tokenizer.name == "char" else None,
     }
 
 
-def _made_by(documents: Documents, tokenizer: Tokenizer, val_fraction: float) -> list[Any]:
-    """Return everything that decides what the shards hold."""
-    stats = [file.stat() for file in documents.files]
-    size = sum(stat.st_size for stat in stats)
-    changed = max((stat.st_mtime_ns for stat in stats), default=0)
-    return [
-        documents.source,
-        documents.text_column,
-        size,
-        changed,
-        tokenizer.sha256,
-        val_fraction,
-    ]
-
-
-def _too_short(name: str, so_far: PreparationProgress, meta: dict[str, Any]) -> str:
-    tokens = so_far.train + so_far.val
+def _too_short(name: str, progress: Progress, meta: dict[str, Any]) -> str:
+    tokens = progress.train + progress.val
     message = f"{name} is too short to train on and to validate: it has {tokens} tokens."
     if meta.get("cut"):
         message += (
-            f" {meta['cut']} of {so_far.documents} examples were longer than a row of "
+            f" {meta['cut']} of {progress.documents} examples were longer than a row of "
             f"{meta['row']} tokens, and left out if nothing of the answer remained. Shorten them, "
             "or pass a larger --block_size=."
         )
     return message
 
 
-def check_characters(name: str, documents: Documents, tokenizer: CharTokenizer) -> None:
-    """Raise UserError if a tokenizer of another data set lacks characters of these documents.
-
-    name: the data set's name, for messages.
-    """
-    if documents.kind == "messages":
-        heading = chat_pieces([{"role": "assistant", "content": ""}])[0].text
-        unknown = sorted(set(heading).difference(tokenizer.names))
-        if unknown:
-            raise UserError(
-                f"{name} holds conversations, and the tokenizer does not know "
-                f"{', '.join(map(repr, unknown))}, which the chat template's heading {heading!r} "
-                'needs. Give them as "prompt" and "completion", which are taken as they are.'
-            )
-    found: set[str] = set()
-    for piece in documents:
-        found.update(piece.text)
-    tokenizer.check_characters(found, source=name)
+# --------------------------------------------------------------------------------------------------
+# Which split
 
 
 class ValidationSplit:
@@ -172,81 +146,96 @@ def _hash_below_one(document: int) -> float:
     return int.from_bytes(digest[:4], "little") / 2**32
 
 
-@dataclass
-class PreparationProgress:
-    """How far a preparation has come, as saved in progress.json beside the shards."""
+# --------------------------------------------------------------------------------------------------
+# Tokenizing
 
-    made_by: list[Any]
+
+@dataclass
+class Progress:
+    """How far a preparation has come. progress.json keeps it beside the shards."""
+
     documents: int = 0  # read to their end
-    pieces: int = 0  # read of the document after these
     size: int = 0  # bytes read, as UTF-8
     train: int = 0  # tokens written
     val: int = 0
     source_sha256: str = ""  # each piece is hashed together with the hash of all pieces before it
 
     @classmethod
-    def load(cls, folder: Path, made_by: list[Any]) -> PreparationProgress:
-        """Return where an interrupted preparation of the same texts was, else the beginning."""
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            content = json.loads((folder / "progress.json").read_bytes())
-            so_far = cls(**content)
-            if so_far.made_by == made_by:
-                return so_far
-        return cls(made_by)
+    def load(cls, folder: Path) -> Progress:
+        """Return where an interrupted preparation was, else the beginning."""
+        file = folder / "progress.json"
+        return cls(**json.loads(file.read_bytes())) if file.exists() else cls()
 
     def save(self, folder: Path) -> None:
         """Write progress.json. The tokens that it counts must be on the disk."""
         write_atomically(folder / "progress.json", json.dumps(asdict(self)).encode())
 
-    def add(self, piece: Piece) -> None:
-        """Count a piece that was read."""
-        text = piece.text.encode("utf-8", "surrogatepass")
+    def add(self, piece: Piece) -> int:
+        """Count a piece that was read, and return its size."""
+        text = piece.text.encode()
         before = bytes.fromhex(self.source_sha256)
         self.source_sha256 = hashlib.sha256(before + text).hexdigest()
         self.size += len(text)
-        if piece.last:
-            self.documents += 1
-            self.pieces = 0
-        else:
-            self.pieces += 1
-
-
-class EncodedPiece(NamedTuple):
-    """A piece with the index of its document, and its ids with those that end it."""
-
-    document: int
-    piece: Piece
-    ids: np.ndarray
+        self.documents += piece.last
+        return len(text)
 
 
 def _encode_documents(
     documents: Documents,
     tokenizer: Tokenizer,
-    so_far: PreparationProgress,
-    bar: tqdm,
-    source_bytes: int,
+    progress: Progress,
+    bar: Any,
     max_tokens: int | None,
-) -> Iterator[EncodedPiece]:
-    """Yield everything after `so_far` in order, and keep it and the bar up to date.
+) -> Iterator[Encoded]:
+    """Yield every piece after `progress` with its ids, and keep progress and bar up to date.
 
-    A document comes in pieces: the parts of a long text, the prompt and the answer of an example.
-    source_bytes: the size of the files, from which the bar's end is estimated; 0 if unknown.
+    Threads encode some batches ahead while the caller writes the ones before. (The tokenizers let
+    other threads run meanwhile.)
     """
-    # so_far.pieces: those of the document in progress that are encoded already.
-    rest = itertools.islice(documents.skip(so_far.documents), so_far.pieces, None)
-    tokens = so_far.train + so_far.val
-    estimate_total = bar.total is None and source_bytes > 0
-    for piece, ids in encode_pieces(rest, tokenizer, _end_ids(documents, tokenizer)):
-        begins_document = so_far.pieces == 0
+    end = np.array(_end_ids(documents, tokenizer), tokenizer.dtype)
+
+    def encode(batch: list[Piece]) -> list[tuple[Piece, np.ndarray]]:
+        encoded = []
+        for piece in batch:
+            ids = tokenizer.encode(piece.text)
+            encoded.append((piece, np.concatenate((ids, end)) if piece.end else ids))
+        return encoded
+
+    def encode_all() -> Iterator[tuple[Piece, np.ndarray]]:
+        cores = os.cpu_count() or 1
+        waiting: collections.deque[Future[list[tuple[Piece, np.ndarray]]]] = collections.deque()
+        with ThreadPoolExecutor(cores) as threads:
+            for batch in _batches(documents.skip(progress.documents)):
+                waiting.append(threads.submit(encode, batch))
+                if len(waiting) > 2 * cores:
+                    yield from waiting.popleft().result()
+            for future in waiting:
+                yield from future.result()
+
+    tokens = progress.train + progress.val
+    begins_document = True
+    for piece, ids in encode_all():
         if max_tokens is not None and tokens >= max_tokens and begins_document:
             return
-        document = so_far.documents
-        so_far.add(piece)
+        document = progress.documents
+        bar.update(progress.add(piece))
         tokens += len(ids)
-        if estimate_total and so_far.size > 0:
-            bar.total = tokens * source_bytes // so_far.size
-        bar.update(len(ids))
-        yield EncodedPiece(document, piece, ids)
+        begins_document = piece.last
+        yield document, piece, ids
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Yield the pieces in lists of BATCH_CHARACTERS or a little more."""
+    batch: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch = []
+            characters = 0
+    yield batch
 
 
 def _end_ids(documents: Documents, tokenizer: Tokenizer) -> list[int]:
@@ -261,71 +250,84 @@ def _end_ids(documents: Documents, tokenizer: Tokenizer) -> list[int]:
     return []
 
 
+def check_characters(name: str, documents: Documents, tokenizer: CharTokenizer) -> None:
+    """Raise UserError if a tokenizer of another data set lacks characters of these documents.
+
+    name: the data set's name, for messages.
+    """
+    found: set[str] = set()
+    for piece in documents:
+        found.update(piece.text)
+    if documents.kind == "messages" and not set("#:\n").issubset(tokenizer.names):
+        raise UserError(
+            f"{name} holds conversations, and the tokenizer does not know all characters of the "
+            "chat template's headings, such as '### Assistant:'. "
+            'Give them as "prompt" and "completion", which are taken as they are.'
+        )
+    tokenizer.check_characters(found, source=name)
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts
+
+
 def _write_texts(
-    encoded: Iterator[EncodedPiece],
+    encoded: Iterator[Encoded],
     split: ValidationSplit,
-    so_far: PreparationProgress,
+    progress: Progress,
     folder: Path,
     dtype: np.dtype,
 ) -> None:
     """Write texts as shards, and save the progress now and then."""
-    train = ShardWriter(folder, "train", dtype, start=so_far.train)
-    val = ShardWriter(folder, "val", dtype, start=so_far.val)
-    saved = so_far.train + so_far.val
-    for document, _, ids in encoded:
+    train = ShardWriter(folder, "train", dtype, start=progress.train)
+    val = ShardWriter(folder, "val", dtype, start=progress.val)
+    saved = progress.train + progress.val
+    for document, piece, ids in encoded:
         writer = val if document in split else train
         writer.add(ids)
-        so_far.train = train.count
-        so_far.val = val.count
-        if so_far.train + so_far.val - saved >= SAVE_TOKENS:
+        progress.train = train.count
+        progress.val = val.count
+        if piece.last and train.count + val.count - saved >= SAVE_TOKENS:
             train.flush()
             val.flush()
-            so_far.save(folder)
-            saved = so_far.train + so_far.val
+            progress.save(folder)
+            saved = train.count + val.count
     train.close()
-    if so_far.val == 0 and so_far.train >= 2:
-        _move_end_to_val(val, split.fraction, so_far, folder, dtype)
+    if val.count == 0 and train.count >= 2:
+        (folder / "progress.json").unlink(missing_ok=True)  # what follows is not repeatable
+        progress.train = min(int(train.count * (1 - split.fraction)), train.count - 2)
+        _move_end(val, folder, keep=progress.train)
+        progress.val = val.count
     val.close()
 
 
-def _move_end_to_val(
-    val: ShardWriter, fraction: float, so_far: PreparationProgress, folder: Path, dtype: np.dtype
-) -> None:
-    """Move the last tokens from train to val, at least two.
-
-    If this is killed before the progress is saved, train still holds all tokens. If it is killed
-    afterwards, both hold the end, and the ShardWriter that starts at `keep` removes it from train.
-    """
-    keep = min(int(so_far.train * (1 - fraction)), so_far.train - 2)
+def _move_end(val: ShardWriter, folder: Path, keep: int) -> None:
+    """Move all but the first `keep` tokens from the train shards to val."""
     tokens = Tokens.open(folder, "train")
     for start in range(keep, len(tokens), CHUNK_TOKENS):
         length = min(CHUNK_TOKENS, len(tokens) - start)
         val.add(tokens.gather(np.array([start]), length)[0])
     tokens.close()
-    val.flush()
-    so_far.train = keep
-    so_far.val = val.count
-    so_far.save(folder)
-    train = ShardWriter(folder, "train", dtype, start=keep)
-    train.close()
+    ShardWriter(folder, "train", val.dtype, start=keep).close()
+
+
+# --------------------------------------------------------------------------------------------------
+# Instruction data
 
 
 def _write_rows(
-    encoded: Iterator[EncodedPiece],
+    encoded: Iterator[Encoded],
     split: ValidationSplit,
-    so_far: PreparationProgress,
+    progress: Progress,
     folder: Path,
     tokenizer: Tokenizer,
     block_size: int,
-    ending: CommonEnding,
-) -> int:
-    """Write instruction data as rows. Return how many examples were too long and were cut.
-
-    ending: is told each prompt.
-    """
+) -> dict[str, Any]:
+    """Write instruction data as rows. Return what meta.json says about them."""
     padding = tokenizer.eot or 0
     train = RowWriter(folder, "train", tokenizer.dtype, block_size, padding)
     val = RowWriter(folder, "val", tokenizer.dtype, block_size, padding)
+    ending = CommonEnding()
     ids_of_example: list[np.ndarray] = []
     mask_of_example: list[np.ndarray] = []
     for document, piece, ids in encoded:
@@ -340,6 +342,82 @@ def _write_rows(
             mask_of_example = []
     train.close()
     val.close()
-    so_far.train = train.tokens.count
-    so_far.val = val.tokens.count
-    return train.cut + val.cut
+    progress.train = train.tokens.count
+    progress.val = val.tokens.count
+    return {"row": block_size, "cut": train.cut + val.cut, "prompt_ending": ending.text()}
+
+
+@dataclass
+class Row:
+    """A row that is not full yet: the ids and masks of its examples."""
+
+    room: int  # tokens that still fit
+    ids: list[np.ndarray] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)
+
+
+class RowWriter:
+    """Pack examples whole into rows of `size` tokens, and write them as shards and mask shards.
+
+    An example goes into the first open row that has room for it. One that is longer than a row is
+    cut, and left out if nothing trained remains. An example's first token is never a target,
+    because no token of the example comes before it.
+
+    The mask says where each example starts. So the model can keep attention inside an example and
+    count positions from its start: an example is computed as if it were alone.
+
+    padding: the id that fills the end of a row.
+    cut: examples so far that were longer than a row.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, size: int, padding: int) -> None:
+        self.tokens = ShardWriter(folder, split, dtype)
+        self.mask = ShardWriter(folder, f"{split}_mask", UINT8)
+        self.size = size
+        self.padding = padding
+        self.cut = 0
+        self._open_rows: list[Row] = []
+
+    def add(self, ids: np.ndarray, mask: np.ndarray) -> None:
+        """Place one example. mask is TRAINED where a token is a target, else 0."""
+        if len(ids) > self.size:
+            self.cut += 1
+            ids = ids[: self.size]
+            mask = mask[: self.size]
+        mask = np.concatenate([[EXAMPLE_START], mask[1:]])
+        if TRAINED not in mask:
+            return
+        row = self._row_with_room(len(ids))
+        row.ids.append(ids)
+        row.masks.append(mask)
+        row.room -= len(ids)
+
+    def _row_with_room(self, tokens: int) -> Row:
+        for row in self._open_rows:
+            if row.room >= tokens:
+                return row
+        if len(self._open_rows) == OPEN_ROWS:
+            self._write(self._open_rows.pop(0))
+        row = Row(room=self.size)
+        self._open_rows.append(row)
+        return row
+
+    def _write(self, row: Row) -> None:
+        ids = np.concatenate([*row.ids, np.full(row.room, self.padding)])
+        mask = np.concatenate([*row.masks, np.zeros(row.room, UINT8)])
+        self.tokens.add(ids)
+        self.mask.add(mask)
+
+    def close(self) -> None:
+        """Write the rows that are still open, and one token after them.
+
+        Targets are the inputs shifted by one, so the last row needs a token to end with.
+        """
+        for row in self._open_rows:
+            self._write(row)
+        self._open_rows = []
+        if self.tokens.count > 0:
+            self.tokens.add(np.array([self.padding]))
+            self.mask.add(np.zeros(1, UINT8))
+        self.tokens.close()
+        self.mask.close()

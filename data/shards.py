@@ -23,12 +23,12 @@ import os
 import re
 import struct
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
 from gpt12.errors import UserError
-from gpt12.files import remove_link, sync
+from gpt12.files import sync
 
 HEADER_BYTES = 1024
 SHARD_TOKENS = 100_000_000  # tokens in a full shard, as in the published FineWeb shards
@@ -61,10 +61,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write one shard from a 1-D array of uint16, uint32 or (for a mask) uint8.
-
-    A crash at any moment leaves either the old file or the whole new one.
-    """
+    """Write one shard from a 1-D array of uint16, uint32 or (for a mask) uint8."""
     with _create(path) as file:
         file.write(tokens.tobytes())
         _publish(file, path, tokens.dtype)
@@ -77,9 +74,7 @@ def _temporary(path: Path) -> Path:
 
 def _create(path: Path) -> BinaryIO:
     """Open a new temporary file for a shard and leave room for its header."""
-    temporary = _temporary(path)
-    remove_link(temporary)
-    file = temporary.open("wb")
+    file = _temporary(path).open("wb")
     file.write(bytes(HEADER_BYTES))
     return file
 
@@ -105,6 +100,9 @@ class ShardWriter:
 
     A shard has the ending .bin.tmp until it is complete, so a file that ends in .bin is always
     whole.
+
+    start: go on after this many tokens of an interrupted writer. What lies after them is removed.
+    count: tokens written so far.
     """
 
     def __init__(
@@ -115,68 +113,43 @@ class ShardWriter:
         shard_tokens: int = SHARD_TOKENS,
         start: int = 0,
     ) -> None:
-        """Start a stream, or continue one after `start` tokens of an interrupted writer.
-
-        Whatever that writer wrote after those tokens is removed.
-
-        Raises UserError if fewer than `start` tokens are on the disk.
-        """
         self.folder = folder
         self.stem = stem
         self.dtype = dtype
         self.shard_tokens = shard_tokens
-        self.count = start  # tokens written so far
-        self._path = folder  # the final name of the shard that is being written
+        self.count = start
         self._file: BinaryIO | None = None
-        self._keep_first(start)
-
-    def _shard_path(self, index: int) -> Path:
-        return self.folder / f"{self.stem}_{index:06d}.bin"
-
-    def _keep_first(self, start: int) -> None:
-        """Remove what lies after the first `start` tokens, and reopen the shard they end in."""
-        found = 0
-        for path in sorted(self.folder.glob(f"{self.stem}_{'[0-9]' * 6}.bin*")):
-            index = int(path.name[len(self.stem) + 1 :][:6])
-            wanted = min(start - index * self.shard_tokens, self.shard_tokens)
-            if wanted <= 0:
+        index, held = divmod(start, shard_tokens)
+        for path in folder.glob(f"{stem}_{'[0-9]' * 6}.bin*"):
+            if int(path.name[len(stem) + 1 :][:6]) >= index + bool(held):
                 path.unlink()
-                continue
-            held = (path.stat().st_size - HEADER_BYTES) // self.dtype.itemsize
-            found += max(0, min(wanted, held))
-            if wanted < self.shard_tokens:
-                self._reopen(path, index, wanted)
-        if found != start:
-            raise UserError(
-                f"{self.folder} has fewer {self.stem} tokens than its progress.json says. "
-                "Delete progress.json and prepare the data again."
-            )
+        if held > 0:
+            path = self._path()
+            if path.exists():
+                path.replace(_temporary(path))
+            self._file = _temporary(path).open("r+b")
+            self._file.truncate(HEADER_BYTES + held * dtype.itemsize)
+            self._file.seek(0, os.SEEK_END)
 
-    def _reopen(self, path: Path, index: int, tokens: int) -> None:
-        """Go on writing a shard after its first `tokens` tokens."""
-        self._path = self._shard_path(index)
-        self._file = path.replace(_temporary(self._path)).open("r+b")
-        self._file.truncate(HEADER_BYTES + tokens * self.dtype.itemsize)
-        self._file.seek(0, os.SEEK_END)
+    def _path(self) -> Path:
+        """Return the final name of the shard that the next token belongs to."""
+        return self.folder / f"{self.stem}_{self.count // self.shard_tokens:06d}.bin"
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append a 1-D array of ids. Raises ValueError if an id does not fit the shard's type."""
-        if len(tokens) > 0 and int(tokens.max()) > np.iinfo(self.dtype).max:
-            raise ValueError(
-                f"id {tokens.max()} does not fit into {self.dtype}"
-            )  # a cast would wrap it
+        """Append a 1-D array of ids that fit the shard's type."""
+        assert tokens.max(initial=0) <= np.iinfo(self.dtype).max, "a cast would wrap this id"
         tokens = np.ascontiguousarray(tokens, self.dtype)
         while len(tokens) > 0:
+            path = self._path()
             if self._file is None:
-                self._path = self._shard_path(self.count // self.shard_tokens)
-                self._file = _create(self._path)
-            room = self.shard_tokens - self.count % self.shard_tokens
-            part = tokens[:room]
-            tokens = tokens[room:]
+                self._file = _create(path)
+            part = tokens[: self.shard_tokens - self.count % self.shard_tokens]
+            tokens = tokens[len(part) :]
             self._file.write(part.data)
             self.count += len(part)
-            if len(part) == room:
-                self.close()
+            if self.count % self.shard_tokens == 0:
+                _publish(self._file, path, self.dtype)
+                self._file = None
 
     def flush(self) -> None:
         """Force all tokens so far to the disk, so that a later writer can start after them."""
@@ -187,7 +160,7 @@ class ShardWriter:
     def close(self) -> None:
         """Complete the last shard even if it is not full."""
         if self._file is not None:
-            _publish(self._file, self._path, self.dtype)
+            _publish(self._file, self._path(), self.dtype)
             self._file = None
 
 
@@ -221,12 +194,10 @@ class Shard(NamedTuple):
 class Tokens:
     """The shards of a split, read through memory maps as one sequence of tokens.
 
-    Opening reads each header and compares it with the length of the file. A shard that is cut
-    short, or that is no shard, is a UserError then. A shard that becomes shorter between opening
-    and its first use is a UserError, too. Do not shorten a shard that is in use: reading a page
-    that a map has lost ends the process (SIGBUS).
+    Opening reads each header and compares it with the length of the file. Do not shorten a shard
+    that is in use: reading a page that a map has lost ends the process (SIGBUS).
 
-    paths: the shard files. dtype: the type of a token.
+    paths: the shard files. dtype: the type of a token in the first of them.
     mask: the split's mask shards as Tokens of the same length, or None.
     """
 
@@ -238,15 +209,9 @@ class Tokens:
         self._shards = [_inspect(path, is_mask) for path in paths]
         self.dtype = self._shards[0].dtype
         self._ends = list(itertools.accumulate(shard.length for shard in self._shards))
-        self._vocab_size: int | None = None
+        self._vocab_size = math.inf
         self._map = functools.lru_cache(maxsize=MAX_OPEN_MAPS)(_map_shard)
-        for shard in self._shards:
-            if shard.dtype != self.dtype:
-                raise UserError(
-                    f"{shard.path} holds {shard.dtype} and {paths[0]} holds {self.dtype}. "
-                    "They seem to belong to two data sets: move one of them to another folder."
-                )
-        if mask is not None and mask._ends != self._ends:
+        if mask is not None and len(mask) != len(self):
             raise UserError(
                 f"The mask shards in {paths[0].parent} do not fit the token shards. "
                 "Prepare the data again."
@@ -274,30 +239,23 @@ class Tokens:
             self.mask.close()
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return the windows of `length` tokens that begin at `starts`: (len(starts), length).
+        """Return the windows of `length` tokens from `starts` on: int64 (len(starts), length).
 
-        A window may cross the borders of shards. Raises ValueError for a window outside the split,
-        and UserError for an id over the vocabulary that check_vocab was told.
+        A window may cross the borders of shards. Raises UserError for an id over the vocabulary
+        that check_vocab was told.
         """
-        windows = np.empty((len(starts), length), self.dtype)
+        windows = np.empty((len(starts), length), np.int64)
         for window, start in zip(windows, starts.tolist()):
-            if not 0 <= start <= len(self) - length:
-                raise ValueError(
-                    f"window [{start}, {start + length}) is outside the {len(self)} tokens"
-                )
-            self._read(start, window)
-        if self._vocab_size is not None:
-            self._check_ids(starts, windows, self._vocab_size)
+            assert 0 <= start <= len(self) - length, f"window at {start} is outside the split"
+            filled = 0
+            while filled < length:
+                shard, first = self._locate(start + filled)
+                part = self._map(shard)[first : first + length - filled]
+                window[filled : filled + len(part)] = part
+                filled += len(part)
+        if windows.max(initial=0) >= self._vocab_size:
+            self._report_id(starts, windows)
         return windows
-
-    def _read(self, start: int, window: np.ndarray) -> None:
-        """Fill a window with the tokens from `start` on."""
-        filled = 0
-        while filled < len(window):
-            shard, first = self._locate(start + filled)
-            part = self._map(shard)[first : first + len(window) - filled]
-            window[filled : filled + len(part)] = part
-            filled += len(part)
 
     def _locate(self, position: int) -> tuple[Shard, int]:
         """Return the shard that holds a position of the split, and the position within it."""
@@ -305,15 +263,12 @@ class Tokens:
         shard = self._shards[index]
         return shard, position - (self._ends[index] - shard.length)
 
-    def _check_ids(self, starts: np.ndarray, windows: np.ndarray, vocab_size: int) -> None:
-        """Raise UserError if an id in the windows is not below vocab_size."""
-        if windows.size == 0 or int(windows.max()) < vocab_size:
-            return
-        row, column = np.argwhere(windows >= vocab_size)[0].tolist()
+    def _report_id(self, starts: np.ndarray, windows: np.ndarray) -> NoReturn:
+        row, column = np.argwhere(windows >= self._vocab_size)[0].tolist()
         shard, position = self._locate(int(starts[row]) + column)
         raise UserError(
             f"{shard.path}: token {position} is {windows[row, column]}, but the vocabulary has "
-            f"ids 0 to {vocab_size - 1}. "
+            f"ids 0 to {self._vocab_size - 1}. "
             "The file is damaged, or another tokenizer made it. Prepare the data again."
         )
 
@@ -325,15 +280,13 @@ class Tokens:
         without saying where it is.
         """
         self._vocab_size = vocab_size
-        chunks = range(0, len(self), CHUNK_TOKENS)
-        stride = max(1, math.ceil(len(chunks) / MAX_CHECKED_CHUNKS))
-        self._largest_id(chunks[::stride])
+        self.max_id(MAX_CHECKED_CHUNKS)
 
-    def max_id(self) -> int:
-        """Return the largest id of the whole split."""
-        return self._largest_id(range(0, len(self), CHUNK_TOKENS))
-
-    def _largest_id(self, chunk_starts: range) -> int:
+    def max_id(self, most_chunks: int | None = None) -> int:
+        """Return the largest id of the whole split, or of this many chunks spread over it."""
+        chunk_starts = range(0, len(self), CHUNK_TOKENS)
+        if most_chunks is not None:
+            chunk_starts = chunk_starts[:: math.ceil(len(chunk_starts) / most_chunks) or 1]
         largest = 0
         for start in chunk_starts:
             chunk = self.gather(np.array([start]), min(CHUNK_TOKENS, len(self) - start))
@@ -343,57 +296,30 @@ class Tokens:
 
 def _map_shard(shard: Shard) -> np.ndarray:
     """Map the tokens of a shard into memory, read-only."""
-    try:
-        tokens = np.memmap(
-            shard.path, shard.dtype, mode="r", offset=shard.offset, shape=(shard.length,)
-        )
-    except ValueError:
-        raise UserError(
-            f"{shard.path} has become shorter since it was opened. Prepare the data again."
-        ) from None
-    except OSError as error:
-        raise UserError(f"{shard.path} cannot be read: {error.strerror}.") from None
+    tokens = np.memmap(
+        shard.path, shard.dtype, mode="r", offset=shard.offset, shape=(shard.length,)
+    )
     return np.asarray(tokens)  # slices of np.memmap itself are slow
 
 
 def _inspect(path: Path, is_mask: bool) -> Shard:
     """Read a shard's header. Raises UserError if it does not agree with the file's length."""
     try:
-        if not path.is_file():  # opening a pipe would wait forever
-            raise UserError(f"{path} cannot be read: it is not a regular file.")
         with path.open("rb") as file:
             header = file.read(12).ljust(12, b"\0")
-            size = os.fstat(file.fileno()).st_size
+            size = file.seek(0, os.SEEK_END)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     magic, version, count = struct.unpack("<3i", header)
-    dtypes = (UINT8,) if is_mask else (UINT16, UINT32)
-    for dtype in dtypes:
-        if magic == FORMATS[dtype][0]:
-            _check_header(path, dtype, version, count, size)
+    for dtype in (UINT8,) if is_mask else (UINT16, UINT32):
+        expected = HEADER_BYTES + count * dtype.itemsize
+        if (magic, version) == FORMATS[dtype] and size == expected:
             return Shard(path, dtype, count, offset=HEADER_BYTES)
-    if path.name in BARE_NAMES:
-        return _inspect_bare(path, size)
+    is_bare = path.name in BARE_NAMES and magic not in (20240520, 20240801)
+    if is_bare and size % UINT16.itemsize == 0:
+        return Shard(path, UINT16, size // UINT16.itemsize, offset=0)
     raise UserError(
-        f"{path} is not a token shard: it begins with {magic}, not with {FORMATS[UINT16][0]}, "
-        "as a shard in llm.c's layout does."
-    )
-
-
-def _inspect_bare(path: Path, size: int) -> Shard:
-    if size % UINT16.itemsize != 0:
-        raise UserError(
-            f"{path} was cut short: {size:,} bytes are not a whole number of uint16 tokens."
-        )
-    return Shard(path, UINT16, size // UINT16.itemsize, offset=0)
-
-
-def _check_header(path: Path, dtype: np.dtype, version: int, count: int, size: int) -> None:
-    expected = HEADER_BYTES + count * dtype.itemsize
-    if version == FORMATS[dtype][1] and count >= 0 and size == expected:
-        return
-    problem = "was cut short" if size < expected else "has a damaged header"
-    raise UserError(
-        f"{path} {problem}: its header says version {version} and {count:,} tokens, which is "
-        f"{expected:,} bytes, and the file has {size:,}. Prepare or download it again."
+        f"{path} is not a whole token shard in llm.c's layout: its header says magic number "
+        f"{magic}, version {version} and {count:,} tokens, and it has {size:,} bytes. "
+        "Prepare or download it again."
     )

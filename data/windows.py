@@ -5,7 +5,7 @@ order. What an evaluation sees is always the same.
 
 A batch is the windows' inputs and targets. For instruction data (a split with a mask) a third array
 gives the example starts: for each input token, the index in its window of the first token of the
-example that it belongs to. A window of such data is a row of whole examples (data/rows.py).
+example that it belongs to. A window of such data is a row of whole examples (data/prepare.py).
 
 B: windows in a batch. T: block_size, tokens in a window.
 """

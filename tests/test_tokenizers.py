@@ -9,18 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data.tokenizers import (
-    ByteTokenizer,
-    CharTokenizer,
-    GPT2Tokenizer,
-    from_meta,
-    load_tokenizer,
-)
+from data.prepare import describe_tokenizer
+from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, from_meta, load_tokenizer
 from gpt12.errors import UserError
-from tests.tiny_bpe import END, MERGES, TINY, encode_slowly, tiny
+from tests.tiny_bpe import END, encode_slowly, tiny, tiny_library
 
 TEXT = "  The cat's   bath\n\n\tcan't 123four\r\n <|endoftext|> naïve 猫🙂\u3000½  \n"
 
@@ -66,25 +62,13 @@ def test_the_character_tokenizer_refuses_unknown_characters():
         said = rf"does not know 1 of the characters: .*U\+{ord(missing):04X}"
         with pytest.raises(UserError, match=said):
             chars.encode(f"th{missing}t")
-
-
-def test_the_message_about_unknown_characters_lists_them_all_and_names_the_way_out():
     with pytest.raises(UserError) as caught:
-        CharTokenizer("ab").encode("abécbaéz")
+        CharTokenizer("ab").encode("abécbaéz" + "".join(map(chr, range(0x4E00, 0x4E00 + 1000))))
     message = str(caught.value)
-    assert "does not know 3 of the characters: 'c' (U+0063), 'z' (U+007A), 'é' (U+00E9)." in message
+    assert "1,003 of the characters: 'c' (U+0063), 'z' (U+007A), 'é' (U+00E9), '一'" in message
+    assert message.count("(U+") == 20 and "and 983 more" in message
     command = "python train.py config/train_shakespeare_cpu.py --dataset=my.txt --tokenizer=char"
     assert command in message
-    assert "--tokenizer=bytes" in message
-
-
-def test_the_message_about_unknown_characters_shows_at_most_twenty():
-    with pytest.raises(UserError) as caught:
-        CharTokenizer("a").encode("".join(map(chr, range(0x4E00, 0x4E00 + 1234))))
-    message = str(caught.value)
-    assert "does not know 1,234 of the characters" in message
-    assert message.count("(U+") == 20
-    assert "and 1,214 more" in message
 
 
 @pytest.mark.parametrize("tokenizer", [tiny, ByteTokenizer(), chars], ids=lambda t: t.name)
@@ -98,18 +82,6 @@ def test_every_tokenizer_decodes_what_it_encodes(tokenizer):
     assert tokenizer.decode([0, tokenizer.vocab_size]) == tokenizer.decode([0]) + "\ufffd"
 
 
-def test_a_large_vocabulary_gets_a_larger_number_type():
-    many = CharTokenizer("".join(map(chr, range(0x10000, 0x20000))))
-    assert many.encode(chr(0x1FFFF)).tolist() == [65535] and many.dtype == np.uint32
-
-
-def test_lone_surrogates_become_replacement_characters():
-    for tokenizer in (tiny, ByteTokenizer()):
-        assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
-    with pytest.raises(UserError, match="U\\+D800"):
-        chars.encode("\ud800")
-
-
 def test_a_million_blanks_are_encoded():  # where tiktoken raises
     assert tiny.decode(tiny.encode(" " * 1_100_000 + "x")) == " " * 1_100_000 + "x"
 
@@ -121,69 +93,135 @@ def test_different_tokenizers_have_different_hashes():
     assert CharTokenizer("ab").sha256 == CharTokenizer("ab").sha256
 
 
-def opens_in_transformers(tokenizer, folder):
+def opens_in_transformers(folder, tokenizer):
+    """Open a saved tokenizer in transformers, and compare ids, texts and special tokens."""
     from transformers import AutoTokenizer
 
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    tokenizer.save(folder)
     # A checkpoint's config.json lies beside it, and AutoTokenizer goes by that as well.
     config = {"model_type": "gpt2", "bos_token_id": None, "eos_token_id": None}
     (folder / "config.json").write_text(json.dumps(config))
     theirs = AutoTokenizer.from_pretrained(folder)
     assert len(theirs) == tokenizer.vocab_size and theirs.eos_token_id == tokenizer.eot
+    # transformers 4 otherwise returns token_type_ids, and GPT-2 there adds their embeddings.
+    assert theirs.model_input_names == ["input_ids", "attention_mask"]
     texts = [TEXT.replace(END, "")]
     if tokenizer.name != "char":
         texts += ["the cat\n\n  ' s", "    ", "\n\n\n"]
+    if tokenizer.eot is not None:
+        texts.append(f"{END}the{END}{END} cat")
     for text in texts:
-        assert theirs.encode(text) == tokenizer.encode(text).tolist()
-        assert theirs.decode(theirs.encode(text)) == text
-    messages = [{"role": "user", "content": "the cat"}]
-    assert theirs.apply_chat_template(messages, tokenize=False) == "the cat"
+        assert theirs.encode(text) == tokenizer.encode_prompt(text)
+        assert theirs.decode(theirs.encode(text)) == text == tokenizer.decode(theirs.encode(text))
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": "the cat"}]
+        assert theirs.apply_chat_template(messages, tokenize=False) == "the cat"
     return theirs
 
 
-@pytest.mark.parametrize(
-    "tokenizer", [ByteTokenizer(), CharTokenizer("".join(sorted(set(TEXT))))], ids=lambda t: t.name
-)
-def test_saved_files_open_here_and_in_transformers(tokenizer, tmp_path):
-    theirs = opens_in_transformers(tokenizer, tmp_path)
+@pytest.mark.parametrize("name", ["gpt2", "bytes", "char"])
+def test_saved_files_open_here_and_in_transformers(name, tmp_path, request):
+    own = {"bytes": ByteTokenizer(), "char": CharTokenizer("".join(sorted(set(TEXT))))}
+    tokenizer = request.getfixturevalue("gpt2") if name == "gpt2" else own[name]
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    (tmp_path / "ours").mkdir()
+    tokenizer.save(tmp_path / "ours", context=32)
+    tokenizer.chat_template, template = None, tokenizer.chat_template
+    theirs = opens_in_transformers(tmp_path / "ours", load_tokenizer(tmp_path / "ours"))
+    assert theirs.model_max_length == 32
     theirs.save_pretrained(tmp_path / "theirs")
-    for folder in (tmp_path, tmp_path / "theirs"):
-        again = load_tokenizer(folder)
-        assert again is not None and type(again) is type(tokenizer)
-        assert again.sha256 == tokenizer.sha256
+    folders = ["ours", "theirs"]
+    if name == "gpt2":  # the older pair of files says the same
+        (tmp_path / "old").mkdir()
+        for file in ("vocab.json", "merges.txt"):
+            shutil.copy(tmp_path / "ours" / file, tmp_path / "old")
+        folders.append("old")
+    for folder in folders:
+        again = load_tokenizer(tmp_path / folder)
+        assert type(again) is type(tokenizer) and again.sha256 == tokenizer.sha256
+        assert again.chat_template == (None if folder == "old" else template)
+        assert again.encode("the").tolist() == tokenizer.encode("the").tolist()
+        assert again.end_ids == tokenizer.end_ids
+        (tmp_path / "back").mkdir(exist_ok=True)
+        again.save(tmp_path / "back")
+        for file in (tmp_path / folder).glob("[!ct]*"):  # those that hold no changed setting
+            assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_tiny_byte_pair_encoding_opens_in_transformers(tmp_path):
+    tiny.save(tmp_path)
+    opens_in_transformers(tmp_path, tiny)
+
+
+GERMAN = "Die Straße führt über Köln. Ärger über süße Äpfel, größere Öfen und müßige Mönche. " * 9
+
+
+def german():
+    """Train a byte-level encoding of 400 tokens on a German text, with end, begin and padding."""
+    library = tokenizers.ByteLevelBPETokenizer()
+    library.train_from_iterator([GERMAN], vocab_size=400, show_progress=False)
+    return library
+
+
+def metaspace():
+    """Train an encoding that writes a space as "▁" and bytes without a token as <0xE4>."""
+    library = tokenizers.SentencePieceBPETokenizer()
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    library.train_from_iterator([GERMAN], vocab_size=500, special_tokens=["<unk>", *bytes_])
+    content = json.loads(library.to_str())
+    content["model"]["byte_fallback"] = True
+    content["added_tokens"] = []
+    steps = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], *steps]}
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+@pytest.mark.parametrize("make", [german, metaspace, "older files"])
+def test_any_tokenizer_of_a_model_gives_the_ids_of_transformers(make, tmp_path):
+    """With its added tokens, which a prompt may name, and with its two end tokens."""
+    from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
+
+    if make == "older files":
+        german().save_model(str(tmp_path))
+        theirs = GPT2TokenizerFast(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    else:
+        make().save(str(tmp_path / "t.json"))
+        theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "t.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    theirs.add_special_tokens(names)
+    theirs.chat_template = "{{ messages[0]['content'] }}"
+    folder = tmp_path / "model"
+    theirs.save_pretrained(folder)
+    end = theirs.convert_tokens_to_ids("</s>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 7]}))
+    ours = load_tokenizer(folder)
+    assert (ours.name, ours.eot, ours.end_ids) == ("model", end, {end, 7})
+    assert ours.vocab_size == len(theirs)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    prompt = "<s>Süße Äpfel</s> über <pad>Köln 猫"
+    ids = theirs.encode(prompt, add_special_tokens=False)
+    assert ours.encode_prompt(prompt) == ids
+    assert ours.decode(ids).strip() == theirs.decode(ids).strip()
+    text = "Die Mönche essen 猫, Äpfel </s>"
+    plain = ours.encode(text)
+    assert end not in plain and ours.decode(plain).strip() == text
+    for ids in ([token] for token in range(len(theirs))):
         assert (
-            again.chat_template == tokenizer.chat_template
-            and again.encode("the").tolist() == tokenizer.encode("the").tolist()
+            ours.token_bytes(ids[0]).decode(errors="replace").strip() == theirs.decode(ids).strip()
         )
-
-
-def test_saved_bpe_opens_in_transformers(tmp_path):
-    opens_in_transformers(GPT2Tokenizer(TINY, MERGES), tmp_path)
-    (tmp_path / "tokenizer.json").unlink()  # the older pair of files says the same
-    from transformers import AutoTokenizer
-
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path).encode(TEXT.replace(END, ""))
-        == tiny.encode(TEXT.replace(END, "")).tolist()
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    ours.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert (again.sha256, again.chat_template) == (ours.sha256, theirs.chat_template)
+    for name in before.keys() - {"tokenizer_config.json"}:
+        assert (tmp_path / name).read_bytes() == before[name]
+    old, new = (
+        json.loads((place / "tokenizer_config.json").read_text()) for place in (folder, tmp_path)
     )
+    assert old == new
 
 
-def test_gpt2s_tokenizer_is_saved_and_loaded_unchanged(gpt2, tmp_path):
-    theirs = opens_in_transformers(gpt2, tmp_path)
-    theirs.save_pretrained(tmp_path / "theirs")
-    (tmp_path / "old").mkdir()
-    for file in ("vocab.json", "merges.txt"):
-        shutil.copy(tmp_path / file, tmp_path / "old")
-    for folder in (tmp_path, tmp_path / "theirs", tmp_path / "old"):
-        again = load_tokenizer(folder)
-        assert isinstance(again, GPT2Tokenizer) and again.sha256 == gpt2.sha256
-        again.save(tmp_path / "old")
-        assert (tmp_path / "old/merges.txt").read_bytes() == (tmp_path / "merges.txt").read_bytes()
-
-
-def test_gpt2_with_added_tokens_loads_and_is_saved_with_them(gpt2, tmp_path):
-    """As Trainer's users do it: a padding token behind GPT-2's vocabulary, and perhaps a word."""
+def test_gpt2_with_a_padding_token_uses_the_data_of_gpt2(gpt2, tmp_path):
+    """As Trainer's users do it. A token that ends texts, too, makes it another tokenizer."""
     from transformers import AutoTokenizer
 
     gpt2.save(tmp_path)
@@ -193,58 +231,17 @@ def test_gpt2_with_added_tokens_loads_and_is_saved_with_them(gpt2, tmp_path):
     theirs.add_tokens(["klingon"])
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_tokenizer(tmp_path / "theirs")
-    assert isinstance(ours, GPT2Tokenizer)
-    assert (ours.vocab_size, ours.eot) == (50259, 50256)
-    assert ours.sha256 == gpt2.sha256  # data that GPT-2's tokenizer made fit the model
+    assert (ours.name, ours.vocab_size, ours.text_ids, ours.eot) == ("gpt2", 50259, 50257, 50256)
+    assert ours.sha256 == gpt2.sha256
     text = "klingon <pad> hello"
     assert ours.encode(text).tolist() == gpt2.encode(text).tolist()
-    for tokenizer in (ours, theirs):
-        assert tokenizer.decode([31373, 50257, 50258]) == "hello<pad>klingon"
-    (tmp_path / "again").mkdir()
-    ours.save(tmp_path / "again")
-    (tmp_path / "again/config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    again = AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert again.get_vocab() == theirs.get_vocab()
-    assert again.pad_token == "<pad>"
-    assert again.encode(text) == theirs.encode(text)
-
-
-def test_gpt2_with_added_tokens_loads_from_the_older_files(gpt2, tmp_path):
-    gpt2.save(tmp_path)
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "added_tokens.json").write_text('{"<pad>": 50257}')
-    ours = load_tokenizer(tmp_path)
-    assert (ours.vocab_size, ours.decode([50257])) == (50258, "<pad>")
-    # The ids in between stand for nothing.
-    (tmp_path / "added_tokens.json").write_text('{"<pad>": 50300}')
-    with pytest.raises(UserError, match="50,258 tokens that is neither"):
-        load_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("tokenizer", [tiny, ByteTokenizer(), chars], ids=lambda t: t.name)
-def test_saved_settings_name_the_models_inputs(tokenizer, tmp_path):
-    """transformers 4 otherwise returns token_type_ids, and GPT-2 there adds their embeddings."""
-    tokenizer.save(tmp_path)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
-
-
-def test_foreign_tokenizers_are_refused(tmp_path):
-    assert load_tokenizer(tmp_path) is None
-    tiny.save(tmp_path)
-    with pytest.raises(UserError, match="269 tokens that is neither GPT-2's"):
-        load_tokenizer(tmp_path)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    shape = (
-        {"vocab": {"x": 5}},
-        {"vocab": [["▁the", -1.5], ["x", -2.0]]},
-        {"vocab": {"\u2581a": 0}, "merges": [["a", "b"]]},
-    )
-    for model in shape:
-        damaged = content | {"model": model, "added_tokens": []}
-        (tmp_path / "tokenizer.json").write_text(json.dumps(damaged))
-        with pytest.raises(UserError, match="neither"):
-            load_tokenizer(tmp_path)
+    assert ours.encode_prompt(text) == theirs.encode(text)
+    assert ours.decode([31373, 50257, 50258]) == "hello<pad>klingon"
+    theirs.add_special_tokens({"eos_token": "</s>"})
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_tokenizer(tmp_path / "theirs")
+    assert (ours.name, ours.vocab_size, ours.eot) == ("model", 50260, 50259)
+    assert ours.encode("hello world").tolist() == [31373, 995]
 
 
 @given(
@@ -270,17 +267,9 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path_factory, content):
 
 def test_a_tokenizer_is_made_again_from_a_data_sets_meta(tmp_path):
     assert from_meta({}, tmp_path) is None
-    meta = {"tokenizer": "char", "chars": "".join(chars.names), "tokenizer_sha256": chars.sha256}
-    for tokenizer, written in (chars, meta), (ByteTokenizer(), {"tokenizer": "bytes"}):
-        again = from_meta(written, tmp_path)
+    for tokenizer in (chars, ByteTokenizer()):
+        again = from_meta(describe_tokenizer(tokenizer), tmp_path)
         assert again is not None and again.sha256 == tokenizer.sha256
-    bad = (
-        {"tokenizer": "klingon"},
-        {"tokenizer": ["char"]},
-        meta | {"chars": "aa"},
-        meta | {"chars": None},
-        meta | {"chars": "ab"},
-    )
-    for wrong in bad:
-        with pytest.raises(UserError):
-            from_meta(wrong, tmp_path)
+    tokenizer = Tokenizer(tiny_library())
+    tokenizer.save(tmp_path)
+    assert from_meta(describe_tokenizer(tokenizer), tmp_path).sha256 == tokenizer.sha256

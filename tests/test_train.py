@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from data.rows import RowWriter
+from data.prepare import RowWriter
 from data.shards import UINT16, Tokens
 from data.windows import EvalWindows
 from gpt12.device import Machine

