@@ -31,7 +31,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data.tokenizers import END_OF_TEXT, GPT2_VOCAB_SIZE, from_meta, get_tokenizer, load_tokenizer
+from data.tokenizers import GPT2_VOCAB_SIZE, from_meta, get_tokenizer, load_tokenizer
 from gpt12.checkpoint import find_checkpoint
 from gpt12.config import load_config, unescape
 from gpt12.device import open_machine
@@ -334,12 +334,7 @@ class Writer:
 
     def encode(self, prompt: str) -> list[int]:
         """Return the ids of a prompt, in which `<|endoftext|>` is that token, as in nanoGPT."""
-        tokenizer = self.tokenizer
-        parts = [prompt] if tokenizer.eot is None else prompt.split(END_OF_TEXT)
-        ids = tokenizer.encode(parts[0]).tolist()
-        for part in parts[1:]:
-            ids += [tokenizer.eot, *tokenizer.encode(part).tolist()]
-        return ids
+        return self.tokenizer.encode_prompt(prompt)
 
     def ids_of(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the prompt for the next answer."""

@@ -99,7 +99,7 @@ class Tokenizer:
         self.text_ids = self.vocab_size
         self.dtype = token_dtype(self.vocab_size)
         self.eot = library.token_to_id(END_OF_TEXT)
-        self.end_ids = {self.eot} - {None}
+        self.end_ids = set() if self.eot is None else {self.eot}
         self.files: dict[str, bytes] = {}
         self.chat_template: str | None = None
 

@@ -362,7 +362,7 @@ class TextStream:
         """Take the next token and return the text that can be shown now."""
         if self.finish_reason is not None:
             return ""
-        if token == self.tokenizer.eot:
+        if token in self.tokenizer.end_ids:
             return self.finish("end")
         self.ids.append(token)
         self._held += self._decoder.decode(self.tokenizer.token_bytes(token))

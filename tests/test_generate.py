@@ -315,7 +315,7 @@ def test_a_prompt_of_one_token_works_under_autocast(both):
 def pieces(*table: str | bytes) -> SimpleNamespace:
     """A tokenizer whose id i is the i-th piece; the one after the last ends a text."""
     parts = [piece if isinstance(piece, bytes) else piece.encode() for piece in table]
-    return SimpleNamespace(eot=len(parts), token_bytes=lambda i: parts[i])
+    return SimpleNamespace(end_ids={len(parts)}, token_bytes=lambda i: parts[i])
 
 
 def shown(tokens: list[str | bytes], *stops: str) -> tuple[list[str], str | None]:
