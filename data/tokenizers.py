@@ -330,8 +330,11 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         raise UserError(
             f"The tokenizer files in {folder} are damaged ({type(error).__name__}: {error})."
         ) from None
+    if tokenizer.name == "char":  # a character that transformers stops at is none that ends a text
+        files.pop("generation_config.json", None)
+    else:
+        tokenizer.end_ids.update(end_ids)
     tokenizer.files = files
-    tokenizer.end_ids = set(end_ids) or tokenizer.end_ids
     return tokenizer
 
 
@@ -360,8 +363,8 @@ def _recognize(library: tokenizers.Tokenizer, end_ids: list[int]) -> Tokenizer:
         if gpt2.encode(PROBE).tolist() == library.encode(PROBE, add_special_tokens=False).ids:
             return gpt2
     tokenizer = Tokenizer(library)
-    if end_ids:
-        tokenizer.eot = end_ids[0]
+    tokenizer.eot = end_ids[0] if end_ids else None
+    tokenizer.end_ids = set(end_ids)
     return tokenizer
 
 

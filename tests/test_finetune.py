@@ -468,7 +468,7 @@ def test_a_chat_template_that_the_models_characters_cannot_write_is_refused(
     (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 40)
     options = [f"--init_from={tmp_path / 'model'}", f"--dataset={tmp_path / 'chat.jsonl'}"]
     message = refused(capsys, tmp_path / "out", *options)
-    assert ("'#'" if of_the_template else "'\u00d8'") in message
+    assert ("'### Assistant:'" if of_the_template else "'\u00d8'") in message
     assert (
         "chat template's" in message and '"prompt" and "completion"' in message
     ) == of_the_template
