@@ -48,9 +48,11 @@ from gpt12.measure import (
     time_decoding,
 )
 from gpt12.memory import GIB, RECOMPUTE, largest_batch, predict, ran_out_of_memory
-from gpt12.run import prepare_model
+from gpt12.optimizer import find_optimizer
+from gpt12.run import check_ranks, prepare_model
 from gpt12.run_folder import describe_run
 from gpt12.settings import BenchConfig, Recompute, SampleConfig, model_shape
+from gpt12.twin import is_gpt2
 from gpt12.weights import new_model
 from model import flops_per_token, parameter_count
 from train import TrainStep
@@ -87,15 +89,10 @@ def read(argv: Sequence[str]) -> tuple[BenchConfig, set[str]]:
             f"init_from={config.init_from}: only a model's shape matters here, so it must be "
             f"one of scratch, {', '.join(GPT2_SHAPES)}"
         )
-    world = torchrun_ranks().world
-    count = config.gradient_accumulation_steps
     if "gradient_accumulation_steps" not in given:
-        config = replace(config, gradient_accumulation_steps=world)
-    elif count % world != 0:
-        raise UserError(
-            f"gradient_accumulation_steps={count} is not a multiple of {world} ranks: "
-            f"pass --gradient_accumulation_steps={(count // world + 1) * world}"
-        )
+        config = replace(config, gradient_accumulation_steps=torchrun_ranks().world)
+    check_ranks(config)
+    find_optimizer(config.optimizer)  # or UserError
     return config, given
 
 
@@ -272,13 +269,10 @@ def imitate_card(vram_gb: float, machine: Machine) -> None:
             f"vram_gb={vram_gb:g} limits a GPU's memory, and there is no GPU. --plan predicts "
             "what fits, without one"
         )
-    total = torch.cuda.mem_get_info()[1] / GIB
-    if not MARGIN_GIB < vram_gb <= total + MARGIN_GIB:
-        raise UserError(
-            f"vram_gb={vram_gb:g} cannot be imitated on a card of {total:.1f} GiB: choose more "
-            f"than {MARGIN_GIB:g} and at most {total + MARGIN_GIB:.1f}"
-        )
-    torch.cuda.set_per_process_memory_fraction((vram_gb - MARGIN_GIB) / total)
+    share = (vram_gb - MARGIN_GIB) * GIB / torch.cuda.mem_get_info()[1]
+    if not 0 < share <= 1:
+        raise UserError(f"vram_gb={vram_gb:g} cannot be imitated: this card has not that much")
+    torch.cuda.set_per_process_memory_fraction(share)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -390,15 +384,15 @@ def sample(config: BenchConfig) -> list[dict[str, Any]]:
     length = max(1, config.block_size // 4)
     new_tokens = min(config.max_new_tokens, config.block_size - length)
     say(f"prompts of {length} tokens, {new_tokens} new tokens, {config.n_layer} layers")
-    table = [["texts", "first token s", "when warm ms", "ms/token", "tokens/s"]]
     rows = []
     for texts in TEXTS:
         prompts = torch.randint(config.vocab_size, (texts, length)).tolist()
         row = time_decoding(model, prompts, new_tokens, sampling)
-        times = [f"{row.first_s:.2f}", f"{row.prompt_ms:,.1f}", f"{row.ms:,.2f}"]
-        table.append([str(texts), *times, f"{row.tokens_per_s:,.0f}"])
+        say(
+            f"{texts:3} at once: first token after {row.first_s:.2f} s ({row.prompt_ms:,.1f} ms "
+            f"when warm), then {row.ms:,.2f} ms a token, {row.tokens_per_s:,.0f} tokens/s"
+        )
         rows.append(asdict(row))
-    print_table(table)
     return rows
 
 
@@ -427,39 +421,23 @@ def plan(config: BenchConfig, given: set[str]) -> dict[str, Any]:
             rows.append(predict(shape, sized, recompute, card))
     if not rows:
         raise UserError(NOTHING_FITS)
-    kinds = list(rows[0].memory_gib)
-    table = [["recompute", "micro-batch", *kinds, "GiB in all", "ms/step", "tokens/s"]]
+    if not is_gpt2(shape):
+        say("model.py is not GPT-2's, so that these are estimates")
+    say("recompute  micro-batch    GiB    ms/step  tokens/s  memory by kind")
     for row in rows:
-        parts = [f"{row.memory_gib.get(kind, 0.0):.2f}" for kind in kinds]
-        speed = [f"{row.ms:,.1f}", f"{row.tokens_per_s:,.0f}"]
-        table.append([row.recompute, str(row.batch_size), *parts, f"{row.gib:.2f}", *speed])
-    print_table(table)
+        kinds = ", ".join(f"{kind} {gib:.2f}" for kind, gib in row.memory_gib.items())
+        say(
+            f"{row.recompute:9} {row.batch_size:12,} {row.gib:6.2f} {row.ms:10,.1f} "
+            f"{row.tokens_per_s:9,.0f}  {kinds}"
+        )
     best = max(rows, key=lambda row: row.tokens_per_s)
     keys = f"--batch_size={best.batch_size} --recompute={best.recompute}"
     say(f"fastest: {keys}, {best.tokens_per_s:,.0f} tokens/s")
-    return {
-        "card": names[0],
-        "room_gib": room_gib,
-        "rows": [asdict(row) for row in rows],
-        "best": asdict(best),
-    }
+    return {"card": names[0], "rows": [asdict(row) for row in rows], "best": asdict(best)}
 
 
 # --------------------------------------------------------------------------------------------------
 # What is shown and written
-
-
-def print_table(rows: list[list[str]]) -> None:
-    """Print cells in columns, the first to the left; the first row holds the titles.
-
-    A column without a cell below its title is left out.
-    """
-    columns = [column for column in zip(*rows) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    for row in zip(*columns):
-        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
-        cells[0] = row[0].ljust(widths[0])
-        say("  ".join(cells).rstrip())
 
 
 def show_step(step: StepResult) -> None:
@@ -488,51 +466,43 @@ def show_step(step: StepResult) -> None:
         say(f"predicted  {step.predicted_ms:,.1f} ms, {step.predicted_gib:.2f} GiB in tensors")
 
 
-def show_steps(rows: Sequence[Row], draw_as: str | None = None) -> list[dict[str, Any]]:
+def show_steps(rows: Sequence[Row], title: str | None = None) -> list[dict[str, Any]]:
     """Print measured steps side by side, their speed as a multiple of the first one's.
 
-    draw_as: the title of bench.png, None for no picture. Returns the rows for JSON.
+    title: of bench.png, None for no picture. Returns the rows for JSON.
     """
-    table = [["", "ms/step", "10% to 90%", "tokens/s", "times first", "MFU", "peak GiB"]]
-    first = 0.0
+    measured = [row for row in rows if isinstance(row, StepResult)]
+    say(f"{'':36} ms/step  10% to 90%       tokens/s  times first    MFU  peak GiB")
     for row in rows:
-        cells = [row.label, "out of memory", "", "", "", "", ""]
-        if isinstance(row, StepResult):
-            first = first or row.tokens_per_s
-            cells = [
-                row.label,
-                f"{row.ms:,.1f}",
-                f"{row.ms_p10:,.1f} to {row.ms_p90:,.1f}",
-                f"{row.tokens_per_s:,.0f}",
-                f"{row.tokens_per_s / first:.2f}",
-                "" if row.mfu is None else f"{row.mfu:.1%}",
-                "" if row.peak_gib is None else f"{row.peak_gib:.2f}",
-            ]
-        table.append(cells)
-    print_table(table)
-    if draw_as is not None:
-        draw(table, [getattr(row, "tokens_per_s", 0.0) for row in rows], draw_as)
+        if isinstance(row, OutOfMemory):
+            say(f"{row.label:36} out of memory")
+            continue
+        mfu = "" if row.mfu is None else f"{row.mfu:.1%}"
+        peak = "" if row.peak_gib is None else f"{row.peak_gib:.2f}"
+        say(
+            f"{row.label:36} {row.ms:7,.1f} {row.ms_p10:7,.1f} {row.ms_p90:7,.1f}"
+            f"{row.tokens_per_s:12,.0f} {row.tokens_per_s / measured[0].tokens_per_s:12.2f}"
+            f"{mfu:>7}{peak:>10}"
+        )
+    if title is not None and measured:
+        draw(measured, title)
     return [asdict(row) for row in rows]
 
 
-def draw(table: list[list[str]], speeds: list[float], title: str) -> None:
-    """Draw bench.png: a bar for each row of show_steps, with its tokens/s and peak GiB beside it.
-
-    speeds: in tokens/s, 0 where the memory did not suffice.
-    """
+def draw(rows: Sequence[StepResult], title: str) -> None:
+    """Draw bench.png: a bar for the speed of each step, with its peak memory beside it."""
     from matplotlib.figure import Figure  # not pyplot, which takes twice as long to import
 
-    texts = []
-    for row in table[1:]:
-        text = row[3] or row[1]
-        texts.append(f"{text}, {row[6]} GiB" if row[6] else text)
-    figure = Figure((8, 1.2 + 0.33 * len(speeds)), layout="constrained")
+    figure = Figure((8, 1.2 + 0.33 * len(rows)), layout="constrained")
     figure.suptitle(title, fontsize=10)
     axis = figure.add_subplot(xticks=[], xlabel="training, tokens/s")
-    bars = axis.barh(range(len(speeds)), speeds, color="#0072B2")
+    bars = axis.barh([row.label for row in rows], [row.tokens_per_s for row in rows])
+    texts = []
+    for row in rows:
+        memory = "" if row.peak_gib is None else f", {row.peak_gib:.2f} GiB"
+        texts.append(f"{row.tokens_per_s:,.0f}{memory}")
     axis.bar_label(bars, texts, padding=3, fontsize=8)
-    axis.set_yticks(range(len(speeds)), [row[0] for row in table[1:]])
-    axis.margins(x=0.2)
+    axis.margins(x=0.25)
     axis.invert_yaxis()
     figure.savefig("bench.png", dpi=110)
     say("wrote bench.png")
@@ -577,11 +547,11 @@ def measure(argv: Sequence[str], config: BenchConfig, given: set[str]) -> None:
     results: dict[str, Any] = {}
     if config.sweep is not None:
         rows = sweep(config, argv)
-        results["sweep"] = show_steps(rows, draw_as=machine.name)
+        results["sweep"] = show_steps(rows, machine.name)
     if config.ladder:
         size = f"{config.batch_size} x {config.block_size:,} tokens"
         title = f"{machine.name}, {config.n_layer} layers, {config.n_embd:,} wide, {size}"
-        results["ladder"] = show_steps(climb_ladder(config), draw_as=title)
+        results["ladder"] = show_steps(climb_ladder(config), title)
     if config.find_batch:
         results["find_batch"] = show_steps(find_batch(config, given))
     if config.sample:

@@ -11,7 +11,7 @@ import gc
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -103,10 +103,10 @@ class Timing:
     ms_p90: float
     steps: int  # how often it was timed
     warmup_s: float  # time before that, compilation included
-    peak_gib: float | None  # most memory in tensors, None without a GPU
-    reserved_gib: float | None  # most memory that torch took from the driver
-    total_gib: float | None
-    warnings: list[str]
+    peak_gib: float | None = None  # most memory in tensors, None without a GPU
+    reserved_gib: float | None = None  # most memory that torch took from the driver
+    total_gib: float | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 def time_calls(call: Callable[[], None], machine: Machine, warmup: int, count: int) -> Timing:
@@ -116,26 +116,27 @@ def time_calls(call: Callable[[], None], machine: Machine, warmup: int, count: i
         call()
     machine.synchronize()
     warmup_s = time.perf_counter() - began
-    throttling = None
     marks = [mark_time(machine)]
-    for i in range(count):
+    for _ in range(count):
         call()
         marks.append(mark_time(machine))
-        if i == count // 2 and machine.on_gpu:
-            throttling = ask_for_throttling()  # an idle GPU would lower its clock
+    # The GPU still works through its queue: an idle one would lower its clock.
+    held = machine.on_gpu and clock_is_held()
     machine.synchronize()
     times = [elapsed_ms(before, after) for before, after in pairwise(marks)]
     p10, middle, p90 = np.percentile(times, (10, 50, 90)).tolist()
-    return Timing(
-        ms=middle,
-        ms_p10=p10,
-        ms_p90=p90,
-        steps=count,
-        warmup_s=warmup_s,
-        peak_gib=torch.cuda.max_memory_allocated() / GIB if machine.on_gpu else None,
-        reserved_gib=torch.cuda.max_memory_reserved() / GIB if machine.on_gpu else None,
-        total_gib=torch.cuda.mem_get_info()[1] / GIB if machine.on_gpu else None,
-        warnings=gpu_warnings(throttling, machine.world) if machine.on_gpu else [],
+    timing = Timing(ms=middle, ms_p10=p10, ms_p90=p90, steps=count, warmup_s=warmup_s)
+    if not machine.on_gpu:
+        return timing
+    warnings = memory_warnings(machine.world)
+    if held:
+        warnings.append("the driver holds the clock down because of heat or power")
+    return replace(
+        timing,
+        peak_gib=torch.cuda.max_memory_allocated() / GIB,
+        reserved_gib=torch.cuda.max_memory_reserved() / GIB,
+        total_gib=torch.cuda.mem_get_info()[1] / GIB,
+        warnings=warnings,
     )
 
 
@@ -203,28 +204,24 @@ def profile_calls(call: Callable[[], None], machine: Machine, warmup: int) -> st
 # What spoils the figures of a GPU
 
 
-def ask_for_throttling() -> subprocess.Popen[str] | None:
-    """Ask nvidia-smi why this GPU's clock is low, and do not wait. None without nvidia-smi."""
+def clock_is_held() -> bool:
+    """Ask nvidia-smi whether heat or a power limit holds this GPU's clock down at present."""
     uuid = torch.cuda.get_device_properties().uuid
     query = "--query-gpu=clocks_throttle_reasons.active"
     command = ["nvidia-smi", f"--id=GPU-{uuid}", query, "--format=csv,noheader"]
     try:
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-    except OSError:
-        return None
+        answer = subprocess.run(command, capture_output=True, text=True).stdout
+        return bool(int(answer, 16) & CLOCK_IS_HELD)
+    except (OSError, ValueError):  # no nvidia-smi, or it does not know
+        return False
 
 
-def gpu_warnings(throttling: subprocess.Popen[str] | None, world: int) -> list[str]:
-    """Return what makes the figures of this GPU worse than they could be.
+def memory_warnings(world: int) -> list[str]:
+    """Return what makes the GPU's memory smaller or slower than it could be.
 
-    throttling: what ask_for_throttling returned. world: the processes of ours on the machine.
+    world: the processes of ours on the machine.
     """
     warnings = []
-    reasons = throttling.communicate()[0] if throttling is not None else ""
-    if reasons.startswith("0x") and int(reasons, 16) & CLOCK_IS_HELD:
-        warnings.append("the driver holds the clock down because of heat or power")
     free, total = torch.cuda.mem_get_info()
     outside = (total - free - torch.cuda.memory_reserved()) / GIB
     others = max(0.0, outside - OWN_CONTEXT_GIB)

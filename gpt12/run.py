@@ -122,7 +122,7 @@ def read_request(argv: list[str]) -> Request:
             )
         config = _with_data_of_the_run(config, set(said))
         request = Request(config, asdict(config), frozenset(said))
-    _check_ranks(request.config)
+    check_ranks(request.config)
     find_optimizer(request.config.optimizer)  # or UserError
     return request
 
@@ -142,7 +142,7 @@ def _with_data_of_the_run(config: TrainConfig, given: set[str]) -> TrainConfig:
     return replace(config, **{key: saved[key] for key in keys & saved.keys()})
 
 
-def _check_ranks(config: TrainConfig) -> None:
+def check_ranks(config: TrainConfig) -> None:
     """Refuse a number of micro-batches that cannot be shared equally."""
     world = torchrun_ranks().world
     rest = config.gradient_accumulation_steps % world

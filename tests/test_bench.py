@@ -61,10 +61,6 @@ def fake_result(config, tokens_per_s, **changes):
         ms_p90=1.0,
         steps=1,
         warmup_s=1.0,
-        peak_gib=None,
-        reserved_gib=None,
-        total_gib=None,
-        warnings=[],
         label="",
         tokens=16,
         tokens_per_s=tokens_per_s,
@@ -282,7 +278,7 @@ def test_a_card_is_imitated_by_a_limit_on_torchs_allocator(monkeypatch):
     bench.imitate_card(8, GPU)
     assert shares == [pytest.approx(7 / 11.7)]
     for impossible in (0.5, 24):
-        with pytest.raises(UserError, match="cannot be imitated on a card of 11.7 GiB"):
+        with pytest.raises(UserError, match="cannot be imitated"):
             bench.imitate_card(impossible, GPU)
 
 
@@ -419,7 +415,7 @@ def test_the_plan_for_the_4070_ti(run, monkeypatch):
     bench.main(["--plan"])
     found = json.loads(Path("plan.json").read_text())["plan"]
     assert not Path("bench.json").exists()  # a prediction does not replace what was measured
-    assert (found["card"], found["room_gib"]) == ("NVIDIA GeForce RTX 4070 Ti", 11)
+    assert found["card"] == "NVIDIA GeForce RTX 4070 Ti"
     for kind in RECOMPUTE:
         rows = [row for row in found["rows"] if row["recompute"] == kind]
         assert [row["batch_size"] for row in rows[:2]] == [1, 4]
@@ -436,7 +432,8 @@ def test_the_plan_for_the_4070_ti(run, monkeypatch):
 
 def test_the_end_of_a_cards_name_is_enough_for_a_plan(run):
     result, text = run("--plan", "--card=h200", "--vram_gb=24")
-    assert (result["plan"]["card"], result["plan"]["room_gib"]) == ("NVIDIA H200", 23)
+    assert result["plan"]["card"] == "NVIDIA H200"
+    assert "NVIDIA H200 with 23 GiB for the step" in text
     best = result["plan"]["best"]
     assert f"fastest: --batch_size={best['batch_size']} --recompute={best['recompute']}" in text
 
