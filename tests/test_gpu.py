@@ -40,6 +40,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_picture")]
 SMALL = GPTConfig(128, 1000, 4, 4, 256, bias=True)
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Begin with float32 products that are not rounded to TF32, whatever a run before has set."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def make_step(
     shape: GPTConfig = SMALL,
     dtype: torch.dtype = torch.bfloat16,
@@ -363,7 +369,7 @@ def test_less_memory_leads_down_the_ladder_to_the_same_losses(letters, tmp_path)
     seen = []
     try:
         for (_, more), (rung, less) in itertools.pairwise(reserved):
-            if less > 0.95 * more:
+            if less > 0.9 * more:
                 continue  # no cap between the two would be safe
             name = f"{rung.recompute}-{rung.batch_size}"
             typed = [f"--{key}={getattr(rung, key)}" for key in MEMORY_KEYS]

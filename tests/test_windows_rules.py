@@ -4,7 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from data.dataset import open_dataset
 from gpt12.files import write_atomically
 from tests.helpers import TINY, losses, resume, trainer
 
+datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.usefixtures("windows", "no_picture", "own_cache")
 TEXT = "to be, or not to be: that is the question.\n" * 40
 
