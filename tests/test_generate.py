@@ -249,7 +249,7 @@ def test_the_extreme_draws_and_logits_stay_in_the_distribution(how):
     logits = torch.tensor(
         [[3.0, -torch.inf, 2.0, -1e30], [0.0, 0.0, 0.0, 0.0], [-5.0, 1e30, 0.0, 0.0]]
     )
-    for draw in (0.0, 0.5, below_one):
+    for draw in (0.0, 0.5, below_one, 1.0):
         chosen = sample_token(logits, torch.full((3,), draw), how).tolist()
         assert chosen[0] in (0, 2)
         assert chosen[2] == 1
