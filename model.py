@@ -17,20 +17,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from gpt12.errors import UserError
 from gpt12.loss import linear_cross_entropy
+from gpt12.recompute import recompute
 
 
 @dataclass(frozen=True)
@@ -155,8 +151,7 @@ class Block(nn.Module):
 
     Each reads a normalized copy of the residual stream and adds its result to the stream.
 
-    `recompute` decides what the backward pass computes again instead of keeping it in memory
-    (gradient checkpointing, Chen et al. 2016, arXiv:1604.06174):
+    `recompute` is what the backward pass computes again instead of keeping it in memory:
         "none"       keep everything
         "pointwise"  compute GELU and LayerNorm again, which costs no matrix product
         "block"      keep only the layer's input and compute everything again
@@ -173,61 +168,17 @@ class Block(nn.Module):
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.layer(x, shared)
-        options: dict[str, Any] = {"use_reentrant": False}
-        # With dropout, computing again has to draw the same random numbers again.
         draws = self.training and self.has_dropout()
-        options["preserve_rng_state"] = draws
-        if self.recompute == "pointwise":
-            options["context_fn"] = keep_products_and_attention
-            # Attention that is kept does not draw its random numbers again. Dropout after it would
-            # then draw those in place of its own. Compiled, each dropout has a seed of its own.
-            if draws and not torch.compiler.is_compiling():
-                options["context_fn"] = keep_products
-        return checkpoint(self.layer, x, shared, **options)
+        return recompute(self.layer, self.recompute, draws, x, shared)
 
     def has_dropout(self) -> bool:
-        """Tell whether anything in this layer drops values: its own dropout or LoRA's."""
+        """Tell whether anything in this layer drops values."""
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
 
     def layer(self, x: Tensor, shared: Shared) -> Tensor:
         x = x + self.attn(self.ln_1(x), shared)  # (B, T, C)
         x = x + self.mlp(self.ln_2(x))
         return x
-
-
-# Operations that recompute="pointwise" keeps. torch knows them only by their internal names.
-PRODUCTS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-}
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
-
-
-def keep_products() -> tuple[Any, Any]:
-    """Return the contexts of a checkpoint that keeps matrix products and redoes the rest."""
-    return contexts_that_keep(PRODUCTS)
-
-
-def keep_products_and_attention() -> tuple[Any, Any]:
-    """Return the contexts of a checkpoint that keeps attention, too."""
-    return contexts_that_keep(PRODUCTS | ATTENTION)
-
-
-def contexts_that_keep(kept: set[Any]) -> tuple[Any, Any]:
-    """Return the contexts of a checkpoint that keeps the results of these operations."""
-
-    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op in kept:
-            return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
 
 
 class Transformer(nn.Module):

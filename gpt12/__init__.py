@@ -1,6 +1,7 @@
 """What the scripts are built from: one technique or concern per file.
 
 The model     loss.py           output head and cross-entropy in chunks, its Triton kernel
+              recompute.py      computing activations again to save memory
               lora.py           low-rank adapters
               linears.py        replacing linear layers  weights.py   Hugging Face folders, ckpt.pt
               generate.py       choosing tokens, key/value cache, decoding loop

@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt12.targets import IGNORE_INDEX
@@ -24,6 +25,13 @@ except ImportError:
     triton = None
 
 CHUNK_ROWS = 4096  # rows of logits in memory at a time: 0.4 GB in bf16 at GPT-2's vocabulary
+
+
+def plain_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Compute what linear_cross_entropy computes by default, with all logits in memory."""
+    logits = (x @ weight.t())[..., :vocab_size]  # (B, T, vocab_size)
+    logits = logits.flatten(0, 1).float()
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
 
 
 def linear_cross_entropy(
@@ -91,12 +99,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if needs_dx else None
         dw = torch.zeros(w.shape, device=w.device) if needs_dw else None  # float32
         buffer = x.new_empty(min(len(x), CHUNK_ROWS), len(w))  # (n, V), shared by all chunks
-        cross_entropy = fused_cross_entropy_chunk if fused else cross_entropy_chunk
+        turn_into_gradient = (
+            fused_loss_and_gradient_in_place if fused else loss_and_gradient_in_place
+        )
         for start in range(0, len(x), CHUNK_ROWS):
             rows = slice(start, min(start + CHUNK_ROWS, len(x)))
             logits = torch.mm(x[rows], w.t(), out=buffer[: rows.stop - rows.start])  # (n, V)
-            loss += cross_entropy(logits, targets[rows], vocab_size)
-            dlogits = logits  # cross_entropy has replaced the logits by their gradient
+            loss += turn_into_gradient(logits, targets[rows], vocab_size)
+            dlogits = logits  # changed in place
             if dx is not None:
                 torch.mm(dlogits, w, out=dx[rows])
             if dw is not None:
@@ -120,7 +130,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dx, dw, None, None, None
 
 
-def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+def loss_and_gradient_in_place(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Return the summed cross-entropy of one chunk and replace the logits by their gradient.
 
     logits: (n, V), overwritten. targets: (n,) ids below vocab_size, or IGNORE_INDEX.
@@ -143,8 +153,8 @@ def cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Ten
     return losses.masked_fill_(ignored, 0.0).sum()
 
 
-def fused_cross_entropy_chunk(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Do what cross_entropy_chunk does, in one Triton kernel."""
+def fused_loss_and_gradient_in_place(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Do what loss_and_gradient_in_place does, in one Triton kernel."""
     n, V = logits.shape
     losses = torch.empty(n, device=logits.device)
     # Larger blocks need more registers than there are; smaller ones wait for memory.
