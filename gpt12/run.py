@@ -40,8 +40,10 @@ CPU_FLOPS_PER_CORE = 25e9
 LONG_RUN_HOURS = 2
 EVAL_TOKENS = 12 * 1024  # eval_iters counts portions of this many tokens, nanoGPT's default batch
 # What a resumed run cannot change, because its weights or its optimizer's state depend on it.
-FIXED_ON_RESUME = {field.name for field in fields(GPTConfig)} - {"block_size", "dropout"}
-FIXED_ON_RESUME |= {"lora_rank", "lora_alpha", "optimizer", "val_fraction"}
+FIXED_ON_RESUME = {
+    *({field.name for field in fields(GPTConfig)} - {"block_size", "dropout"}),
+    *("lora_rank", "lora_alpha", "optimizer", "val_fraction"),
+}
 # What a run fitted into the memory that there was. A resumed run goes on with it.
 MEMORY_KEYS = {"batch_size", "gradient_accumulation_steps", "recompute"}
 
