@@ -126,6 +126,11 @@ def context_length(step: int, config: TrainConfig) -> int:
     return config.block_size // CONTEXT_PARTS if short else config.block_size
 
 
+def seed_of_step(seed: int, rank: int, step: int) -> int:
+    """Return the seed of what a rank draws in the update that follows `step` updates."""
+    return int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0])
+
+
 # --------------------------------------------------------------------------------------------------
 # One update
 
@@ -392,9 +397,6 @@ class Trainer:
         step = TrainStep(run.model, run.config, run.machine, packed, cuda_graph)
         self.train_step = step
         self.loader = Loader(windows, step.x, step.y, run.machine, step.example_starts)
-        # Each rank draws its own dropout masks, and a resumed run does not repeat the first ones.
-        seed = run.config.seed + run.machine.rank + 1_000_003 * run.progress.step
-        torch.manual_seed(seed)
         if run.checkpoint is not None:
             load_trainer_state(run.checkpoint, self.train_step.trainer_state())
         self.log = RunLog(run)
@@ -433,6 +435,8 @@ class Trainer:
                     return 0
             if progress.step >= config.max_iters:
                 return 0
+            # Dropout draws other masks on each rank and in each step, resumed or not.
+            torch.manual_seed(seed_of_step(config.seed, self.machine.rank, progress.step))
             lr = learning_rate(progress.step, config)
             self.updating = True
             self.train_step(lr, batch_targets)

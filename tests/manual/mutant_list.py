@@ -643,10 +643,10 @@ PROCESSES = [
     Mutant(
         "all ranks drop out the same numbers",
         file="train.py",
-        before="seed = run.config.seed + run.machine.rank + 1_000_003 * run.progress.step",
-        after="seed = run.config.seed + 1_000_003 * run.progress.step",
+        before="seed_of_step(config.seed, self.machine.rank, progress.step)",
+        after="seed_of_step(config.seed, 0, progress.step)",
         test_file="test_distributed.py",
-        test="test_each_rank_draws_its_own_dropout_numbers_and_none_twice",
+        test="test_what_a_rank_draws_in_a_step_is_its_own_also_after_resuming",
     ),
     Mutant(
         "Ctrl-C ends with status 1",
