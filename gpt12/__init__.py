@@ -27,6 +27,5 @@ bench.py      measure.py, measure_decoding.py, gpu_state.py, ladder.py, sweep.py
               bench_picture.py, bench_request.py
 
 Everywhere    errors.py (a user's mistakes), files.py (atomic writes), targets.py (ignored targets),
-              terminal.py,
               text_stream.py (whole characters and stop strings for sample.py)
 """

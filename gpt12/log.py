@@ -580,31 +580,28 @@ class Clock:
         """total: seconds of training before this process, when a run is resumed."""
         self.machine = machine
         self.total = total
-        self.lap_seconds = 0.0
-        self.lap_steps = 0
-        self._running_since: float | None = None
-
-    @property
-    def running(self) -> bool:
-        """Tell whether time counts now."""
-        return self._running_since is not None
+        self.running = False
+        self._read_at = 0.0  # when `total` was last brought up to date
+        self._lap_began = total
+        self._lap_steps = 0
 
     def start(self) -> None:
         """Let time count from now on. Waits for the device."""
         self.machine.synchronize()
-        self._running_since = time.perf_counter()
+        self._read_at = time.perf_counter()
+        self.running = True
 
     def stop(self) -> None:
         """Stop counting, if the clock runs. Waits for the device."""
         if self.running:
             self.machine.synchronize()
-            self._take()
-            self._running_since = None
+            self._read()
+            self.running = False
 
     def count_step(self) -> None:
         """Count a finished step, if the clock runs."""
         if self.running:
-            self.lap_steps += 1
+            self._lap_steps += 1
 
     def steps_per_second(self) -> float | None:
         """Return the speed since the last call, None if no step was counted.
@@ -613,17 +610,14 @@ class Clock:
         counted.
         """
         if self.running:
-            self._take()
-        speed = None
-        if self.lap_steps > 0 and self.lap_seconds > 0:
-            speed = self.lap_steps / self.lap_seconds
-        self.lap_seconds = 0.0
-        self.lap_steps = 0
+            self._read()
+        seconds = self.total - self._lap_began
+        speed = self._lap_steps / seconds if self._lap_steps and seconds > 0 else None
+        self._lap_began = self.total
+        self._lap_steps = 0
         return speed
 
-    def _take(self) -> None:
-        assert self._running_since is not None
+    def _read(self) -> None:
         now = time.perf_counter()
-        self.lap_seconds += now - self._running_since
-        self.total += now - self._running_since
-        self._running_since = now
+        self.total += now - self._read_at
+        self._read_at = now
