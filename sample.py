@@ -236,8 +236,7 @@ class ChatTemplate:
             raise_exception=raise_exception,
             strftime_now=time.strftime,
             add_generation_prompt=True,
-            bos_token=end,
-            eos_token=end,
+            **({"eos_token": end} | tokenizer.special_tokens),
         )
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         try:

@@ -271,13 +271,11 @@ def _read_dataset(name: str, folder: Path) -> Dataset:
     return Dataset(name, folder, meta, tokenizer, vocab_size, train, val, warnings)
 
 
-def _chat_template(meta: dict[str, Any], has_end_token: bool) -> str | None:
+def _chat_template(meta: dict[str, Any], has_end_token: bool) -> str:
     """Return how a question to a model that is trained on these data is written."""
     if meta.get("kind") == "messages":
         return CHAT_TEMPLATE if has_end_token else CHAT_TEMPLATE_OF_CHARACTERS
-    if meta.get("prompt_ending"):
-        return prompt_template(meta["prompt_ending"], has_end_token)
-    return None
+    return prompt_template(meta.get("prompt_ending", ""), has_end_token)
 
 
 def _warnings_about_examples(meta: dict[str, Any], tokenizer: Tokenizer | None) -> list[str]:

@@ -85,6 +85,7 @@ class Tokenizer:
         becomes.
     eot: the id that ends a document, or None. end_ids: the ids that end a text when sampling.
     files: the files of a model's tokenizer, which go back as they came.
+    special_tokens: the texts that these give to eos_token, bos_token and so on.
     chat_template: Jinja text that is saved with the tokenizer, or None.
     """
 
@@ -101,6 +102,7 @@ class Tokenizer:
         self.eot = library.token_to_id(END_OF_TEXT)
         self.end_ids = set() if self.eot is None else {self.eot}
         self.files: dict[str, bytes] = {}
+        self.special_tokens: dict[str, str] = {}
         self.chat_template: str | None = None
 
     @functools.cached_property
@@ -335,6 +337,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     else:
         tokenizer.end_ids.update(end_ids)
     tokenizer.files = files
+    tokenizer.special_tokens = _special_tokens(files)
     return tokenizer
 
 

@@ -539,7 +539,7 @@ def test_prompts_keep_their_common_ending_as_a_template(house):
     assert dataset.warnings == []
     rows[7]["prompt"] = "What is 7?"
     dataset = open_bytes(jsonl(house / "a.jsonl", rows), block_size=64)
-    assert dataset.tokenizer.chat_template is None
+    assert dataset.tokenizer.chat_template == prompt_template("", has_end_token=True)
     assert [text[:34] for text in dataset.warnings] == ["The prompts have no common ending,"]
 
 

@@ -238,7 +238,7 @@ OLDER_CHAT_TEMPLATE = (
     "{{ '### Assistant:\n' if add_generation_prompt else '' }}"
 )
 DIALOGPT = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
-STRANGE = """{%- if messages[0].role == 'system' %}
+STRANGE = """{{ bos_token }}{%- if messages[0].role == 'system' %}
     {{- '<<' + messages[0].content + '>>' }}
 {%- endif %}
 {% for message in messages if message.role != 'system' %}
@@ -283,6 +283,9 @@ def chat(tmp_path):
 )
 def test_a_template_writes_here_what_it_writes_in_transformers(chat, template):
     folder = chat(template).partition("=")[2]
+    settings_file = Path(folder) / "tokenizer_config.json"
+    changed = json.loads(settings_file.read_text()) | {"bos_token": "<s>"}
+    settings_file.write_text(json.dumps(changed))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ours = sample.ChatTemplate(load_tokenizer(Path(folder)))
     for messages in ([QUESTION], TURNS[1:], TURNS):
