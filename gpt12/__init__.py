@@ -26,6 +26,5 @@ bench.py      measure.py, measure_decoding.py, gpu_state.py, ladder.py, sweep.py
               versus_transformers.py, plan.py and cards.py (predictions), bench_report.py,
               bench_picture.py, bench_request.py
 
-Everywhere    errors.py (a user's mistakes), files.py (atomic writes), targets.py (ignored targets),
-              text_stream.py (whole characters and stop strings for sample.py)
+Everywhere    errors.py (a user's mistakes), files.py (atomic writes), targets.py (ignored targets)
 """
