@@ -247,7 +247,7 @@ def compare_with_datasheet(result: StepResult, runner: StepRunner) -> StepResult
         achieved = result.flops_per_token * result.tokens_per_s / machine.world
         mfu = achieved / (card.tflops * 1e12)
     on_one_rank = replace(runner.config, gradient_accumulation_steps=result.micro_steps)
-    predicted = predict(runner.shape, on_one_rank, result.recompute, card)
+    predicted = predict(runner.shape, on_one_rank, card)
     return replace(result, mfu=mfu, predicted_ms=predicted.ms, predicted_gib=predicted.gib)
 
 
@@ -414,11 +414,11 @@ def plan(config: BenchConfig, given: set[str]) -> dict[str, Any]:
     shape = model_shape(config, config.vocab_size)
     rows = []
     for recompute in kinds_of_recomputation(config, given):
-        largest = largest_batch(shape, config, recompute, room_gib)
+        kind = replace(config, recompute=recompute)
+        largest = largest_batch(shape, kind, room_gib)
         sizes = [size for size in (1, 4, 16, 64) if size < largest]
         for size in [*sizes, largest] if largest > 0 else []:
-            sized = replace(config, batch_size=size)
-            rows.append(predict(shape, sized, recompute, card))
+            rows.append(predict(shape, replace(kind, batch_size=size), card))
     if not rows:
         raise UserError(NOTHING_FITS)
     if not is_gpt2(shape):

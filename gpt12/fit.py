@@ -86,7 +86,7 @@ def fit(
         free = available_memory(machine)
 
         def fits(rung: TrainConfig) -> bool:
-            return needed_memory(model.config, rung, rung.recompute, machine) <= free
+            return needed_memory(model.config, rung, machine) <= free
     else:
         return config
     rungs = ladder(config) if may_change else [config]

@@ -100,7 +100,7 @@ class RunLog:
             )
         self.say(self._data_line())
         self.say(self._step_line())
-        gib = needed_memory(shape, config, config.recompute, run.machine) / GIB
+        gib = needed_memory(shape, config, run.machine) / GIB
         self.say(
             f"memory: about {gib:.3g} GiB at the peak of a step (recompute={config.recompute})"
         )

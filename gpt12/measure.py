@@ -116,14 +116,22 @@ def time_calls(call: Callable[[], None], machine: Machine, warmup: int, count: i
         call()
     machine.synchronize()
     warmup_s = time.perf_counter() - began
-    marks = [mark_time(machine)]
-    for _ in range(count):
-        call()
-        marks.append(mark_time(machine))
+    marks = []
+    events = []
+    for i in range(count + 1):
+        if i > 0:
+            call()
+        if machine.on_gpu:  # the end of the work that is queued so far
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+        else:
+            machine.synchronize()
+            marks.append(1e3 * time.perf_counter())
     # The GPU still works through its queue: an idle one would lower its clock.
     held = machine.on_gpu and clock_is_held()
     machine.synchronize()
-    times = [elapsed_ms(before, after) for before, after in pairwise(marks)]
+    times = [before.elapsed_time(after) for before, after in pairwise(events)]
+    times += [after - before for before, after in pairwise(marks)]
     p10, middle, p90 = np.percentile(times, (10, 50, 90)).tolist()
     timing = Timing(ms=middle, ms_p10=p10, ms_p90=p90, steps=count, warmup_s=warmup_s)
     if not machine.on_gpu:
@@ -146,28 +154,6 @@ def forget_last_measurement() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-Mark = torch.cuda.Event | float  # a moment: in the GPU's queue of work, or on the host's clock
-
-
-def mark_time(machine: Machine) -> Mark:
-    """Return the present moment. On a GPU: the end of the work that is queued so far."""
-    if not machine.on_gpu:
-        machine.synchronize()
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def elapsed_ms(before: Mark, after: Mark) -> float:
-    """Return the milliseconds between two moments."""
-    if isinstance(before, torch.cuda.Event):
-        assert isinstance(after, torch.cuda.Event)
-        return before.elapsed_time(after)
-    assert isinstance(after, float)
-    return 1e3 * (after - before)
 
 
 @contextlib.contextmanager

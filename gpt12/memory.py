@@ -65,24 +65,21 @@ def trained_parameters(shape: GPTConfig, config: TrainConfig) -> int:
 
 
 def step_memory(
-    shape: GPTConfig,
-    config: TrainConfig,
-    recompute: str,
-    compiled: bool = True,
-    on_cpu: bool = False,
+    shape: GPTConfig, config: TrainConfig, compiled: bool = True, on_cpu: bool = False
 ) -> dict[str, float]:
     """Return the bytes of memory at the peak of a step, by kind.
 
     Their sum is what torch.cuda.max_memory_allocated would report; on a CPU, the largest resident
     memory of the process. config: batch_size, block_size, gradient_accumulation_steps, dtype,
-    optimizer and lora_rank count. The attention mask of instruction data, B * T * T numbers, is
-    left out.
+    optimizer, lora_rank and recompute count. The attention mask of instruction data, B * T * T
+    numbers, is left out.
 
     The peak is the largest of three moments: in the loss, when all activations are alive beside a
     chunk of logits; in the backward pass of the last layer; and at the end of the backward pass,
     when all gradients are there. The numbers of (B, T, C) tensors in the last two were fitted.
     """
     full = config.lora_rank == 0  # all parameters are trained
+    recompute = config.recompute
     number = 4 if config.dtype == "float32" else 2  # bytes of an activation
     master = 2 if config.optimizer == "adamw8bit" else 4  # bytes of a trained parameter
     eager = not compiled and number == 2
@@ -95,7 +92,7 @@ def step_memory(
     if on_cpu and shape.dropout > 0:
         matrix = 4.0 * shape.n_head * tokens * config.block_size
 
-    per_layer = _kept_per_layer(shape, config, recompute, eager, on_cpu) * stream
+    per_layer = _kept_per_layer(shape, config, eager, on_cpu) * stream
     kept = shape.n_layer * (per_layer + KEPT_MATRICES[recompute] * matrix)
     # The head's part of the embedding's gradient is in float32, beside that of the lookup.
     head_gradient = 4.0 * table if full else 0.0
@@ -133,16 +130,14 @@ def step_memory(
     return peak
 
 
-def _kept_per_layer(
-    shape: GPTConfig, config: TrainConfig, recompute: str, eager: bool, on_cpu: bool
-) -> int:
+def _kept_per_layer(shape: GPTConfig, config: TrainConfig, eager: bool, on_cpu: bool) -> int:
     """Return what a layer keeps for the backward pass, in (B, T, C) tensors."""
-    kept = KEPT[recompute]
+    kept = KEPT[config.recompute]
     if eager:
-        kept += KEPT_UNCOMPILED[recompute]
+        kept += KEPT_UNCOMPILED[config.recompute]
     if config.lora_rank > 0:
-        kept += KEPT_BY_ADAPTERS[recompute]
-    if recompute == "none" and shape.dropout > 0:
+        kept += KEPT_BY_ADAPTERS[config.recompute]
+    if config.recompute == "none" and shape.dropout > 0:
         kept += 2 if on_cpu else 1  # two masks; on a GPU each has one byte per number
     return kept
 
@@ -153,10 +148,10 @@ def _kept_per_layer(
 CGROUPS = Path("/sys/fs/cgroup")  # where Linux shows a container its limits
 
 
-def needed_memory(shape: GPTConfig, config: TrainConfig, recompute: str, machine: Machine) -> float:
+def needed_memory(shape: GPTConfig, config: TrainConfig, machine: Machine) -> float:
     """Return the predicted bytes at the peak of a step on this machine."""
     on_cpu = machine.device.type == "cpu"
-    return sum(step_memory(shape, config, recompute, machine.compiled, on_cpu).values())
+    return sum(step_memory(shape, config, machine.compiled, on_cpu).values())
 
 
 def available_memory(machine: Machine) -> float:
@@ -258,7 +253,7 @@ class Prediction:
     tokens_per_s: float
 
 
-def predict(shape: GPTConfig, config: TrainConfig, recompute: Recompute, card: Card) -> Prediction:
+def predict(shape: GPTConfig, config: TrainConfig, card: Card) -> Prediction:
     """Predict memory and time of a step on a card. config: batch_size and dtype are decided."""
     micro_steps = config.gradient_accumulation_steps
     tokens = micro_steps * config.batch_size * config.block_size
@@ -266,10 +261,10 @@ def predict(shape: GPTConfig, config: TrainConfig, recompute: Recompute, card: C
     if config.dtype == "float32":
         peak /= 2  # TF32
     is_geforce = card.tflops < 3 * card.fp32_tflops
-    products = product_flops(shape, config, recompute, tokens) / peak
-    moves = moved_bytes(shape, config, recompute, tokens) / (card.bandwidth_gbs * 1e9)
+    products = product_flops(shape, config, tokens) / peak
+    moves = moved_bytes(shape, config, tokens) / (card.bandwidth_gbs * 1e9)
     # Elements of attention matrices: forward, backward, perhaps forward again; causality halves.
-    passes = 3 if recompute == "block" else 2
+    passes = 3 if config.recompute == "block" else 2
     elements = passes * tokens * config.block_size / 2 * shape.n_head * shape.n_layer
     seconds = (
         products / (GEFORCE_PRODUCTS_SHARE if is_geforce else PRODUCTS_SHARE)
@@ -277,11 +272,10 @@ def predict(shape: GPTConfig, config: TrainConfig, recompute: Recompute, card: C
         + elements * SOFTMAX_FLOPS / (card.fp32_tflops * 1e12)
         + micro_steps * shape.n_layer * SECONDS_PER_LAYER
     )
-    compiled = config.compile is not False
-    kinds = step_memory(shape, config, recompute, compiled)
+    kinds = step_memory(shape, config, config.compile is not False)
     return Prediction(
         batch_size=config.batch_size,
-        recompute=recompute,
+        recompute=config.recompute,
         memory_gib={kind: size / GIB for kind, size in kinds.items()},
         gib=sum(kinds.values()) / GIB,
         ms=1e3 * seconds,
@@ -289,7 +283,7 @@ def predict(shape: GPTConfig, config: TrainConfig, recompute: Recompute, card: C
     )
 
 
-def product_flops(shape: GPTConfig, config: TrainConfig, recompute: str, tokens: int) -> float:
+def product_flops(shape: GPTConfig, config: TrainConfig, tokens: int) -> float:
     """Count the operations of the matrix products of a step."""
     C = shape.n_embd
     L = shape.n_layer
@@ -304,7 +298,7 @@ def product_flops(shape: GPTConfig, config: TrainConfig, recompute: str, tokens:
     # Attention: two products forward and five backward (Dao 2023, arXiv:2307.08691, section 3.1),
     # half of each because of causality.
     per_token += 7 * config.block_size * C * L
-    if recompute == "block":  # all again but the layer's last product, which nothing needs
+    if config.recompute == "block":  # all again but the layer's last product, which nothing needs
         per_token += 2 * (layers - 4 * C * C * L) + 2 * config.block_size * C * L
     update = 0
     if config.optimizer == "muon":
@@ -314,7 +308,7 @@ def product_flops(shape: GPTConfig, config: TrainConfig, recompute: str, tokens:
     return float(tokens * per_token + update)
 
 
-def moved_bytes(shape: GPTConfig, config: TrainConfig, recompute: str, tokens: int) -> float:
+def moved_bytes(shape: GPTConfig, config: TrainConfig, tokens: int) -> float:
     """Count the bytes that everything but the matrix products reads and writes in a step."""
     C = shape.n_embd
     layers = 12 * C * C * shape.n_layer
@@ -323,7 +317,7 @@ def moved_bytes(shape: GPTConfig, config: TrainConfig, recompute: str, tokens: i
     number = 4 if config.dtype == "float32" else 2  # bytes of an activation
     micro_steps = config.gradient_accumulation_steps
 
-    per_layer = MOVED_NUMBERS + MOVED_AGAIN[recompute]
+    per_layer = MOVED_NUMBERS + MOVED_AGAIN[config.recompute]
     if shape.bias:
         per_layer += MOVED_BY_BIASES
     if config.lora_rank > 0:
@@ -347,13 +341,11 @@ def moved_bytes(shape: GPTConfig, config: TrainConfig, recompute: str, tokens: i
     return tokens * per_token + micro_steps * per_micro_batch + per_update
 
 
-def largest_batch(
-    shape: GPTConfig, config: TrainConfig, recompute: Recompute, room_gib: float
-) -> int:
+def largest_batch(shape: GPTConfig, config: TrainConfig, room_gib: float) -> int:
     """Return the largest micro-batch whose predicted memory fits into room_gib; 0 if none does."""
 
     def needed(batch_size: int) -> float:
         sized = replace(config, batch_size=batch_size)
-        return sum(step_memory(shape, sized, recompute, config.compile is not False).values())
+        return sum(step_memory(shape, sized, config.compile is not False).values())
 
     return bisect_right(range(1, LARGEST_BATCH + 1), room_gib * GIB, key=needed)

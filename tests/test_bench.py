@@ -262,7 +262,7 @@ def test_mfu_and_prediction_follow_from_the_datasheet(monkeypatch, lora_rank, gi
         monkeypatch.setattr(bench, "CARDS", {runner.machine.name: card})
         measured = fake_result(runner.config, 100.0, flops_per_token=7, total_gib=gib)
         result = bench.compare_with_datasheet(measured, runner)
-        prediction = predict(runner.shape, runner.config, "none", card)
+        prediction = predict(runner.shape, runner.config, card)
     if not known:
         assert result == measured
         return
@@ -441,7 +441,7 @@ def test_the_end_of_a_cards_name_is_enough_for_a_plan(run):
 def prediction_of(*options: str):
     config, _ = bench.read([*options, "--dtype=bfloat16"])
     shape = model_shape(config, config.vocab_size)
-    return config, predict(shape, config, "none", RTX_4070_TI)
+    return config, predict(shape, config, RTX_4070_TI)
 
 
 @pytest.mark.parametrize("name", ["train_gpt2.py", "train_gpt2_12gb.py", "train_gpt2_fast.py"])

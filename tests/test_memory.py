@@ -47,21 +47,40 @@ def shape_of(options):
     return model_shape(options, options.vocab_size)
 
 
-def predicted_gib(options, recompute):
+def predicted_gib(options):
     """Return the predicted peak of a step in GiB."""
-    return sum(step_memory(shape_of(options), options, recompute).values()) / GIB
+    return sum(step_memory(shape_of(options), options).values()) / GIB
 
 
 # --------------------------------------------------------------------------------------------------
 # Memory. tests/test_gpu.py and test_bench.py compare it with the allocator's peak.
 
 
-def growth_per_layer(shape, options, recompute, **machine):
+def growth_per_layer(shape, options, **machine):
     """Return the bytes of activations by which two layers need more than one."""
-    one, two = (
-        step_memory(replace(shape, n_layer=n), options, recompute, **machine) for n in (1, 2)
-    )
+    one, two = (step_memory(replace(shape, n_layer=n), options, **machine) for n in (1, 2))
     return two["activations"] - one["activations"]
+
+
+def kept_bytes(block, x):
+    """Return the bytes of the tensors that a layer saves for its backward pass.
+
+    Not of its weights or their copies in 16 bits, and not of a mean or variance for each row.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept: dict[int, int] = {}
+    rows = x.size(0) * x.size(1)
+
+    def note(t):
+        storage = t.untyped_storage()
+        is_activation = t.numel() >= x.numel() and t.numel() % rows == 0
+        if is_activation and storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        block(x, Shared(torch.arange(x.size(1))[None], None, None))
+    return sum(kept.values())
 
 
 @pytest.mark.parametrize(
@@ -70,7 +89,7 @@ def growth_per_layer(shape, options, recompute, **machine):
 )
 @pytest.mark.usefixtures("fresh_compiler")
 def test_the_formula_counts_what_a_layer_keeps_for_the_backward_pass(recompute, dropout, lora_rank):
-    """Against the tensors that the compiler's own partition of a layer saves."""
+    """Against what the compiler's own partition of a layer saves."""
     B, T, C = 3, 33, 64
     shape = GPTConfig(T, 13, 1, 2, C, dropout)
     model = GPT(shape).train()
@@ -82,42 +101,21 @@ def test_the_formula_counts_what_a_layer_keeps_for_the_backward_pass(recompute, 
     # A GPU's attention draws its mask again; a CPU's formula keeps a whole matrix.
     block.attn.dropout = 0.0
     block.compile(backend="aot_eager_decomp_partition")
-    kept: dict[int, int] = {}
-
-    def note(t):
-        # Not weights, and not a row's mean or variance.
-        if t.numel() >= B * T * C and t.numel() % (B * T) == 0:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
     x = torch.randn(B, T, C, dtype=torch.bfloat16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16):
-            block(x, Shared(torch.arange(T)[None], None, None))
-    options = config(batch_size=B, block_size=T, dtype="bfloat16", lora_rank=lora_rank)
-    assert growth_per_layer(shape, options, recompute) == sum(kept.values())
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = kept_bytes(block, x)
+    keys = {"batch_size": B, "block_size": T, "dtype": "bfloat16", "lora_rank": lora_rank}
+    assert growth_per_layer(shape, config(**keys, recompute=recompute)) == kept
 
 
 @pytest.mark.parametrize("dropout", [0, 0.1])
 def test_on_a_cpu_the_formula_counts_the_attention_matrices_that_dropout_keeps(dropout):
-    """Against the tensors that a layer saves."""
     B, T, C = 2, 64, 32
     shape = GPTConfig(T, 13, 1, 2, C, dropout)
     [block] = GPT(shape).train().transformer.h
-    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(t):
-        if t.numel() >= B * T * C and t.untyped_storage().data_ptr() not in weights:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    x = torch.randn(B, T, C, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        block(x, Shared(torch.arange(T)[None], None, None))
-    options = config(batch_size=B, block_size=T)
-    growth = growth_per_layer(shape, options, "none", on_cpu=True)
-    assert growth == pytest.approx(CPU_GAPS * sum(kept.values()))
+    kept = kept_bytes(block, torch.randn(B, T, C, requires_grad=True))
+    growth = growth_per_layer(shape, config(batch_size=B, block_size=T), on_cpu=True)
+    assert growth == pytest.approx(CPU_GAPS * kept)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +125,8 @@ def test_on_a_cpu_the_formula_counts_the_attention_matrices_that_dropout_keeps(d
 def test_on_a_cpu_the_formula_predicts_what_runs_of_gpt2_took(batch_size, recompute, measured_gib):
     """The largest resident memory of train.py config/finetune_gpt2.py --init_from=scratch."""
     shape = replace(GPT2, dropout=0.1)
-    options = full_size(batch_size=batch_size, dtype="float32")
-    kinds = step_memory(shape, options, recompute, compiled=False, on_cpu=True)
+    options = full_size(batch_size=batch_size, dtype="float32", recompute=recompute)
+    kinds = step_memory(shape, options, compiled=False, on_cpu=True)
     assert sum(kinds.values()) / GIB == pytest.approx(measured_gib, rel=0.1)
 
 
@@ -150,8 +148,8 @@ def test_on_a_cpu_the_formula_predicts_what_runs_of_gpt2_took(batch_size, recomp
 )
 def test_predicted_memory_is_what_was_measured(init_from, recompute, keys, gib):
     """Measured on an H200 at T=1024 (docs/results.md)."""
-    options = make_124m(init_from=init_from, **keys)
-    assert predicted_gib(options, recompute) == pytest.approx(gib, rel=0.03)
+    options = make_124m(init_from=init_from, recompute=recompute, **keys)
+    assert predicted_gib(options) == pytest.approx(gib, rel=0.03)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -173,17 +171,17 @@ def test_weights_moments_and_gradients_take_the_bytes_of_their_formats():
         ({"optimizer": "adamw8bit", **accumulated}, (2 * n, 2 * n, 2 * n)),
         ({"lora_rank": 16, **accumulated}, (2 * n + 4 * adapters, 8 * adapters, 4 * adapters)),
     ):
-        kinds = step_memory(GPT2, full_size(**options), "none")
+        kinds = step_memory(GPT2, full_size(**options))
         assert (kinds["weights"], kinds["moments"], kinds["gradients"]) == expected
 
 
 def test_the_largest_batch_is_the_last_that_fits():
-    options = make_124m()
     for recompute in RECOMPUTE:
-        largest = largest_batch(shape_of(options), options, recompute, 11.0)
-        fits = predicted_gib(replace(options, batch_size=largest), recompute)
-        assert fits <= 11.0 < predicted_gib(replace(options, batch_size=largest + 1), recompute)
-    assert largest_batch(shape_of(options), options, "none", 1.0) == 0
+        options = make_124m(recompute=recompute)
+        largest = largest_batch(shape_of(options), options, 11.0)
+        fits = predicted_gib(replace(options, batch_size=largest))
+        assert fits <= 11.0 < predicted_gib(replace(options, batch_size=largest + 1))
+        assert largest_batch(shape_of(options), options, 1.0) == 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,7 +198,7 @@ def test_the_work_is_counted_as_torch_counts_it(recompute, attention):
     C = SHAPE["n_embd"]
     L = SHAPE["n_layer"]
     T = SHAPE["block_size"]
-    options = make()
+    options = make(recompute=recompute)
     model = GPT(shape_of(options))
     model.set_recompute(recompute)
     x = torch.zeros(SHAPE["batch_size"], T, dtype=torch.int64)
@@ -209,15 +207,14 @@ def test_the_work_is_counted_as_torch_counts_it(recompute, attention):
         F.cross_entropy(logits.flatten(0, 1), x.flatten()).backward()
     products = counter.get_total_flops() - x.numel() * attention * T * C * L
     kernel = x.numel() * (9 if recompute == "block" else 7) * T * C * L
-    counted = product_flops(shape_of(options), options, recompute, x.numel())
+    counted = product_flops(shape_of(options), options, x.numel())
     assert counted - kernel == pytest.approx(products, rel=1e-6)
 
 
 def test_muons_products_are_counted_as_torch_counts_them():
     C = SHAPE["n_embd"]
     muon, adamw = (
-        product_flops(shape_of(make()), make(optimizer=name), "none", 48)
-        for name in ("muon", "adamw")
+        product_flops(shape_of(make()), make(optimizer=name), 48) for name in ("muon", "adamw")
     )
     with FlopCounterMode(display=False) as counter:
         for count, rows, columns in ((4, C, C), (1, 4 * C, C), (1, C, 4 * C)):
@@ -237,14 +234,14 @@ def test_muons_products_are_counted_as_torch_counts_them():
 )
 def test_predicted_time_is_what_was_measured(batch_size, recompute, ms):
     """Measured on an H200: 124M, T=1024, bias=False, torch 2.11 (docs/results.md)."""
-    options = make_124m(batch_size=batch_size)
-    found = predict(shape_of(options), options, recompute, CARDS["NVIDIA H200"])
+    options = make_124m(batch_size=batch_size, recompute=recompute)
+    found = predict(shape_of(options), options, CARDS["NVIDIA H200"])
     assert found.ms == pytest.approx(ms, rel=0.025)
 
 
-def predicted(recompute="none", **keys):
+def predicted(**keys):
     options = make_124m(**keys)
-    return predict(shape_of(options), options, recompute, RTX_4070_TI)
+    return predict(shape_of(options), options, RTX_4070_TI)
 
 
 def test_methods_that_save_memory_do_and_those_that_cost_time_do():
@@ -252,7 +249,7 @@ def test_methods_that_save_memory_do_and_those_that_cost_time_do():
     lora = predicted(lora_rank=16)
     muon = predicted(optimizer="muon")
     assert lora.gib < predicted(optimizer="adamw8bit").gib < plain.gib
-    assert plain.ms < predicted("pointwise").ms < predicted("block").ms
+    assert plain.ms < predicted(recompute="pointwise").ms < predicted(recompute="block").ms
     assert lora.ms < plain.ms < muon.ms < predicted(dtype="float32").ms
     assert predicted(bias=True).ms > plain.ms
     assert predicted(gradient_accumulation_steps=8).tokens_per_s > plain.tokens_per_s
