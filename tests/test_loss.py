@@ -101,21 +101,6 @@ def test_evaluating_makes_no_gradient(monkeypatch):
         assert torch.equal(model(idx, idx)[1], with_gradient)
 
 
-def test_padding_of_the_vocabulary_takes_no_part():
-    model = small_model()
-    x, y = torch.randint(0, 13, (2, 4, 8))
-    before = model(x, y)[1]
-    logits = model(x)[0]
-    with torch.no_grad():
-        model.lm_head.weight[13:] = 7.0
-    loss = model(x, y)[1]
-    loss.backward()
-    assert loss.item() == before.item()
-    assert torch.equal(model(x)[0], logits)
-    assert logits.shape == (4, 8, 13)
-    assert not model.lm_head.weight.grad[13:].any()
-
-
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("targets", [0, 1, 7, 32])
 def test_the_loss_is_the_mean_over_however_few_targets(targets, known):

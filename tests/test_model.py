@@ -4,7 +4,6 @@ import copy
 import shutil
 
 import pytest
-import reference
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -141,39 +140,6 @@ def test_initial_weights_have_gpt2s_standard_deviations():
     assert model(x, x.roll(1, 1))[1].item() == pytest.approx(
         torch.log(torch.tensor(1000.0)).item(), abs=0.1
     )
-
-
-def reference_weights(model: GPT) -> reference.Weights:
-    weights = {}
-    for name, p in model.transformer.named_parameters():
-        linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        weights[name] = (p.t() if linear else p).detach().double().clone().requires_grad_()
-    weights["wte.weight"] = (
-        weights["wte.weight"][: model.config.vocab_size].detach().clone().requires_grad_()
-    )
-    return weights
-
-
-def test_the_reference_written_with_loops_gives_our_logits_and_gradients():
-    model = small_model()
-    w = reference_weights(model)
-    x, y = torch.randint(0, 13, (2, 2, 8), generator=torch.Generator().manual_seed(2))
-    y[0, 3] = IGNORE_INDEX
-    expected = reference.loss(x, y, w, 2, 2)
-    expected.backward()
-    logits = torch.stack([reference.logits(row.tolist(), w, 2, 2) for row in x])
-    assert relative(model(x)[0].double(), logits) < 1e-5
-    _, loss = model(x, y)
-    loss.backward()
-    assert relative(loss.double(), expected) < 1e-5
-    for name, p in w.items():
-        grad = (
-            model.transformer.get_parameter(name)
-            .grad[: len(p) if name == "wte.weight" else None]
-            .double()
-        )
-        linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        assert relative(grad.t() if linear else grad, p.grad) < 1e-5, name
 
 
 def test_no_position_sees_the_future():

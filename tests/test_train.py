@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import reference
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +24,7 @@ from gpt12.optimizer import OPTIMIZERS, Entry
 from gpt12.saver import Saver
 from gpt12.targets import IGNORE_INDEX
 from gpt12.trainer_state import trainer_tensors
+from gpt12.twin import gpt2_logits
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig
 from tests.helpers import (
@@ -64,35 +64,6 @@ def break_gradients(step: train.TrainStep, value: float = math.nan):
 
 # --------------------------------------------------------------------------------------------------
 # Optimizer and learning rate
-
-
-def test_adamw_makes_torchs_steps_with_decay_for_matrices_and_embeddings_only():
-    step = small_step(grad_clip=0.0)
-    [optimizer] = step.optimizers
-    names = {p: name for name, p in step.model.named_parameters()}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            plain = "ln_" in names[p] or names[p].endswith("bias")
-            assert group["weight_decay"] == (0.0 if plain else 0.1), names[p]
-    model = small_gpt()
-    torch_groups: list[dict] = [{"params": [], "weight_decay": 0.1}]
-    torch_groups.append({"params": [], "weight_decay": 0.0})
-    for p in model.parameters():
-        torch_groups[0 if p.ndim > 1 else 1]["params"].append(p)
-    theirs = torch.optim.AdamW(torch_groups, lr=1e-2, betas=(0.9, 0.95))
-    for seed in range(3):
-        x, y = random_rows(seed=seed)
-        step(1e-2, fill(step, x, y))
-        theirs.zero_grad()
-        model(x, y)[1].backward()
-        for ours, other in zip(step.model.parameters(), model.parameters(), strict=True):
-            assert torch.allclose(ours.grad, other.grad, atol=1e-5)
-            # The same gradients for both: AdamW divides by their size, so the rounding error of a
-            # gradient near 0 would become a whole step.
-            other.grad = ours.grad.clone()
-        theirs.step()
-    for a, b in zip(step.model.parameters(), model.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -184,10 +155,6 @@ def test_the_learning_rate_follows_its_closed_form():
     assert train.learning_rate(10, cosine) == 1.0
     assert train.learning_rate(60, cosine) == pytest.approx(0.55)
     assert train.learning_rate(110, cosine) == 0.1
-    wsd = schedule(schedule="wsd", min_lr=0.0)
-    assert [train.learning_rate(step, wsd) for step in (10, 40, 69)] == [1.0, 1.0, 1.0]
-    assert train.learning_rate(90, wsd) == pytest.approx(0.5)
-    assert train.learning_rate(110, wsd) == 0.0
     assert train.learning_rate(5, schedule(decay_lr=False)) == 1.0
     assert train.learning_rate(30, schedule(lr_decay_iters=30)) == 0.1
 
@@ -228,54 +195,65 @@ def test_accumulated_micro_batches_give_the_mean_over_all_targets():
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
 
-def test_ten_training_steps_give_the_golden_losses_and_those_of_the_reference():
+class ReferenceAdamW:
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101, algorithm 2) after clipping."""
+
+    def __init__(self, parameters: dict[str, torch.Tensor], clip: float):
+        self.parameters = parameters
+        self.clip = clip
+        self.updates = 0
+        self.m = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        self.v = {name: torch.zeros_like(p) for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> float:
+        """Update and return the gradients' norm."""
+        self.updates += 1
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in self.parameters.values()))
+        for name, p in self.parameters.items():
+            gradient = p.grad * min(1.0, self.clip / norm)
+            self.m[name] = 0.9 * self.m[name] + 0.1 * gradient
+            self.v[name] = 0.95 * self.v[name] + 0.05 * gradient**2
+            m = self.m[name] / (1 - 0.9**self.updates)
+            v = self.v[name] / (1 - 0.95**self.updates)
+            decay = 0.1 if p.ndim > 1 else 0.0  # matrices and embeddings only
+            p -= lr * (m / (v.sqrt() + 1e-8) + decay * p)
+            p.grad = None
+        return norm
+
+
+@pytest.mark.gpt2
+@pytest.mark.parametrize("clip", [1.0, 0.6])
+def test_ten_training_steps_give_the_golden_losses_and_those_of_the_reference(clip):
+    """The reference: GPT-2 and AdamW from their formulas, in float64."""
     ids = (np.cumsum(np.arange(200) % 7) % 13).astype(np.int64)
-    step = small_step()
-    w = {}
-    for name, p in step.model.transformer.named_parameters():
-        turned = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        w[name] = p.detach().double().t() if turned else p.detach().double()
-    w["wte.weight"] = w["wte.weight"][:13]
-    w = {name: p.clone().requires_grad_() for name, p in w.items()}
-    oracle = reference.AdamW(w, (0.9, 0.95), 0.1, 1.0)
+    step = small_step(grad_clip=clip)
+    exact = {}
+    for name, p in step.model.named_parameters():
+        exact[name] = p.detach().double().clone().requires_grad_()
+    oracle = ReferenceAdamW(exact, clip)
     curve = []
     expected = []
+    norms = []
     for i in range(0, 50, 5):
         batch = torch.from_numpy(np.stack([ids[i : i + 9], ids[i + 50 : i + 59]]))
         x, y = batch[:, :-1], batch[:, 1:]
         step(1e-2, fill(step, x, y))
         curve.append(step.loss.item())
-        loss = reference.loss(x, y, w, 2, 2)
+        tied = {"lm_head.weight": exact["transformer.wte.weight"]}
+        logits = gpt2_logits(exact | tied, 2, x)[..., :13].flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, y.flatten())
         loss.backward()
-        oracle.step(1e-2)
+        norm = oracle.step(1e-2)
         expected.append(loss.item())
+        norms.append(norm)
+        assert step.grad_norm.item() == pytest.approx(norm, rel=1e-3)
     assert curve == pytest.approx(expected, abs=1e-4)
+    if clip == 0.6:
+        assert min(norms) < clip < max(norms)  # some updates are clipped
+        return
     golden = json.loads(GOLDEN.read_text())
     assert curve == pytest.approx(golden, abs=1e-4), f"renew {GOLDEN.name} with {curve}?"
-
-
-def test_clipping_scales_all_gradients_to_the_bound():
-    free = small_step(grad_clip=0.0)
-    clipped = small_step(grad_clip=0.01)
-    for step in (free, clipped):
-        step(1e-2, fill(step, *random_rows()))
-    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in free.parameters))
-    assert free.grad_norm.item() == pytest.approx(norm)
-    assert clipped.grad_norm.item() == pytest.approx(norm)  # before clipping
-    means = moments(free)
-    for name, t in moments(clipped).items():
-        if name.endswith("exp_avg"):
-            expected = means[name] * (0.01 / norm)
-            assert torch.allclose(t, expected, rtol=1e-4, atol=1e-12), name
-
-
-def test_a_step_cuts_its_windows_into_rows_of_the_length_that_was_set():
-    step = small_step(gradient_accumulation_steps=2)
-    x, y = random_rows(rows=4)
-    _, expected = step.model(x, y, context_length=2)
-    step.set_context_length(2)
-    step(1e-2, fill(step, x, y))
-    assert step.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["none", "pointwise", "block", "lora"])
@@ -419,17 +397,6 @@ def test_a_mac_which_lacks_fused_kernels_and_float64_trains_the_same(
     states = moments(mac)
     for name, t in moments(fused).items():
         assert torch.allclose(t, states[name], rtol=1e-3, atol=1e-7), name
-    before = [p.clone() for p in mac.model.parameters()]
-    states = {name: t.clone() for name, t in moments(mac).items()}
-    hook = break_gradients(mac)
-    mac(1e-2)
-    assert mac.bad.item() == 1
-    assert same_weights(mac.model, before)
-    for name, t in moments(mac).items():
-        assert torch.equal(t, states[name]), name
-    hook.remove()
-    mac(1e-2)
-    assert not same_weights(mac.model, before)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -581,15 +548,8 @@ def test_too_many_bad_updates_stop_the_run_and_last_stays_finite(
     assert trainer(tmp_path)["step"] == 9
 
 
-def test_patience_ends_the_run_and_best_is_kept(dataset, tmp_path, capsys):
-    options = ["--max_iters=500", "--eval_interval=5", "--patience=2"]
-    assert run(dataset, tmp_path, *options, "--learning_rate=0", "--min_lr=0") == 0
-    assert "no better validation loss in 2 evaluations" in capsys.readouterr().out
-    assert trainer(tmp_path, "best")["step"] == 5  # step 0 does not count
-
-
-def test_patience_counts_the_evaluations_since_the_best(dataset, tmp_path, monkeypatch):
-    values = iter((9.0, 4.0, 5.0, 3.0, 4.0, 3.5, 3.4))  # every five steps
+def test_patience_counts_the_evaluations_since_the_best(dataset, tmp_path, monkeypatch, capsys):
+    values = iter((1.0, 4.0, 5.0, 3.0, 4.0, 3.5, 3.4))  # every five steps; step 0 does not count
 
     def acted(run, windows, stop):
         is_training_split = len(windows.tokens) == 2600
@@ -599,6 +559,7 @@ def test_patience_counts_the_evaluations_since_the_best(dataset, tmp_path, monke
     assert run(dataset, tmp_path, "--max_iters=30", "--eval_interval=5", "--patience=2") == 0
     assert evaluations(tmp_path) == [0, 5, 10, 15, 20, 25]
     assert set(losses(tmp_path, "train_loss").values()) == {0.0}
+    assert "no better validation loss in 2 evaluations" in capsys.readouterr().out
     assert trainer(tmp_path, "best")["step"] == 15
     assert trainer(tmp_path)["worse_evaluations"] == 2
 
@@ -660,12 +621,3 @@ def test_a_users_mistake_ends_with_a_message_and_status_2_and_leaves_nothing(
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert not out_dir.exists()
-
-
-def test_a_configuration_is_not_changed_by_training_with_it(dataset, tmp_path):
-    from tests.helpers import built
-
-    found = built(dataset, tmp_path, "--max_iters=2")
-    before = replace(found.config)
-    train.Trainer(found).train()
-    assert found.config == before
