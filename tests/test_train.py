@@ -198,7 +198,7 @@ GOLDEN = Path(__file__).parent / "golden_losses.json"
 class ReferenceAdamW:
     """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101, algorithm 2) after clipping."""
 
-    def __init__(self, parameters: dict[str, torch.Tensor], clip: float):
+    def __init__(self, parameters, clip):
         self.parameters = parameters
         self.clip = clip
         self.updates = 0
@@ -206,7 +206,7 @@ class ReferenceAdamW:
         self.v = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
+    def step(self, lr):
         """Update and return the gradients' norm."""
         self.updates += 1
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in self.parameters.values()))
