@@ -32,6 +32,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 from gpt12.cards import CARDS
+from gpt12.checkpoint import describe_run
 from gpt12.config import load_config
 from gpt12.device import Machine, open_machine
 from gpt12.distributed import process_group, reported_by_rank_0, torchrun_ranks
@@ -50,7 +51,6 @@ from gpt12.measure import (
 from gpt12.memory import GIB, RECOMPUTE, largest_batch, predict, ran_out_of_memory
 from gpt12.optimizer import find_optimizer
 from gpt12.run import check_ranks, prepare_model
-from gpt12.run_folder import describe_run
 from gpt12.settings import BenchConfig, Recompute, SampleConfig, model_shape
 from gpt12.twin import is_gpt2
 from gpt12.weights import new_model

@@ -32,11 +32,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.tokenizers import GPT2_VOCAB_SIZE, from_meta, get_tokenizer, load_tokenizer
-from gpt12.checkpoint import find_checkpoint
+from gpt12.checkpoint import find_checkpoint, is_run
 from gpt12.config import load_config, unescape
 from gpt12.device import open_machine
 from gpt12.generate import Sampling, TextStream, store_by_columns, stream
-from gpt12.run_folder import is_run
 from gpt12.settings import SampleConfig
 from gpt12.weights import find_pretrained, from_pretrained, read_nanogpt
 from model import GPT
@@ -110,10 +109,10 @@ def find_source(config: SampleConfig) -> Path:
     if config.init_from == "resume" or is_run(source):
         out_dir = Path(config.out_dir) if config.init_from == "resume" else source
         names = ("best", "last") if config.checkpoint == "auto" else (config.checkpoint,)
-        source, state = find_checkpoint(out_dir, names)
-        loss = state.get("best_val_loss")
+        source, progress = find_checkpoint(out_dir, names)
+        loss = progress.best_val_loss
         loss_text = f", best val loss {loss:.4f}" if loss is not None else ""
-        say(f"loaded {source}, step {state['step']}{loss_text}")
+        say(f"loaded {source}, step {progress.step}{loss_text}")
         return source
     if source.suffix == ".pt":
         return source

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.windows import EvalWindows
+from gpt12.checkpoint import Saver, TrainerState, load_trainer_state
 from gpt12.cuda_graph import record, use_graph_for_training
 from gpt12.device import Machine
 from gpt12.distributed import (
@@ -57,10 +58,8 @@ from gpt12.run import (
     lock_out_dir,
     read_request,
 )
-from gpt12.saver import Saver
 from gpt12.settings import CONTEXT_PARTS, TrainConfig
 from gpt12.targets import IGNORE_INDEX
-from gpt12.trainer_state import TrainerState, load_trainer_state
 from model import GPT, StackedLinear
 
 # The run stops after so many updates in a row whose loss or gradient is not finite.
@@ -402,7 +401,16 @@ class Trainer:
         self.log = RunLog(run)
         self.clock = Clock(run.machine, run.progress.elapsed_s)
         self.stop = StopSignal(run.machine.device, self.log.say)
-        self.saver = Saver(run, self.train_step.trainer_state(), self.log.say)
+        self.saver = Saver(
+            run.out_dir,
+            run.progress,
+            self.train_step.trainer_state(),
+            tokenizer=run.dataset.tokenizer,
+            base=run.config.init_from,
+            say=self.log.say,
+            interval_s=run.config.save_interval_s,
+            interval_is_exact="save_interval_s" in run.request.given,
+        )
         self.updating = False  # whether an update is under way
 
     def train(self) -> int:
@@ -454,7 +462,7 @@ class Trainer:
                 self.clock.start()  # all is compiled and recorded from now on
             if self.stop.agreed():
                 return 128 + self.stop.number
-            if self.saver.timer.is_due():
+            if self.saver.is_due():
                 self.save("last")
 
     def load(self) -> list[int] | None:

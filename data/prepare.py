@@ -64,7 +64,7 @@ def prepare_texts(
         text_bytes = sum(file.stat().st_size for file in documents.files)
     meta = describe_tokenizer(tokenizer)
     locked = f"Another process is preparing the data in {folder}. Wait until it has ended."
-    with lock_folder(folder, if_locked=locked):
+    with lock_folder(folder, if_locked=UserError(locked)):
         progress = Progress()
         if documents.kind == "text":
             progress = Progress.load(folder)

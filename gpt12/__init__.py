@@ -2,8 +2,7 @@
 
 The model     loss.py           output head and cross-entropy in chunks, its Triton kernel
               recompute.py      computing activations again to save memory
-              lora.py           low-rank adapters
-              linears.py        replacing linear layers  weights.py   Hugging Face folders, ckpt.pt
+              lora.py           low-rank adapters       weights.py   Hugging Face folders, ckpt.pt
               generate.py       choosing tokens, key/value cache, decoding loop
 
 A run         settings.py       every key, its default and its description
@@ -17,9 +16,7 @@ The step      optimizer.py      the optimizers that --optimizer can name
               cuda_graph.py     recording a step    loader.py      windows on their way to the GPU
               fit.py            settings with which a step fits into the memory
 
-The folder    checkpoint.py     what best/ and last/ hold, and how they are replaced
-              saver.py          writes them             trainer_state.py  what resuming needs
-              run_folder.py     run.json, the lock
+The folder    checkpoint.py     run.json, the lock, best/ and last/, what resuming needs
               log.py            terminal, metrics.jsonl, loss.png, wandb, clock
 
 bench.py      measure.py, measure_decoding.py, gpu_state.py, ladder.py, sweep.py, profile_step.py,

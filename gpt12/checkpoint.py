@@ -1,17 +1,17 @@
-"""Checkpoints: folders that are replaced so that a crash at any moment leaves one that loads.
+"""A run's folder: what lies in it, how its checkpoints are replaced, and how a run is resumed.
 
-A run's two checkpoints, and when gpt12/saver.py writes them (called by train.py, Trainer):
+    run.json        the configuration, what the user gave, versions, commit, GPU, data set's hash
+    metrics.jsonl   one line per logged step and per evaluation
+    loss.png        the curves
+    best/           the model with the lowest validation loss after step 0
+    last/           the newest model: when Saver.is_due() says so, at the end, on a signal, and at
+                    evaluations if always_save_checkpoint
+    previous/       the files of an earlier run, set aside when a new one starts
 
-    best/   at an evaluation with a new lowest validation loss, never at step 0 (evaluate)
-    last/   when the save timer says so (train), at every evaluation after step 0 if
-            always_save_checkpoint (evaluate), at the end and on Ctrl-C (finish)
-
-    both    config.json, generation_config.json, model.safetensors, the tokenizer's files:
-            a Hugging Face GPT-2 folder; and trainer.json: the run's progress and the SHA-256 of
-            every other file
-    last/   also trainer.safetensors: optimizer state, LoRA's matrices, loss scale, states of
-            the random generators (gpt12/trainer_state.py)
-    best/   in a LoRA run also adapter/, in PEFT's format
+best/ and last/ are Hugging Face folders with the tokenizer's files and trainer.json, the run's
+progress. last/ also has trainer.safetensors, everything else that resuming needs. In a LoRA run
+best/ is the merged model, with the adapters beside it in best/adapter/; last/ holds only the
+adapters and the name of their base model.
 
 A folder cannot be renamed onto a full one, so a checkpoint X is replaced in steps:
 
@@ -20,33 +20,177 @@ A folder cannot be renamed onto a full one, so a checkpoint X is replaced in ste
     3. rename X.tmp to X, and fsync the parent folder
     4. delete X.prev
 
-Between 2 and 3 there is no X; readers then take X.prev.
+A kill at any moment leaves a checkpoint that loads: between 2 and 3 there is no X, and readers take
+X.prev.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import os
+import platform
 import shlex
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gpt12.errors import UserError
-from gpt12.files import exists, remove_link, sha256, sync
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+from torch.optim import Optimizer
 
-# The version of trainer.json and trainer.safetensors. Files without this number are older and read
-# the same way.
-FORMAT = 1
+from gpt12 import optim8bit
+from gpt12.device import Machine
+from gpt12.errors import UserError
+from gpt12.files import exists, lock_folder, remove_link, sync, write_atomically
+from gpt12.lora import is_adapted, load_adapter, save_adapter
+from gpt12.twin import is_gpt2
+from gpt12.weights import save_config, save_pretrained
+from model import GPT
+
+# The version of trainer.json and trainer.safetensors. Version 1 has LoRA's matrices in
+# trainer.safetensors, and a merged model in last/. Files without the number are of version 1.
+FORMAT = 2
+PACKAGES = ("torch", "numpy", "tiktoken", "datasets", "safetensors")
+RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", "best", "last", "best.prev", "last.prev")
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder
+
+
+@contextlib.contextmanager
+def lock_run(out_dir: Path) -> Iterator[None]:
+    """Keep a second run out of out_dir.
+
+    Raises UserError if there is one or if out_dir cannot be written.
+    """
+    busy = f"another run is writing to out_dir={out_dir}. Wait for it, or choose another --out_dir="
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_folder(out_dir, if_locked=UserError(busy)))
+        except OSError as error:
+            raise UserError(
+                f"out_dir={out_dir} cannot be written: {error.strerror or error}. "
+                "Choose another with --out_dir="
+            ) from None
+        yield
+
+
+def describe_run(config: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    """Return what run.json holds: enough to explain the run later, and nothing secret.
+
+    Environment variables and the command line are left out, because they may hold passwords.
+    """
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # not every run needs all of them
+            versions[package] = metadata.version(package)
+    return {
+        "config": config,
+        "commit": _commit(),
+        "versions": versions,
+        "platform": platform.platform(),
+        **facts,
+    }
+
+
+def _commit() -> str | None:
+    """Return the git commit, with "-dirty" if files were changed; None outside of git."""
+    here = str(Path(__file__).parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically. Raises UserError if the disk does not accept it."""
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file atomically. Raises UserError if the disk does not accept it."""
+    with _user_error_if_unwritable(file):
+        write_atomically(file, text.encode())
+
+
+@contextlib.contextmanager
+def _user_error_if_unwritable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}. "
+            "Free some space, or choose another --out_dir="
+        ) from None
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder holds a run."""
+    return exists(folder / "run.json")
+
+
+def read_run(out_dir: Path) -> dict[str, Any]:
+    """Return the run.json of a run. Raises UserError if it is missing or damaged."""
+    file = out_dir / "run.json"
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        for section in ("config", "data", "requested"):
+            if not isinstance(content.get(section, {}), dict):
+                raise ValueError(f"{section} is not an object")
+        for key in ("init_from", "batch_size", "gradient_accumulation_steps"):
+            content["config"][key]
+    except FileNotFoundError:
+        raise UserError(
+            f"nothing to resume in {out_dir}: {file} does not exist{_other_runs()}"
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{file} is damaged ({error!r:.200}); without it the run's configuration is not known"
+        ) from None
+    return content
+
+
+def set_aside(out_dir: Path) -> Path | None:
+    """Move an earlier run's files into out_dir/previous if it has a checkpoint; return the folder.
+
+    They replace those of a still earlier run.
+    """
+    previous = out_dir / "previous"
+    temporary = out_dir / "previous.tmp"
+    found = [out_dir / name for name in RUN_FILES if exists(out_dir / name)]
+    has_checkpoint = any(path.is_dir() for path in found)
+    # A previous.tmp is left if the program was killed before the last rename below.
+    if not has_checkpoint and not exists(temporary):
+        return None
+    with _user_error_if_unwritable(previous):
+        remove_link(temporary)
+        remove_link(previous)
+        temporary.mkdir(exist_ok=True)
+        for path in found:
+            path.rename(temporary / path.name)
+        if previous.exists():
+            shutil.rmtree(previous)
+        temporary.rename(previous)
+    return previous
+
+
+# --------------------------------------------------------------------------------------------------
+# Replacing and finding checkpoints
 
 
 @dataclass
 class Progress:
-    """How far a run has come: the values in trainer.json besides `format` and the checksums."""
+    """How far a run has come: what trainer.json holds."""
 
     step: int = 0  # finished updates
     position: int = 0  # training windows consumed
@@ -58,37 +202,33 @@ class Progress:
     evaluated_step: int = -1  # the step of the last evaluation
     wandb_id: str | None = None
 
-    @classmethod
-    def from_trainer_json(cls, content: dict[str, Any]) -> Progress:
-        """Take the values from a trainer.json; what an older file lacks keeps its default."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in content.items() if key in known})
 
-
-# --------------------------------------------------------------------------------------------------
-# Writing
-
-
-def save_checkpoint(
-    folder: Path, write: Callable[[Path], None], progress: Progress, size: int
-) -> None:
+def save_checkpoint(folder: Path, write: Callable[[Path], None], progress: Progress) -> None:
     """Replace the checkpoint `folder`.
 
     write: writes the model's files into the folder that it is given.
-    size: about how many bytes it will write; less free space than that is an error before anything
-    is written.
     Raises OSError if the disk is full or cannot be written. The old checkpoint is untouched then.
     """
+    from safetensors import SafetensorError
+
     temporary = folder.with_name(folder.name + ".tmp")
     previous = folder.with_name(folder.name + ".prev")
     remove_link(temporary)
     remove_link(previous)
     shutil.rmtree(temporary, ignore_errors=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < size:
-        raise OSError(f"{size / 1e9:.2f} GB are needed for {folder}, {free / 1e9:.2f} GB are free")
-    _write_folder(temporary, write, progress)
-    if folder.exists():
+    try:
+        temporary.mkdir()
+        write(temporary)
+        text = json.dumps({"format": FORMAT, **asdict(progress)}, indent=2) + "\n"
+        (temporary / "trainer.json").write_text(text, "utf-8")
+        _force_to_disk(temporary)
+    except (OSError, SafetensorError) as error:
+        # Half a checkpoint would take the space that is missing.
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise
+        raise OSError(str(error)) from None  # safetensors wraps the disk's error
+    if exists(folder):
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     temporary.rename(folder)
@@ -96,174 +236,327 @@ def save_checkpoint(
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _write_folder(folder: Path, write: Callable[[Path], None], progress: Progress) -> None:
-    """Write all files of a checkpoint and fsync them; on an error nothing is left."""
-    from safetensors import SafetensorError
-
-    try:
-        folder.mkdir()
-        write(folder)
-        _write_trainer_json(folder, progress)
-        _copy_mode(folder)
-        for path in folder.rglob("*"):
-            sync(path)
-        sync(folder)
-    except (OSError, SafetensorError) as error:
-        # Half a checkpoint would take the space that is missing.
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise
-        raise OSError(str(error)) from None  # safetensors wraps the disk's error
-
-
-def _write_trainer_json(folder: Path, progress: Progress) -> None:
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    names = [file.relative_to(folder).as_posix() for file in files]
-    with ThreadPoolExecutor() as threads:  # the two large files at the same time
-        checksums = dict(zip(names, threads.map(sha256, files)))
-    content: dict[str, Any] = {"format": FORMAT, **asdict(progress), "sha256": checksums}
-    content["checksum"] = _checksum(content)
-    text = json.dumps(content, indent=2) + "\n"
-    (folder / "trainer.json").write_text(text, "utf-8")
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    """Return the checksum of trainer.json itself, over all its other values."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _copy_mode(folder: Path) -> None:
-    """Give every file the permissions of trainer.json: safetensors lets only the owner read."""
+def _force_to_disk(folder: Path) -> None:
+    """Fsync a checkpoint. Its files get one mode: safetensors lets only the owner read."""
     mode = (folder / "trainer.json").stat().st_mode & 0o777
-    for file in folder.rglob("*"):
-        if file.is_file():
+    for path in folder.rglob("*"):
+        if path.is_file():
             with contextlib.suppress(OSError):  # a file system without permissions
-                file.chmod(mode)
+                path.chmod(mode)
+        sync(path)
+    sync(folder)
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading
+def find_checkpoint(out_dir: Path, names: tuple[str, ...]) -> tuple[Path, Progress]:
+    """Return the first of out_dir's checkpoints with one of these names, and its progress.
 
-
-def find_checkpoint(out_dir: Path, names: tuple[str, ...]) -> tuple[Path, dict[str, Any]]:
-    """Return the first of out_dir's checkpoints with one of these names, and its trainer.json.
-
-    Every file's checksum is verified. Raises UserError if there is none or if it is damaged.
+    Raises UserError if there is none or if its trainer.json is damaged.
     """
-    folder = locate_checkpoint(out_dir, names)
-    if folder is None:
-        raise UserError(_no_checkpoint(out_dir, names))
-    # A folder gets this name only when it is complete, so a missing trainer.json is damage.
-    return folder, read_checkpoint(folder)
-
-
-def locate_checkpoint(out_dir: Path, names: tuple[str, ...]) -> Path | None:
-    """Return the folder of the first checkpoint with one of these names, without reading it."""
     for name in names:
         for folder in (out_dir / name, out_dir / f"{name}.prev"):
             if exists(folder):
-                return folder
-    return None
+                return folder, _read_progress(folder)
+    raise UserError(_no_checkpoint(out_dir, names))
+
+
+def _read_progress(folder: Path) -> Progress:
+    """Read trainer.json. What an older file lacks keeps its default."""
+    file = folder / "trainer.json"
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        version = int(content.get("format", 1))
+        content["step"]
+        progress = TypeAdapter(Progress).validate_python(content)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{file} is damaged ({reason:.200}). Restore it or delete {folder}"
+        ) from None
+    if version > FORMAT:
+        raise UserError(
+            f"{file} has format {version}, written by a newer version; this one reads up to "
+            f"{FORMAT}: update the program"
+        )
+    return progress
 
 
 def _no_checkpoint(out_dir: Path, names: tuple[str, ...]) -> str:
     """Say that there is no checkpoint, and what to do instead."""
     where = " or ".join(str(out_dir / name) for name in names)
     best = out_dir / "best"
-    if "best" not in names and (best / "trainer.json").exists():
-        step = read_checkpoint(best)["step"]
+    if "best" not in names and exists(best / "trainer.json"):
         options = shlex.join([f"--init_from={best}", f"--out_dir={out_dir}-2"])
         return (
             f"no checkpoint in {where}, so this run cannot be resumed exactly. {best} has the "
-            f"weights of step {step}; the optimizer's state is lost. To train on from these "
-            f"weights as a new run: python train.py {options}"
+            f"weights of step {_read_progress(best).step}; the optimizer's state is lost. To train "
+            f"on from these weights as a new run: python train.py {options}"
         )
-    if exists(out_dir / "run.json"):
+    if is_run(out_dir):
         return f"the run in {out_dir} has not saved a checkpoint. If it has ended, start it again"
-    runs = resumable_runs()
-    if runs:
-        return f"no checkpoint in {where}. There are some in {', '.join(runs)}: --out_dir={runs[0]}"
-    return f"no checkpoint in {where}. Train a model first: python train.py"
+    others = _other_runs() or ". Train a model first: python train.py"
+    return f"no checkpoint in {where}{others}"
 
 
-def resumable_runs() -> list[str]:
-    """Return up to three run folders in the working directory that can be resumed, newest first."""
-    found = []
-    for file in Path().glob("*/last/trainer.json"):
-        found.append((file.stat().st_mtime, str(file.parent.parent)))
-    found.sort(reverse=True)
-    return [name for _, name in found[:3]]
+def _other_runs() -> str:
+    """Name up to three run folders in the working directory that can be resumed, newest first."""
+    found = sorted(Path().glob("*/last/trainer.json"), key=lambda file: -file.stat().st_mtime)
+    runs = [str(file.parent.parent) for file in found[:3]]
+    if not runs:
+        return ""
+    return f". These can be resumed: {', '.join(runs)}. Try --out_dir={runs[0]}"
 
 
-def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's trainer.json after verifying every file's checksum.
+# --------------------------------------------------------------------------------------------------
+# What resuming needs besides the weights. trainer.safetensors holds
+#     optimizer.<parameter>.<key>          state of the optimizer, for example exp_avg
+#     optimizer.<parameter>.<key>:<part>   a part of an 8-bit state (codes, scale, table)
+#     scaler                               loss scale and growth counter, with float16
+#     rng.cpu, rng.cuda                    states of torch's random generators on rank 0
 
-    Raises UserError that names the damaged file.
+
+@dataclass(frozen=True)
+class TrainerState:
+    """The objects whose tensors are saved."""
+
+    model: GPT
+    optimizers: list[Optimizer]
+    scaler: torch.amp.GradScaler
+    machine: Machine
+
+
+def save_trainer_state(folder: Path, trainer: TrainerState) -> None:
+    """Write trainer.safetensors."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, tensor in trainer_tensors(trainer).items():
+        tensors[name] = tensor.detach().contiguous()
+    save_file(tensors, folder / "trainer.safetensors")
+
+
+def trainer_tensors(trainer: TrainerState) -> dict[str, Tensor]:
+    """Return all tensors of trainer.safetensors by name."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[Tensor, str] = {p: name for name, p in trainer.model.named_parameters()}
+    for optimizer in trainer.optimizers:
+        for owner, state in optimizer.state.items():
+            for key, value in state.items():
+                name = f"optimizer.{names[owner]}.{key}"
+                if optim8bit.is_8bit(value):
+                    for part, tensor in optim8bit.parts(value).items():
+                        tensors[f"{name}:{part}"] = tensor
+                elif value is not None:  # as a momentum that is switched off
+                    tensors[name] = torch.as_tensor(value)
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if trainer.machine.on_gpu:
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    if trainer.scaler.is_enabled():
+        state = trainer.scaler.state_dict()
+        values = [state["scale"], state["_growth_tracker"]]
+        tensors["scaler"] = torch.tensor(values, dtype=torch.float64)
+    return tensors
+
+
+@torch.no_grad()
+def load_trainer_state(folder: Path, trainer: TrainerState) -> None:
+    """Read the checkpoint's state back into model, optimizers, loss scale and random generators.
+
+    The file is memory-mapped and copied tensor by tensor, so resuming needs no more memory than
+    training. Nothing keeps the map: Windows could not replace the checkpoint then.
     """
-    content = _read_trainer_json(folder)
-    for name, expected in content["sha256"].items():
-        if not _is_intact(folder, name, expected):
-            raise UserError(
-                f"{folder / name} is damaged or missing: it is not what was saved. "
-                f"{_advice(folder)}"
+    import safetensors
+
+    if exists(folder / "adapter_config.json"):
+        load_adapter(trainer.model, folder)
+    file = folder / "trainer.safetensors"
+    try:
+        with safetensors.safe_open(file, framework="pt") as content:
+            for name in content.keys():
+                _load_tensor(trainer, name, content.get_tensor(name))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged ({error}). Restore it or delete {folder}") from None
+    for optimizer in trainer.optimizers:
+        optim8bit.assemble_states(optimizer.state)
+
+
+def _load_tensor(trainer: TrainerState, name: str, tensor: Tensor) -> None:
+    kind, _, rest = name.partition(".")
+    if kind == "optimizer":
+        _load_optimizer_tensor(trainer, rest, tensor)
+    elif kind == "adapter":  # of format 1
+        trainer.model.get_parameter(rest).copy_(tensor)
+    elif kind == "scaler" and trainer.scaler.is_enabled():
+        state = trainer.scaler.state_dict()
+        state["scale"] = tensor[0].item()
+        state["_growth_tracker"] = int(tensor[1])
+        trainer.scaler.load_state_dict(state)
+    elif name == "rng.cpu" and trainer.machine.rank == 0:  # the others keep that of their start
+        torch.set_rng_state(tensor)
+    elif name == "rng.cuda" and trainer.machine.rank == 0 and trainer.machine.on_gpu:
+        torch.cuda.set_rng_state(tensor)
+
+
+def _load_optimizer_tensor(trainer: TrainerState, name: str, tensor: Tensor) -> None:
+    """name: <parameter>.<key> or <parameter>.<key>:<part>."""
+    parameter_name, _, key = name.rpartition(".")
+    key, _, part = key.partition(":")
+    parameter = trainer.model.get_parameter(parameter_name)
+    optimizer, group = _owner(trainer, parameter)
+    state = optimizer.state.setdefault(parameter, {})
+    device = parameter.device
+    if key == "step" and not (group.get("fused") or group.get("capturable")):
+        device = torch.device("cpu")  # where torch's optimizers count their steps then
+    if part:
+        state.setdefault(key, {})[part] = tensor.to(device, copy=True)
+        return
+    if parameter_name.endswith("wpe.weight") and tensor.ndim == parameter.ndim:
+        # The run may have been resumed with a smaller block_size, which has fewer positions.
+        tensor = tensor[: len(parameter)]
+    state[key] = tensor.to(device, copy=True)
+
+
+def _owner(trainer: TrainerState, parameter: Tensor) -> tuple[Optimizer, dict[str, Any]]:
+    """Return the optimizer that updates a parameter, and its group of parameters."""
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            if any(parameter is p for p in group["params"]):
+                return optimizer, group
+    raise KeyError("no optimizer updates this parameter")
+
+
+# --------------------------------------------------------------------------------------------------
+# Saving
+
+
+class Saver:
+    """Writes a run's checkpoints best/ and last/. All ranks call it; rank 0 writes."""
+
+    def __init__(
+        self,
+        out_dir: Path,
+        progress: Progress,
+        state: TrainerState,
+        tokenizer: Any,
+        base: str,
+        say: Callable[[str], None],
+        interval_s: float,
+        interval_is_exact: bool,
+    ):
+        """state: what resuming needs besides the weights. say: prints a line.
+
+        base: what the model was started from; adapters refer to it.
+        interval_s: seconds between two saves of last/. Unless it is exact, at least 50 times what
+        the last save took.
+        """
+        self.out_dir = out_dir
+        self.progress = progress
+        self.state = state
+        self.model = state.model
+        self.tokenizer = tokenizer
+        self.say = say
+        self.interval_s = interval_s
+        self.interval_is_exact = interval_is_exact
+        self.seconds = 0.0  # what the last save of last/ took
+        self.saved_at = time.monotonic()
+        self.last_holds = self._how_far() if progress.step > 0 else None
+        self.written: dict[str, int] = {}  # the step of each checkpoint that was written here
+        self.is_lora = is_adapted(self.model)
+        self.is_gpt2 = is_gpt2(self.model.config)
+        if not self.is_gpt2:
+            say(
+                "model.py does not compute what GPT-2 computes: this program opens the saved "
+                "models, others cannot"
             )
-    return content
+        self.base = base
+        if self.is_lora and is_run(Path(base)):
+            self.base = str(find_checkpoint(Path(base), ("best", "last"))[0])
+        if self.is_lora and Path(base).suffix == ".pt":
+            say(
+                f"the adapters' base, {base}, is nanoGPT's ckpt.pt, which PEFT cannot open. Use "
+                "the merged model beside the adapter"
+            )
 
+    def is_due(self) -> bool:
+        """Tell whether it is time to save last/."""
+        interval = self.interval_s
+        if not self.interval_is_exact:
+            interval = max(interval, 50 * self.seconds)
+        return time.monotonic() - self.saved_at >= interval
 
-def _read_trainer_json(folder: Path) -> dict[str, Any]:
-    file = folder / "trainer.json"
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        checksum = content.pop("checksum")
-        if checksum != _checksum(content):
-            raise ValueError("its checksum does not match")
-        _check_values(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({error}). {_advice(folder)}") from None
-    if content.get("format", FORMAT) > FORMAT:
-        raise UserError(
-            f"{file} has format {content['format']}, written by a newer version; this one reads "
-            f"up to {FORMAT}: update the program"
-        )
-    return content
+    def is_saved(self) -> bool:
+        """Tell whether last/ holds all that was trained and evaluated."""
+        return self.last_holds == self._how_far()
 
+    def _how_far(self) -> tuple[int, int]:
+        """Return the number of finished steps, and the step of the last evaluation."""
+        return self.progress.step, self.progress.evaluated_step
 
-def _check_values(content: dict[str, Any]) -> None:
-    """Raise ValueError if a value has the wrong type, however it came into the file."""
-    if not isinstance(content["sha256"], dict):
-        raise ValueError("sha256 is not a list of files")
-    if type(content["step"]) is not int:
-        raise ValueError("step is not a whole number")
-    if type(content.get("format", FORMAT)) is not int:
-        raise ValueError("format is not a whole number")
-    for key, value in content.items():
-        if key not in ("sha256", "wandb_id") and not is_number_or_none(value):
-            raise ValueError(f"{key} is not a number")
+    def save(self, name: str) -> bool:
+        """Write the checkpoint "best" or "last" and tell whether that worked.
 
+        If it did not, the older checkpoint stays and training can go on.
+        """
+        began = time.monotonic()
+        saved = self._save(name)
+        if saved:
+            self.written[name] = self.progress.step
+        if name == "last":
+            self.saved_at = time.monotonic()
+            self.seconds = self.saved_at - began
+            if saved:
+                self.last_holds = self._how_far()
+        return saved
 
-def is_number_or_none(value: Any) -> bool:
-    """Tell whether a JSON value is a number of a size that we write, or null."""
-    if type(value) is int:
-        return abs(value) < 2**63
-    return value is None or type(value) is float
+    def _save(self, name: str) -> bool:
+        folder = self.out_dir / name
+        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()])
+        if not finite.all():
+            self.say(f"not saving {folder}: weights are not finite. Try a lower learning_rate")
+            return False
+        if self.state.machine.rank != 0:
+            return True
+        write = self._write_best if name == "best" else self._write_last
+        try:
+            save_checkpoint(folder, write, self.progress)
+        except OSError as error:
+            self.say(
+                f"could not save {folder}: {error}. What was there before is untouched; make room"
+            )
+            return False
+        return True
 
+    def _write_best(self, folder: Path) -> None:
+        """Write the model, with LoRA's adapters merged, and the adapters beside it."""
+        self._write_model(folder, other="last")
+        if self.is_lora:
+            save_adapter(self.model, folder / "adapter", self.base)
 
-def _is_intact(folder: Path, name: str, expected: str) -> bool:
-    """Tell whether a file of the checkpoint has this SHA-256 and lies inside the folder."""
-    file = folder / name
-    try:
-        inside = file.is_file() and file.resolve().is_relative_to(folder.resolve())
-        return inside and sha256(file) == expected
-    except (OSError, ValueError):  # an unreadable disk, or a name that no file can have
-        return False
+    def _write_last(self, folder: Path) -> None:
+        """Write what resuming needs. The model of a LoRA run is its base and the adapters."""
+        save_trainer_state(folder, self.state)
+        if self.is_lora:
+            save_config(self.model, folder, self._write_tokenizer(folder), self.is_gpt2)
+            save_adapter(self.model, folder, self.base)
+        else:
+            self._write_model(folder, other="best")
 
+    def _write_model(self, folder: Path, other: str) -> None:
+        """Write the model. A file that the other checkpoint has of this step is not written again.
 
-def _advice(folder: Path) -> str:
-    """Say what to do about a damaged checkpoint."""
-    previous = folder.with_name(folder.name.removesuffix(".prev") + ".prev")
-    if previous != folder and previous.exists():
-        return f"Delete {folder} to use the one before it, {previous}"
-    other = folder.with_name("best" if folder.name.startswith("last") else "last")
-    if other.exists():
-        return f"Restore it or delete {folder}; {other} may still be good"
-    return f"Restore it or delete {folder}"
+        Both folders then hold it, and none of them is ever changed.
+        """
+        end_of_text = self._write_tokenizer(folder)
+        if self.written.get(other) == self.progress.step and not self.is_lora:
+            with contextlib.suppress(OSError):  # a file system without hard links
+                file = "model.safetensors"
+                os.link(self.out_dir / other / file, folder / file)
+                save_config(self.model, folder, end_of_text, self.is_gpt2)
+                return
+        save_pretrained(self.model, folder, end_of_text, self.is_gpt2)
+
+    def _write_tokenizer(self, folder: Path) -> int | None:
+        """Write the tokenizer's files and return the id of its end-of-text token."""
+        if self.tokenizer is None:
+            return None
+        self.tokenizer.save(folder, context=self.model.config.block_size)
+        return self.tokenizer.eot

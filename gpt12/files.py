@@ -11,8 +11,6 @@ from pathlib import Path
 
 import filelock
 
-from gpt12.errors import UserError
-
 BLOCK_BYTES = 1 << 20  # read this much at a time when hashing
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -22,10 +20,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     remove_link(temporary)
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_bytes(content)
+    sync(temporary)
     temporary.replace(path)
 
 
@@ -73,10 +69,10 @@ def remove_link(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path, if_locked: str) -> Iterator[None]:
+def lock_folder(folder: Path, if_locked: Exception) -> Iterator[None]:
     """Let only one process write to a folder. A crash releases the lock.
 
-    if_locked: the message of the UserError if another process holds the lock.
+    if_locked: what to raise if another process holds the lock.
     Raises OSError if the folder cannot be created or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +82,7 @@ def lock_folder(folder: Path, if_locked: str) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(if_locked) from None
+        raise if_locked from None
     except NotImplementedError:  # filelock's word for a disk without locks
         pass
     except OSError as error:
@@ -97,12 +93,7 @@ def lock_folder(folder: Path, if_locked: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        _remove_if_empty(folder)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    """Remove a folder that holds nothing but its lock file: nothing was written into it."""
-    with contextlib.suppress(OSError):  # the user may have deleted the folder
-        if [path.name for path in folder.iterdir()] == [".lock"]:
-            (folder / ".lock").unlink()
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # the user may have deleted the folder
+            if [path.name for path in folder.iterdir()] == [".lock"]:  # nothing was written
+                lock_file.unlink()
+                folder.rmdir()

@@ -83,7 +83,8 @@ def sample_token(
     # that a sum's rounding cannot lead past the last candidate.
     cumulative = allowed.cumsum(dim=1)
     target = (1 - 1e-6) * draw[:, None] * cumulative[:, -1:]
-    chosen = torch.searchsorted(cumulative, target, right=True)
+    # Weights that are not finite give no order at all, and must not end the run here.
+    chosen = torch.searchsorted(cumulative, target, right=True).clamp_(max=k - 1)
     return ids.gather(1, chosen)[:, 0]
 
 

@@ -21,13 +21,13 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from gpt12.checkpoint import describe_run, set_aside, write_json, write_text
 from gpt12.device import Machine
 from gpt12.errors import UserError, one_line, printable
 from gpt12.files import remove_link
 from gpt12.generate import Sampling, generate
 from gpt12.memory import GIB, needed_memory
 from gpt12.run import Run, warn_of_long_run
-from gpt12.run_folder import describe_run, set_aside, write_json, write_text
 from gpt12.targets import IGNORE_INDEX
 from model import parameter_count
 
@@ -219,7 +219,11 @@ class RunLog:
         if not run.request.resumed:
             previous = set_aside(run.out_dir)
             if previous is not None:
-                self.say(f"the earlier run in {run.out_dir} was moved to {previous}")
+                size = sum(file.stat().st_size for file in previous.rglob("*"))
+                self.say(
+                    f"the earlier run in {run.out_dir} was moved to {previous} "
+                    f"({size / 1e6:,.1f} MB)"
+                )
         write_json(run.out_dir / "run.json", facts)
         self.metrics = Metrics(
             run.out_dir / "metrics.jsonl", self.progress.step, self.progress.evaluated_step

@@ -8,17 +8,18 @@ gpt12/weights.py merges the adapters into the weights when it saves the model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt12.errors import UserError
-from gpt12.linears import replace_linears
+from gpt12.files import exists
 from model import GPT
 
 
@@ -28,7 +29,7 @@ class LoRALinear(nn.Module):
     It takes over the weight and the bias of the layer that it replaces, so their names stay.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float):
         super().__init__()
         limit = min(base.in_features, base.out_features)
         if not 1 <= rank <= limit:
@@ -36,7 +37,7 @@ class LoRALinear(nn.Module):
         self.weight = base.weight  # (out, in)
         self.bias = base.bias  # (out,) or None
         self.scale = alpha / rank
-        self.lora_dropout = nn.Dropout(dropout)
+        self.base_hash = hash_of(base.weight)  # before it is rounded to 16 bits
         # float32 even if the frozen weights are bf16, because the optimizer updates these.
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
@@ -44,7 +45,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        update = F.linear(F.linear(self.lora_dropout(x), self.lora_A), self.lora_B)
+        update = F.linear(F.linear(x, self.lora_A), self.lora_B)
         return F.linear(x, self.weight, self.bias) + self.scale * update
 
     def merged_weight(self) -> Tensor:
@@ -52,43 +53,60 @@ class LoRALinear(nn.Module):
         return self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
 
 
-def add_lora(
-    model: GPT, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] = ()
-) -> None:
-    """Freeze the model and add trainable adapters to the linear layers of its blocks.
+def add_lora(model: GPT, rank: int, alpha: float, dtype: torch.dtype | None = None) -> None:
+    """Freeze the model and add a trainable adapter to each nn.Linear of its blocks.
 
-    targets: names such as "c_attn"; empty means all linear layers. Raises UserError for a rank that
-    the layers cannot have.
+    dtype: what the frozen weights are kept in. Raises UserError for a rank that the layers cannot
+    have.
     """
-
-    def adapt(linear: nn.Linear) -> LoRALinear:
-        return LoRALinear(linear, rank=rank, alpha=alpha, dropout=dropout)
-
     model.requires_grad_(False)
-    replace_linears(model, adapt, targets)
+    # By name, and not layer by layer: a seed draws the adapters that it always drew.
+    names = dict.fromkeys(name.rpartition(".")[2] for name in linears(model))
+    for parent in list(model.transformer.h.modules()):
+        children = dict(parent.named_children())
+        for name in names:
+            child = children.get(name)
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, LoRALinear(child, rank, alpha))
+    for parameter in model.parameters():
+        if dtype is not None and not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
-def save_adapter(model: GPT, folder: Path, base: str) -> str | None:
+def linears(model: GPT) -> dict[str, Any]:
+    """Return the linear layers of the blocks by name, adapted or not."""
+    blocks = model.transformer.h.named_modules(prefix="transformer.h")
+    return {name: layer for name, layer in blocks if isinstance(layer, nn.Linear | LoRALinear)}
+
+
+def is_adapted(model: GPT) -> bool:
+    """Tell whether a model has adapters."""
+    return any(isinstance(layer, LoRALinear) for layer in linears(model).values())
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def save_adapter(model: GPT, folder: Path, base: str) -> None:
     """Write the adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-    base: what the frozen weights were read from, a local path or a name on the Hugging Face hub.
-    Returns a note for the user if PEFT cannot open the base, else None.
+    base: what the frozen weights were read from: a local path, which becomes absolute, so that the
+    adapter can be opened from any working directory, or a name on the Hugging Face hub.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    base, note = _base_for_peft(base)
-    modules = model.transformer.named_modules()
-    layers = {name: module for name, module in modules if isinstance(module, LoRALinear)}
+    layers = linears(model)
     first = next(iter(layers.values()))
     rank = len(first.lora_A)
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": str(Path(base).absolute()) if exists(base) else base,
         "r": rank,
         "lora_alpha": first.scale * rank,
-        "lora_dropout": first.lora_dropout.p,
+        "lora_dropout": 0.0,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
         "fan_in_fan_out": True,  # GPT-2's layers in `transformers` are Conv1D, (in, out)
         "bias": "none",
@@ -98,26 +116,73 @@ def save_adapter(model: GPT, folder: Path, base: str) -> str | None:
     (folder / "adapter_config.json").write_text(text, "utf-8")
     tensors = {}
     for name, layer in layers.items():
-        prefix = f"base_model.model.transformer.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = layer.lora_A.detach().contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = layer.lora_B.detach().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return note
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().contiguous()
+    metadata = {"format": "pt", "base": hash_of_base(model)}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
 
 
-def _base_for_peft(base: str) -> tuple[str, str | None]:
-    """Return the name that PEFT opens the base by, and a note if it cannot.
+class Adapter(NamedTuple):
+    """What an adapter_config.json of ours says."""
 
-    A local path becomes absolute, so that the adapter can be opened from any working directory.
+    base: str  # the folder or hub name of the base model
+    scale: float  # alpha / rank
+
+
+def read_adapter_config(folder: Path) -> Adapter | None:
+    """Read adapter_config.json; None if there is none. Raises UserError if it is damaged."""
+    file = folder / "adapter_config.json"
+    if not exists(file):
+        return None
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        scale = float(content["lora_alpha"]) / int(content["r"])
+        return Adapter(str(content["base_model_name_or_path"]), scale)
+    except (OSError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: {error!r:.200}") from None
+
+
+@torch.no_grad()
+def load_adapter(model: GPT, folder: Path) -> None:
+    """Read adapters of save_adapter into a model with adapters, or add them to a model's weights.
+
+    Raises UserError if they are damaged, or belong to another base model.
     """
-    path = Path(base)
-    if path.suffix == ".pt":
-        note = (
-            f"the adapter's base, {base}, is nanoGPT's ckpt.pt, which PEFT cannot open. Use the "
-            "merged model beside the adapter, or save the base as a Hugging Face folder first: "
-            f"save_pretrained(from_pretrained({base!r}), folder) of gpt12.weights"
-        )
-        return str(path.absolute()), note
-    if path.is_dir():
-        return str(path.absolute()), None
-    return base, None
+    import safetensors
+
+    adapter = read_adapter_config(folder)
+    assert adapter is not None
+    file = folder / "adapter_model.safetensors"
+    try:
+        with safetensors.safe_open(file, framework="pt") as content:
+            if (content.metadata() or {}).get("base") != hash_of_base(model):
+                raise UserError(
+                    f"{adapter.base} is not the base model of the adapters in {folder}, or its "
+                    "weights are others now. Restore it, or start a new run from the merged model "
+                    "in best/"
+                )
+            for name, layer in linears(model).items():
+                A = content.get_tensor(f"base_model.model.{name}.lora_A.weight")
+                B = content.get_tensor(f"base_model.model.{name}.lora_B.weight")
+                if isinstance(layer, LoRALinear):
+                    layer.lora_A.copy_(A)
+                    layer.lora_B.copy_(B)
+                else:
+                    layer.weight += adapter.scale * (B @ A)
+    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+
+
+def hash_of_base(model: GPT) -> str:
+    """Return a hash of the weights that adapters adapt, as they were read from the base model."""
+    digest = hashlib.sha256()
+    for layer in linears(model).values():
+        own = layer.base_hash if isinstance(layer, LoRALinear) else hash_of(layer.weight)
+        digest.update(own.encode())
+    return digest.hexdigest()
+
+
+def hash_of(weight: Tensor) -> str:
+    """Return a hash of a matrix: of the sums of its columns' bits, which is fast."""
+    bits = weight.detach().float().cpu().contiguous().view(torch.int32)
+    return hashlib.sha256(bits.sum(0).numpy().tobytes()).hexdigest()

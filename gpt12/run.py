@@ -20,14 +20,13 @@ from torch import nn
 
 from data.dataset import Dataset, check_exists, open_dataset
 from data.windows import EvalWindows, TrainWindows
-from gpt12 import lora
-from gpt12.checkpoint import Progress, find_checkpoint
+from gpt12.checkpoint import Progress, find_checkpoint, is_run, lock_run, read_run
 from gpt12.config import REPOSITORY, Said, check, merge, read
 from gpt12.device import Machine, open_machine
 from gpt12.distributed import is_rank_0, rank_0_first, torchrun_ranks
 from gpt12.errors import UserError
+from gpt12.lora import add_lora
 from gpt12.optimizer import find_optimizer
-from gpt12.run_folder import is_run, lock_run, read_run
 from gpt12.settings import CONTEXT_PARTS, REPLACES, TrainConfig, model_shape, with_shape
 from gpt12.weights import find_pretrained, from_pretrained, new_model
 from model import GPT, GPTConfig, flops_per_token
@@ -229,8 +228,7 @@ def build_run(request: Request) -> Run:
     progress = Progress()
     checkpoint = None
     if request.resumed:
-        checkpoint, state = find_checkpoint(Path(config.out_dir), ("last",))
-        progress = Progress.from_trainer_json(state)
+        checkpoint, progress = find_checkpoint(Path(config.out_dir), ("last",))
 
     check_exists(config.dataset)
     loaded, tokenizer = load_start(request, checkpoint)
@@ -417,8 +415,6 @@ def load_start(request: Request, last: Path | None) -> tuple[GPT | None, Any]:
     crop = last is not None or "block_size" in request.given
     block_size = config.block_size if crop else None
     model = from_pretrained(source, block_size, config.dropout)
-    if last is not None and source != last:
-        _check_base(model, last, config)
     # A tokenizer may lie beside nanoGPT's ckpt.pt, which holds none itself.
     tokenizer = load_tokenizer(source if source.is_dir() else source.parent)
     return model, tokenizer
@@ -450,27 +446,6 @@ def _source(config: TrainConfig, last: Path | None) -> Path | None:
     if source.suffix == ".pt":
         return source
     return find_pretrained(config.init_from)
-
-
-def _check_base(model: GPT, last: Path, config: TrainConfig) -> None:
-    """Refuse to resume adapters on another base model.
-
-    Adapters never change the position embedding, so the base can be recognized by it.
-    """
-    import safetensors
-
-    with safetensors.safe_open(last / "model.safetensors", framework="pt") as content:
-        then = content.get_tensor("transformer.wpe.weight").float()
-    now = model.transformer.wpe.weight.detach()
-    rows = min(len(then), len(now))  # resuming may have made block_size smaller
-    same = then.size(1) == now.size(1)
-    # The checkpoint may be in 16 bits.
-    if not same or not torch.allclose(then[:rows], now[:rows], rtol=1e-2, atol=1e-6):
-        raise UserError(
-            f"{config.init_from}, the base model of the adapters in {config.out_dir}, has other "
-            "weights now. Restore it, or start a new run from the merged model: "
-            f"--init_from={last}"
-        )
 
 
 def model_for_data(model: GPT | None, tokenizer: Any, dataset: Dataset, config: TrainConfig) -> GPT:
@@ -520,18 +495,17 @@ def prepare_model(model: GPT, config: TrainConfig, machine: Machine) -> None:
     It adds adapters, sets precision and recomputation, and compiles. config: dtype, recompute and
     lora_alpha are decided.
     """
-    if config.optimizer == "adamw8bit":
-        if machine.dtype != torch.bfloat16:
-            raise UserError(
-                "optimizer=adamw8bit keeps the weights in bfloat16: pass --dtype=bfloat16, or "
-                "choose another optimizer"
-            )
-        model.bfloat16()
+    if config.optimizer == "adamw8bit" and machine.dtype != torch.bfloat16:
+        raise UserError(
+            "optimizer=adamw8bit keeps the weights in bfloat16: pass --dtype=bfloat16, or choose "
+            "another optimizer"
+        )
     if config.lora_rank and not config.eval_only:
-        targets = [] if config.lora_targets == "all" else config.lora_targets.split(",")
-        model.to(machine.dtype)  # frozen weights need no float32 copy
         assert config.lora_alpha is not None
-        lora.add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, targets)
+        # Frozen weights need no float32 copy.
+        add_lora(model, config.lora_rank, config.lora_alpha, machine.dtype)
+    elif config.optimizer == "adamw8bit":
+        model.bfloat16()
     model.to(machine.device)
     model.set_recompute(config.recompute)
     if machine.compiled:

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from gpt12.errors import UserError
 from gpt12.files import exists
-from gpt12.lora import LoRALinear
+from gpt12.lora import LoRALinear, is_adapted, load_adapter, read_adapter_config
 from model import GPT, GPTConfig
 
 # Settings in config.json that change the architecture, and the values that this model has. The
@@ -114,6 +114,7 @@ def from_pretrained(
 ) -> GPT:
     """Load a Hugging Face GPT-2 folder, a hub name (gpt2 ... gpt2-xl, owner/name) or a ckpt.pt.
 
+    Adapters of gpt12/lora.py are added to the weights of their base model.
     block_size: shorten the context to this. dropout: the model's dropout, whatever the file says.
     Raises UserError naming the file, the tensor or the setting that this model cannot represent.
     """
@@ -123,6 +124,9 @@ def from_pretrained(
         config, tensors, _ = read_nanogpt(Path(source))
     else:
         folder = find_pretrained(path_or_name)
+        adapter = read_adapter_config(folder)
+        if adapter is not None and not exists(folder / "model.safetensors"):
+            return _adapted(folder, adapter.base, block_size, dropout)
         config = read_config(folder / "config.json")
         tensors = _read_tensors(folder)
     if not any(name.startswith("transformer.") for name in tensors):  # GPT-2 without a head
@@ -140,6 +144,18 @@ def from_pretrained(
     _load_tensors(model, tensors, source, is_conv1d=not is_nanogpt)
     if block_size is not None:
         model.crop_block_size(block_size)
+    return model
+
+
+def _adapted(folder: Path, base: str, block_size: int | None, dropout: float) -> GPT:
+    """Load a base model and add the adapters in a folder to its weights."""
+    if block_size is None and exists(folder / "config.json"):
+        block_size = read_config(folder / "config.json").block_size
+    try:
+        model = from_pretrained(base, block_size, dropout)
+    except UserError as error:
+        raise UserError(f"the base model of the adapters in {folder}: {error}") from None
+    load_adapter(model, folder)
     return model
 
 
@@ -193,16 +209,12 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     is_gpt2 = is_gpt2 and has_gpt2_names(model)
+    save_config(model, folder, eot, is_gpt2)
     tensors = {}
-    dtype = model.transformer.wte.weight.dtype
     with torch.no_grad():
         for name, tensor in _tensors_to_save(model, add_biases=is_gpt2):
             # Move it first: a transposed copy of the whole model may not fit on the GPU.
             tensors[name] = tensor.cpu().contiguous()
-            if tensor.is_floating_point():
-                dtype = torch.promote_types(dtype, tensor.dtype)  # merged weights are float32
-    _write_json(folder / "config.json", _config_json(model.config, eot, dtype, is_gpt2))
-    _write_json(folder / "generation_config.json", _generation_config(eot))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -270,13 +282,15 @@ def _without_number(name: str) -> str:
     return re.sub(r"^transformer\.h\.\d+\.", "transformer.h.N.", name)
 
 
-def _config_json(
-    config: GPTConfig, eot: int | None, dtype: torch.dtype, is_gpt2: bool
-) -> dict[str, Any]:
-    """Build config.json as `transformers` writes it, plus what only our reader knows.
+def save_config(model: GPT, folder: Path, eot: int | None, is_gpt2: bool) -> None:
+    """Write config.json and generation_config.json. The arguments are those of save_pretrained.
 
-    That is `bias`, and whatever somebody adds to GPTConfig.
+    config.json is what `transformers` writes, and what only our reader knows: `bias`, and whatever
+    somebody adds to GPTConfig.
     """
+    config = model.config
+    # Weights with merged adapters are float32.
+    dtype = torch.float32 if is_adapted(model) else model.transformer.wte.weight.dtype
     content = {
         "architectures": ["GPT2LMHeadModel" if is_gpt2 else "GPT"],
         "model_type": "gpt2" if is_gpt2 else "gpt12",
@@ -296,16 +310,11 @@ def _config_json(
     }
     shape = asdict(config)
     del shape["block_size"], shape["dropout"]  # they have other names above
-    return content | shape
-
-
-def _generation_config(eot: int | None) -> dict[str, Any]:
-    """Build generation_config.json: where `transformers` ends a text."""
-    content: dict[str, Any] = {"_from_model_config": True}
+    _write_json(folder / "config.json", content | shape)
+    ends: dict[str, Any] = {"_from_model_config": True}
     if eot is not None:
-        content["bos_token_id"] = eot
-        content["eos_token_id"] = eot
-    return content
+        ends |= {"bos_token_id": eot, "eos_token_id": eot}
+    _write_json(folder / "generation_config.json", ends)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

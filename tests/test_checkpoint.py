@@ -1,21 +1,71 @@
 """gpt12/checkpoint.py: whatever fails, and whenever, a checkpoint that loads is left."""
 
 import errno
+import importlib.util
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from gpt12 import checkpoint
-from gpt12.checkpoint import FORMAT, Progress, find_checkpoint, save_checkpoint
-from gpt12.errors import UserError
+from gpt12.checkpoint import (
+    FORMAT,
+    Progress,
+    find_checkpoint,
+    load_trainer_state,
+    lock_run,
+    read_run,
+    save_checkpoint,
+    save_trainer_state,
+    set_aside,
+    trainer_tensors,
+    write_json,
+)
+from gpt12.device import Machine
+from gpt12.errors import UserError, run_main
+from tests.helpers import (
+    CPU,
+    ROOT,
+    built,
+    fill,
+    losses,
+    random_rows,
+    read_rows,
+    resume,
+    run,
+    same_tensors,
+    same_weights,
+    small_gpt,
+    small_step,
+    trainer,
+    weights,
+)
+from train import Trainer
+
+pytestmark = pytest.mark.usefixtures("no_picture")
+FULL = OSError(errno.ENOSPC, "No space left on device")
+needs_torchao = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is optional and not installed"
+)
+
+
+class Killed(BaseException):
+    """No handler of ours catches it, as nothing catches SIGKILL."""
+
+
+# --------------------------------------------------------------------------------------------------
+# A save that fails, at each of its steps
 
 
 def write_files(folder: Path, version: int) -> None:
     """Write the files of a checkpoint: one beside trainer.json, and one in a subfolder."""
-    (folder / "model.safetensors").write_bytes(bytes(range(version, version + 200)))
+    (folder / "model.safetensors").write_text(f"version {version}")
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_model.safetensors").write_text(f"version {version}")
 
@@ -23,36 +73,15 @@ def write_files(folder: Path, version: int) -> None:
 def save(out_dir: Path, version: int, name: str = "last") -> None:
     """Save a checkpoint whose step and whose files are of this version."""
     progress = Progress(step=version, best_val_loss=1.25)
-    save_checkpoint(out_dir / name, lambda folder: write_files(folder, version), progress, size=100)
+    save_checkpoint(out_dir / name, lambda folder: write_files(folder, version), progress)
 
 
 def loaded(out_dir: Path) -> int:
     """Return the version of last/, after checking that all of its files are of that version."""
-    folder, content = find_checkpoint(out_dir, ("last",))
-    version = content["step"]
-    assert (folder / "model.safetensors").read_bytes() == bytes(range(version, version + 200))
-    assert (folder / "adapter" / "adapter_model.safetensors").read_text() == f"version {version}"
-    return version
-
-
-def save_previous(out_dir: Path, version: int) -> None:
-    """Leave last.prev/, as a kill between the two renames of a save does."""
-    save(out_dir, version)
-    (out_dir / "last").rename(out_dir / "last.prev")
-
-
-def sign(content: dict) -> str:
-    """Return a trainer.json with this content and the checksum that belongs to it."""
-    content = {key: value for key, value in content.items() if key != "checksum"}
-    return json.dumps(content | {"checksum": checkpoint._checksum(content)})
-
-
-# --------------------------------------------------------------------------------------------------
-# A save that fails, at each of its steps
-
-
-class Killed(BaseException):
-    """No handler of ours catches it, as nothing catches SIGKILL."""
+    folder, progress = find_checkpoint(out_dir, ("last",))
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (folder / name).read_text() == f"version {progress.step}"
+    return progress.step
 
 
 def fail_at(monkeypatch, n: int, failure: BaseException) -> list[str]:
@@ -70,26 +99,11 @@ def fail_at(monkeypatch, n: int, failure: BaseException) -> list[str]:
 
         monkeypatch.setattr(owner, name, call)
 
-    for name in ("mkdir", "write_bytes", "write_text", "rename"):
+    for name in ("mkdir", "write_text", "rename"):
         watch(Path, name)
     watch(os, "fsync")
     watch(shutil, "rmtree")
-    watch(shutil, "disk_usage")
-    watch(checkpoint, "sha256")
     return tried
-
-
-def operations_of_a_save(out_dir, monkeypatch, first: bool) -> list[str]:
-    out_dir.mkdir()
-    if not first:
-        save(out_dir, 1)
-    with monkeypatch.context() as m:
-        tried = fail_at(m, -1, Killed())
-        save(out_dir, 2)
-    return tried
-
-
-FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first save", "later save"])
@@ -97,21 +111,27 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 def test_a_save_that_fails_at_any_operation_leaves_the_old_or_the_new_checkpoint(
     tmp_path, monkeypatch, failure, first
 ):
-    operations = operations_of_a_save(tmp_path / "count", monkeypatch, first)
+    def start(name: str) -> Path:
+        out_dir = tmp_path / name
+        out_dir.mkdir()
+        if not first:
+            save(out_dir, 2)
+        return out_dir
+
+    out_dir = start("count")
+    with monkeypatch.context() as m:
+        operations = fail_at(m, -1, Killed())
+        save(out_dir, 3)
     assert operations.count("rename") == (1 if first else 2)
     assert operations.count("fsync") == 6  # three files, adapter/, the checkpoint, its parent
     outcomes = set()
     for n in range(1, len(operations) + 1):
-        out_dir = tmp_path / str(n)
-        out_dir.mkdir()
-        if not first:
-            save(out_dir, 2)
+        out_dir = start(str(n))
         with monkeypatch.context() as m, pytest.raises(type(failure)):
             fail_at(m, n, failure)
             save(out_dir, 3)
         nothing_yet = first and not (out_dir / "last").exists()
-        found = None if nothing_yet else loaded(out_dir)
-        outcomes.add(found)
+        outcomes.add(None if nothing_yet else loaded(out_dir))
         if failure is FULL and operations[n - 1] not in ("rename", "rmtree"):
             assert not (out_dir / "last.tmp").exists()  # it would take the space that is missing
         save(out_dir, 4)  # the next save is as if nothing had happened
@@ -120,195 +140,504 @@ def test_a_save_that_fails_at_any_operation_leaves_the_old_or_the_new_checkpoint
     assert outcomes == {3, None if first else 2}  # both happened: the operations cover both sides
 
 
-def test_a_successful_save_leaves_only_the_new_checkpoint(tmp_path):
-    save(tmp_path, 1)
-    save(tmp_path, 2)
-    assert loaded(tmp_path) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
-
-
-def test_a_disk_with_too_little_space_is_told_before_anything_is_written(tmp_path, monkeypatch):
-    save(tmp_path, 1)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=99))
-    with pytest.raises(OSError, match=r"0\.00 GB are needed for .*last, 0\.00 GB are free"):
-        save_checkpoint(tmp_path / "last", pytest.fail, Progress(), size=100)
-    assert loaded(tmp_path) == 1
-
-
 def test_the_previous_checkpoint_is_used_while_there_is_no_newer_one(tmp_path):
-    save_previous(tmp_path, 1)
+    save(tmp_path, 1)
+    (tmp_path / "last").rename(tmp_path / "last.prev")  # a kill between the renames of a save
     assert loaded(tmp_path) == 1
+    assert find_checkpoint(tmp_path, ("best", "last"))[0] == tmp_path / "last.prev"
     save(tmp_path, 2)
     assert loaded(tmp_path) == 2
-    shutil.rmtree(tmp_path / "last")
-    save_previous(tmp_path, 3)
-    assert find_checkpoint(tmp_path, ("best", "last"))[0] == tmp_path / "last.prev"
-    save(tmp_path, 4, "best")
+    save(tmp_path, 3, "best")
     assert find_checkpoint(tmp_path, ("best", "last"))[0] == tmp_path / "best"
 
 
 # --------------------------------------------------------------------------------------------------
-# Nothing to resume
+# Nothing to resume, or nothing that can be read
 
 
-def test_a_folder_without_a_checkpoint_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no checkpoint in .*best or .*last.*python train\.py"):
-        find_checkpoint(tmp_path, ("best", "last"))
-
-
-def test_a_run_that_was_killed_before_its_first_save_is_not_sent_to_other_runs(
-    tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    for name in ("other", "killed"):
-        (tmp_path / name).mkdir()
-    save(tmp_path / "other", 1)
-    (tmp_path / "killed" / "run.json").write_text("{}")
-    message = "the run in .*killed has not saved a checkpoint.* start it again$"
-    with pytest.raises(UserError, match=message):
-        find_checkpoint(tmp_path / "killed", ("last",))
-
-
-def test_runs_that_can_be_resumed_are_named_newest_first_and_at_most_three(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the message names the runs in the working directory
-    for age, name in enumerate(("newest", "second", "third", "oldest")):
-        (tmp_path / name).mkdir()
-        save(tmp_path / name, 1)
-        os.utime(tmp_path / name / "last" / "trainer.json", (1e9 - age, 1e9 - age))
-    (tmp_path / "only-best").mkdir()
-    save(tmp_path / "only-best", 1, "best")  # cannot be resumed, so it is not named
-    with pytest.raises(UserError) as error:
-        find_checkpoint(tmp_path / "none", ("last",))
-    assert str(error.value).endswith("There are some in newest, second, third: --out_dir=newest")
-
-
-def test_where_there_is_no_last_the_weights_of_best_are_offered_and_what_is_lost(tmp_path):
-    save(tmp_path, 7, "best")
-    with pytest.raises(UserError) as error:
-        find_checkpoint(tmp_path, ("last",))
-    message = str(error.value)
-    assert "cannot be resumed exactly" in message
-    assert "weights of step 7; the optimizer's state is lost" in message
-    assert message.endswith(
-        f"python train.py --init_from={tmp_path / 'best'} --out_dir={tmp_path}-2"
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# Damage
-
-FILES = ("model.safetensors", "adapter/adapter_model.safetensors", "trainer.json")
-
-
-def check_refused(out_dir: Path, file: str, previous: bool = False) -> None:
-    """Check that last/ is refused by the file's name; previous: and last.prev/ is offered."""
-    with pytest.raises(UserError) as error:
-        find_checkpoint(out_dir, ("last",))
-    assert str(out_dir / "last" / file) in str(error.value)
-    assert ("to use the one before it" in str(error.value)) == previous
-
-
-@pytest.mark.parametrize("previous", [True, False])
-@pytest.mark.parametrize("file", FILES)
-def test_damage_anywhere_in_a_checkpoint_is_refused_by_the_files_name(tmp_path, file, previous):
-    """Every byte in turn, fifty lengths, and no file at all.
-
-    White space in trainer.json may change, because its values do not.
-    """
-    if previous:
-        save_previous(tmp_path, 1)
-        (tmp_path / "last.prev").rename(tmp_path / "kept")
-    save(tmp_path, 2)
-    if previous:
-        (tmp_path / "kept").rename(tmp_path / "last.prev")
-    path = tmp_path / "last" / file
-    good = path.read_bytes()
-    _, content = find_checkpoint(tmp_path, ("last",))
-    for i in range(len(good)):
-        path.write_bytes(good[:i] + bytes([good[i] ^ 4]) + good[i + 1 :])
-        if file == "trainer.json" and good[i : i + 1].isspace():
-            try:
-                assert find_checkpoint(tmp_path, ("last",))[1] == content
-                continue
-            except UserError:
-                pass
-        check_refused(tmp_path, file, previous)
-    for length in sorted({len(good) * i // 50 for i in range(50)}):
-        path.write_bytes(good[:length])
-        check_refused(tmp_path, file, previous)
-    path.unlink()
-    check_refused(tmp_path, file, previous)
-    path.write_bytes(good)
-    assert loaded(tmp_path) == 2
-
-
-def test_the_previous_checkpoint_can_be_used_as_the_message_says(tmp_path):
-    save_previous(tmp_path, 1)
-    shutil.copytree(tmp_path / "last.prev", tmp_path / "last")
-    (tmp_path / "last" / "model.safetensors").write_bytes(b"")
-    check_refused(tmp_path, "model.safetensors", previous=True)
-    shutil.rmtree(tmp_path / "last")
-    assert loaded(tmp_path) == 1
+def test_what_to_do_where_there_is_no_checkpoint_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the messages name the runs in the working directory
+    none = Path("none")
+    train_first = r"no checkpoint in none/best or none/last\. Train a model first: python train.py"
+    with pytest.raises(UserError, match=train_first):
+        find_checkpoint(none, ("best", "last"))
+    for age, name in enumerate(("newest", "second", "third", "oldest", "only-best")):
+        Path(name).mkdir()
+        save(Path(name), 7, "best" if name == "only-best" else "last")
+        if name != "only-best":
+            os.utime(Path(name) / "last" / "trainer.json", (1e9 - age, 1e9 - age))
+    others = r"can be resumed: newest, second, third\. Try --out_dir=newest$"
+    with pytest.raises(UserError, match=f"no checkpoint in none/last.*{others}"):
+        find_checkpoint(none, ("last",))
+    with pytest.raises(UserError, match=f"none/run.json does not exist.*{others}"):
+        resume(none)
+    with pytest.raises(
+        UserError,
+        match=r"weights of step 7; .* is lost.*--init_from=only-best/best --out_dir=\S+-2",
+    ):
+        find_checkpoint(Path("only-best"), ("last",))
+    Path("killed").mkdir()
+    Path("killed/run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"killed has not saved a checkpoint.* start it again$"):
+        find_checkpoint(Path("killed"), ("last",))
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["[]", "null", "3", '{"step": 1}', '{"sha256": 3, "step": 1}', "[" * 100_000, "{", ""],
-    ids=lambda content: content[:20],
+    "damage", ["[]", "null", '{"position": 1}', '{"step": "x"}', "[" * 10**5, ""]
 )
-def test_a_trainer_json_that_is_something_else_is_refused(tmp_path, content):
+def test_a_damaged_trainer_json_is_refused_by_name(tmp_path, damage):
     save(tmp_path, 1)
-    (tmp_path / "last" / "trainer.json").write_text(content)
-    check_refused(tmp_path, "trainer.json")
-
-
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "nul\0l"])
-def test_a_checkpoint_does_not_make_us_read_a_file_outside_of_it(tmp_path, name, monkeypatch):
-    save(tmp_path, 1)
-    (tmp_path / "secret").write_text("x")
-    file = tmp_path / "last" / "trainer.json"
-    content = json.loads(file.read_text())
-    content["sha256"] = {name: checkpoint.sha256(tmp_path / "secret")}
-    file.write_text(sign(content))
-    read = []
-    monkeypatch.setattr(checkpoint, "sha256", read.append)
-    with pytest.raises(UserError, match="damaged or missing"):
+    (tmp_path / "last" / "trainer.json").write_text(damage)
+    with pytest.raises(UserError, match=r"last/trainer\.json is damaged"):
         find_checkpoint(tmp_path, ("last",))
-    assert not read
 
 
-# --------------------------------------------------------------------------------------------------
-# trainer.json
+@pytest.mark.parametrize("file", ["model.safetensors", "trainer.safetensors", "config.json"])
+def test_a_checkpoint_with_half_a_file_is_refused_by_its_name(finished, tmp_path, file):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    content = (out_dir / "last" / file).read_bytes()
+    (out_dir / "last" / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=f"last/{file}"):
+        resume(out_dir, "--max_iters=6")
 
 
-def test_trainer_json_has_a_format_number_and_gives_back_the_progress(tmp_path):
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b'{"config": 3}', b'{"config": {}}', b"\xff", b"[" * 10**5]
+)
+def test_a_damaged_run_json_is_refused(tmp_path, damage):
+    (tmp_path / "run.json").write_bytes(damage)
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        read_run(tmp_path)
+
+
+def test_trainer_json_gives_back_the_progress_and_newer_formats_are_refused(tmp_path):
     progress = Progress(
         step=3, position=24, tokens=384, elapsed_s=1.5, best_val_loss=2.5, best_step=2,
         worse_evaluations=1, evaluated_step=3, wandb_id="abc",
     )  # fmt: skip
-    save_checkpoint(tmp_path / "last", lambda folder: None, progress, size=0)
-    content = json.loads((tmp_path / "last" / "trainer.json").read_text())
-    assert content["format"] == 1
-    assert Progress.from_trainer_json(find_checkpoint(tmp_path, ("last",))[1]) == progress
-
-
-def test_a_checkpoint_without_a_format_number_is_older_and_read_the_same_way(tmp_path):
-    save(tmp_path, 5)
+    save_checkpoint(tmp_path / "last", lambda folder: None, progress)
+    assert find_checkpoint(tmp_path, ("last",))[1] == progress
     file = tmp_path / "last" / "trainer.json"
     content = json.loads(file.read_text())
-    del content["format"]
-    del content["evaluated_step"]  # what the older file lacks keeps its default
-    file.write_text(sign(content))
-    assert loaded(tmp_path) == 5
-    progress = Progress.from_trainer_json(find_checkpoint(tmp_path, ("last",))[1])
-    assert (progress.best_val_loss, progress.evaluated_step) == (1.25, -1)
-
-
-def test_a_checkpoint_of_a_newer_format_is_refused_with_the_reason(tmp_path):
-    save(tmp_path, 1)
-    file = tmp_path / "last" / "trainer.json"
-    file.write_text(sign(json.loads(file.read_text()) | {"format": FORMAT + 1}))
-    with pytest.raises(UserError, match=r"format 2, written by a newer version.*update"):
+    file.write_text(json.dumps(content | {"format": FORMAT + 1}))
+    with pytest.raises(
+        UserError, match=rf"format {FORMAT + 1}, written by a newer version.*update"
+    ):
         find_checkpoint(tmp_path, ("last",))
+
+
+# --------------------------------------------------------------------------------------------------
+# The lock, and what a run writes first
+
+HOLD = """
+import sys
+from pathlib import Path
+from gpt12.checkpoint import lock_run
+with lock_run(Path(sys.argv[1])):
+    print(1, flush=True)
+    input()
+"""
+
+
+def test_a_folder_is_locked_for_a_second_run_until_the_first_process_has_ended(dataset, tmp_path):
+    argv = [sys.executable, "-c", HOLD, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(argv, cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == b"1\n"
+        with pytest.raises(UserError, match=f"another run is writing to out_dir={tmp_path}"):
+            run(dataset, tmp_path, "--max_iters=1")
+        process.kill()
+    for _ in range(2):  # neither a killed run nor one that ended well keeps the lock
+        with lock_run(tmp_path):
+            pass
+
+
+def test_a_disk_without_locks_is_not_taken_for_another_run(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with lock_run(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(dataset, tmp_path, capsys):
+    """Root may write anywhere, but not even root can make a folder below a file."""
+    (tmp_path / "file").write_text("")
+    out_dir = tmp_path / "file" / "out"
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: run(dataset, out_dir))
+    assert end.value.code == 2
+    assert f"error: out_dir={out_dir} cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
+def test_a_run_that_cannot_write_its_first_files_says_so(dataset, tmp_path, name):
+    (tmp_path / f"{name}.tmp").mkdir()  # stands for a disk that takes no file
+    with pytest.raises(UserError, match=f"{name} cannot be written"):
+        run(dataset, tmp_path)
+
+
+def test_run_json_explains_the_run_and_no_file_holds_a_secret(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "FREE"):
+        monkeypatch.setenv(name, f"s3cret-{name}-abcdef")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--password=s3cret-argv"])
+    assert run(dataset, tmp_path, "--max_iters=2") == 0
+    told = "".join(capsys.readouterr())
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            told += path.read_text("utf-8", errors="replace")
+    assert "s3cret" not in told
+    facts = read_run(tmp_path)
+    assert {"config", "requested", "commit", "versions", "platform", "device"} < set(facts)
+    assert facts["config"]["learning_rate"] == 1e-2
+    assert facts["versions"]["torch"]
+    assert facts["data"] == {"name": str(dataset), "sha256": "0" * 64, "tokens": 2600}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+@pytest.mark.picture
+def test_every_file_of_a_run_honours_the_umask(dataset, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        assert run(dataset, tmp_path / "out", "--max_iters=2") == 0
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    names = {file.name for file in files}
+    assert {"model.safetensors", "trainer.safetensors", "loss.png", "run.json"} <= names
+    for file in files:
+        if file.name != ".lock":  # filelock's own file, which holds nothing
+            assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file
+
+
+# --------------------------------------------------------------------------------------------------
+# An earlier run
+
+FOLDERS = ("best", "last", "best.prev", "last.prev")
+
+
+def make_run(out_dir: Path, version: int) -> None:
+    """Write the files of a run. version: tells it from others."""
+    config = {"init_from": "scratch", "batch_size": 1, "gradient_accumulation_steps": 1}
+    write_json(out_dir / "run.json", {"config": config, "version": version})
+    (out_dir / "metrics.jsonl").write_text(str(version))
+    for name in FOLDERS:
+        (out_dir / name).mkdir()
+        (out_dir / name / "model.safetensors").write_text(str(version))
+
+
+def version_of(folder: Path) -> int:
+    """Return the version of a run's files, after checking that all are of that version."""
+    version = read_run(folder)["version"]
+    for name in ("metrics.jsonl", *(f"{name}/model.safetensors" for name in FOLDERS)):
+        assert (folder / name).read_text() == str(version)
+    return version
+
+
+def test_starting_anew_sets_the_earlier_run_aside_and_says_its_size(
+    dataset, finished, tmp_path, capsys
+):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    before = (out_dir / "last" / "model.safetensors").read_bytes()
+    assert run(dataset, out_dir, "--max_iters=2", "--seed=7") == 0
+    assert f"was moved to {out_dir / 'previous'} (0." in capsys.readouterr().out
+    assert (out_dir / "previous" / "last" / "model.safetensors").read_bytes() == before
+    assert len(read_rows(out_dir / "previous")) > len(read_rows(out_dir))
+
+
+def test_an_earlier_run_replaces_the_one_before_it_and_the_users_files_stay(tmp_path):
+    (tmp_path / "notes.txt").write_text("the user's own")
+    for version in (1, 2):
+        make_run(tmp_path, version)
+        assert set_aside(tmp_path) == tmp_path / "previous"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "previous"]
+        assert version_of(tmp_path / "previous") == version
+    (tmp_path / "run.json").write_text("{}")  # a run without a checkpoint
+    assert set_aside(tmp_path) is None
+    assert version_of(tmp_path / "previous") == 2
+
+
+@pytest.mark.parametrize("kill_at", range(1, 9))
+def test_a_kill_while_setting_aside_loses_nothing(tmp_path, monkeypatch, kill_at):
+    make_run(tmp_path, 1)
+    set_aside(tmp_path)
+    make_run(tmp_path, 2)
+    tried = []
+
+    def dying(original):
+        def call(*args):
+            tried.append(args)
+            if len(tried) == kill_at:
+                raise Killed
+            return original(*args)
+
+        return call
+
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(Path, "rename", dying(Path.rename))
+        m.setattr(shutil, "rmtree", dying(shutil.rmtree))
+        set_aside(tmp_path)  # six files and folders, the earlier previous/, then the whole
+    set_aside(tmp_path)
+    assert version_of(tmp_path / "previous") == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# What resuming needs besides the weights
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_saved_state_continues_as_the_unbroken_step_does(tmp_path, optimizer):
+    batches = [random_rows(seed=seed) for seed in range(4)]
+    whole = small_step(optimizer=optimizer)
+    first = small_step(optimizer=optimizer)
+    for x, y in batches:
+        whole(1e-2, fill(whole, x, y))
+    for x, y in batches[:2]:
+        first(1e-2, fill(first, x, y))
+    save_trainer_state(tmp_path, first.trainer_state())
+    second = small_step(optimizer=optimizer)
+    second.model.load_state_dict(first.model.state_dict())
+    load_trainer_state(tmp_path, second.trainer_state())
+    for x, y in batches[2:]:
+        second(1e-2, fill(second, x, y))
+    assert same_weights(second.model, [p.detach() for p in whole.model.parameters()])
+
+
+def test_the_names_of_the_tensors_are_those_that_the_format_says():
+    step = small_step()
+    step(1e-2, fill(step, *random_rows()))
+    expected = {"rng.cpu"}
+    for name, _ in step.model.named_parameters():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            expected.add(f"optimizer.{name}.{key}")
+    assert set(trainer_tensors(step.trainer_state())) == expected
+
+
+def test_the_random_numbers_of_rank_0_are_restored_and_those_of_other_ranks_are_not(tmp_path):
+    step = small_step()
+    torch.manual_seed(5)
+    save_trainer_state(tmp_path, step.trainer_state())
+    expected = torch.rand(3)
+    for rank in (0, 1):
+        machine = Machine(CPU.device, CPU.dtype, compiled=False, rank=rank)
+        torch.manual_seed(6)
+        load_trainer_state(tmp_path, small_step(machine).trainer_state())
+        assert torch.equal(torch.rand(3), expected) == (rank == 0)
+
+
+def test_resuming_restores_the_loss_scale(tmp_path):
+    half = Machine(CPU.device, torch.float16, compiled=False)
+    first = small_step(half)
+    second = small_step(half)
+    first.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    first(1e-2, fill(first, *random_rows()))
+    save_trainer_state(tmp_path, first.trainer_state())
+    load_trainer_state(tmp_path, second.trainer_state())
+    assert second.scaler.state_dict() == first.scaler.state_dict()
+    second(1e-2, fill(second, *random_rows()))
+    state = second.scaler.state_dict()
+    assert (state["scale"], state["_growth_tracker"]) == (256.0, 2)
+
+
+def test_a_smaller_context_crops_the_moments_of_the_positions_too(finished, tmp_path):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    for steps in (6, 8):
+        assert resume(out_dir, f"--max_iters={steps}", "--block_size=8") == 0
+    moments = weights(out_dir, file="trainer")
+    assert moments["optimizer.transformer.wpe.weight.exp_avg"].shape == (8, 16)
+
+
+@needs_torchao
+def test_8_bit_moments_resume_bit_for_bit_but_not_with_a_smaller_context(dataset, tmp_path):
+    fixed = ["--optimizer=adamw8bit", "--dtype=bfloat16", "--decay_lr=False"]
+    assert run(dataset, tmp_path / "whole", *fixed, "--max_iters=6") == 0
+    assert run(dataset, tmp_path / "parts", *fixed, "--max_iters=3") == 0
+    with pytest.raises(UserError, match=r"block_size=8, but the run in .* has 16: leave"):
+        resume(tmp_path / "parts", "--max_iters=6", "--block_size=8")
+    assert resume(tmp_path / "parts", "--max_iters=6", "--block_size=16") == 0
+    assert same_tensors(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+@needs_torchao
+def test_a_skipped_update_of_8_bit_moments_leaves_the_weights():
+    step = small_step(model=small_gpt().bfloat16(), optimizer="adamw8bit")
+    step(1e-2, fill(step, *random_rows()))
+    before = [p.clone() for p in step.model.parameters()]
+    weight = step.model.transformer.ln_f.weight
+    hook = weight.register_hook(lambda gradient: gradient * torch.nan)
+    step(1e-2)
+    assert step.bad.item() == 1
+    assert same_weights(step.model, before)
+    hook.remove()
+    step(1e-2)
+    assert not same_weights(step.model, before)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is saved, and when
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """A clock that moves when a test says so."""
+    found = SimpleNamespace(now=1000.0)
+    module = SimpleNamespace(monotonic=lambda: found.now)
+    monkeypatch.setattr("gpt12.checkpoint.time", module)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("interval", "exact", "cost", "expected"),
+    [
+        (60, False, 0.1, 60),
+        (60, False, 3.0, 150),  # at most 2% of the time
+        (60, True, 3.0, 60),  # as typed
+        (0, True, 3.0, 0),
+    ],
+)
+def test_last_is_due_at_the_interval_or_later_if_saving_takes_long(
+    dataset, tmp_path, monkeypatch, clock, interval, exact, cost, expected
+):
+    options = [f"--save_interval_s={interval}"] if exact else []
+    saver = Trainer(built(dataset, tmp_path, *options)).saver
+
+    def slow(*args):
+        clock.now += cost
+
+    monkeypatch.setattr("gpt12.checkpoint.save_checkpoint", slow)
+    clock.now += 100
+    assert saver.is_due()
+    saver.save("last")
+    for waited in range(expected):
+        assert not saver.is_due(), waited
+        clock.now += 1
+    assert saver.is_due()
+
+
+def test_a_model_that_both_checkpoints_hold_is_on_the_disk_once(dataset, tmp_path, monkeypatch):
+    options = ["--max_iters=4", "--eval_interval=2", "--always_save_checkpoint=True"]
+    assert run(dataset, tmp_path, *options) == 0
+    files = [tmp_path / name / "model.safetensors" for name in ("best", "last")]
+    assert trainer(tmp_path)["step"] == trainer(tmp_path, "best")["step"]
+    assert files[0].samefile(files[1])
+    before = files[0].read_bytes()
+    assert resume(tmp_path, "--max_iters=5", "--learning_rate=1e-9", "--min_lr=0") == 0
+    assert resume(tmp_path, "--max_iters=6", "--learning_rate=5", "--min_lr=5") == 0
+    assert files[0].read_bytes() != files[1].read_bytes()
+    monkeypatch.setattr(os, "link", fail_to_save)  # a file system without links
+    assert run(dataset, tmp_path / "copied", *options) == 0
+    assert same_tensors(weights(tmp_path / "copied"), weights(tmp_path / "copied", "best"))
+    assert before == (tmp_path / "copied" / "best" / "model.safetensors").read_bytes()
+
+
+def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path, capsys):
+    """At such a rate finite gradients make infinite weights. The exit status says so."""
+    options = ["--max_iters=10", "--learning_rate=1e38", "--warmup_iters=0", "--eval_interval=5"]
+    assert run(dataset, tmp_path, *options) == 1
+    out = capsys.readouterr().out
+    assert "weights are not finite" in out
+    assert "go on with" not in out
+    assert not (tmp_path / "best").exists()
+    assert not (tmp_path / "last").exists()
+
+
+def test_the_last_evaluation_is_in_last_though_its_step_was_saved_before_it(dataset, tmp_path):
+    options = ["--always_save_checkpoint=False", "--save_interval_s=0", "--eval_interval=4"]
+    assert run(dataset, tmp_path, *options, "--max_iters=4") == 0
+    saved = trainer(tmp_path)
+    assert (saved["step"], saved["evaluated_step"]) == (4, 4)
+    assert saved["best_val_loss"] == trainer(tmp_path, "best")["best_val_loss"]
+
+
+def test_only_rank_0_writes(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    trainer_of_rank_1 = Trainer(built(dataset, tmp_path))
+    assert trainer_of_rank_1.saver.save("last")
+    assert not (tmp_path / "last").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# A disk that is full or cannot be written
+
+
+def fail_to_save(*args):
+    raise FULL
+
+
+def test_a_full_disk_costs_neither_the_run_nor_the_old_checkpoint(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    """From the fifth save on a write ends within a file."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saves = []
+
+    def short_of_space(*args):
+        saves.append(args)
+        if len(saves) >= 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        try:
+            save_checkpoint(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    options = ["--max_iters=10", "--save_interval_s=0", "--eval_interval=6"]
+    with monkeypatch.context() as m:
+        m.setattr("gpt12.checkpoint.save_checkpoint", short_of_space)
+        assert run(dataset, tmp_path / "out", *options) == 1
+    assert len(saves) > 6
+    out = capsys.readouterr().out
+    assert out.count("could not save") == len(saves) - 4
+    assert "too large" in out
+    assert "untouched" in out
+    assert list(losses(tmp_path / "out")) == list(range(1, 11))  # it went on to its end
+    assert find_checkpoint(tmp_path / "out", ("last",))[1].step == 4
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert resume(tmp_path / "out") == 0  # there is space again
+    assert trainer(tmp_path / "out")["step"] == 10
+    assert run(dataset, tmp_path / "whole", *options) == 0
+    assert same_tensors(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+
+
+def test_a_best_that_could_not_be_saved_does_not_count_as_the_best(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    """best/ still holds the older model, so the older loss goes on counting."""
+
+    def failing(folder, write, progress):
+        if folder.name == "best" and progress.step == 4:
+            raise FULL
+        save_checkpoint(folder, write, progress)
+
+    monkeypatch.setattr("gpt12.checkpoint.save_checkpoint", failing)
+    assert run(dataset, tmp_path, "--max_iters=4", "--eval_interval=2") == 0
+    values = {row["step"]: row["val_loss"] for row in read_rows(tmp_path) if "val_loss" in row}
+    assert values[4] < values[2]
+    assert trainer(tmp_path)["best_step"] == 2
+    assert trainer(tmp_path)["best_val_loss"] == values[2]
+    assert f"best val loss {values[2]:.4f} at step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_signal_whose_save_fails_prints_no_line_to_resume_with(
+    dataset, tmp_path, monkeypatch, capsys, works
+):
+    log_step = Trainer.log_step
+
+    def interrupted(self, lr):
+        if self.progress.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return log_step(self, lr)
+
+    monkeypatch.setattr(Trainer, "log_step", interrupted)
+    if not works:
+        monkeypatch.setattr("gpt12.checkpoint.save_checkpoint", fail_to_save)
+    assert run(dataset, tmp_path, "--max_iters=9") == 143
+    out = capsys.readouterr().out
+    assert "stopped at step 2" in out
+    assert ("--init_from=resume" in out) == works

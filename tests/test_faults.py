@@ -14,11 +14,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gpt12 import checkpoint
-from gpt12.checkpoint import Progress, find_checkpoint
+from gpt12.checkpoint import find_checkpoint, read_run
 from gpt12.errors import UserError
 from gpt12.log import Metrics
-from gpt12.run_folder import read_run
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig, parameter_count
 from tests.harmless import FEW, harmless
@@ -29,47 +27,6 @@ pytestmark = pytest.mark.usefixtures("no_picture")
 
 # --------------------------------------------------------------------------------------------------
 # Damage
-
-
-def regions(content: bytes, name: str) -> dict[str, int]:
-    """Return a place in each part of a file."""
-    places = {"first": 0, "middle": len(content) // 2, "last": len(content) - 1}
-    if name.endswith(".safetensors"):
-        body = 8 + struct.unpack("<Q", content[:8])[0]
-        places |= {f"length {i}": i for i in range(8)}
-        places |= {"header": 9, "header's end": body - 1, "body": body}
-    return places
-
-
-def test_damage_in_any_region_of_any_file_of_a_checkpoint_is_refused(finished, tmp_path):
-    """Changed, cut or gone: the file is named, and the checkpoint before is offered."""
-    out_dir = shutil.copytree(finished, tmp_path / "out")
-    last = out_dir / "last"
-    shutil.copytree(last, out_dir / "last.prev")
-    files = sorted(path.name for path in last.iterdir())
-    known = {"model.safetensors", "trainer.safetensors", "config.json", "tokenizer.json"}
-    assert known | {"trainer.json"} <= {*files}
-    for name in files:
-        file = last / name
-        good = file.read_bytes()
-        bad = [good[: len(good) * i // 50] for i in range(50)]
-        bad += [
-            good[:i] + bytes([good[i] ^ 0x55]) + good[i + 1 :] for i in regions(good, name).values()
-        ]
-        bad += [good + b"\0", None]
-        for content in bad:
-            if content is None:
-                file.unlink()
-            else:
-                file.write_bytes(content)
-            with pytest.raises(UserError) as error:
-                find_checkpoint(out_dir, ("last",))
-            assert f"{file} is damaged" in str(error.value)
-            assert "to use the one before it" in str(error.value)
-        with pytest.raises(UserError, match="damaged"):
-            resume(out_dir)
-        file.write_bytes(good)
-    assert find_checkpoint(out_dir, ("last",))[1]["step"] == 4
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -242,13 +199,11 @@ def test_a_ckpt_that_lies_is_refused(tmp_path, weights, shape):
         from_pretrained(tmp_path / "ckpt.pt")
 
 
-VALUES = ["step", "position", "tokens", "elapsed_s", "best_val_loss", "sha256", "evaluated_step"]
-VALUES += ["checksum", "format"]
+VALUES = ["step", "position", "tokens", "elapsed_s", "best_val_loss", "evaluated_step", "format"]
 
 
 @given(
     state=st.dictionaries(st.sampled_from(VALUES), JSON, max_size=3),
-    signed=st.booleans(),
     facts=st.dictionaries(
         st.sampled_from(["config", "data", "dtype", "requested"]), JSON, max_size=2
     ),
@@ -258,23 +213,16 @@ VALUES += ["checksum", "format"]
     ),
     cuts=st.tuples(*[st.none() | SPLICE] * 3),
 )
-@example(state={"sha256": [[None, None]]}, signed=True, facts={}, rows=[], cuts=(None, None, None))
-@example(state={"best_val_loss": "x"}, signed=True, facts={}, rows=[], cuts=(None, None, None))
+@example(state={"best_val_loss": "x"}, facts={}, rows=[], cuts=(None, None, None))
 @settings(FEW)
-def test_any_run_folder_is_read_or_refused(
-    finished, tmp_path_factory, state, signed, facts, rows, cuts
-):
-    """Forged files, trainer.json also with a checksum that is right, and damaged bytes."""
+def test_any_run_folder_is_read_or_refused(finished, tmp_path_factory, state, facts, rows, cuts):
+    """Forged and damaged files."""
     out_dir = tmp_path_factory.getbasetemp() / "fuzzed-run"
     if not out_dir.exists():
         shutil.copytree(finished, out_dir)
-    content = trainer(finished) | state
-    if signed:
-        content.pop("checksum", None)
-        content["checksum"] = checkpoint._checksum(content)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     texts = {
-        "last/trainer.json": json.dumps(content),
+        "last/trainer.json": json.dumps(trainer(finished) | state),
         "run.json": json.dumps(json.loads((finished / "run.json").read_text()) | facts),
         "metrics.jsonl": (finished / "metrics.jsonl").read_text() + lines,
     }
@@ -282,8 +230,7 @@ def test_any_run_folder_is_read_or_refused(
         (out_dir / name).write_bytes(text.encode() if cut is None else splice(text.encode(), cut))
     with harmless(out_dir):
         try:
-            found = find_checkpoint(out_dir, ("last",))[1]
-            progress = Progress.from_trainer_json(found)
+            progress = find_checkpoint(out_dir, ("last",))[1]
             assert isinstance(progress.best_val_loss or 0.0, (int, float))
         except UserError as error:
             assert str(out_dir) in str(error)
@@ -333,37 +280,22 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
-@pytest.mark.usefixtures("no_picture")  # which a thread draws beside the saves, into the same room
-def tensor_bytes(out_dir: Path) -> int:
-    """Return the bytes of all tensors in last/, which is what a save asks for."""
-    total = 0
-    for file in ("model", "trainer"):
-        total += sum(t.numel() * t.element_size() for t in weights(out_dir, file=file).values())
-    return total
-
-
-@pytest.mark.parametrize(
-    "estimate_fits", [False, True], ids=["no space for the estimate", "ends within a file"]
-)
 def test_a_run_on_a_full_file_system_keeps_its_old_checkpoint_and_goes_on(
-    dataset, disk, tmp_path, capsys, estimate_fits
+    dataset, disk, tmp_path, capsys
 ):
     plan = ["--lr_decay_iters=8", "--eval_interval=100", "--n_embd=64"]
     assert run(dataset, disk / "out", "--max_iters=4", *plan) == 0
     capsys.readouterr()
-    last = disk / "out" / "last"
-    estimate = tensor_bytes(disk / "out")
-    written = sum(file.stat().st_blocks * 512 for file in last.iterdir())
-    assert estimate < written
-    left = (estimate + written) // 2 if estimate_fits else estimate // 2
+    written = sum(file.stat().st_size for file in (disk / "out" / "last").iterdir())
     filler = disk / "filler"
-    filler.write_bytes(bytes(shutil.disk_usage(disk).free - left))
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - written // 2))
     assert resume(disk / "out", "--max_iters=8") == 1
     out = capsys.readouterr().out
     assert "could not save" in out
+    assert "No space left on device" in out
     assert "What was there before is untouched; make room" in out
-    assert ("No space left on device" if estimate_fits else "are free") in out
     assert trainer(disk / "out")["step"] == 4
+    assert not (disk / "out" / "last.tmp").exists()
     assert list(losses(disk / "out"))[:8] == [*range(1, 9)]
     filler.unlink()
     assert resume(disk / "out", "--max_iters=8") == 0

@@ -15,10 +15,10 @@ from matplotlib.image import imread
 
 import train
 from data.tokenizers import CharTokenizer
+from gpt12.checkpoint import Saver
 from gpt12.device import Machine
 from gpt12.errors import UserError
 from gpt12.log import Clock, Metrics, RunLog, draw_losses
-from gpt12.saver import Saver
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig, parameter_count
 from tests.helpers import (
@@ -292,7 +292,7 @@ def test_a_run_of_one_step_claims_no_time_and_slow_saving_is_told(
     dataset, tmp_path, capsys, monkeypatch, time
 ):
     """Its only step compiles, which does not count."""
-    monkeypatch.setattr(Saver, "_write", time.taking(7, Saver._write))
+    monkeypatch.setattr(Saver, "_save", time.taking(7, Saver._save))
     monkeypatch.setattr(train, "time", sys.modules["gpt12.log"].time)
     assert run(dataset, tmp_path, "--max_iters=1", "--always_save_checkpoint=False") == 0
     assert "\n1 step in 14.0 s of saving, best val" in capsys.readouterr().out  # best/ and last/
@@ -369,7 +369,7 @@ def fail_at_step(monkeypatch, name: str, step: int) -> None:
         ("gpt12.log.RunLog.show_sample", 4),
         ("data.windows.EvalWindows.batch", 2),
         ("gpt12.loader.Loader.load", 2),
-        ("gpt12.saver.Saver._write_best", 2),
+        ("gpt12.checkpoint.Saver._write_best", 2),
     ],
 )
 def test_an_exception_in_the_loop_leaves_a_last_from_which_the_run_goes_on(
@@ -655,7 +655,7 @@ def time(monkeypatch) -> Time:
     found = Time()
     module = SimpleNamespace(perf_counter=found.read, monotonic=found.read)
     monkeypatch.setattr("gpt12.log.time", module)
-    monkeypatch.setattr("gpt12.saver.time", module)
+    monkeypatch.setattr("gpt12.checkpoint.time", module)
     return found
 
 
@@ -700,7 +700,7 @@ def test_a_run_counts_neither_compiling_nor_evaluations_nor_saves(
     """A step takes a second, an evaluation 100, a checkpoint 1,000. The first step compiles."""
     monkeypatch.setattr(TrainStep, "__call__", time.taking(1, TrainStep.__call__))
     monkeypatch.setattr(train, "mean_loss", time.taking(100, train.mean_loss))
-    monkeypatch.setattr(Saver, "_write", time.taking(1000, Saver._write))
+    monkeypatch.setattr(Saver, "_save", time.taking(1000, Saver._save))
     options = ["--max_iters=6", "--eval_interval=3", "--save_interval_s=2"]
     assert run(dataset, tmp_path, *options, "--always_save_checkpoint=False") == 0
     assert losses(tmp_path, "elapsed_s") == {0: 0, 1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5}

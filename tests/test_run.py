@@ -389,24 +389,6 @@ def test_a_run_starts_from_the_checkpoint_and_not_from_its_seed(finished, tmp_pa
     assert same_tensors(weights(tmp_path, "model"), weights(finished, "last"))
 
 
-def test_resuming_reads_each_file_of_the_checkpoint_once_to_verify_it(
-    finished, tmp_path, monkeypatch
-):
-    out_dir = shutil.copytree(finished, tmp_path / "out")
-    read = []
-    from gpt12 import checkpoint
-
-    verify = checkpoint.read_checkpoint
-
-    def noted(folder):
-        read.append(folder)
-        return verify(folder)
-
-    monkeypatch.setattr(checkpoint, "read_checkpoint", noted)
-    assert resume(out_dir) == 0
-    assert read == [out_dir / "last"]
-
-
 def test_resuming_a_finished_run_says_that_it_is_complete_and_changes_nothing(
     finished, tmp_path, capsys
 ):
@@ -588,16 +570,14 @@ def test_8_bit_adamw_is_refused_unless_weights_may_be_bfloat16():
 def test_frozen_weights_of_lora_have_the_products_precision_and_adapters_float32():
     model = small_gpt()
     machine = Machine(CPU.device, torch.bfloat16, compiled=False)
-    changes = {"lora_rank": 2, "lora_alpha": 4.0, "lora_targets": "c_attn", "recompute": "block"}
+    changes = {"lora_rank": 2, "lora_alpha": 4.0, "recompute": "block"}
     prepare_model(model, config(**changes), machine)
     adapters = 0
     for name, p in model.named_parameters():
         assert p.requires_grad == ("lora_" in name)
         assert p.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
-        if "lora_" in name:
-            assert "c_attn" in name
-            adapters += 1
-    assert adapters == 2 * 2
+        adapters += "lora_" in name
+    assert adapters == 2 * 2 * 4  # two matrices for each of four layers in two blocks
     assert model.transformer.h[0].recompute == "block"
 
 

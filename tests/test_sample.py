@@ -50,7 +50,7 @@ def out_dir(tmp_path_factory):
             save_pretrained(model, target, tokenizer.eot)
             tokenizer.save(target)
 
-        save_checkpoint(folder / name, write, Progress(step=7, best_val_loss=1.5), size=0)
+        save_checkpoint(folder / name, write, Progress(step=7, best_val_loss=1.5))
     return folder
 
 

@@ -17,13 +17,12 @@ import train
 from data.prepare import RowWriter
 from data.shards import UINT16, Tokens
 from data.windows import EvalWindows
+from gpt12.checkpoint import Saver, trainer_tensors
 from gpt12.device import Machine
 from gpt12.errors import UserError, run_main
 from gpt12.lora import add_lora
 from gpt12.optimizer import OPTIMIZERS, Entry
-from gpt12.saver import Saver
 from gpt12.targets import IGNORE_INDEX
-from gpt12.trainer_state import trainer_tensors
 from gpt12.twin import gpt2_logits
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig
@@ -516,7 +515,7 @@ def test_a_run_logs_and_saves_at_its_intervals_and_at_its_end(
     save = Saver.save
 
     def noted(self, name):
-        saved.append((name, self.run.progress.step))
+        saved.append((name, self.progress.step))
         return save(self, name)
 
     monkeypatch.setattr(Saver, "save", noted)

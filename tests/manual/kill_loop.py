@@ -14,13 +14,14 @@ every time that it has saved: it must resume, and end like the unbroken run. Lea
 
 With --by_calls a random moment is a random call of a function, counted by Python, and not a random
 time. The same seed then kills at the same places on any machine, however busy it is. The test suite
-runs this form.
+runs this form. With --lora the runs train adapters.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -33,7 +34,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads would not survive a fork
@@ -46,10 +47,9 @@ import safetensors.torch
 import data.tokenizers
 import data.windows  # noqa: F401
 import train
-from gpt12 import checkpoint, saver
-from gpt12.checkpoint import find_checkpoint, locate_checkpoint
+from gpt12 import checkpoint
+from gpt12.checkpoint import find_checkpoint
 from gpt12.errors import UserError
-from gpt12.files import sha256
 from tests.helpers import OPTIONS, ROOT, make_dataset
 
 SAVES = 16 + 8  # about as many checkpoints as a run writes: last/ and best/
@@ -79,13 +79,15 @@ def pause_in_saves(pause: Callable[[], object]) -> None:
             pause()
             f.write(content[len(content) // 2 :])
 
+    save = checkpoint.save_checkpoint
+
     def save_checkpoint(*args):
         nonlocal saving
         saving = True
-        checkpoint.save_checkpoint(*args)
+        save(*args)
         saving = False
 
-    saver.save_checkpoint = save_checkpoint
+    checkpoint.save_checkpoint = save_checkpoint
     safetensors.torch.save_file = save_file
     checkpoint.sync = around(checkpoint.sync)
     for name in ("mkdir", "rename", "write_text", "write_bytes"):
@@ -174,11 +176,14 @@ class Life:
 def newest(out_dir: Path) -> int | None:
     """Return the step of the checkpoint that resuming would take, None if there is none.
 
-    Raises UserError if it does not load.
+    Raises UserError or SafetensorError if it does not load.
     """
-    if locate_checkpoint(out_dir, ("last",)) is None:
+    if not any((out_dir / name).exists() for name in ("last", "last.prev")):
         return None
-    return find_checkpoint(out_dir, ("last",))[1]["step"]
+    folder, progress = find_checkpoint(out_dir, ("last",))
+    for file in folder.glob("*.safetensors"):
+        safetensors.torch.load_file(file)
+    return progress.step
 
 
 def outcome(out_dir: Path) -> dict:
@@ -188,10 +193,12 @@ def outcome(out_dir: Path) -> dict:
         row = json.loads(line)
         result["metrics"].append(without(row, "elapsed_s", "tokens_per_s"))
     for name in ("best", "last"):
-        folder, state = find_checkpoint(out_dir, (name,))
-        result[name] = without(state, "elapsed_s", "sha256")
-        for file in sorted(folder.glob("*.safetensors")):
-            result[f"{name}/{file.name}"] = sha256(file)
+        folder, progress = find_checkpoint(out_dir, (name,))
+        result[name] = without(asdict(progress), "elapsed_s")
+        for file in sorted(folder.rglob("*.safetensors")):
+            # The order of a file's metadata is random: compare what it holds.
+            content = safetensors.torch.save(safetensors.torch.load_file(file))
+            result[f"{name}/{file.name}"] = hashlib.sha256(content).hexdigest()
     return result
 
 
@@ -244,7 +251,7 @@ def live(argv: list[str], out_dir: Path, chance: random.Random, how: str, whole:
     assert status in (0, -signal.SIGKILL), f"exit status {status}: {log.read_text()}"
     try:
         after = newest(out_dir)
-    except UserError as error:
+    except (UserError, safetensors.SafetensorError) as error:
         raise AssertionError(f"the checkpoint does not load: {error}") from None
     assert (after or 0) >= (before or 0), f"step {before} was saved, {after} is left"
     return status
@@ -260,11 +267,21 @@ class Tally:
     losses: int = 0
 
 
-def kill_loop(kills: int, seed: int, folder: Path, by_calls: bool) -> Tally:
-    """Kill tiny runs so many times."""
-    dataset = make_dataset(folder / "letters")
+def options_of_runs(folder: Path, lora: bool) -> list[str]:
+    """Return the options of a tiny run. lora: it trains adapters of a model that is trained now."""
+    options = [*OPTIONS, f"--dataset={make_dataset(folder / 'letters')}"]
+    if not lora:
+        return options
+    base = folder / "base"
+    log = folder / "base.log"
+    argv = [*options, "--max_iters=4", f"--out_dir={base}"]
+    assert Life(argv, log).end(kill=False) == 0, log.read_text()
+    return [*options, f"--init_from={base}", "--lora_rank=2"]
+
+
+def kill_loop(options: list[str], kills: int, seed: int, folder: Path, by_calls: bool) -> Tally:
+    """Kill runs with these options so many times."""
     chance = random.Random(seed)
-    options = [*OPTIONS, f"--dataset={dataset}"]
     whole = run_whole([*options, f"--out_dir={folder / 'whole'}"], folder / "whole")
     tally = Tally()
     ended = True
@@ -353,11 +370,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--presets", type=int, default=1, help="times to kill a shipped preset")
     parser.add_argument("--by_calls", action="store_true", help="a random call, not a random time")
+    parser.add_argument("--lora", action="store_true", help="kill runs that train adapters")
     options = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tally = kill_loop(options.kills, options.seed, folder, options.by_calls)
+        runs = options_of_runs(folder, options.lora)
+        tally = kill_loop(runs, options.kills, options.seed, folder, options.by_calls)
         for number in range(options.presets):
             place = folder / f"preset{number}"
             place.mkdir()
