@@ -15,17 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.prepare import FEW_DOCUMENTS, ROW_FORMAT, check_characters, prepare_texts
+from data.prepare import (
+    FEW_DOCUMENTS,
+    FORMAT,
+    characters_of,
+    check_characters,
+    prepare_texts,
+)
 from data.readers import SUFFIXES
 from data.shards import UINT16, Tokens, find_shards
-from data.texts import CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS, Documents, prompt_template
+from data.texts import Documents, chat_template
 from data.tokenizers import CharTokenizer, Tokenizer, from_meta, get_tokenizer
 from gpt12.errors import UserError
 from gpt12.files import exists, sha256
 
 DATA = Path(__file__).parent
 SMALL = ("shakespeare", "shakespeare_char")  # data sets of ours that are prepared unasked
-SHOWN_FILES = 5  # a warning about skipped files names at most this many
 
 
 @dataclass
@@ -69,32 +74,35 @@ def open_dataset(
     tokenizer: str | Tokenizer = "auto",
     val_fraction: float = 0.1,
     text_column: str = "text",
+    encoding: str = "utf-8",
     block_size: int,
 ) -> Dataset:
     """Open a data set, preparing it first if necessary.
 
     name: a folder in data/; or the path of a folder of shards, of a text file, or of a folder of
-        text files; or hf:owner/name. Texts are tokenized once, into data/cache/.
+        text files; or hf:owner/name:config:split. Texts are tokenized once, into data/cache/.
     tokenizer: "auto" is the data set's own one, or gpt2 for texts.
     Raises UserError if the data set does not exist or is damaged, or if it was made with another
     tokenizer or row length.
     """
     check_exists(name)
-    folder = DATA / name if _is_named(name) else Path(name)
-    warnings: list[str] = []
+    folder = DATA / name if _is_named(name) else Path(name).expanduser()
     try:
-        if _is_named(name) and not find_shards(folder, "val"):
+        if find_shards(folder, "val"):
+            pass
+        elif _is_named(name) and (folder / "prepare.py").exists():
             _prepare_named(folder)
-        if not find_shards(folder, "val"):
+        else:
+            source = name if name.startswith("hf:") else str(folder)
+            documents = (source, text_column, encoding)
             asked = "gpt2" if tokenizer == "auto" else tokenizer
-            folder, warnings = _prepare_text(name, asked, val_fraction, text_column, block_size)
+            folder = _prepare_text(documents, asked, val_fraction, block_size)
     except OSError as error:  # a full disk, no right to write, the network
         raise UserError(
             f"{name} could not be prepared: {error}. "
             "What is done so far is kept: run the command again to continue."
         ) from error
     dataset = _read_dataset(name, folder)
-    dataset.warnings += warnings
     _check_tokenizer(dataset, tokenizer)
     row = dataset.meta.get("row", block_size)
     if row != block_size:
@@ -110,7 +118,7 @@ def open_dataset(
 
 def check_exists(name: str) -> None:
     """Raise UserError if there is no data set of this name. This takes no time."""
-    if _is_named(name) or name.startswith("hf:") or exists(name):
+    if _is_named(name) or name.startswith("hf:") or exists(os.path.expanduser(name)):  # noqa: PTH111
         return
     shown = repr(name[:200])
     known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
@@ -121,10 +129,9 @@ def check_exists(name: str) -> None:
         problem = f"There is no data set {shown}."
         for near in difflib.get_close_matches(name, known, 1):
             problem += f" Did you mean {near}?"
-    endings = ", ".join(SUFFIXES[:-1])
     raise UserError(
-        f"{problem} It may be one of {', '.join(known)}, a {endings} or {SUFFIXES[-1]} file, a "
-        "folder of such files, or hf:owner/name."
+        f"{problem} It may be one of {', '.join(known)}, a file ({', '.join(SUFFIXES)}), a folder "
+        "of such files, or hf:owner/name."
     )
 
 
@@ -138,18 +145,14 @@ def _is_named(name: str) -> bool:
 
 
 def _prepare_named(folder: Path) -> None:
-    """Prepare a data set in data/ that has no shards, if it is one of our small ones."""
+    """Prepare a data set in data/, if it is one of our small ones."""
     if folder.name in SMALL:
         importlib.import_module(f"data.{folder.name}.prepare").prepare(folder)
-    elif (folder / "prepare.py").exists():
-        raise UserError(
-            f"The data set {folder.name} is not prepared. Run: python {folder / 'prepare.py'} (its "
-            f"first lines say what that takes)\n{_other_data()}"
-        )
-    else:
-        raise UserError(
-            f"{folder} holds neither val shards (val_*.bin, *_val_*.bin, val.bin) nor a prepare.py."
-        )
+        return
+    raise UserError(
+        f"The data set {folder.name} is not prepared. Run: python {folder / 'prepare.py'} (its "
+        f"first lines say what that takes)\n{_other_data()}"
+    )
 
 
 def _other_data() -> str:
@@ -163,74 +166,56 @@ def _other_data() -> str:
 
 
 def _prepare_text(
-    name: str,
+    arguments: tuple[str, str, str],
     tokenizer: str | Tokenizer,
     val_fraction: float,
-    text_column: str,
     block_size: int,
-) -> tuple[Path, list[str]]:
-    """Return the folder in data/cache/ that holds a text's shards, and what the user should know.
+) -> Path:
+    """Return the folder in data/cache/ that holds a text's shards.
 
     The folder's name has a hash of everything that decides what the shards hold, so a folder that
     exists is what was asked for.
+
+    arguments: those of Documents.
     """
+    name = arguments[0]
     documents = None
-    warnings: list[str] = []
     content: Any = name
     if not name.startswith("hf:"):  # the hub is asked only for what is not there yet
-        documents = Documents(name, text_column)
+        documents = Documents(*arguments)
         content = [(file.name, sha256(file)) for file in documents.files]
-        if documents.skipped:
-            warnings.append(_describe_skipped(name, documents.skipped))
     made_with = tokenizer
     if isinstance(tokenizer, Tokenizer):
         # By name, so that a resumed run, which brings its model's tokenizer, finds its data again.
         made_with = tokenizer.name if tokenizer.name in ("gpt2", "bytes") else tokenizer.sha256
+    made_by = [FORMAT, content, *arguments[1:], made_with, val_fraction]
     stem = re.sub(r"[^\w.-]+", "-", Path(name).stem)[:50] or "texts"  # as all systems allow
-    made_by = [content, made_with, val_fraction, text_column]
     folders = {}
-    for kind, rows in (("text", None), ("rows", (block_size, ROW_FORMAT))):
-        digest = hashlib.sha256(json.dumps([*made_by, rows]).encode()).hexdigest()
+    for kind, row in (("text", None), ("rows", block_size)):
+        digest = hashlib.sha256(json.dumps([*made_by, row]).encode()).hexdigest()
         folders[kind] = DATA / "cache" / f"{stem}-{digest[:12]}"
         if folders[kind].exists():
-            return folders[kind], warnings
-    documents = documents or Documents(name, text_column)
+            return folders[kind]
+    documents = documents or Documents(*arguments)
     finished = folders["text" if documents.kind == "text" else "rows"]
     building = finished.with_name(f"{finished.name}.tmp")
-    prepare_texts(
-        name,
-        documents,
-        _tokenizer_for(name, documents, tokenizer),
-        building,
-        val_fraction,
-        block_size=block_size,
-    )
-    return building.rename(finished), warnings
+    own = _tokenizer_for(documents, tokenizer)
+    prepare_texts(name, documents, own, building, val_fraction, block_size=block_size)
+    return building.rename(finished)
 
 
-def _tokenizer_for(name: str, documents: Documents, tokenizer: str | Tokenizer) -> Tokenizer:
+def _tokenizer_for(documents: Documents, tokenizer: str | Tokenizer) -> Tokenizer:
     """Return the tokenizer for some documents; "char" is made from their characters."""
     if isinstance(tokenizer, CharTokenizer):
-        check_characters(name, documents, tokenizer)
+        check_characters(documents, tokenizer)
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
     if tokenizer != "char":
         return get_tokenizer(tokenizer)
-    characters = set() if documents.is_one_text else {"\n"}  # a line end keeps documents apart
-    for piece in documents:
-        characters.update(piece.text)
+    characters = characters_of(documents)
+    if not documents.is_one_text:
+        characters.add("\n")  # a line end keeps documents apart
     return CharTokenizer("".join(sorted(characters)))
-
-
-def _describe_skipped(name: str, skipped: list[Path]) -> str:
-    shown = ", ".join(file.name for file in skipped[:SHOWN_FILES])
-    if len(skipped) > SHOWN_FILES:
-        shown += f" and {len(skipped) - SHOWN_FILES:,} more"
-    files = "file was" if len(skipped) == 1 else "files were"
-    return (
-        f"{len(skipped):,} {files} skipped in {name}, because only {', '.join(SUFFIXES)} are read: "
-        f"{shown}."
-    )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -253,9 +238,14 @@ def _read_dataset(name: str, folder: Path) -> Dataset:
         meta = json.loads((folder / "meta.json").read_bytes())
         tokenizer = from_meta(meta, folder)
         vocab_size = meta["vocab_size"]
-        warnings = _warnings_about_examples(meta, tokenizer)
-        if tokenizer is not None and meta.get("kind", "text") != "text":
-            tokenizer.chat_template = _chat_template(meta, has_end_token=tokenizer.eot is not None)
+        warnings = _warnings_about_texts(meta, tokenizer)
+        if tokenizer is not None and "kind" in meta:
+            tokenizer.chat_template = chat_template(
+                meta["kind"],
+                has_end_token=tokenizer.eot is not None,
+                ending=meta.get("prompt_ending", ""),
+                system=meta.get("system"),
+            )
     elif (folder / "meta.pkl").exists() or val.dtype != UINT16:
         vocab_size = max(split.max_id() for split in splits) + 1
         warnings.append(
@@ -271,30 +261,26 @@ def _read_dataset(name: str, folder: Path) -> Dataset:
     return Dataset(name, folder, meta, tokenizer, vocab_size, train, val, warnings)
 
 
-def _chat_template(meta: dict[str, Any], has_end_token: bool) -> str:
-    """Return how a question to a model that is trained on these data is written."""
-    if meta.get("kind") == "messages":
-        return CHAT_TEMPLATE if has_end_token else CHAT_TEMPLATE_OF_CHARACTERS
-    return prompt_template(meta.get("prompt_ending", ""), has_end_token)
-
-
-def _warnings_about_examples(meta: dict[str, Any], tokenizer: Tokenizer | None) -> list[str]:
-    """Return what the user should know about instruction data; nothing for plain text."""
-    warnings = []
+def _warnings_about_texts(meta: dict[str, Any], tokenizer: Tokenizer | None) -> list[str]:
+    """Return what the user should know about the texts that were prepared."""
+    warnings = list(meta.get("notes", ()))
     if tokenizer is not None and tokenizer.eot is None and "row" in meta:
         warning = "This tokenizer has no end-of-text token, so answers will not end by themselves."
         if "\n" in tokenizer.names:
             warning += " Sample with --stop='\\n'."
         warnings.append(warning)
-    if meta.get("prompt_ending") == "":
+    if meta.get("kind") == "prompt" and meta.get("prompt_ending") == "":
         warnings.append(
             "The prompts have no common ending, so the model cannot see where a question ends and "
             "its answer begins. End every prompt in the same way, for example with a line end."
         )
+    if meta.get("blank"):
+        warnings.append(f"{meta['blank']:,} blank texts or answers were left out.")
     if meta.get("cut"):
         warnings.append(
             f"{meta['cut']:,} of {meta['documents']:,} examples were longer than a row of "
-            f"{meta['row']} tokens and were cut."
+            f"{meta['row']} tokens and were cut; {meta['left_out']:,} were left out, because "
+            "nothing of the answer remained."
         )
     return warnings
 

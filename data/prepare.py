@@ -7,13 +7,12 @@ packed into rows of a fixed length.
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,8 @@ BATCH_CHARACTERS = 500_000  # a thread's share at a time: handing it over then c
 FEW_DOCUMENTS = 20  # fewer texts are split by tokens: one of them may be most of the data
 SAVE_TOKENS = 20_000_000  # tokens between two saves of the progress
 OPEN_ROWS = 64  # rows that wait for an example that still fits
-# Version of the rows and of what meta.json says about them. What an older version packed is packed
-# again.
-ROW_FORMAT = 3
+# Version of what is made of texts. What an older version prepared in data/cache is prepared again.
+FORMAT = 4
 
 Encoded = tuple[int, Piece, np.ndarray]  # a document's index, one of its pieces, the piece's ids
 
@@ -68,6 +66,8 @@ def prepare_texts(
         progress = Progress()
         if documents.kind == "text":
             progress = Progress.load(folder)
+        rest = documents.skip(progress.next)
+        blank = progress.next - progress.documents
         with tqdm(
             desc=name,
             total=text_bytes,
@@ -76,15 +76,17 @@ def prepare_texts(
             unit_scale=True,
             disable=None,  # no bar in a log file
         ) as bar:
-            encoded = _encode_documents(documents, tokenizer, progress, bar, max_tokens)
+            encoded = _encode_documents(rest, tokenizer, progress, bar, max_tokens)
             if documents.kind == "text":
                 _write_texts(encoded, split, progress, folder, tokenizer.dtype)
             else:
                 meta |= _write_rows(encoded, split, progress, folder, tokenizer, block_size)
-                meta["kind"] = documents.kind
+                meta |= {"kind": documents.kind, "system": _commonest_system(rest)}
         if min(progress.train, progress.val) < 2:
             raise UserError(_too_short(name, progress, meta))
-        meta |= {"documents": progress.documents, "source_sha256": progress.source_sha256}
+        meta |= {"notes": documents.notes, "documents": progress.documents}
+        meta["blank"] = blank + rest.blank
+        meta["source_sha256"] = progress.source_sha256
         if tokenizer.name == "model":
             tokenizer.save(folder)
         write_atomically(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
@@ -104,13 +106,19 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 def _too_short(name: str, progress: Progress, meta: dict[str, Any]) -> str:
     tokens = progress.train + progress.val
     message = f"{name} is too short to train on and to validate: it has {tokens} tokens."
-    if meta.get("cut"):
+    if meta.get("left_out"):
         message += (
-            f" {meta['cut']} of {progress.documents} examples were longer than a row of "
-            f"{meta['row']} tokens, and left out if nothing of the answer remained. Shorten them, "
-            "or pass a larger --block_size=."
+            f" {meta['left_out']} of {progress.documents} examples were left out, because a row of "
+            f"{meta['row']} tokens has no room for their answers. Shorten them, or pass a larger "
+            "--block_size=."
         )
     return message
+
+
+def _commonest_system(documents: Documents) -> str | None:
+    """Return the system message that most conversations have, or None if most have none."""
+    ranking = documents.systems.most_common(1)
+    return ranking[0][0] if ranking else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,15 +135,15 @@ class ValidationSplit:
 
     def __init__(self, documents: Documents, fraction: float) -> None:
         self.fraction = fraction
-        ends = (piece for piece in documents if piece.last)
-        self._first = sum(1 for _ in itertools.islice(ends, FEW_DOCUMENTS))
-        by_hash = sorted(range(self._first), key=_hash_below_one)
-        self._chosen = set(by_hash[: max(1, round(self._first * fraction))])
-        if self._first < FEW_DOCUMENTS and documents.kind == "text":
-            self._chosen = set()
+        ends = (document for document, piece in documents if piece.last)
+        self._first = list(itertools.islice(ends, FEW_DOCUMENTS))
+        by_hash = sorted(self._first, key=_hash_below_one)
+        self._chosen = by_hash[: max(1, round(len(self._first) * fraction))]
+        if len(self._first) < FEW_DOCUMENTS and documents.kind == "text":
+            self._chosen = []
 
     def __contains__(self, document: int) -> bool:
-        if document < self._first:
+        if document in self._first:
             return document in self._chosen
         return _hash_below_one(document) < self.fraction
 
@@ -154,6 +162,7 @@ def _hash_below_one(document: int) -> float:
 class Progress:
     """How far a preparation has come. progress.json keeps it beside the shards."""
 
+    next: int = 0  # the index of the document that comes next
     documents: int = 0  # read to their end
     size: int = 0  # bytes read, as UTF-8
     train: int = 0  # tokens written
@@ -170,13 +179,15 @@ class Progress:
         """Write progress.json. The tokens that it counts must be on the disk."""
         write_atomically(folder / "progress.json", json.dumps(asdict(self)).encode())
 
-    def add(self, piece: Piece) -> int:
+    def add(self, document: int, piece: Piece) -> int:
         """Count a piece that was read, and return its size."""
         text = piece.text.encode()
         before = bytes.fromhex(self.source_sha256)
         self.source_sha256 = hashlib.sha256(before + text).hexdigest()
         self.size += len(text)
-        self.documents += piece.last
+        if piece.last:
+            self.next = document + 1
+            self.documents += 1
         return len(text)
 
 
@@ -187,49 +198,43 @@ def _encode_documents(
     bar: Any,
     max_tokens: int | None,
 ) -> Iterator[Encoded]:
-    """Yield every piece after `progress` with its ids, and keep progress and bar up to date.
-
-    Threads encode some batches ahead while the caller writes the ones before. (The tokenizers let
-    other threads run meanwhile.)
-    """
-    end = np.array(_end_ids(documents, tokenizer), tokenizer.dtype)
-
-    def encode(batch: list[Piece]) -> list[tuple[Piece, np.ndarray]]:
-        encoded = []
-        for piece in batch:
-            ids = tokenizer.encode(piece.text)
-            encoded.append((piece, np.concatenate((ids, end)) if piece.end else ids))
-        return encoded
-
-    def encode_all() -> Iterator[tuple[Piece, np.ndarray]]:
-        cores = os.cpu_count() or 1
-        waiting: collections.deque[Future[list[tuple[Piece, np.ndarray]]]] = collections.deque()
-        with ThreadPoolExecutor(cores) as threads:
-            for batch in _batches(documents.skip(progress.documents)):
-                waiting.append(threads.submit(encode, batch))
-                if len(waiting) > 2 * cores:
-                    yield from waiting.popleft().result()
-            for future in waiting:
-                yield from future.result()
-
+    """Yield the pieces of documents with their ids, and keep progress and bar up to date."""
     tokens = progress.train + progress.val
     begins_document = True
-    for piece, ids in encode_all():
+    for document, piece, ids in _encode(documents, tokenizer):
         if max_tokens is not None and tokens >= max_tokens and begins_document:
             return
-        document = progress.documents
-        bar.update(progress.add(piece))
+        bar.update(progress.add(document, piece))
         tokens += len(ids)
         begins_document = piece.last
         yield document, piece, ids
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def _encode(documents: Documents, tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """Encode pieces on all cores. (The tokenizers let other threads run meanwhile.)"""
+    end = np.array(_end_ids(documents, tokenizer), tokenizer.dtype)
+
+    def encode(batch: list[tuple[int, Piece]]) -> list[Encoded]:
+        encoded = []
+        for document, piece in batch:
+            ids = tokenizer.encode(piece.text)
+            encoded.append((document, piece, np.concatenate((ids, end)) if piece.end else ids))
+        return encoded
+
+    cores = os.cpu_count() or 1
+    batches = _batches(documents)
+    with ThreadPoolExecutor(cores) as threads:
+        while ahead := list(itertools.islice(batches, 2 * cores)):
+            for encoded in threads.map(encode, ahead):
+                yield from encoded
+
+
+def _batches(documents: Documents) -> Iterator[list[tuple[int, Piece]]]:
     """Yield the pieces in lists of BATCH_CHARACTERS or a little more."""
-    batch: list[Piece] = []
+    batch = []
     characters = 0
-    for piece in pieces:
-        batch.append(piece)
+    for document, piece in documents:
+        batch.append((document, piece))
         characters += len(piece.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
@@ -250,21 +255,24 @@ def _end_ids(documents: Documents, tokenizer: Tokenizer) -> list[int]:
     return []
 
 
-def check_characters(name: str, documents: Documents, tokenizer: CharTokenizer) -> None:
-    """Raise UserError if a tokenizer of another data set lacks characters of these documents.
-
-    name: the data set's name, for messages.
-    """
+def characters_of(documents: Documents) -> set[str]:
+    """Return all characters of some documents."""
     found: set[str] = set()
-    for piece in documents:
+    for _, piece in documents:
         found.update(piece.text)
+    return found
+
+
+def check_characters(documents: Documents, tokenizer: CharTokenizer) -> None:
+    """Raise UserError if a tokenizer of another data set lacks characters of these documents."""
+    found = characters_of(documents)
     if documents.kind == "messages" and not set("#:\n").issubset(tokenizer.names):
         raise UserError(
-            f"{name} holds conversations, and the tokenizer does not know all characters of the "
-            "chat template's headings, such as '### Assistant:'. "
+            f"{documents.source} holds conversations, and the tokenizer does not know all "
+            "characters of the chat template's headings, such as '### Assistant:'. "
             'Give them as "prompt" and "completion", which are taken as they are.'
         )
-    tokenizer.check_characters(found, source=name)
+    tokenizer.check_characters(found, source=documents.source)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -344,7 +352,12 @@ def _write_rows(
     val.close()
     progress.train = train.tokens.count
     progress.val = val.tokens.count
-    return {"row": block_size, "cut": train.cut + val.cut, "prompt_ending": ending.text()}
+    return {
+        "row": block_size,
+        "cut": train.cut + val.cut,
+        "left_out": train.left_out + val.left_out,
+        "prompt_ending": ending.text(),
+    }
 
 
 @dataclass
@@ -367,7 +380,7 @@ class RowWriter:
     count positions from its start: an example is computed as if it were alone.
 
     padding: the id that fills the end of a row.
-    cut: examples so far that were longer than a row.
+    cut: examples so far that were longer than a row. left_out: those without a trained token.
     """
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, size: int, padding: int) -> None:
@@ -376,6 +389,7 @@ class RowWriter:
         self.size = size
         self.padding = padding
         self.cut = 0
+        self.left_out = 0
         self._open_rows: list[Row] = []
 
     def add(self, ids: np.ndarray, mask: np.ndarray) -> None:
@@ -386,6 +400,7 @@ class RowWriter:
             mask = mask[: self.size]
         mask = np.concatenate([[EXAMPLE_START], mask[1:]])
         if TRAINED not in mask:
+            self.left_out += 1
             return
         row = self._row_with_room(len(ids))
         row.ids.append(ids)

@@ -1,190 +1,318 @@
-"""Read rows out of .txt, .md, .csv and .jsonl files and Hugging Face data sets, in constant memory.
+"""Read rows out of files and Hugging Face data sets: one reader for each kind of file.
 
 A row is a dictionary from column to content. Each comes with the place where it stands, for
-messages.
+messages. Line ends (CR, LF, CRLF) become LF.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
+import gzip
+import io
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gpt12.errors import UserError
 from gpt12.files import exists
 
 TEXT_SUFFIXES = (".txt", ".md")
-SUFFIXES = (*TEXT_SUFFIXES, ".csv", ".jsonl")
+SUFFIXES = (*TEXT_SUFFIXES, ".csv", ".tsv", ".json", ".jsonl", ".parquet")  # each also as .gz
+DELIMITERS = (",", ";", "\t", "|")
+END_OF_TEXT = "<|endoftext|>"  # separates the documents of a text file
+START_OF_TEXT = "<|startoftext|>"  # begins them in files made for gpt-2-simple, and says nothing
+REPLACE = "utf-8-replace"  # the encoding in which bytes that are not UTF-8 become U+FFFD
 BLOCK_BYTES = 1 << 16  # read at once from a text file
-HUB_ROWS = 1000  # rows taken at once from the hub; row by row takes three times as long
+SAMPLE_BYTES = 1 << 18  # what a file's encoding is guessed from
+ROWS_AT_ONCE = 1000  # from parquet files and the hub; row by row takes three times as long
 
 Row = Mapping[str, Any]
+Rows = Iterator[tuple[str, Row]]
 
 
-def find_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """Return the files to read for a data set, and the files of a folder that are skipped, sorted.
+def find_files(path: Path, encoding: str) -> tuple[list[Path], list[Path]]:
+    """Return the files to read for a data set, and the files that are no text, sorted.
 
     path: a file, or a folder, whose subfolders are searched, too. Hidden files and folders are
-    neither read nor counted as skipped.
+    neither read nor counted.
     Raises UserError if there is nothing to read.
     """
     if not exists(path):
         raise UserError(f"There is no file or folder {str(path)[:200]!r}.")
-    endings = ", ".join(SUFFIXES)
-    if not path.is_dir():
-        if path.suffix.lower() not in SUFFIXES:
-            raise UserError(
-                f"{path}: unknown ending. If it is plain text, rename it to {path.name}.txt. "
-                f"Known: {endings}."
-            )
-        return [path], []
-    files = []
-    skipped = []
-    for file in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if hidden or not file.is_file():
-            continue
-        if file.suffix.lower() in SUFFIXES:
-            files.append(file)
-        else:
-            skipped.append(file)
+    candidates = [path]
+    if path.is_dir():
+        candidates = []
+        for file in sorted(path.rglob("*")):
+            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if file.is_file() and not hidden:
+                candidates.append(file)
+    files: list[Path] = []
+    skipped: list[Path] = []
+    for file in candidates:
+        is_text = suffix_of(file) in SUFFIXES or _is_text(file, encoding)
+        (files if is_text else skipped).append(file)
     if not files:
-        raise UserError(f"{path} holds no text files: none ends in {endings}.")
+        raise UserError(
+            f"{path} holds no text and no val shards. These files are read: "
+            f"{', '.join(SUFFIXES)}, each also as .gz, and plain text with any other ending."
+        )
     return files, skipped
 
 
-def file_rows(file: Path, text_column: str) -> Iterator[tuple[str, Row]]:
+def suffix_of(file: Path) -> str:
+    """Return a file's ending in lower case, without the .gz of a compressed one."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def _is_text(file: Path, encoding: str) -> bool:
+    """Tell whether a file of unknown ending begins as text."""
+    try:
+        with _open(file) as stream:
+            block = stream.read(BLOCK_BYTES)
+        text = codecs.getincrementaldecoder(_codec(block, encoding))().decode(
+            block, final=len(block) < BLOCK_BYTES
+        )
+    except (OSError, EOFError, zlib.error, UnicodeError):
+        return False
+    return "\0" not in text
+
+
+def file_rows(file: Path, text_column: str, encoding: str, columns: Collection[str]) -> Rows:
     """Yield the place and the content of each row of a file.
 
     text_column: the column that a text file's content gets. Its value is an iterator of blocks of
-    text; with text_column="line", each line that is not blank is a row.
+        text; with text_column="line", each line that is not blank is a row.
+    columns: the columns that may be used, by which a table's separator is found.
     """
-    suffix = file.suffix.lower()
-    if suffix == ".csv":
-        return _csv_rows(file, (text_column, "prompt", "completion"))
+    suffix = suffix_of(file)
+    if suffix in (".csv", ".tsv"):
+        return _table_rows(file, encoding, columns)
+    if suffix == ".json":
+        return _json_rows(file, encoding)
     if suffix == ".jsonl":
-        return _jsonl_rows(file)
+        return _jsonl_rows(file, _lines(file, encoding))
+    if suffix == ".parquet":
+        return _parquet_rows(file)
     if text_column == "line":
-        return _line_rows(file)
-    return iter([(str(file), {text_column: _text_blocks(file)})])
+        lines = (line.rstrip("\n") for line in _lines(file, encoding) if not line.isspace())
+        return ((str(file), {"line": line}) for line in lines)
+    return ((str(file), {text_column: text}) for text in _texts(file, encoding))
 
 
-def _line_rows(file: Path) -> Iterator[tuple[str, Row]]:
-    for line in _read_lines(file):
-        if not line.isspace():
-            yield str(file), {"line": line.rstrip("\r\n")}
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which no file can hold, by U+FFFD. A JSON escape may bring them."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _text_blocks(file: Path) -> Iterator[str]:
-    """Yield the text of a file in blocks, with line ends as \\n."""
-    for block in _read_lines(file, block_bytes=BLOCK_BYTES):
-        yield block.replace("\r\n", "\n").replace("\r", "\n")
+# --------------------------------------------------------------------------------------------------
+# Bytes to lines
 
 
-def _read_lines(file: Path, block_bytes: int = 0) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file with their ends, without a byte order mark.
+def _open(file: Path) -> BinaryIO:
+    stream = gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb")
+    return stream  # type: ignore[return-value]
 
-    block_bytes: if not 0, yield blocks of whole lines that have at least this many bytes.
-    """
+
+def _codec(begin: bytes, encoding: str) -> str:
+    """Return Python's name for the encoding of a file that begins with some bytes."""
+    if begin[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    return "utf-8-sig" if encoding in ("utf-8", REPLACE) else encoding
+
+
+def _blocks(file: Path, encoding: str) -> Iterator[list[str]]:
+    """Yield a file's lines with \\n at their ends, as many at once as make a block."""
+    errors = "replace" if encoding == REPLACE else "strict"
+    try:
+        with _open(file) as stream:
+            codec = _codec(stream.read(2), encoding)
+            stream.seek(0)
+            text = io.TextIOWrapper(stream, codec, errors)  # makes every line end a \n
+            while lines := text.readlines(BLOCK_BYTES):
+                if any("\0" in line for line in lines):
+                    if encoding != REPLACE:
+                        raise UnicodeError
+                    lines = [line.replace("\0", "\ufffd") for line in lines]
+                yield lines
+    except UnicodeError:
+        raise UserError(_explain_encoding(file, encoding)) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read: {error}.") from None
+
+
+def _lines(file: Path, encoding: str) -> Iterator[str]:
+    return itertools.chain.from_iterable(_blocks(file, encoding))
+
+
+def _explain_encoding(file: Path, encoding: str) -> str:
+    """Return a message about the first byte that is not in the encoding, and the likely ones."""
+    import charset_normalizer
+
     offset = 0
-    line_number = 1
+    number = 0
+    start = 0
+    with _open(file) as stream:
+        for line in stream:
+            number += 1
+            try:
+                start = line.decode("utf-8" if encoding == REPLACE else encoding).find("\0")
+            except UnicodeDecodeError as error:
+                start = error.start
+            if start >= 0:
+                break
+            offset += len(line)
+        stream.seek(max(0, offset - SAMPLE_BYTES // 2))
+        sample = stream.read(SAMPLE_BYTES)
+        stream.seek(offset if start < 40 else offset + start)
+        strange = stream.read(80)
+    message = (
+        f"{file} is not {encoding}: line {number} holds the byte 0x{line[start]:02x} at offset "
+        f"{offset + start:,}."
+    )
+    decoded = sample.decode("utf-8", "replace")
+    bad = decoded.count("\ufffd") + decoded.count("\0")
+    if sum(character > "\x7f" for character in decoded) > 2 * bad:
+        return f"{message} To go on with U+FFFD in the place of such bytes: --encoding={REPLACE}"
+    guesses = [match.encoding for match in charset_normalizer.from_bytes(sample)]
+    if b"\0" in strange:  # every other byte of Latin text in UTF-16 is 0
+        guesses = ["utf_16_be" if strange[:1] == b"\0" else "utf_16_le"]
+    message += " Pass the encoding in which this line is right:"
+    for guess in [name for name in guesses if not name.startswith("mac")][:3]:
+        shown = strange.decode(guess, "replace").splitlines()[0]
+        message += f"\n  --encoding={guess:10} {shown}"
+    return message
+
+
+# --------------------------------------------------------------------------------------------------
+# Lines to rows
+
+
+def _texts(file: Path, encoding: str) -> Iterator[Iterator[str]]:
+    """Yield the documents of a text file, each in blocks."""
+
+    def parts() -> Iterator[tuple[int, str]]:
+        document = 0
+        for lines in _blocks(file, encoding):
+            first, *others = "".join(lines).replace(START_OF_TEXT, "").split(END_OF_TEXT)
+            yield document, first
+            for other in others:
+                document += 1
+                yield document, other.removeprefix("\n")
+
+    for _, blocks in itertools.groupby(parts(), key=lambda part: part[0]):
+        yield (text for _, text in blocks)
+
+
+def _json_rows(file: Path, encoding: str) -> Rows:
+    """Yield the rows of an array; many a .json file holds a row a line instead."""
+    content = "".join(_lines(file, encoding))
+    if content.lstrip()[:1] != "[":
+        yield from _jsonl_rows(file, iter(content.split("\n")))
+        return
     try:
-        with file.open("rb") as stream:
-            while True:
-                block = stream.read(block_bytes) + stream.readline()
-                if not block:
-                    return
-                text = _decode(file, block, offset, line_number)
-                if offset == 0:
-                    text = text.removeprefix("\ufeff")
-                yield text
-                offset += len(block)
-                line_number += block.count(b"\n")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
+        rows = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is broken JSON: {error}.") from None
+    for number, row in enumerate(rows, 1):
+        yield _checked(f"{file}, row {number}", row)
 
 
-def _decode(file: Path, block: bytes, offset: int, line_number: int) -> str:
-    """Decode a block of a file that begins at the given offset and line."""
-    try:
-        return block.decode("utf-8")
-    except UnicodeDecodeError as error:
-        begins_as_utf16 = offset == 0 and block[:2] in (b"\xff\xfe", b"\xfe\xff")
-        encoding = "UTF-16" if begins_as_utf16 else "WINDOWS-1252"
-        line = line_number + block[: error.start].count(b"\n")
-        raise UserError(
-            f"{file} is not UTF-8: line {line} holds the byte 0x{block[error.start]:02x} at offset "
-            f"{offset + error.start:,}. Convert it: "
-            f"iconv -f {encoding} -t UTF-8 {file} > new{file.suffix}"
-        ) from None
-
-
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(_read_lines(file), 1):
-        if line.isspace():
+def _jsonl_rows(file: Path, lines: Iterator[str]) -> Rows:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
             continue
         where = f"{file}, line {number}"
         try:
-            row = json.loads(line.rstrip("\r\n"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} is broken JSON: {error.msg}, column {error.colno}.") from None
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is broken JSON: {error}.") from None
-        if not isinstance(row, dict):
-            raise UserError(
-                f'{where} should be an object like {{"text": "..."}} but is {line.strip():.60}.'
-            )
-        yield where, row
+        yield _checked(where, row)
 
 
-def _csv_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of a .csv file with a header.
+def _checked(where: str, row: Any) -> tuple[str, Row]:
+    if not isinstance(row, dict):
+        raise UserError(f'{where} should be an object like {{"text": "..."}} but is {row!r:.60}.')
+    return where, row
 
-    columns: the columns that may be used; none of them may occur twice.
-    """
+
+def _table_rows(file: Path, encoding: str, columns: Collection[str]) -> Rows:
+    """Yield the rows of a table with a header."""
     csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
+    lines = _lines(file, encoding)
+    header = next(lines, "")
+    before = 0  # lines before the header
+    delimiter = ""
+    if header.lower().startswith("sep="):  # Excel's
+        delimiter = header[4:5]
+        header = next(lines, "")
+        before = 1
+    if not delimiter:
+        delimiter = _find_delimiter(header, columns)
     # strict, because else a quotation mark that is never closed swallows the rest of the file.
-    reader = csv.DictReader(_read_lines(file), strict=True)
+    reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+    end = 0  # of the rows that were read
     try:
-        names = list(reader.fieldnames or ())
-        if len(names) == 1 and ";" in names[0] and names[0] not in columns:
-            raise UserError(
-                f"{file}: its columns seem to be separated by ';'. Save it with ',' between them."
-            )
+        names = [name.strip() for name in next(reader, [])]
         for column in columns:
             if names.count(column) > 1:
+                raise UserError(f"{file} has {names.count(column)} columns named {column!r}.")
+        end = reader.line_num
+        for cells in reader:
+            end = reader.line_num
+            where = f"{file}, line {before + end}"
+            if any(cells[len(names) :]):
                 raise UserError(
-                    f"{file} has {names.count(column)} columns named {column!r}. Rename all but "
-                    "one, or name another column with --text_column=."
+                    f"{where} has more fields than the header. A text with {delimiter!r} in it "
+                    "should stand in quotation marks."
                 )
-        for row in reader:
-            where = f"{file}, line {reader.line_num}"
-            fields_beyond_header = row.get(None, ())
-            if any(fields_beyond_header):
-                raise UserError(
-                    f"{where} has more fields than the header. A text with a comma in it should "
-                    "stand in quotation marks."
-                )
-            yield where, row
+            yield where, dict(zip(names, cells))
     except csv.Error as error:
-        line = reader.line_num + 1
+        line = before + end + 1
         raise UserError(f"{file}, line {line} begins a row of broken CSV: {error}.") from None
 
 
-def hub_rows(source: str, skip: int) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of a hub data set's training split, streamed, without its first `skip` rows.
+def _find_delimiter(header: str, columns: Collection[str]) -> str:
+    """Return the separator that leads to the most known columns, or else to the most columns."""
 
-    source: hf:owner/name or hf:owner/name:config.
+    def count(delimiter: str) -> tuple[int, int]:
+        names = [name.strip(' "\n') for name in header.split(delimiter)]
+        return len(set(names).intersection(columns)), len(names)
+
+    return max(DELIMITERS, key=count)
+
+
+def _parquet_rows(file: Path) -> Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with _open(file) as stream:
+            for batch in parquet.ParquetFile(stream).iter_batches(ROWS_AT_ONCE):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", row
+    except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read: {error}.") from None
+
+
+def hub_rows(source: str, skip: int) -> Rows:
+    """Yield the rows of a hub data set, streamed, without its first `skip` rows.
+
+    source: hf:owner/name, hf:owner/name:config or hf:owner/name:config:split. The split is train
+    if it is not given.
     """
     import datasets
 
-    name, _, config = source.removeprefix("hf:").partition(":")
+    name, config, split, *_ = [*source.removeprefix("hf:").split(":"), "", ""]
     number = skip
     try:
-        stream = datasets.load_dataset(name, config or None, split="train", streaming=True)
-        for table in stream.skip(skip).with_format("arrow").iter(HUB_ROWS):
+        stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        for table in stream.skip(skip).with_format("arrow").iter(ROWS_AT_ONCE):
             for row in table.to_pylist():
                 yield f"{source}, row {number}", row
                 number += 1

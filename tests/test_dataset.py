@@ -22,7 +22,7 @@ from data.dataset import open_dataset
 from data.prepare import RowWriter, ValidationSplit, prepare_texts
 from data.shakespeare_char import prepare as shakespeare_char
 from data.shards import EXAMPLE_START, TRAINED, UINT16, ShardWriter, Tokens, write_shard
-from data.texts import CHAT_TEMPLATE, CHAT_TEMPLATE_OF_CHARACTERS, Documents, Piece, prompt_template
+from data.texts import CHAT_TEMPLATE, Documents, chat_template
 from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from data.windows import TrainWindows
 from gpt12.errors import UserError
@@ -116,7 +116,7 @@ def test_answers_in_characters_end_with_a_line_end(house):
 
 @pytest.mark.parametrize("count, fraction", [(20, 0.1), (20, 0.001), (500, 0.1), (500, 0.5)])
 def test_many_documents_go_whole_to_one_side(house, count, fraction):
-    texts = [f"document {i} " * (i % 7) for i in range(count)]
+    texts = [f"document {i} " * (1 + i % 7) for i in range(count)]
     source = jsonl(house / "a.jsonl", [{"text": text} for text in texts])
     dataset = open_bytes(source, val_fraction=fraction)
     sides = collections.Counter()
@@ -179,7 +179,7 @@ def test_too_little_text_is_refused_and_leaves_no_data_set(house, text):
 
 def test_max_tokens_ends_with_the_document_that_reaches_it(house, monkeypatch):
     monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 7)
-    name = jsonl(house / "a.jsonl", [{"text": "x" * i} for i in range(40)])
+    name = jsonl(house / "a.jsonl", [{"text": "x" * i} for i in range(1, 41)])
     for limit in (60, 61, 65, 66, 67, 10**9):
         prepare_texts(
             "a",
@@ -189,7 +189,7 @@ def test_max_tokens_ends_with_the_document_that_reaches_it(house, monkeypatch):
             0.5,
             max_tokens=limit,
         )
-        lengths = list(itertools.accumulate(range(1, 41)))  # with their end tokens
+        lengths = list(itertools.accumulate(range(2, 42)))  # with their end tokens
         expected = next((length for length in lengths if length >= limit), lengths[-1])
         total = sum(len(Tokens.open(house / f"{limit}", split)) for split in ("train", "val"))
         assert total == expected
@@ -247,24 +247,26 @@ def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypat
     rows, fresh = folder("rows.jsonl")
     assert fresh and folder("rows.jsonl") == (rows, 0)
     assert folder("rows.jsonl", block_size=9)[1]
-    text = folder("my text.txt")[0]
-    monkeypatch.setattr(dataset_module, "ROW_FORMAT", "another version's")
+    assert folder("rows.jsonl", encoding="latin-1")[1]
+    monkeypatch.setattr(dataset_module, "FORMAT", "another version's")
     assert folder("rows.jsonl")[1]
-    assert folder("my text.txt") == (text, 0)
     assert not list((house / "data" / "cache").glob("*.tmp"))
 
 
-def test_skipped_files_are_counted_and_named(house):
+def test_what_was_read_and_left_out_is_said_each_time(house):
     (house / "texts").mkdir()
-    for i in range(7):
-        (house / f"texts/{i}.pdf").write_text("pdf")
     (house / "texts/a.md").write_text("some text, long enough for all of this " * 3)
+    (house / "texts/b.py").write_text(" ")
+    (house / "texts/c.pdf").write_bytes(b"\0")
     for dataset in (open_bytes("texts"), open_bytes("texts")):  # the second time out of the cache
         assert dataset.warnings == [
-            "7 files were skipped in texts, because only .txt, .md, .csv, .jsonl are read: "
-            "0.pdf, 1.pdf, 2.pdf, 3.pdf, 4.pdf and 2 more."
+            "texts: 2 files are read (1 .md, 1 .py); 1 that are no text are skipped (c.pdf).",
+            "1 blank texts or answers were left out.",
         ]
         assert len(dataset.train) > 8
+    (house / "data/mine").mkdir()  # a folder in data/ without a prepare.py
+    (house / "data/mine/a.txt").write_text("some text, long enough for all of this " * 3)
+    assert ids(open_bytes("mine").train) == ids(dataset.train)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +364,7 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
     expected = work(house / "unbroken")
     assert len(expected) >= 5 and "progress.json" not in expected
     again = 0
-    size = Counting.encoded
+    size = sum(len(text) for text in texts)
     for call in range(1, 500):
         folder = house / f"killed-{call}"
         if not killed_at(call, functools.partial(work, folder)):
@@ -378,24 +380,11 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
 
 
 def test_the_hub_is_not_asked_for_what_is_there(house, monkeypatch):
-    class Hub(Documents):
-        def __init__(self, source, text_column="text"):
-            self.source = source
-            self.text_column = text_column
-            self.kind = "text"
-            self.files = []
-            self.skipped = []
-
-        def skip(self, count):
-            return itertools.islice(self, count, None)
-
-        def __iter__(self):
-            return iter([Piece(f"row {i}") for i in range(50)])
-
-    monkeypatch.setattr(dataset_module, "Documents", Hub)
+    rows = [("hf", {"text": f"row {i}"}) for i in range(50)]
+    monkeypatch.setattr("data.texts.hub_rows", lambda source, skip: iter(rows[skip:]))
     first = open_bytes("hf:owner/name")
     assert first.documents == 50 and first.folder.name.startswith("name-")
-    monkeypatch.setattr(dataset_module, "Documents", None)
+    monkeypatch.setattr("data.texts.hub_rows", None)
     assert open_bytes("hf:owner/name", block_size=4).folder == first.folder
 
 
@@ -525,7 +514,7 @@ def test_a_data_set_of_conversations_keeps_the_chat_template(house):
     assert set(text.split("<|endoftext|>")) == {"Ho", ""}
     # Characters have no end token: a line end follows each answer, and the template says so.
     dataset = open_bytes("a.jsonl", block_size=128, tokenizer="char")
-    assert dataset.tokenizer.chat_template == CHAT_TEMPLATE_OF_CHARACTERS
+    assert dataset.tokenizer.chat_template == chat_template("messages", False)
     pairs = zip(ids(dataset.train), ids(dataset.train.mask), strict=True)
     text = dataset.tokenizer.decode([token for token, mark in pairs if mark == TRAINED])
     assert set(text.split("\n")) == {"Ho", ""}
@@ -535,11 +524,11 @@ def test_prompts_keep_their_common_ending_as_a_template(house):
     rows = [{"prompt": f"What is {i}?\n", "completion": "A number."} for i in range(30)]
     dataset = open_bytes(jsonl(house / "a.jsonl", rows), block_size=64)
     assert dataset.meta["prompt_ending"] == "\n"
-    assert dataset.tokenizer.chat_template == prompt_template("\n", has_end_token=True)
+    assert dataset.tokenizer.chat_template == chat_template("prompt", True, "\n")
     assert dataset.warnings == []
     rows[7]["prompt"] = "What is 7?"
     dataset = open_bytes(jsonl(house / "a.jsonl", rows), block_size=64)
-    assert dataset.tokenizer.chat_template == prompt_template("", has_end_token=True)
+    assert dataset.tokenizer.chat_template == chat_template("prompt", True, "")
     assert [text[:34] for text in dataset.warnings] == ["The prompts have no common ending,"]
 
 
@@ -572,11 +561,11 @@ def test_a_name_in_data_comes_first_and_a_missing_one_names_the_nearest(house):
     with pytest.raises(UserError, match="Did you mean mine?"):
         open_bytes("mime")
     (house / "data" / "bare").mkdir()
-    with pytest.raises(UserError, match=r"bare holds neither"):
+    with pytest.raises(UserError, match=r"bare holds no text and no val shards"):
         open_bytes("bare")
 
 
-@pytest.mark.parametrize("name", ["", "\0", "~", "a/b/c", "../a", "x" * 5000, "\ud800", "hf"])
+@pytest.mark.parametrize("name", ["", "\0", "~/a/b", "a/b/c", "../a", "x" * 5000, "\ud800", "hf"])
 def test_an_impossible_name_is_refused(house, name):
     with pytest.raises(UserError, match="no data set|too long"):
         open_bytes(name)
@@ -604,6 +593,7 @@ def test_only_our_small_data_sets_prepare_themselves(house, monkeypatch):
             open_bytes("theirs")
     assert not (house / "ran").exists()
     (house / "data" / "shakespeare_char").mkdir()
+    (house / "data" / "shakespeare_char" / "prepare.py").write_text("")
     monkeypatch.setattr(shakespeare_char, "read_input", lambda: "To be or not to be. " * 9)
     assert len(open_dataset("shakespeare_char", block_size=8).train) == 162
 

@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 import sample
 from data.texts import (
     CHAT_TEMPLATE,
-    CHAT_TEMPLATE_OF_CHARACTERS,
-    prompt_template,
+    chat_template,
 )
 from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from gpt12.checkpoint import Progress, save_checkpoint
@@ -273,9 +272,9 @@ def chat(tmp_path):
     "template",
     [
         CHAT_TEMPLATE,
-        CHAT_TEMPLATE_OF_CHARACTERS,
+        chat_template("messages", False),
         OLDER_CHAT_TEMPLATE,
-        prompt_template(" ->", True),
+        chat_template("prompt", True, " ->"),
         DIALOGPT,
         STRANGE,
     ],
@@ -300,9 +299,9 @@ def test_a_template_writes_here_what_it_writes_in_transformers(chat, template):
         (CHAT_TEMPLATE, "### User:\nHi\n\n### Assistant:\n", None),
         (CHAT_TEMPLATE, "### User:\nHi\n\n### Assistant:", "### User:\nHi\n\n### Assistant:\n"),
         (CHAT_TEMPLATE, "### System:\nBe kind.\n\n### User:\nHi\n\n### Assistant:\nWell", None),
-        (prompt_template(" ->", True), "Hi", "Hi ->"),
-        (prompt_template(" ->", True), "Hi ->", None),
-        (prompt_template("\n\n##\n", True), "Hi\n\n##", "Hi\n\n##\n"),
+        (chat_template("prompt", True, " ->"), "Hi", "Hi ->"),
+        (chat_template("prompt", True, " ->"), "Hi ->", None),
+        (chat_template("prompt", True, "\n\n##\n"), "Hi\n\n##", "Hi\n\n##\n"),
         (DIALOGPT, "Hi", "Hi<|endoftext|>"),
         (DIALOGPT, "Hi<|endoftext|>", None),
     ],
@@ -333,7 +332,7 @@ def test_every_answer_in_the_context_ends_as_those_it_was_trained_on(start, scri
 
 
 def test_an_answer_of_a_model_of_characters_ends_with_a_line_end(start, scripted, chat):
-    folder = chat(CHAT_TEMPLATE_OF_CHARACTERS, CharTokenizer("".join(map(chr, range(128)))))
+    folder = chat(chat_template("messages", False), CharTokenizer("".join(map(chr, range(128)))))
     scripted.script[:] = [b"cut", b"done\n", b""]
     assert start(folder, "--interactive", stdin=b"q\nr\ns\n")[0] == 0
     ask = [f"### User:\n{c}\n\n### Assistant:\n" for c in "qrs"]
@@ -353,7 +352,7 @@ def test_a_full_chat_forgets_its_oldest_turns_and_keeps_the_system_message(start
 
 def test_single_turn_data_begin_anew_with_each_question_and_say_so(start, scripted, chat):
     scripted.script[:] = [b"a", b"b"]
-    folder = chat(prompt_template("\n", True))
+    folder = chat(chat_template("prompt", True, "\n"))
     status, _, err = start(folder, "--interactive", stdin=b"What?\nWhy?\n")
     assert (status, [bytes(call) for call in scripted.calls]) == (0, [b"What?\n", b"Why?\n"])
     assert "answers each question without those before it" in err

@@ -1,27 +1,21 @@
-"""Readers of text: every format, constant pieces, conversations, and broken input.
+"""Readers of text: every container, form, encoding, constant pieces, and broken input.
 
 Conversations are compared with what transformers renders.
 """
 
 import csv
+import gzip
 import json
 import tracemalloc
 
+import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from data import texts
-from data.texts import (
-    CHAT_TEMPLATE,
-    CHAT_TEMPLATE_OF_CHARACTERS,
-    CommonEnding,
-    Documents,
-    Piece,
-    chat_pieces,
-    prompt_template,
-    split_document,
-)
+from data.texts import CHAT_TEMPLATE, CommonEnding, Documents, Piece, chat_template, split_document
 from data.tokenizers import ByteTokenizer, CharTokenizer, get_tokenizer
 from gpt12.errors import UserError
 from tests.harmless import FEW, harmless
@@ -47,17 +41,19 @@ CHAT = [
 
 def read(source, *args):
     """The documents, each as one text."""
-    documents: list[str] = []
-    open_ = False
-    for piece in Documents(source, *args):
+    documents: dict[int, str] = {}
+    last = True
+    for index, piece in Documents(source, *args):
         assert piece.trained and piece.end == piece.last
-        if open_:
-            documents[-1] += piece.text
-        else:
-            documents.append(piece.text)
-        open_ = not piece.last
-    assert not open_
-    return documents
+        assert (index in documents) == (not last)
+        documents[index] = documents.get(index, "") + piece.text
+        last = piece.last
+    assert last
+    return list(documents.values())
+
+
+def pieces_of(source, *args):
+    return [piece for _, piece in Documents(source, *args)]
 
 
 def write_jsonl(file, rows):
@@ -65,79 +61,254 @@ def write_jsonl(file, rows):
     return file
 
 
-@pytest.fixture
-def odd_csv(tmp_path):
-    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8-sig") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["id", "text", "body"])
-        writer.writerows([i, text, text[::-1]] for i, text in enumerate(ODD))
-    return tmp_path / "a.csv"
+# Containers
 
 
-def test_every_text_format_is_read(tmp_path, odd_csv):
-    assert read(odd_csv) == ODD
-    assert read(odd_csv, "body") == [text[::-1] for text in ODD]
-    jsonl = write_jsonl(tmp_path / "b.jsonl", [{"text": text, "other": 1} for text in ODD])
-    jsonl.write_text(jsonl.read_text().replace("\n", "\n\n"))  # blank lines are nothing
-    assert read(jsonl) == ODD
-    (tmp_path / "c.TXT").write_bytes("\ufeffone\r\ntwo\n\n \nthree\rfour".encode())
-    assert read(tmp_path / "c.TXT") == ["one\ntwo\n\n \nthree\nfour"]
-    assert read(tmp_path / "c.TXT", "line") == ["one", "two", "three\rfour"]
+def write_table(file, rows, delimiter=",", head=""):
+    with file.open("w", newline="", encoding="utf-8-sig") as stream:
+        stream.write(head)
+        writer = csv.writer(stream, delimiter=delimiter)
+        writer.writerow(rows[0])
+        writer.writerows(row.values() for row in rows)
+
+
+def write_array(file, rows):
+    file.write_text(json.dumps(rows, indent=1).replace("\n", "\r\n"))
+
+
+def write_parquet(file, rows):
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+CONTAINERS = {
+    "a.csv": write_table,
+    "semicolon.csv": lambda file, rows: write_table(file, rows, ";"),
+    "excel.csv": lambda file, rows: write_table(file, rows, ";", "sep=;\r\n"),
+    "bar.csv": lambda file, rows: write_table(file, rows, "|"),
+    "a.tsv": lambda file, rows: write_table(file, rows, "\t"),
+    "a.json": write_array,
+    "lines.json": write_jsonl,
+    "a.JSONL": write_jsonl,
+    "a.parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_container_of_rows_is_read(tmp_path, name, compressed):
+    rows = [{"id": str(i), "text": text, "body": text[::-1]} for i, text in enumerate(ODD)]
+    CONTAINERS[name](tmp_path / name, rows)
+    file = tmp_path / name
+    if compressed:
+        file = tmp_path / f"{name}.gz"
+        file.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    filled = [text for text in ODD if text.strip()]
+    assert read(file) == filled
+    documents = Documents(file)
+    assert [index for index, piece in documents if piece.last] == [0, 1, 2, 5, 6]
+    assert documents.blank == 2
+    assert read(file, "body") == [text[::-1] for text in filled]
+    for count in range(8):
+        rest = [text for i, text in enumerate(ODD) if i >= count and text.strip()]
+        assert [piece.text for _, piece in Documents(file).skip(count)] == rest
+
+
+def test_a_line_end_is_the_same_everywhere(tmp_path):
+    for end in ("\n", "\r\n", "\r"):
+        table = f'text,id{end}"a{end}b",1{end}'
+        (tmp_path / "a.csv").write_bytes(table.encode())
+        (tmp_path / "b.jsonl").write_bytes(f"{json.dumps({'text': f'a{end}b'})}{end}".encode())
+        (tmp_path / "c.txt").write_bytes(f"a{end}b{end}".encode())
+        assert read(tmp_path) == ["a\nb", "a\nb", "a\nb\n"]
+        assert read(tmp_path / "c.txt", "line") == ["a", "b"]
+
+
+def test_end_of_text_separates_the_documents_of_a_text_file(tmp_path):
+    """As in files made for gpt-2-simple."""
+    file = tmp_path / "a.txt"
+    file.write_text(
+        "<|startoftext|>one\n<|endoftext|>\n<|startoftext|>two<|endoftext|><|endoftext|>3"
+    )
+    assert read(file) == ["one\n", "two", "3"]
+    assert not Documents(file).is_one_text
+    file.write_text("one\n\ntwo")
+    assert Documents(file).is_one_text and read(file) == ["one\n\ntwo"]
+    file.write_text(("x" * 99_999 + "\n") * 20 + "<|endoftext|>" + "y")
+    assert [len(text) for text in read(file)] == [2_000_000, 1]
+
+
+def test_a_folder_of_source_code_is_read_and_described(tmp_path):
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub/d.txt").write_text("deep")
-    (tmp_path / "sub/.hidden.txt").write_text("unseen")
-    assert read(tmp_path) == [*ODD, *ODD, "one\ntwo\n\n \nthree\nfour", "deep"]
-    names = [file.name for file in Documents(tmp_path).files]
-    assert names == ["a.csv", "b.jsonl", "c.TXT", "d.txt"]
-    for count in (0, 3, 8, 15, 99):
-        assert (
-            read(Documents(tmp_path).skip(count).source)
-            and [piece.text for piece in Documents(tmp_path).skip(count)] == read(tmp_path)[count:]
-        )
-    assert len(list(Documents(tmp_path).skip(3).skip(4))) == 16 - 7
+    (tmp_path / ".git").mkdir()
+    for name in ("a.py", "b.py", "sub/Makefile", "notes.md", ".hidden.txt", ".git/config"):
+        (tmp_path / name).write_text(f"text of {name}")
+    (tmp_path / "logo.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "old.c").write_bytes("caf\xe9".encode("latin-1"))
+    documents = Documents(tmp_path)
+    assert [piece.text for _, piece in documents] == [
+        "text of a.py",
+        "text of b.py",
+        "text of notes.md",
+        "text of sub/Makefile",
+    ]
+    assert documents.notes == [
+        f"{tmp_path}: 4 files are read (2 .py, 1 .md, 1 Makefile); 2 that are no text are skipped "
+        "(logo.png, old.c)."
+    ]
+    assert len(Documents(tmp_path, "text", "latin-1").files) == 5
+    assert read(tmp_path / "a.py") == ["text of a.py"]
 
 
 def test_a_data_set_in_the_hubs_form_is_read_and_skipped_through(tmp_path):
     """The library datasets streams a local folder as it does the hub's."""
-    rows = [{"id": i, "text": f"text {i}"} for i in range(2500)]
-    write_jsonl(tmp_path / "train.jsonl", rows)
+    for split, count in (("train", 2500), ("test", 3)):
+        rows = [{"id": i, "text": f"{split} {i}"} for i in range(count)]
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
     documents = Documents(f"hf:{tmp_path}")
     assert documents.kind == "text" and documents.files == []
-    assert [piece.text for piece in documents] == [row["text"] for row in rows]
-    assert [piece.text for piece in documents.skip(1234)] == [row["text"] for row in rows[1234:]]
-    assert next(iter(Documents(f"hf:{tmp_path}:default"))).text == "text 0"
+    assert [piece.text for _, piece in documents] == [f"train {i}" for i in range(2500)]
+    rest = [(i, f"train {i}") for i in range(1234, 2500)]
+    assert [(index, piece.text) for index, piece in documents.skip(1234)] == rest
+    for source in (f"hf:{tmp_path}:default:test", f"hf:{tmp_path}::test"):
+        assert read(source) == ["test 0", "test 1", "test 2"]
     with pytest.raises(UserError, match="row 0 has no 'body', only 'id', 'text'"):
         Documents(f"hf:{tmp_path}", "body")
     with pytest.raises(UserError, match="klingon' not found"):
         Documents(f"hf:{tmp_path}:klingon")
 
 
-def test_prompts_and_completions_are_read_verbatim(tmp_path):
-    file = write_jsonl(
-        tmp_path / "a.jsonl",
-        [{"prompt": " Q: \n", "completion": " A "}, {"prompt": "", "completion": ""}],
-    )
+# Encodings
+
+LINES = {
+    "cp1252": "Le café était fermé, l’été à l’île",
+    "cp1251": "Мороз и солнце; день чудесный",
+    "shift_jis": "吾輩は猫である。名前はまだ無い。",
+    "gb18030": "床前明月光，疑是地上霜。举头望明月",
+}
+
+
+@pytest.mark.parametrize("encoding", LINES)
+def test_a_file_in_another_encoding_is_shown_in_the_likely_ones(tmp_path, encoding):
+    file = tmp_path / "a.txt"
+    line = LINES[encoding]
+    file.write_bytes(b"plain\n" + (f"{line}\n" * 30).encode(encoding))
+    with pytest.raises(UserError) as caught:
+        read(file)
+    message = str(caught.value)
+    assert f"{file} is not utf-8: line 2 holds the byte 0x" in message
+    shown = [row.split() for row in message.splitlines() if line in row]
+    assert shown  # a reader sees the right line, and how to ask for it
+    asked = shown[0][0].removeprefix("--encoding=")
+    assert read(file, "text", asked) == ["plain\n" + f"{line}\n" * 30]
+
+
+def test_a_bad_byte_in_good_utf8_is_replaced_only_if_asked(tmp_path):
+    (tmp_path / "a.txt").write_bytes("naïve ü\nbad \udcff é\n".encode("utf-8", "surrogateescape"))
+    said = r"line 2 holds the byte 0xff at offset 14\. .* --encoding=utf-8-replace$"
+    with pytest.raises(UserError, match=said):
+        read(tmp_path / "a.txt")
+    assert read(tmp_path / "a.txt", "text", "utf-8-replace") == ["naïve ü\nbad \ufffd é\n"]
+    with pytest.raises(UserError, match="no encoding 'klingon'"):
+        Documents(tmp_path / "a.txt", "text", "klingon")
+
+
+def test_utf16_is_read_by_its_mark_and_recognized_without(tmp_path):
+    text = "hello naïve world\n"
+    (tmp_path / "a.txt").write_bytes(text.encode("utf-16"))
+    assert read(tmp_path / "a.txt") == [text]
+    for encoding in ("utf_16_le", "utf_16_be"):
+        (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+        with pytest.raises(UserError, match=f"--encoding={encoding} .*hello na.ve world"):
+            read(tmp_path / "a.txt")
+        assert read(tmp_path / "a.txt", "text", encoding) == [text]
+    (tmp_path / "a.txt").write_bytes(b"a\0b")
+    with pytest.raises(UserError, match="line 1 holds the byte 0x00 at offset 1"):
+        read(tmp_path / "a.txt")
+
+
+def test_lone_surrogates_become_replacement_characters(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n')
+    assert read(tmp_path / "a.jsonl") == ["a\ufffdb"]
+
+
+# Forms
+
+ONE = [
+    Piece("### User:\nHi?\n\n### Assistant:\n", trained=False, end=False, last=False),
+    Piece("Ho."),
+]
+FORMS = {
+    "Alpaca": {"instruction": "Hi?", "input": "", "output": "Ho."},
+    "question": {"question": "Hi?", "answer": " Ho."},
+    "response": {"prompt": " Hi?\n", "response": "Ho."},
+    "messages": {
+        "messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]
+    },
+    "ShareGPT": {
+        "conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Ho."}]
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_question_becomes_the_same_conversation(tmp_path, form):
+    file = write_jsonl(tmp_path / "a.jsonl", [FORMS[form]])
     documents = Documents(file)
-    assert documents.kind == "prompt"
-    assert list(documents) == [
-        *(Piece(" Q: \n", trained=False, end=False, last=False), Piece(" A ")),
-        *(Piece("", trained=False, end=False, last=False), Piece("")),
+    assert [piece for _, piece in documents] == ONE
+    assert (documents.kind, documents.notes) == ("messages", [])
+
+
+def test_an_input_and_a_system_message_belong_to_the_question(tmp_path):
+    row = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Count."}
+    prompt = "### System:\nCount.\n\n### User:\nAdd.\n\n1 2\n\n### Assistant:\n"
+    rows = [row, row, row | {"system": "Be kind."}, row | {"system": ""}]
+    documents = Documents(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert [piece.text for _, piece in documents][:2] == [prompt, "3"]
+    assert documents.systems.most_common(1) == [("Count.", 2)] and documents.systems[None] == 1
+
+
+def test_a_row_with_two_forms_says_which_is_used(tmp_path):
+    row = FORMS["Alpaca"] | FORMS["ShareGPT"] | {"text": "all of it"}
+    file = write_jsonl(tmp_path / "a.jsonl", [row])
+    documents = Documents(file)
+    assert [piece for _, piece in documents] == ONE
+    assert documents.notes == [
+        f"{file}: of conversations, or instruction and output, or text the first is used."
     ]
-    assert list(documents.skip(1)) == list(documents)[2:]
+    write_jsonl(file, [row | {"body": "asked for"}])
+    assert read(file, "body") == ["asked for"]
+
+
+def test_prompts_and_completions_are_read_verbatim(tmp_path):
+    rows = [{"prompt": " Q: \n", "completion": " A "}, {"prompt": "", "completion": " \n"}]
+    documents = Documents(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert documents.kind == "prompt"
+    question = Piece(" Q: \n", trained=False, end=False, last=False)
+    assert list(documents) == [(0, question), (0, Piece(" A "))]
+    assert documents.blank == 1  # an answer that says nothing is no example
 
 
 def test_conversations_are_read_as_questions_and_trained_answers(tmp_path):
     row = {"messages": [*CHAT, {"role": "user", "content": "unanswered"}]}
-    file = write_jsonl(tmp_path / "a.jsonl", [row, row])
-    documents = Documents(file)
-    assert documents.kind == "messages"
     first = "### System:\nBe kind.\n\n### User:\nHi\n\nthere\n\n### Assistant:\n"
-    assert list(documents) == 2 * [
+    expected = [
         Piece(first, trained=False, end=False, last=False),
         Piece("Hello  you.", trained=True, end=True, last=False),
         Piece("### User:\nBye\n\n### Assistant:\n", trained=False, end=False, last=False),
         Piece("<|endoftext|> Bye!", trained=True, end=True, last=True),
     ]
+    assert pieces_of(write_jsonl(tmp_path / "a.jsonl", [row, row])) == 2 * expected
+    # A message of weight 0 is read and not trained; a blank answer neither.
+    for change in ({"weight": 0}, {"content": " "}):
+        row = {"messages": [*CHAT[:2], CHAT[2] | change, *CHAT[3:]]}
+        changed = expected[1]._replace(
+            trained=False, text=change.get("content", "Hello  you.").strip()
+        )
+        found = pieces_of(write_jsonl(tmp_path / "a.jsonl", [row]))
+        assert found == [expected[0], changed, *expected[2:]]
+    file = write_jsonl(tmp_path / "a.jsonl", [{"messages": [CHAT[1], CHAT[2] | {"weight": 0}]}] * 2)
+    documents = Documents(file)
+    assert (list(documents), documents.blank) == ([], 2)
 
 
 def ids_of(pieces, tokenizer):
@@ -149,70 +320,55 @@ def ids_of(pieces, tokenizer):
     return ids
 
 
-def chat_without_end_token():
-    """Return CHAT without the end token's text: to transformers this would be the end token."""
-    return [
-        message | {"content": message["content"].replace("<|endoftext|>", "")} for message in CHAT
-    ]
-
-
-def render_in_transformers(tokenizer, folder, messages, **options):
+def in_transformers(tokenizer, folder):
     from transformers import AutoTokenizer
 
-    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save(folder)
-    theirs = AutoTokenizer.from_pretrained(folder)
-    return theirs.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_transformers_renders_a_conversation_to_the_ids_that_are_trained(name, tmp_path, request):
+    """And its generation tags stand around exactly what is trained."""
     tokenizer = request.getfixturevalue("gpt2") if name == "gpt2" else get_tokenizer(name)
-    chat = chat_without_end_token()
-    theirs = render_in_transformers(tokenizer, tmp_path, chat)
-    assert ids_of(chat_pieces(chat), tokenizer) == theirs
-
-    question = chat[:-1]  # the last answer is yet to be written
-    theirs = render_in_transformers(tokenizer, tmp_path, question, add_generation_prompt=True)
-    pieces = chat_pieces(question)
-    assert ids_of([p._replace(end=p.end and p.trained) for p in pieces], tokenizer) == theirs
-    assert not pieces[-1].end
-
-
-def ask_for_mask(tokenizer, folder, template, messages):
-    """Return a conversation's ids, and 1 for each that transformers counts to an answer, else 0."""
-    from transformers import AutoTokenizer
-
-    tokenizer.chat_template = template
-    tokenizer.save(folder)
-    theirs = AutoTokenizer.from_pretrained(folder)
+    # To transformers the end token's text would be the end token.
+    chat = [m | {"content": m["content"].replace("<|endoftext|>", "")} for m in CHAT]
+    pieces = pieces_of(write_jsonl(tmp_path / "a.jsonl", [{"messages": chat}]))
+    tokenizer.chat_template, before = chat_template("messages", True), tokenizer.chat_template
+    theirs = in_transformers(tokenizer, tmp_path)
+    tokenizer.chat_template = before
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    encoded = theirs.apply_chat_template(messages, **options)
-    return encoded["input_ids"], encoded["assistant_masks"]
-
-
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_generation_tags_stand_around_exactly_what_is_trained(name, tmp_path, request):
-    tokenizer = request.getfixturevalue("gpt2") if name == "gpt2" else get_tokenizer(name)
-    chat = chat_without_end_token()
+    encoded = theirs.apply_chat_template(chat, **options)
     trained = []
-    for piece in chat_pieces(chat):
-        count = len(tokenizer.encode(piece.text)) + int(piece.end)
-        trained += [int(piece.trained)] * count
-    ids, mask = ask_for_mask(tokenizer, tmp_path, CHAT_TEMPLATE, chat)
-    assert ids == ids_of(chat_pieces(chat), tokenizer)
-    assert mask == trained
+    for piece in pieces:
+        trained += [int(piece.trained)] * (len(tokenizer.encode(piece.text)) + piece.end)
+    assert encoded["input_ids"] == ids_of(pieces, tokenizer)
+    assert encoded["assistant_masks"] == trained
+    asked = theirs.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+    assert asked == theirs.apply_chat_template(chat, tokenize=False).rpartition(" Bye!".strip())[0]
+
+
+def test_the_commonest_system_message_is_the_default_of_the_template(tmp_path):
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = chat_template("messages", True, system='Say "é" {{ 1 }}\n!')
+    theirs = in_transformers(tokenizer, tmp_path)
+    written = theirs.apply_chat_template(CHAT[1:], tokenize=False)
+    assert written.startswith('### System:\nSay "é" {{ 1 }}\n!\n\n### User:\nHi')
+    tokenizer.chat_template = CHAT_TEMPLATE
+    plain = in_transformers(tokenizer, tmp_path)
+    for chat in (CHAT, CHAT[1:]):
+        given = theirs.apply_chat_template(chat, tokenize=False)
+        assert given.endswith(plain.apply_chat_template(CHAT[1:], tokenize=False))
+    assert theirs.apply_chat_template(CHAT, tokenize=False).startswith("### System:\nBe kind.\n\n#")
 
 
 def test_without_an_end_token_the_template_ends_an_answer_with_a_line_end(tmp_path):
-    from transformers import AutoTokenizer
-
     tokenizer = CharTokenizer("".join(map(chr, range(128))))
-    tokenizer.chat_template = CHAT_TEMPLATE_OF_CHARACTERS
-    tokenizer.save(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    expected = [piece.text + "\n" * piece.end for piece in chat_pieces(CHAT)]
-    assert theirs.apply_chat_template(CHAT, tokenize=False) == "".join(expected)
+    tokenizer.chat_template = chat_template("messages", False)
+    theirs = in_transformers(tokenizer, tmp_path)
+    pieces = pieces_of(write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}]))
+    expected = "".join(piece.text + "\n" * piece.end for piece in pieces)
+    assert theirs.apply_chat_template(CHAT, tokenize=False) == expected
 
 
 MANY = [f"{word} no. {i}" for i in range(9) for word in ("one", "two", "three")]
@@ -244,17 +400,13 @@ def test_the_ending_of_prompts_is_what_they_share_after_the_sentence(prompts, en
 
 
 @pytest.mark.parametrize("ending", ["\n", " ->", "\n\n###\n\n", '"%}\\\\é🙂\\"\n'])
-@pytest.mark.parametrize(
-    "tokenizer", [ByteTokenizer(), CharTokenizer("abc\n")], ids=lambda t: t.name
-)
-def test_transformers_ends_a_question_as_the_prompts_end(tokenizer, ending, tmp_path):
+@pytest.mark.parametrize("name", ["bytes", "char"])
+def test_transformers_ends_a_question_as_the_prompts_end(name, ending, tmp_path):
     """And begins anew with each question, because the data have no turns."""
-    from transformers import AutoTokenizer
-
-    tokenizer.chat_template = prompt_template(ending, tokenizer.eot is not None)
-    tokenizer.save(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    end = "<|endoftext|>" if tokenizer.name == "bytes" else "\n"
+    tokenizer = ByteTokenizer() if name == "bytes" else CharTokenizer("abc\n")
+    tokenizer.chat_template = chat_template("prompt", name == "bytes", ending)
+    theirs = in_transformers(tokenizer, tmp_path)
+    end = "<|endoftext|>" if name == "bytes" else "\n"
     for typed in range(len(ending) + 1):
         question = {"role": "user", "content": "Is it?" + ending[:typed]}
         chat = [*CHAT, question]
@@ -264,22 +416,7 @@ def test_transformers_ends_a_question_as_the_prompts_end(tokenizer, ending, tmp_
         assert theirs.apply_chat_template(chat, tokenize=False) == f"Is it?{ending} Yes {end}"
 
 
-def test_markdown_is_read_as_text(tmp_path):
-    (tmp_path / "notes.md").write_text("# Title\n\nwords")
-    assert Documents(tmp_path / "notes.md").is_one_text
-    (tmp_path / "a.txt").write_text("text")
-    assert read(tmp_path) == ["text", "# Title\n\nwords"]
-
-
-def test_skipped_files_of_a_folder_are_known_by_name(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / ".git").mkdir()
-    for name in ("a.txt", "b.pdf", "sub/c.docx", ".hidden.pdf", ".git/config", ".git/d.txt"):
-        (tmp_path / name).write_text("text")
-    documents = Documents(tmp_path)
-    assert documents.files == [tmp_path / "a.txt"]
-    assert documents.skipped == [tmp_path / "b.pdf", tmp_path / "sub/c.docx"]
-
+# Pieces
 
 WORDS = st.sampled_from(["the", "can't", "!!", "\x1c", "12", "é猫", "a\xa0b", "c\td"])
 GAPS = st.sampled_from([" ", "   ", "\n\n\n", "\n", "  ", "\n\n", " \n", "\n\t ", " \u3000"])
@@ -289,22 +426,14 @@ GAPS = st.sampled_from([" ", "   ", "\n\n\n", "\n", "  ", "\n\n", " \n", "\n\t "
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_pieces_have_the_ids_of_the_whole(monkeypatch, parts):
     monkeypatch.setattr(texts, "PIECE_CHARACTERS", 12)
-    text = "".join(parts)
-    pieces = list(split_document(text))
-    assert [i for piece in pieces for i in tiny.encode(piece.text)] == tiny.encode(text).tolist()
-
-
-@given(st.lists(st.text(st.sampled_from("a \n\t!é"), max_size=40)))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-def test_pieces_are_small_whatever_the_text(monkeypatch, parts):
-    monkeypatch.setattr(texts, "PIECE_CHARACTERS", 12)
     pieces = list(split_document(iter(parts)))
-    assert pieces == list(split_document("".join(parts)))
+    assert pieces == list(split_document(iter(["".join(parts)])))
     assert "".join(piece.text for piece in pieces) == "".join(parts)
     assert max(len(piece.text) for piece in pieces) <= 12
     only_the_last = [False] * (len(pieces) - 1) + [True]
-    assert [piece.last for piece in pieces] == only_the_last
-    assert [piece.end for piece in pieces] == only_the_last
+    assert [piece.last for piece in pieces] == [piece.end for piece in pieces] == only_the_last
+    ids = [i for piece in pieces for i in tiny.encode(piece.text)]
+    assert ids == tiny.encode("".join(parts)).tolist()
 
 
 def test_reading_a_long_text_takes_constant_memory(tmp_path):
@@ -313,84 +442,58 @@ def test_reading_a_long_text_takes_constant_memory(tmp_path):
         stream.writelines(json.dumps({"text": "word " * 200}) + "\n" for _ in range(20_000))
     for file, size in (("big.txt", 42_000_000), ("big.jsonl", 20_000_000)):
         tracemalloc.start()
-        assert sum(len(piece.text) for piece in Documents(tmp_path / file)) == size
+        assert sum(len(piece.text) for _, piece in Documents(tmp_path / file)) == size
         assert tracemalloc.get_traced_memory()[1] < 8e6
         tracemalloc.stop()
+
+
+# Broken input
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "a.txt",
-            "x\ncaf\xe9".encode("latin-1"),
-            r"not UTF-8: line 2 holds the byte 0xe9 at offset 5.*-f WINDOWS-1252",
-        ),
-        ("a.txt", "hello".encode("utf-16"), "byte 0xff at offset 0.*-f UTF-16"),
-        (
-            "a.txt",
-            b"a\n" * 50_000 + b"bcd\x80",
-            r"line 50001 holds the byte 0x80 at offset 100,003",
-        ),
         ("a.csv", b"id,body\n1,x\n", r"line 2 has no 'text', only 'id', 'body'\..*--text_column="),
-        ("a.csv", b"id;text\n1;x, y\n", r"seem to be separated by ';'\. Save it with ','"),
         ("a.csv", b'text\n"never closed\n', "line 2 begins a row of broken CSV: unexpected end"),
-        ("a.csv", b"id,text\n1,x\n2\n", "line 3: 'text' should be a text but is None"),
-        (
-            "a.csv",
-            b"id,text\n1,x\n2,well, then\n",
-            r"line 3 has more fields than the header.* in quotation marks",
-        ),
-        ("a.csv", b"text,id,text\nx,1,y\n", r"has 2 columns named 'text'.*--text_column="),
-        ("a.csv", b"text\n\xff\n", "line 2 holds the byte 0xff at offset 5"),
-        (
-            "a.jsonl",
-            b'{"text": "a"}\n{"text": \n',
-            "line 2 is broken JSON: Expecting value, column 10",
-        ),
-        ("a.jsonl", b'{"text": "a"}\n\n["b"]\n', r"line 3 should be an object .* but is \[\"b\"\]"),
+        ("a.csv", b"id,text\n1,x\n2,well, then\n", r"line 3 has more fields than the header.* ','"),
+        ("a.csv", b"sep=;\nid;text\n1;x;y\n", "line 3 has more fields than the header.* ';'"),
+        ("a.csv", b"text,id,text\nx,1,y\n", "has 2 columns named 'text'"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is broken JSON: Expecting value"),
+        ("a.jsonl", b'{"text": "a"}\n\n["b"]\n', r"line 3 should be an object .* but is \['b'\]"),
         ("a.jsonl", b"[" * 100_000, "line 1 is broken JSON"),
         ("a.jsonl", b'{"text": 1' + b"0" * 5000 + b"}", "line 1"),
         ("a.jsonl", b'{"text": ["a"]}\n', "'text' should be a text but is"),
+        ("a.json", b'[{"text": "a"},]', "a.json is broken JSON"),
+        ("a.json", b'[{"text": "a"}, "b"]', "row 2 should be an object"),
+        ("a.json.gz", b"[]", "cannot be read"),
+        ("a.parquet", b"PAR1", "cannot be read"),
+        ("a.jsonl", b'{"a": "x"}\n', r"has no 'text', only 'a'.*messages.*prompt with completion"),
         (
             "a.jsonl",
-            b'{"a": "x", "b": ""}\n',
-            r"line 1 has no 'text', only 'a', 'b'.*"
-            r'"text".*"prompt" and "completion", or "messages"',
-        ),
-        (
-            "a.jsonl",
-            b'{"prompt": "x", "completion": null}\n',
-            "'completion' should be a text but is None",
+            b'{"prompt": "x", "completion": 3}\n',
+            "'completion' should be a text but is 3",
         ),
         (
             "a.jsonl",
             b'{"text": "x"}\n{"prompt": "x", "completion": ""}\n',
             "line 2 is of kind 'prompt', and the rows before are of kind 'text'",
         ),
-        ("a.jsonl", b'{"messages": "hello"}\n', '"messages" should be a list of'),
+        ("a.jsonl", b'{"messages": "hello"}\n', "a message should be"),
         (
             "a.jsonl",
             b'{"messages": [{"role": "tool", "content": "x"}]}\n',
-            "one of system, user, assistant",
+            "system, user or assistant",
         ),
+        ("a.jsonl", b'{"messages": [{"role": ["user"], "content": 3}]}\n', "a message should be"),
         (
             "a.jsonl",
-            b'{"messages": [{"role": ["user"], "content": 3}]}\n',
-            '"messages" should be a list of',
+            b'{"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}\n',
+            "a message should be",
         ),
-        (
-            "a.jsonl",
-            b'{"messages": [{"role": "user", "content": "x"}]}\n',
-            "has no message of the assistant",
-        ),
-        (
-            "a.pdf",
-            b"%PDF",
-            r"a\.pdf: unknown ending\. If it is plain text, rename it to a\.pdf\.txt\. "
-            r"Known: \.txt, \.md, \.csv, \.jsonl",
-        ),
-        (".hidden.txt", b"", "holds no text files: none ends in .txt, .md, .csv, .jsonl"),
+        ("a.jsonl", b'{"messages": [], "tools": "x"}\n', "'tools', which cannot be trained here"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n', "no message of the ass"),
+        ("a.pdf", b"%PDF\0", r"a\.pdf holds no text.*\.txt, .*\.parquet, each also as \.gz"),
+        (".hidden.txt", b"", "holds no text and no val shards"),
     ],
 )
 def test_broken_input_is_reported_with_file_and_line(tmp_path, name, content, message):
@@ -420,8 +523,8 @@ SPEECH = st.fixed_dictionaries(
 )
 CHATS = st.fixed_dictionaries({"messages": st.lists(SPEECH, max_size=4)})
 ROWS = st.dictionaries(KEYS, VALUES, max_size=3) | CHATS
-LINES = st.lists((ROWS | VALUES).map(json.dumps), max_size=4)
-JSONL = LINES.map(lambda lines: "\n".join(lines).encode())
+JSON_LINES = st.lists((ROWS | VALUES).map(json.dumps), max_size=4)
+JSONL = JSON_LINES.map(lambda lines: "\n".join(lines).encode())
 PUNCTUATION = st.sampled_from('{}[]"\\:,text\n\r\0\ud800é 1')
 SCRAPS = st.text(PUNCTUATION).map(lambda text: text.encode(errors="replace"))
 
@@ -431,12 +534,12 @@ SCRAPS = st.text(PUNCTUATION).map(lambda text: text.encode(errors="replace"))
     st.binary() | SCRAPS | JSONL | st.tuples(JSONL, st.binary(max_size=3), JSONL).map(b"".join),
 )
 @settings(FEW)
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".txt"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".parquet"])
 def test_any_bytes_are_read_or_refused(tmp_path_factory, suffix, head, body):
     file = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
     file.write_bytes(head + body)
     try:
         with harmless("/nowhere"):
-            assert all(isinstance(piece.text, str) for piece in Documents(file))
+            assert all(isinstance(piece.text, str) for _, piece in Documents(file))
     except UserError as error:
         assert str(file) in str(error)

