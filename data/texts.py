@@ -125,8 +125,9 @@ def chat_template(
 ) -> str:
     """Return the chat template for a model that is trained on conversations or prompts.
 
+    kind: "messages" or "prompt".
     has_end_token: a character tokenizer has none. A line end stands in its place.
-    kind: "messages" or "prompt". ending: the common ending of all prompts. system: the commonest system message.
+    ending: the common ending of all prompts. system: the commonest system message.
     """
     if kind == "messages":
         template = CHAT_TEMPLATE
