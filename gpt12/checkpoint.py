@@ -139,6 +139,13 @@ def is_run(folder: Path) -> bool:
     return exists(folder / "run.json")
 
 
+def can_resume(out_dir: str) -> bool:
+    """Tell whether a folder holds a run with a checkpoint last/."""
+    names = ("run.json", "last", "last.prev")
+    run, last, previous = (exists(Path(out_dir) / name) for name in names)
+    return run and (last or previous)
+
+
 def read_run(out_dir: Path) -> dict[str, Any]:
     """Return the run.json of a run. Raises UserError if it is missing or damaged."""
     file = out_dir / "run.json"

@@ -20,14 +20,28 @@ from torch import nn
 
 from data.dataset import Dataset, check_exists, open_dataset
 from data.windows import EvalWindows, TrainWindows
-from gpt12.checkpoint import Progress, find_checkpoint, is_run, lock_run, read_run
+from gpt12.checkpoint import (
+    Progress,
+    can_resume,
+    find_checkpoint,
+    is_run,
+    lock_run,
+    read_run,
+)
 from gpt12.config import REPOSITORY, Said, check, merge, read
 from gpt12.device import Machine, open_machine
 from gpt12.distributed import is_rank_0, rank_0_first, torchrun_ranks
-from gpt12.errors import UserError
+from gpt12.errors import UserError, say
 from gpt12.lora import add_lora
 from gpt12.optimizer import find_optimizer
-from gpt12.settings import CONTEXT_PARTS, REPLACES, TrainConfig, model_shape, with_shape
+from gpt12.settings import (
+    CONTEXT_PARTS,
+    REPLACES,
+    TrainConfig,
+    expand_home,
+    model_shape,
+    with_shape,
+)
 from gpt12.weights import find_pretrained, from_pretrained, new_model
 from model import GPT, GPTConfig, flops_per_token
 
@@ -107,16 +121,23 @@ def read_request(argv: list[str]) -> Request:
     """
     preset = f"config/train_shakespeare_{'char' if torch.cuda.is_available() else 'cpu'}.py"
     if not argv:
-        _say(f"no preset given: using {preset}, which suits this machine (--help: others)")
+        say(f"no preset given: using {preset}, which suits this machine (--help: others)")
         argv = [str(REPOSITORY / preset)]
     files, typed, problems = read(TrainConfig, argv)
     said = merge(files, typed)
-    if "init_from" in said and said["init_from"].value == "resume":
+    values = asdict(TrainConfig()) | {key: one.value for key, one in said.items()}
+    start = values["init_from"]
+    if start == "resume" or (start == "auto" and can_resume(expand_home(str(values["out_dir"])))):
         request = _resume(files, typed, problems)
     else:
+        if start == "auto":  # what else says where to start counts: the preset, or the default
+            for source in (files, typed):
+                if "init_from" in source and source["init_from"].value == "auto":
+                    del source["init_from"]
+            said = merge(files, typed)
         config = check(TrainConfig, said, set(said), problems)
         if not files and "dataset" not in said and config.init_from == "scratch":
-            _say(
+            say(
                 "no preset given: nanoGPT's defaults hold, GPT-2 124M on openwebtext. To change a "
                 f"key of the first run, name its preset: python train.py {preset} "
                 f"{shlex.join(argv)}"
@@ -126,11 +147,6 @@ def read_request(argv: list[str]) -> Request:
     check_ranks(request.config)
     find_optimizer(request.config.optimizer)  # or UserError
     return request
-
-
-def _say(text: str) -> None:
-    if is_rank_0():
-        print(text, flush=True)
 
 
 def _with_data_of_the_run(config: TrainConfig, given: set[str]) -> TrainConfig:
@@ -166,10 +182,12 @@ def _resume(files: dict[str, Said], typed: dict[str, Said], problems: list[str])
     saved = read_run(out_dir)
     where = ("init_from", "out_dir")  # they only say which run
     typed = {key: said for key, said in typed.items() if key not in where}
-    _refuse_fixed_keys(now, set(typed), saved)
-
     start = dict(saved["config"])
     asked = start | saved.get("requested", {})
+    if now.init_from == "auto":  # the same line began the run: only what is new in it is a change
+        typed = {key: said for key, said in typed.items() if getattr(now, key) != asked.get(key)}
+    _refuse_fixed_keys(now, set(typed), saved)
+
     start["lr_decay_iters"] = asked.get("lr_decay_iters")  # None follows a new max_iters
     if "given" in saved and not MEMORY_KEYS.isdisjoint(typed):
         start |= {key: asked[key] for key in MEMORY_KEYS}

@@ -97,7 +97,8 @@ class TrainConfig:
     init_from: PathText = option(
         "scratch",
         "Where to start: scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a model's "
-        "folder, or a nanoGPT ckpt.pt.",
+        "folder, or a nanoGPT ckpt.pt. auto resumes the run in out_dir if there is one, and "
+        "otherwise starts it.",
     )
     out_dir: PathText = option("out", "Folder of the run: checkpoints, metrics and the loss curve.")
     max_iters: Whole = option(600000, "Number of steps (weight updates) in all.")

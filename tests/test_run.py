@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -297,11 +298,15 @@ MEMORY = {"batch_size": 6, "gradient_accumulation_steps": 8, "recompute": "point
         (["--learning_rate=1e-4"], (6, 8, "pointwise")),
         (["--recompute=block"], (12, 4, "block")),
         (["--batch_size=24"], (24, 4, "none")),
+        (["--batch_size=12"], (12, 4, "none")),
+        (["--init_from=auto", "--batch_size=12"], (6, 8, "pointwise")),
+        (["--init_from=auto", "--batch_size=12", "--recompute=block"], (12, 4, "block")),
     ],
 )
 def test_what_a_run_fitted_into_memory_stays_until_such_a_key_is_typed(tmp_path, options, expected):
     asked = {"batch_size": 12, "gradient_accumulation_steps": 4, "recompute": "none"}
     write_run(tmp_path, MEMORY, requested=asked, given=[])
+    (tmp_path / "last.prev").mkdir()
     request = read_request(["--init_from=resume", f"--out_dir={tmp_path}", *options])
     made = request.config
     assert (made.batch_size, made.gradient_accumulation_steps, made.recompute) == expected
@@ -314,6 +319,42 @@ def test_values_that_an_older_program_chose_stay_as_they_became(tmp_path):
     write_run(tmp_path, MEMORY, requested={"batch_size": "auto", "recompute": "auto"})
     made = read_request(["--init_from=resume", f"--out_dir={tmp_path}", "--recompute=none"]).config
     assert (made.batch_size, made.gradient_accumulation_steps, made.recompute) == (6, 8, "none")
+
+
+def test_one_command_starts_a_run_goes_on_with_it_and_finds_it_complete(
+    dataset, finished, tmp_path, monkeypatch, capsys
+):
+    """Nothing in the line changes: neither the preset's start nor a shape that the model brings."""
+    preset = tmp_path / "mine.py"
+    preset.write_text(f'init_from = "{finished}"\nlearning_rate = 3e-3\n')
+    line = [*TINY, f"--dataset={dataset}", "--n_embd=32", "--max_iters=6", "--save_interval_s=0"]
+    command = [str(preset), *line, "--init_from=auto"]
+    first, second = tmp_path / "a", tmp_path / "b"
+    assert train.main([str(preset), *line, f"--out_dir={first}"]) == 0
+    # What a start without a checkpoint left behind is no run.
+    second.mkdir()
+    shutil.copy(first / "run.json", second)
+    command.append(f"--out_dir={second}")
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr("train.Trainer.evaluation_is_due", lambda self: self.progress.step == 3)
+        m.setattr("train.Trainer.evaluate", lambda self: sys.exit("killed"))
+        train.main(command)
+    assert trainer(second)["step"] == 3
+    assert not (second / "previous").exists()
+    assert train.main(command) == 0
+    assert losses(first) == losses(second)
+    assert not (second / "previous").exists()
+    capsys.readouterr()
+    assert train.main(command) == 0
+    assert "this run is complete (6 of 6 steps)" in capsys.readouterr().out
+
+
+def test_auto_moves_a_run_aside_that_cannot_be_resumed(dataset, finished, tmp_path):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    shutil.rmtree(out_dir / "last")
+    assert run(dataset, out_dir, "--init_from=auto", "--max_iters=1") == 0
+    assert trainer(out_dir)["step"] == 1
+    assert same_tensors(weights(out_dir / "previous", "best"), weights(finished, "best"))
 
 
 @pytest.mark.parametrize(("key", "value"), [("lora_dropout", 0.1), ("lora_targets", "c_attn")])
