@@ -121,8 +121,38 @@ def context_length(step: int, config: TrainConfig) -> int:
     first (sequence length warm-up, Li et al. 2022, arXiv:2108.06084). Positions continue from
     part to part, so that all of them are trained from the start.
     """
-    short = step < config.short_context_share * config.max_iters
+    short = step < short_context_end(config)
     return config.block_size // CONTEXT_PARTS if short else config.block_size
+
+
+def short_context_end(config: TrainConfig) -> int:
+    """Return the number of steps with a short context."""
+    return math.ceil(config.short_context_share * config.max_iters)
+
+
+def continued_schedule(run: Run) -> TrainConfig:
+    """Return the configuration of a run that may be resumed, and note what jumps in it.
+
+    A phase of short context that is over does not come back when the run gets longer.
+    """
+    config = run.config
+    before = run.request.before
+    step = run.progress.step
+    if before is None or step == 0:
+        return config
+    notes = run.request.notes
+    last_end = short_context_end(before)
+    end = short_context_end(config)
+    if last_end <= step < end:
+        notes.append("the phase of short context is over and stays so: short_context_share=0")
+        config = replace(config, short_context_share=0.0)
+    elif end != last_end and step < last_end:
+        notes.append(f"the short context ends at step {max(step, end)} and not at step {last_end}")
+    last_lr = f"{learning_rate(step, before):.3g}"
+    lr = f"{learning_rate(step, config):.3g}"
+    if lr != last_lr:
+        notes.append(f"the learning rate goes on at {lr} and not at {last_lr}: its keys changed")
+    return config
 
 
 def seed_of_step(seed: int, rank: int, step: int) -> int:
@@ -624,6 +654,7 @@ def train(run: Run) -> int:
     """Train, or say that the run is complete."""
     if is_complete(run):
         return 0
+    run = replace(run, config=continued_schedule(run))
     packed = run.train_windows.tokens.mask is not None
 
     def make_step(config: TrainConfig, machine: Machine) -> TrainStep:

@@ -138,7 +138,9 @@ class RunLog:
     def _epochs(self) -> float:
         """Return how many times the run reads the training text."""
         run = self.run
-        return run.config.max_iters * run.windows_per_step / run.train_windows.per_epoch
+        left = run.config.max_iters - self.progress.step
+        windows = self.progress.position + left * run.windows_per_step
+        return windows / run.train_windows.per_epoch
 
     def _step_line(self) -> str:
         run = self.run

@@ -69,6 +69,7 @@ class Request:
     asked: dict[str, Any]  # every key as the user asked for it, for run.json
     given: frozenset[str]  # the keys that the user set
     saved: dict[str, Any] | None = None  # run.json, if a run is resumed
+    before: TrainConfig | None = None  # its settings before the keys that are typed now
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -195,21 +196,22 @@ def _resume(files: dict[str, Said], typed: dict[str, Said], problems: list[str])
     start["out_dir"] = str(out_dir)
     if start.get("save_interval_s") == "auto":  # a run of an earlier version
         del start["save_interval_s"]
-    before = {}
+    kept = {}
     for key in start.keys() & asdict(now).keys():
-        before[key] = Said(start[key], f"{out_dir / 'run.json'}: {key}={start[key]!r}")
+        kept[key] = Said(start[key], f"{out_dir / 'run.json'}: {key}={start[key]!r}")
+    before = check(TrainConfig, kept, ())
     given = set(saved.get("given", ())) - {REPLACES.get(key) for key in typed} | typed.keys()
-    config = check(TrainConfig, merge(before, typed), given)
+    config = check(TrainConfig, merge(kept, typed), given)
 
     notes = []
     for key, said in files.items():
-        kept = (getattr(config, key), asked.get(key))
-        if key not in (*where, *typed) and getattr(now, key) not in kept:
-            notes.append(f"{said.words} does not count: this run has {key}={kept[0]}")
+        value = getattr(config, key)
+        if key not in (*where, *typed) and getattr(now, key) not in (value, asked.get(key)):
+            notes.append(f"{said.words} does not count: this run has {key}={value}")
     if notes:
         notes.append("a resumed run keeps its settings; type a key, as --KEY=VALUE, to change it")
     asked |= {key: getattr(config, key) for key in typed}
-    return Request(config, asked, frozenset(given), saved, notes)
+    return Request(config, asked, frozenset(given), saved, before, notes)
 
 
 def _refuse_fixed_keys(now: TrainConfig, typed: set[str], saved: dict[str, Any]) -> None:
@@ -257,7 +259,7 @@ def build_run(request: Request) -> Run:
         _forget_best_on_other_data(request, dataset, progress)
     model = model_for_data(loaded, tokenizer, dataset, config)
 
-    config = resolve(config, request, dataset)
+    config = resolve(config, request, dataset, progress)
     flops = training_flops(model.config, config, config.max_iters)
     machine = open_machine(
         config.device,
@@ -289,7 +291,9 @@ def build_run(request: Request) -> Run:
     )
 
 
-def resolve(config: TrainConfig, request: Request, dataset: Dataset) -> TrainConfig:
+def resolve(
+    config: TrainConfig, request: Request, dataset: Dataset, progress: Progress
+) -> TrainConfig:
     """Return the configuration with every key that follows from others, or from the data, decided.
 
     config: with the shape of the model. dtype is decided by open_machine.
@@ -304,7 +308,9 @@ def resolve(config: TrainConfig, request: Request, dataset: Dataset) -> TrainCon
     if config.num_epochs > 0 and dataset.train is not None:
         per_epoch = TrainWindows(dataset.train, config.block_size, config.seed).per_epoch
         per_step = config.batch_size * config.gradient_accumulation_steps
-        max_iters = math.ceil(config.num_epochs * per_epoch / per_step)
+        # The windows that are left, whatever a step took of them before.
+        left = math.ceil(config.num_epochs * per_epoch) - progress.position
+        max_iters = progress.step + max(0, math.ceil(left / per_step))
     lr_decay_iters = max_iters if config.lr_decay_iters is None else config.lr_decay_iters
     warmup_iters = config.warmup_iters
     if "warmup_iters" not in request.given and not (request.resumed or config.eval_only):
@@ -399,18 +405,17 @@ def is_complete(run: Run) -> bool:
     config = run.config
     if not run.request.resumed or progress.step < config.max_iters:
         return False
+    longer = f"--max_iters={2 * progress.step}"
+    if config.num_epochs > 0:
+        longer = f"--num_epochs={progress.position // run.train_windows.per_epoch + 1}"
     if progress.step > config.max_iters:
         raise UserError(
             f"this run has {progress.step} finished steps, more than max_iters={config.max_iters}: "
-            f"go on with a larger one, for example --max_iters={2 * progress.step}"
+            f"go on with a larger one, for example {longer}"
         )
     if progress.evaluated_step != progress.step:
         return False  # it was stopped before its last evaluation
-    if is_rank_0():
-        print(
-            f"this run is complete ({progress.step} of {config.max_iters} steps); go on with "
-            f"--max_iters={2 * progress.step}"
-        )
+    say(f"this run is complete ({progress.step} of {config.max_iters} steps); go on with {longer}")
     return True
 
 

@@ -458,6 +458,45 @@ def test_resuming_a_finished_run_with_more_steps_continues_it(dataset, tmp_path,
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+def test_epochs_are_counted_in_data_whatever_a_step_took_of_them_before(dataset, tmp_path, capsys):
+    """An epoch of 161 windows takes 21 steps of 8; 154 windows of the next are left."""
+    assert run(dataset, tmp_path, "--num_epochs=1", "--decay_lr=False") == 0
+    assert (trainer(tmp_path)["step"], trainer(tmp_path)["position"]) == (21, 168)
+    capsys.readouterr()
+    for options in ([], ["--batch_size=1"], ["--num_epochs=0.5"]):
+        assert resume(tmp_path, *options) == 0
+        told = "this run is complete (21 of 21 steps); go on with --num_epochs=2\n"
+        assert capsys.readouterr().out == told
+    assert resume(tmp_path, "--num_epochs=2", "--batch_size=8") == 0
+    assert "31 steps read the text 2.0 times" in capsys.readouterr().out
+    assert (trainer(tmp_path)["step"], trainer(tmp_path)["position"]) == (31, 328)
+
+
+def test_a_longer_run_says_what_jumps_and_its_short_context_does_not_come_back(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    lengths = []
+    load = train.Trainer.load
+
+    def noted(self):
+        targets = load(self)
+        lengths.append(self.train_step.context_length)
+        return targets
+
+    monkeypatch.setattr("train.Trainer.load", noted)
+    over = "the phase of short context is over and stays so: short_context_share=0\n"
+    schedule = ["--short_context_share=0.5", "--min_lr=1e-4", "--warmup_iters=0"]
+    assert run(dataset, tmp_path, *schedule, "--max_iters=4") == 0
+    assert lengths == [2, 2, 16, 16, 16]
+    for steps, lr in ((16, "0.00855"), (40, "0.00658")):
+        capsys.readouterr()
+        assert resume(tmp_path, f"--max_iters={steps}") == 0
+        said = capsys.readouterr().out
+        assert f"the learning rate goes on at {lr} and not at 0.0001: its keys changed\n" in said
+        assert (over in said) == (steps == 16)  # then run.json says that the phase is over
+    assert set(lengths[5:]) == {16}
+
+
 def test_a_run_that_was_stopped_before_its_last_evaluation_is_not_complete(
     dataset, tmp_path, monkeypatch
 ):

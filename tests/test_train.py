@@ -17,7 +17,7 @@ import train
 from data.prepare import RowWriter
 from data.shards import UINT16, Tokens
 from data.windows import EvalWindows
-from gpt12.checkpoint import Saver, trainer_tensors
+from gpt12.checkpoint import Progress, Saver, trainer_tensors
 from gpt12.device import Machine
 from gpt12.errors import UserError, run_main
 from gpt12.lora import add_lora
@@ -290,6 +290,37 @@ def test_the_first_share_of_the_steps_has_a_short_context():
     short = config(short_context_share=0.3, max_iters=10)
     assert [train.context_length(step, short) for step in range(6)] == [1, 1, 1, 8, 8, 8]
     assert train.context_length(0, config()) == 8
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "notes"),
+    [
+        (6, {}, []),
+        (6, {"max_iters": 20, "lr_decay_iters": 10}, ["short context ends at step 16 and not at"]),
+        (
+            6,
+            {"short_context_share": 0.0, "lr_decay_iters": 10},
+            ["ends at step 6 and not at step 8"],
+        ),
+        (8, {"max_iters": 20, "lr_decay_iters": 10}, ["is over and stays so"]),
+        (0, {"max_iters": 20}, []),
+        (4, {"learning_rate": 2e-2}, ["learning rate goes on at 0.0134 and not at 0.00689"]),
+    ],
+)
+def test_a_resumed_run_notes_what_its_typed_keys_make_jump(step, changes, notes):
+    keys = {"short_context_share": 0.8, "max_iters": 10, "min_lr": 1e-3, "warmup_iters": 0}
+    before = config(**keys)
+    now = config(**keys | changes)
+    request = SimpleNamespace(before=before, notes=[])
+    progress = Progress(step=step)
+    found = train.continued_schedule(
+        SimpleNamespace(config=now, request=request, progress=progress)
+    )
+    assert len(request.notes) == len(notes)
+    for said, expected in zip(request.notes, notes, strict=True):
+        assert expected in said
+    stays = found.short_context_share == now.short_context_share
+    assert stays == (step < 8)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
