@@ -2,6 +2,7 @@
 
 The model     loss.py           output head and cross-entropy in chunks, its Triton kernel
               recompute.py      computing activations again to save memory
+              twin.py           whether model.py is GPT-2, and a fingerprint of it
               lora.py           low-rank adapters       weights.py   Hugging Face folders, ckpt.pt
               generate.py       choosing tokens, key/value cache, decoding loop
 
@@ -19,9 +20,8 @@ The step      optimizer.py      the optimizers that --optimizer can name
 The folder    checkpoint.py     run.json, the lock, best/ and last/, what resuming needs
               log.py            terminal, metrics.jsonl, loss.png, wandb, clock
 
-bench.py      measure.py, measure_decoding.py, gpu_state.py, ladder.py, sweep.py, profile_step.py,
-              versus_transformers.py, plan.py and cards.py (predictions), bench_report.py,
-              bench_picture.py, bench_request.py
+bench.py      measure.py        times steps and texts     memory.py  predicts them
+              cards.py          datasheets
 
 Everywhere    errors.py (a user's mistakes), files.py (atomic writes), targets.py (ignored targets)
 """

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from gpt12.errors import UserError
 from gpt12.files import exists
-from model import GPT
 
 
 class LoRALinear(nn.Module):
@@ -53,7 +52,7 @@ class LoRALinear(nn.Module):
         return self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
 
 
-def add_lora(model: GPT, rank: int, alpha: float, dtype: torch.dtype | None = None) -> None:
+def add_lora(model: nn.Module, rank: int, alpha: float, dtype: torch.dtype | None = None) -> None:
     """Freeze the model and add a trainable adapter to each nn.Linear of its blocks.
 
     dtype: what the frozen weights are kept in. Raises UserError for a rank that the layers cannot
@@ -62,7 +61,7 @@ def add_lora(model: GPT, rank: int, alpha: float, dtype: torch.dtype | None = No
     model.requires_grad_(False)
     # By name, and not layer by layer: a seed draws the adapters that it always drew.
     names = dict.fromkeys(name.rpartition(".")[2] for name in linears(model))
-    for parent in list(model.transformer.h.modules()):
+    for parent in list(model.get_submodule("transformer.h").modules()):
         children = dict(parent.named_children())
         for name in names:
             child = children.get(name)
@@ -73,13 +72,13 @@ def add_lora(model: GPT, rank: int, alpha: float, dtype: torch.dtype | None = No
             parameter.data = parameter.data.to(dtype)
 
 
-def linears(model: GPT) -> dict[str, Any]:
+def linears(model: nn.Module) -> dict[str, Any]:
     """Return the linear layers of the blocks by name, adapted or not."""
-    blocks = model.transformer.h.named_modules(prefix="transformer.h")
+    blocks = model.get_submodule("transformer.h").named_modules(prefix="transformer.h")
     return {name: layer for name, layer in blocks if isinstance(layer, nn.Linear | LoRALinear)}
 
 
-def is_adapted(model: GPT) -> bool:
+def is_adapted(model: nn.Module) -> bool:
     """Tell whether a model has adapters."""
     return any(isinstance(layer, LoRALinear) for layer in linears(model).values())
 
@@ -88,7 +87,7 @@ def is_adapted(model: GPT) -> bool:
 # Files
 
 
-def save_adapter(model: GPT, folder: Path, base: str) -> None:
+def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     """Write the adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
     base: what the frozen weights were read from: a local path, which becomes absolute, so that the
@@ -143,7 +142,7 @@ def read_adapter_config(folder: Path) -> Adapter | None:
 
 
 @torch.no_grad()
-def load_adapter(model: GPT, folder: Path) -> None:
+def load_adapter(model: nn.Module, folder: Path) -> None:
     """Read adapters of save_adapter into a model with adapters, or add them to a model's weights.
 
     Raises UserError if they are damaged, or belong to another base model.
@@ -173,7 +172,7 @@ def load_adapter(model: GPT, folder: Path) -> None:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
-def hash_of_base(model: GPT) -> str:
+def hash_of_base(model: nn.Module) -> str:
     """Return a hash of the weights that adapters adapt, as they were read from the base model."""
     digest = hashlib.sha256()
     for layer in linears(model).values():
