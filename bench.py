@@ -37,6 +37,7 @@ from gpt12.config import load_config
 from gpt12.device import Machine, open_machine
 from gpt12.distributed import process_group, reported_by_rank_0, torchrun_ranks
 from gpt12.files import write_atomically
+from gpt12.fit import cap_memory
 from gpt12.generate import Sampling, store_by_columns
 from gpt12.loader import Loader
 from gpt12.measure import (
@@ -48,7 +49,15 @@ from gpt12.measure import (
     time_calls,
     time_decoding,
 )
-from gpt12.memory import GIB, RECOMPUTE, largest_batch, predict, ran_out_of_memory
+from gpt12.memory import (
+    GIB,
+    RECOMPUTE,
+    available_memory,
+    largest_batch,
+    needed_memory,
+    predict,
+    ran_out_of_memory,
+)
 from gpt12.optimizer import find_optimizer
 from gpt12.run import check_ranks, prepare_model
 from gpt12.settings import BenchConfig, Recompute, SampleConfig, model_shape
@@ -190,6 +199,10 @@ def step_runner(
     """
     forget_last_measurement()
     config, machine = decide(config)
+    if machine.device.type == "cpu":
+        needed = needed_memory(model_shape(config, config.vocab_size), config, machine)
+        if needed > available_memory(machine):  # the system would kill the program without a word
+            raise torch.OutOfMemoryError
     tf32_before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32_before and tf32
     try:
@@ -334,8 +347,14 @@ def find_batch(config: BenchConfig, given: set[str]) -> list[Row]:
 
     Raises UserError if none fits.
     """
+    _, machine = decide(config)
+    kinds = kinds_of_recomputation(config, given)
+    if not machine.on_gpu:
+        kinds = kinds[:1]  # computing twice only costs time there
+    elif config.vram_gb is None:
+        cap_memory(machine)
     rows: list[Row] = []
-    for recompute in kinds_of_recomputation(config, given):
+    for recompute in kinds:
         speed = 0.0
         batch_size = 1
         while batch_size <= LARGEST_BATCH:
@@ -472,7 +491,7 @@ def show_steps(rows: Sequence[Row], title: str | None = None) -> list[dict[str, 
     title: of bench.png, None for no picture. Returns the rows for JSON.
     """
     measured = [row for row in rows if isinstance(row, StepResult)]
-    say(f"{'':36} ms/step  10% to 90%       tokens/s  times first    MFU  peak GiB")
+    say(f"{'':36} ms/step     10% to 90%    tokens/s times first    MFU  peak GiB")
     for row in rows:
         if isinstance(row, OutOfMemory):
             say(f"{row.label:36} out of memory")

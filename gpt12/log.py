@@ -29,6 +29,7 @@ from gpt12.generate import Sampling, generate
 from gpt12.memory import GIB, needed_memory
 from gpt12.run import Run, warn_of_long_run
 from gpt12.targets import IGNORE_INDEX
+from gpt12.twin import is_gpt2
 from model import parameter_count
 
 SAMPLE_TOKENS = 160  # length of the text written at each evaluation
@@ -101,9 +102,9 @@ class RunLog:
         self.say(self._data_line())
         self.say(self._step_line())
         gib = needed_memory(shape, config, run.machine) / GIB
-        self.say(
-            f"memory: about {gib:.3g} GiB at the peak of a step (recompute={config.recompute})"
-        )
+        doubt = "" if is_gpt2(shape) else ", an estimate, because model.py is not GPT-2's"
+        peak = f"about {gib:.3g} GiB at the peak of a step"
+        self.say(f"memory: {peak} (recompute={config.recompute}){doubt}")
         for problem in self._problems():
             self.say(f"warning: {problem}")
         if run.machine.device.type == "cpu":

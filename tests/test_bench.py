@@ -369,15 +369,27 @@ def test_find_batch_doubles_the_rows_until_it_gets_slower_or_does_not_fit(run, m
     fake_steps(monkeypatch, limit=4, speed=speed.get)
     result, text = run("--find_batch")
     tried = [(row["label"], row.get("error")) for row in result["find_batch"]]
-    assert len(tried) == 3 * 4  # 1, 2, 4, 8 rows with each recomputation
-    assert tried[-1] == ("--batch_size=8 --recompute=block", "out of memory")
+    assert len(tried) == 4  # 1, 2, 4, 8 rows
+    assert tried[-1] == ("--batch_size=8 --recompute=none", "out of memory")
     assert "fastest: --batch_size=4 --recompute=none, 9 tokens/s" in text
     fake_steps(monkeypatch, limit=100, speed=speed.get)
     result, _ = run("--find_batch", "--recompute=block")
     assert [row["batch_size"] for row in result["find_batch"]] == [1, 2, 4, 8, 16]
+    monkeypatch.setattr(bench, "decide", lambda config: (config, GPU))
+    rows = bench.find_batch(make(), set())
+    assert {row.recompute for row in rows} == set(RECOMPUTE)  # on a GPU
     fake_steps(monkeypatch, limit=0)
     with pytest.raises(UserError, match="nothing fits"):
-        run("--find_batch")
+        bench.find_batch(make(), set())
+
+
+def test_a_step_that_a_cpu_has_no_memory_for_is_not_begun(run, monkeypatch):
+    """The system would kill the program."""
+    monkeypatch.setattr(bench, "available_memory", lambda machine: 0.5 * GIB)
+    result, _ = run("--sweep=batch_size:1,100000")
+    assert [row.get("error") for row in result["sweep"]] == [None, "out of memory"]
+    with pytest.raises(UserError, match="^out of memory"):
+        run(batch_size=100000)
 
 
 def test_another_error_is_not_taken_for_too_little_memory(monkeypatch):
