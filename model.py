@@ -186,6 +186,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.block_size = config.block_size
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # token embedding
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # position embedding
         self.drop = nn.Dropout(config.dropout)
@@ -210,7 +211,7 @@ class Transformer(nn.Module):
 
         Attention has this built in, and is faster with it than with a mask.
         """
-        position = torch.arange(self.wpe.num_embeddings, device="cpu")[None]
+        position = torch.arange(self.block_size, device="cpu")[None]
         seen = self.sees(position, position)[0]
         return torch.equal(seen, torch.ones_like(seen).tril())
 
@@ -234,10 +235,10 @@ class Transformer(nn.Module):
         B, T = idx.shape
         if cache is not None:
             position = cache.take_positions(T)  # (B, T): each row continues at its own length
-        elif T <= self.wpe.num_embeddings:
+        elif T <= self.block_size:
             position = torch.arange(T, device=idx.device)[None]  # (1, T)
         else:
-            raise UserError(f"{T} tokens do not fit into block_size={self.wpe.num_embeddings}")
+            raise UserError(f"{T} tokens do not fit into block_size={self.block_size}")
         if example_starts is not None:
             position = position - example_starts  # (B, T)
         x = self.wte(idx) + self.wpe(position)  # (B, T, C)
@@ -343,12 +344,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context in place: drop the embeddings of the later positions."""
-        wpe = self.transformer.wpe
         if block_size == self.config.block_size:
             return
-        weight = wpe.weight[:block_size].clone()
-        wpe.weight = nn.Parameter(weight, requires_grad=wpe.weight.requires_grad)
-        wpe.num_embeddings = block_size
+        table = self.transformer.wpe.weight
+        table.data = table[:block_size].clone()
+        self.transformer.block_size = block_size
         self.config = replace(self.config, block_size=block_size)
 
     def set_recompute(self, recompute: str) -> None:
