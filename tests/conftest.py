@@ -28,8 +28,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests that need a GPU where there is none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the tests that need a GPU where there is none; leave out `changes` unless -m says it."""
+    if "changes" not in config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("changes")]
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

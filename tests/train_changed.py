@@ -1,0 +1,97 @@
+"""Train, resume and sample with the code of the working directory, at tiny size.
+
+    python -m tests.train_changed FOLDER [--key=value ...]
+
+tests/test_changes.py runs this in a copy of the tree whose code was changed. Wherever the code does
+not behave as it should, an assertion fails.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpt12.log
+from gpt12.generate import Sampling, generate
+from gpt12.weights import from_pretrained
+from model import GPT
+from tests.helpers import losses, make_dataset, resume, run, same_tensors, trainer, weights
+
+
+def train_and_resume(folder: Path, options: list[str]) -> None:
+    """A resumed run is the unbroken one, bit for bit, and learns."""
+    dataset = make_dataset(folder / "data")
+    options = [*options, "--bias=True", "--decay_lr=False", "--eval_interval=6"]
+    assert run(dataset, folder / "whole", *options, "--max_iters=12") == 0
+    assert run(dataset, folder / "parts", *options, "--max_iters=6") == 0
+    before = weights(folder / "parts")
+    assert resume(folder / "parts", "--max_iters=12") == 0
+    after = weights(folder / "parts")
+    assert losses(folder / "parts") == losses(folder / "whole")
+    assert losses(folder / "parts", "val_loss") == losses(folder / "whole", "val_loss")
+    assert same_tensors(after, weights(folder / "whole"))
+    for name, tensor in after.items():
+        assert not torch.equal(tensor, before[name]), f"{name} is not trained"
+    val_loss = losses(folder / "whole", "val_loss")
+    assert val_loss[12] < val_loss[0]
+    for how in ("pointwise", "block"):
+        recomputed = [*options, f"--recompute={how}", "--max_iters=3"]
+        assert run(dataset, folder / how, *recomputed) == 0
+        for step, loss in losses(folder / how).items():
+            assert loss == pytest.approx(losses(folder / "whole")[step], rel=1e-5)
+
+
+def train_adapters(folder: Path, options: list[str]) -> None:
+    """Adapters are trained, and the saved model is the one that was measured."""
+    base = f"--init_from={folder / 'whole' / 'last'}"
+    options = [*options, base, "--lora_rank=2", "--eval_iters=0", "--learning_rate=0.01"]
+    assert run(folder / "data", folder / "lora", *options, "--max_iters=4") == 0
+    merged = [f"--init_from={folder / 'lora' / 'best'}", "--max_iters=1", "--eval_iters=0"]
+    assert run(folder / "data", folder / "merged", *merged) == 0
+    best = trainer(folder / "lora", "best")["best_val_loss"]
+    assert losses(folder / "merged", "val_loss")[0] == pytest.approx(best, rel=1e-5)
+
+
+@torch.no_grad()
+def greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
+    """Continue a prompt by the likeliest tokens, without a cache."""
+    limit = model.config.block_size
+    text = list(prompt)
+    new = []
+    for _ in range(count):
+        if len(text) > limit:
+            text = text[-(limit // 2) :]
+        logits, _ = model(torch.tensor([text]))
+        assert logits is not None
+        new.append(int(logits[0, -1].argmax()))
+        text.append(new[-1])
+    return new
+
+
+def sample(folder: Path) -> None:
+    """Text written with the cache is that written without, past the context's end, too."""
+    model = from_pretrained(folder / "whole" / "last").eval()
+    with torch.no_grad():  # a text of many different tokens
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    prompts = [[1, 5, 3], [2], list(range(12))]
+    written = generate(model, prompts, 40, sampling=Sampling(temperature=0))
+    for prompt, text in zip(prompts, written):
+        assert text == greedy(model, prompt, 40)
+    assert len({token for text in written for token in text}) > 3
+
+
+def main() -> None:
+    """Run all of it."""
+    gpt12.log.draw_losses = lambda *arguments: None  # which takes as long as a tiny run
+    folder = Path(sys.argv[1])
+    options = sys.argv[2:]
+    torch.manual_seed(0)
+    train_and_resume(folder, options)
+    train_adapters(folder, options)
+    sample(folder)
+
+
+if __name__ == "__main__":
+    main()
