@@ -171,6 +171,8 @@ class RunLog:
         config = run.config
         steps = config.max_iters
         end = config.lr_decay_iters or steps
+        if steps == 0:
+            return  # only an evaluation
         if config.decay_lr and 2 * (min(end, steps) - config.warmup_iters) < steps:
             yield (
                 f"the warm-up takes {config.warmup_iters:,} steps and the rate has fallen to "
