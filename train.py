@@ -34,9 +34,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.windows import EvalWindows
+from gpt12.check import check_model, check_start
 from gpt12.checkpoint import Saver, TrainerState, load_trainer_state
 from gpt12.cuda_graph import record, use_graph_for_training
-from gpt12.device import Machine
+from gpt12.device import Machine, open_machine
 from gpt12.distributed import (
     StopSignal,
     data_parallel,
@@ -654,6 +655,7 @@ def train(run: Run) -> int:
     """Train, or say that the run is complete."""
     if is_complete(run):
         return 0
+    check_start(run.model.config)
     run = replace(run, config=continued_schedule(run))
     packed = run.train_windows.tokens.mask is not None
 
@@ -670,6 +672,10 @@ def main(argv: list[str] | None = None) -> int:
     with reported_by_rank_0():
         request = read_request(sys.argv[1:] if argv is None else argv)
     config = request.config
+    if config.check:
+        return check_model(
+            config, open_machine(config.device, "float32", config.compile), TrainStep
+        )
     try:
         with (
             reported_by_rank_0(),

@@ -225,6 +225,10 @@ class TrainConfig:
         "Train nothing: print the validation loss and the perplexity, and stop.",
         group="Evaluation, checkpoints and logs",
     )
+    check: bool = option(
+        False,
+        "Train nothing: try whether a changed model.py trains, saves, resumes and samples right.",
+    )
     eval_iters: Whole = option(
         200,
         "Portions of 12,288 tokens in an evaluation, at most one pass over the text. 0 means one "

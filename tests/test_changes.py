@@ -28,9 +28,7 @@ def changed_copy(folder: Path, name: str) -> Path:
         shutil.copytree(ROOT / part, folder / part, ignore=no_caches)
     # Outside of a repository git takes the paths of a diff as they are.
     outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
-    subprocess.run(
-        ["git", "apply", CHANGES / f"{name}.diff"], cwd=folder, env=outside, check=True
-    )
+    subprocess.run(["git", "apply", CHANGES / f"{name}.diff"], cwd=folder, env=outside, check=True)
     return folder
 
 

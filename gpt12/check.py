@@ -1,0 +1,164 @@
+"""Try a model that somebody has changed, in seconds, before it is trained for hours.
+
+    python train.py PRESET --check
+
+A small model of the same code and configuration (gpt12/twin.py) is run in all the ways that must
+give the same numbers. They are float32 numbers, so a difference is a mistake.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt12.device import Machine
+from gpt12.errors import UserError, say
+from gpt12.generate import KVCache, Sampling, generate
+from gpt12.run import compile_model
+from gpt12.settings import TrainConfig, model_shape
+from gpt12.twin import VOCAB_SIZE, make_twin, sample_ids
+from gpt12.weights import from_pretrained, save_pretrained
+from model import GPT, GPTConfig
+
+TOLERANCE = 1e-4  # of the largest number
+ROWS = 4  # in a training step
+TOKENS = 128  # in a row of a training step, at most
+MakeStep = Callable[[GPT, TrainConfig, Machine], Any]  # TrainStep of train.py
+
+
+def check_start(shape: GPTConfig) -> None:
+    """Try what costs least, at the start of every run. Raises UserError if it fails."""
+    twin = make_twin(shape)
+    wrong = saving(twin) or decoding(twin)
+    if wrong is not None:
+        raise UserError(f"{wrong}. --check tries more")
+
+
+def check_model(config: TrainConfig, machine: Machine, make_step: MakeStep) -> int:
+    """Try everything, print a line for each, and return the exit status."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    status = 0
+    machine = replace(machine, dtype=torch.float32, world=1)
+    for name, wrong in results(config, machine, make_step):
+        say(f"ok     {name}" if wrong is None else f"WRONG  {name}: {wrong}")
+        status = status if wrong is None else 1
+    return status
+
+
+def results(
+    config: TrainConfig, machine: Machine, make_step: MakeStep
+) -> Iterator[tuple[str, str | None]]:
+    """Yield what must hold, and what is wrong with it or None."""
+    twin = make_twin(model_shape(config, VOCAB_SIZE)).to(machine.device)
+    length = min(config.block_size, TOKENS)
+
+    def new_step(micro_batches: int = 1) -> Any:
+        settings = replace(
+            config,
+            batch_size=ROWS // micro_batches,
+            block_size=length,
+            gradient_accumulation_steps=micro_batches,
+        )
+        step = make_step(copy.deepcopy(twin).train(), settings, machine)
+        ids = sample_ids(ROWS * length + 1)[0].to(machine.device)
+        step.x.copy_(ids[:-1].view_as(step.x))
+        step.y.copy_(ids[1:].view_as(step.y))
+        step.set_divisor(None)
+        return step
+
+    yield "saved and loaded, the model is the same", saving(copy.deepcopy(twin).cpu())
+    yield "with the cache as without, past the context's end, too", decoding(twin)
+    yield "packed examples as single ones", packing(twin, length)
+    whole = gradients(new_step())
+    for how in ("pointwise", "block"):
+        step = new_step()
+        step.model.set_recompute(how)
+        yield f"recompute={how} as none", compare(gradients(step), whole, "Block.layer")
+    wrong = compare(gradients(new_step(2)), whole, "losses that are not divided by `divisor`")
+    yield "two micro-batches as one", wrong
+    if machine.compiled:
+        step = new_step()
+        compile_model(step.model)
+        yield "compiled as not", compare(gradients(step), whole, "model.py and gpt12/loss.py")
+    yield "an update moves every parameter, a skipped one none", updating(new_step())
+
+
+@torch.no_grad()
+def saving(model: GPT) -> str | None:
+    """Save a model that is on the CPU, load it, and compare."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        loaded = from_pretrained(folder).eval()
+    found, expected = loaded.state_dict(), model.state_dict()
+    idx = sample_ids(8)[:, : model.config.block_size]
+    found["logits"], expected["logits"] = loaded(idx)[0], model(idx)[0]
+    return compare(found, expected, "what is no parameter and no buffer, or gpt12/weights.py")
+
+
+@torch.no_grad()
+def decoding(model: GPT) -> str | None:
+    """Compare reading token by token with one pass, and a text beyond the context with a pass."""
+    limit = model.config.block_size
+    idx = sample_ids(limit).to(model.lm_head.weight.device)
+    cache = KVCache(1, limit, idx.device)
+    parts = [model.transformer(idx[:, :-3], cache)] if limit > 3 else []
+    for i in range(max(0, limit - 3), limit):
+        parts.append(model.transformer(idx[:, i : i + 1], cache))
+    found = {"logits": model.logits(torch.cat(parts, dim=1))}
+    where = "what attention stores in the cache, or Transformer.sees"
+    wrong = compare(found, {"logits": model(idx)[0]}, where)
+    text = idx[0].tolist()
+    new = generate(model, [text], 2, sampling=Sampling(temperature=0))[0]
+    rest = torch.tensor([*text, new[0]], device=idx.device)[-max(1, limit // 2) :]
+    scores = model(rest[None])[0][0, -1]
+    if scores.max() - scores[new[1]] > TOLERANCE * scores.abs().max():
+        wrong = wrong or f"text differs past the context's end; look at {where}"
+    return wrong
+
+
+@torch.no_grad()
+def packing(model: GPT, length: int) -> str | None:
+    """Compare two examples in one row with each in a row of its own."""
+    idx = sample_ids(length).to(model.lm_head.weight.device)
+    border = length // 3
+    starts = torch.zeros_like(idx)
+    starts[:, border:] = border
+    single = [model(part)[0] for part in (idx[:, :border], idx[:, border:])]
+    packed = {"logits": model(idx, example_starts=starts)[0]}
+    return compare(packed, {"logits": torch.cat(single, dim=1)}, "positions and Transformer.sees")
+
+
+def gradients(step: Any) -> dict[str, Tensor]:
+    """Return the gradients of a step, before the update."""
+    step.accumulate_gradients(None)
+    return {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}
+
+
+def updating(step: Any) -> str | None:
+    """Make an update whose loss is infinite, then a good one."""
+    before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
+    after = dict(step.model.named_parameters())
+    step.divisor.zero_()
+    step.compute()
+    wrong = compare(after, before, "an optimizer that says on_device and ignores found_inf")
+    step(1e-2)
+    for name, parameter in after.items():
+        if torch.equal(parameter, before[name]) or not parameter.isfinite().all():
+            wrong = wrong or f"{name} is not trained; look at what the layers use"
+    return wrong
+
+
+def compare(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> str | None:
+    """Name a tensor that differs, by how much, and where to look; None if all agree."""
+    largest = max(tensor.abs().max().item() for tensor in expected.values())
+    for name, tensor in expected.items():
+        difference = (found[name] - tensor).abs().max().item()
+        if not difference <= TOLERANCE * largest:
+            return f"{name} differs by {difference:.1g} of {largest:.1g}; look at {where}"
+    return None
