@@ -29,7 +29,8 @@ from model import GPT
 # A micro-batch of so many tokens keeps a GPU busy. Recompute whole blocks before going below.
 SMALL_MICRO_BATCH = 4096
 ADVICE = (
-    "take a smaller model or --block_size, --optimizer=adamw8bit, or for fine-tuning --lora_rank=16"
+    "end other programs that use it, or take a smaller model or --block_size, "
+    "--optimizer=adamw8bit, or for fine-tuning --lora_rank=16"
 )
 
 
@@ -97,7 +98,8 @@ def fit(
             say(f"out of memory with {words(rungs[own - 1])}: trying {words(rungs[own])}")
     chosen = -int(least_of_ranks(-own, machine.device))
     if chosen == len(rungs):
-        raise UserError(does_not_fit(rungs[-1], may_change))
+        reason = "" if may_change else " (deterministic=True keeps a resumed run as it is)"
+        raise UserError(f"out of memory with {words(rungs[-1])}{reason}: {ADVICE}")
     if chosen > own:
         say(f"another rank has less memory: {words(rungs[chosen])}")
     model.set_recompute(rungs[chosen].recompute)
@@ -110,17 +112,6 @@ def words(config: TrainConfig) -> str:
         f"recompute={config.recompute}, batch_size={config.batch_size}, "
         f"gradient_accumulation_steps={config.gradient_accumulation_steps}"
     )
-
-
-def does_not_fit(config: TrainConfig, may_change: bool) -> str:
-    """Return the message for a step that does not fit with the last settings tried."""
-    message = f"out of memory, even with {words(config)}"
-    if not may_change:
-        return (
-            f"{message}. deterministic=True keeps a resumed run as it is: free memory, or pass "
-            "other values of these keys, or --deterministic=False"
-        )
-    return f"{message}: {ADVICE}"
 
 
 # --------------------------------------------------------------------------------------------------
