@@ -367,33 +367,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 # --------------------------------------------------------------------------------------------------
-# Counts. The matrices of a layer are described once; sizes, FLOPs, memory, Muon and LoRA read them
-# here.
-
-
-class Matrix(NamedTuple):
-    """One weight matrix of a layer, of shape (outputs, inputs) as nn.Linear stores it."""
-
-    name: str  # where it is inside a block
-    outputs: int
-    inputs: int
-    # How many independent matrices of equal size are stacked along the outputs. Muon orthogonalizes
-    # each of them separately.
-    stacked: int = 1
-
-
-def layer_matrices(config: GPTConfig) -> list[Matrix]:
-    """Return the weight matrices of one layer.
-
-    gpt12/memory.py counts the outputs of every attn.* except attn.c_proj as query, key and value.
-    """
-    C = config.n_embd
-    return [
-        Matrix("attn.c_attn", outputs=3 * C, inputs=C, stacked=3),  # query, key and value
-        Matrix("attn.c_proj", outputs=C, inputs=C),
-        Matrix("mlp.c_fc", outputs=4 * C, inputs=C),
-        Matrix("mlp.c_proj", outputs=C, inputs=4 * C),
-    ]
+# Counts, read off the modules
 
 
 @functools.cache

@@ -274,7 +274,5 @@ def test_on_a_cpu_a_run_that_needs_more_than_there_is_ends_before_it_begins(
 
 def test_memory_that_ends_later_is_a_users_mistake_too(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(train.TrainStep, "compute", lambda *args: torch.empty(2**60))
-    with pytest.raises(
-        UserError, match="out of memory: end other programs"
-    ):
+    with pytest.raises(UserError, match="out of memory: end other programs"):
         run(dataset, tmp_path, "--max_iters=1")
