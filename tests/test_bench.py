@@ -207,6 +207,7 @@ def test_a_text_is_read_with_the_keys_that_say_how(monkeypatch):
 
     monkeypatch.setattr(measure, "open_dataset", note)
     keys = {"tokenizer": "bytes", "val_fraction": 0.2, "text_column": "body"}
+    keys |= {"encoding": "cp1251"}
     with pytest.raises(UserError, match="noted"):
         measure.open_windows(make(dataset="my.csv", real_data=True, **keys))
     assert asked == {"name": "my.csv", "block_size": make().block_size, **keys}
