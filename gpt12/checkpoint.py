@@ -435,52 +435,38 @@ def _owner(trainer: TrainerState, parameter: Tensor) -> tuple[Optimizer, dict[st
 # Saving
 
 
+@dataclass
 class Saver:
     """Writes a run's checkpoints best/ and last/. All ranks call it; rank 0 writes."""
 
-    def __init__(
-        self,
-        out_dir: Path,
-        progress: Progress,
-        state: TrainerState,
-        tokenizer: Any,
-        base: str,
-        say: Callable[[str], None],
-        interval_s: float,
-        interval_is_exact: bool,
-    ):
-        """state: what resuming needs besides the weights. say: prints a line.
+    out_dir: Path
+    progress: Progress
+    state: TrainerState  # what resuming needs besides the weights
+    tokenizer: Any
+    base: str  # what the model was started from; adapters refer to it
+    say: Callable[[str], None]  # prints a line
+    interval_s: float  # seconds between two saves of last/
+    interval_is_exact: bool  # else it is at least 50 times what the last save took
 
-        base: what the model was started from; adapters refer to it.
-        interval_s: seconds between two saves of last/. Unless it is exact, at least 50 times what
-        the last save took.
-        """
-        self.out_dir = out_dir
-        self.progress = progress
-        self.state = state
-        self.model = state.model
-        self.tokenizer = tokenizer
-        self.say = say
-        self.interval_s = interval_s
-        self.interval_is_exact = interval_is_exact
+    def __post_init__(self) -> None:
+        self.model = self.state.model
         self.seconds = 0.0  # what the last save of last/ took
         self.saved_at = time.monotonic()
-        self.last_holds = self._how_far() if progress.step > 0 else None
+        self.last_holds = self._how_far() if self.progress.step > 0 else None
         self.written: dict[str, int] = {}  # the step of each checkpoint that was written here
         self.is_lora = is_adapted(self.model)
         self.is_gpt2 = is_gpt2(self.model.config)
         if not self.is_gpt2:
-            say(
+            self.say(
                 "model.py does not compute what GPT-2 computes: this program opens the saved "
                 "models, others cannot"
             )
-        self.base = base
-        if self.is_lora and is_run(Path(base)):
-            self.base = str(find_checkpoint(Path(base), ("best", "last"))[0])
-        if self.is_lora and Path(base).suffix == ".pt":
-            say(
-                f"the adapters' base, {base}, is nanoGPT's ckpt.pt, which PEFT cannot open. Use "
-                "the merged model beside the adapter"
+        if self.is_lora and is_run(Path(self.base)):
+            self.base = str(find_checkpoint(Path(self.base), ("best", "last"))[0])
+        if self.is_lora and Path(self.base).suffix == ".pt":
+            self.say(
+                f"the adapters' base, {self.base}, is nanoGPT's ckpt.pt, which PEFT cannot open. "
+                "Use the merged model beside the adapter"
             )
 
     def is_due(self) -> bool:

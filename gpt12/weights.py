@@ -167,30 +167,24 @@ def _load_tensors(model: GPT, tensors: dict[str, Tensor], source: str, is_conv1d
     """
     places = tensors_by_name(model)
     for name, tensor in places.items():
-        place = as_published(model, name, tensor) if is_conv1d else _rows(model, name, tensor)
+        place = as_published(model, name, tensor, is_conv1d)
         place.copy_(_get(tensors, name, tuple(place.shape), source))
     for name in tensors.keys() - places.keys():
-        if name == "lm_head.weight":
-            _check_tied(tensors, source)
-        elif CAUSAL_MASK.fullmatch(name):
-            continue
-        elif not _is_gpt2_bias(name) or tensors[name].any():
+        if not _says_nothing(name, tensors):
             raise UserError(
                 f"{source}: tensor {name} has no place in the model of model.py. "
-                "Was it trained with another model.py?"
+                "It was trained with another model.py, or it is another kind of model"
             )
     check_initialized(model, f"{source} holds NaN, or nothing sets it")
 
 
-def _check_tied(tensors: dict[str, Tensor], source: str) -> None:
-    """Raise UserError if the file's head has weights of its own, and the model's head has not."""
-    embedding = tensors["transformer.wte.weight"]
-    head = tensors["lm_head.weight"][: len(embedding)]  # nanoGPT's may have padding rows
-    if head.shape != embedding.shape or not torch.equal(head, embedding):
-        raise UserError(
-            f"{source}: lm_head.weight differs from wte.weight: "
-            "an output head with weights of its own is not supported"
-        )
+def _says_nothing(name: str, tensors: dict[str, Tensor]) -> bool:
+    """Tell whether a model computes the same without this tensor."""
+    if name == "lm_head.weight":
+        embedding = tensors["transformer.wte.weight"]
+        return torch.equal(tensors[name][: len(embedding)], embedding)  # it may have padding rows
+    is_zero = _is_gpt2_bias(name) and not bool(tensors[name].any())
+    return is_zero or CAUSAL_MASK.fullmatch(name) is not None
 
 
 def save_pretrained(
@@ -229,19 +223,18 @@ def tensors_by_name(model: GPT) -> dict[str, Tensor]:
     return found
 
 
-def as_published(model: GPT, name: str, tensor: Tensor) -> Tensor:
-    """Return a view of a parameter or buffer in the layout that the files have."""
+def as_published(model: GPT, name: str, tensor: Tensor, is_conv1d: bool = True) -> Tensor:
+    """Return a view of a parameter or buffer as a file holds it.
+
+    is_conv1d: the file has the blocks' matrices as GPT-2's layers have them, transposed.
+    """
+    tensor = tensor.detach()
+    if name in VOCABULARY:
+        return tensor[: model.config.vocab_size]  # without the padding rows
     module = model.get_submodule(name.rpartition(".")[0])
     is_matrix = name.endswith(".weight") and isinstance(module, nn.Linear | LoRALinear)
-    if is_matrix and name.startswith("transformer.h."):
-        return tensor.detach().t()
-    return _rows(model, name, tensor)
-
-
-def _rows(model: GPT, name: str, tensor: Tensor) -> Tensor:
-    """Return a view of a tensor without the padding rows of the vocabulary."""
-    tensor = tensor.detach()
-    return tensor[: model.config.vocab_size] if name in VOCABULARY else tensor
+    in_block = name.startswith("transformer.h.")
+    return tensor.t() if is_matrix and in_block and is_conv1d else tensor
 
 
 def _tensors_to_save(model: GPT, add_biases: bool) -> Iterator[tuple[str, Tensor]]:
@@ -353,11 +346,23 @@ def _has_biases(tensors: dict[str, Tensor]) -> bool:
     return any(_is_gpt2_bias(name) and bool(tensor.any()) for name, tensor in tensors.items())
 
 
-def _check_config(shape: dict[str, int], file: Path) -> None:
-    """Raise UserError for sizes that no model can have."""
-    in_range = all(1 <= size < MAX_SIZE for size in shape.values())
-    if not in_range or shape["n_embd"] % shape["n_head"] != 0:
-        raise UserError(f"{file}: impossible shape {shape}")
+def _make_config(values: dict[str, Any], file: Path) -> GPTConfig:
+    """Build a configuration from a file's values, with whatever somebody has added to GPTConfig.
+
+    Raises UserError for a size that is missing, or that no model can have.
+    """
+    sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+    found = {}
+    try:
+        for key, default in asdict(GPTConfig()).items():
+            value = values[key] if key in sizes else values.get(key, default)
+            found[key] = type(default)(value)
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{file}: {error} is missing or not a number") from None
+    in_range = all(1 <= found[key] < MAX_SIZE for key in sizes)
+    if not in_range or found["n_embd"] % found["n_head"] != 0:
+        raise UserError(f"{file}: impossible shape {found}")
+    return GPTConfig(**found)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -405,21 +410,11 @@ def read_config(file: Path) -> GPTConfig:
     for key, values in SUPPORTED.items():
         if content.get(key, values[0]) not in values:
             raise UserError(f"{file}: {key}={content[key]!r} is not supported, only {values[0]!r}")
-    try:
-        shape: dict[str, Any] = {}
-        for key in ("vocab_size", "n_layer", "n_head", "n_embd"):
-            shape[key] = int(content[key])
-        shape["block_size"] = int(content.get("n_positions", content.get("n_ctx", 1024)))
-        others: dict[str, Any] = {}  # `bias`, and what somebody has added to GPTConfig
-        for key, default in asdict(GPTConfig()).items():
-            if key not in (*shape, "dropout"):
-                others[key] = type(default)(content.get(key, default))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{file}: {error} is missing or not a number") from None
-    _check_config(shape, file)
-    if content.get("n_inner") not in (None, 4 * shape["n_embd"]):
+    block_size = content.get("n_positions", content.get("n_ctx", 1024))
+    config = _make_config(content | {"block_size": block_size}, file)
+    if content.get("n_inner") not in (None, 4 * config.n_embd):
         raise UserError(f"{file}: n_inner={content['n_inner']} is not supported, only 4 * n_embd")
-    return GPTConfig(**shape, **others)
+    return config
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -510,19 +505,14 @@ def read_nanogpt(file: Path) -> NanoGPTCheckpoint:
         raise UserError(f"{str(file)!a:.200} does not exist: pass the path of a ckpt.pt")
     content = _read_pickle(file)
     try:
-        arguments = content["model_args"]
-        names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-        shape = {name: int(arguments[name]) for name in names}
-        if shape["vocab_size"] == NANOGPT_PADDED_VOCAB_SIZE:
-            shape["vocab_size"] = 50257
-        # Checkpoints older than nanoGPT's key `bias` have biases.
-        config = GPTConfig(**shape, bias=bool(arguments.get("bias", True)))
+        config = _make_config(content["model_args"], file)  # without a `bias` it has biases
+        if config.vocab_size == NANOGPT_PADDED_VOCAB_SIZE:
+            config = replace(config, vocab_size=50257)
         tensors = {}
         for name, tensor in content["model"].items():
             name = name.removeprefix("_orig_mod.")  # torch.compile's prefix
             tensors[name] = tensor[: config.vocab_size] if name in VOCABULARY else tensor
         dataset = dict(content.get("config", {})).get("dataset")
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{file} is no checkpoint of nanoGPT ({error!r:.200})") from None
-    _check_config(shape, file)
     return NanoGPTCheckpoint(config, tensors, dataset if isinstance(dataset, str) else None)

@@ -1,7 +1,7 @@
 """A model that somebody has changed in model.py: nothing is lost, and nothing is pretended."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -9,12 +9,21 @@ from torch import nn
 
 import model
 from gpt12.errors import UserError
+from gpt12.twin import is_gpt2
 from gpt12.weights import from_pretrained, new_model, save_pretrained
 from model import GPT, GPTConfig
 from tests.helpers import losses, resume, run, same_tensors, weights
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 SHAPE = GPTConfig(block_size=16, vocab_size=13, n_layer=1, n_head=2, n_embd=16)
+
+
+@pytest.fixture(autouse=True)
+def no_memory_of_other_models() -> Iterator[None]:
+    """Let is_gpt2 forget what it found, before and after model.py is another one."""
+    is_gpt2.cache_clear()
+    yield
+    is_gpt2.cache_clear()
 
 
 def extend(monkeypatch, owner: type, change: Callable, method: str = "__init__") -> None:
@@ -104,6 +113,17 @@ def test_a_changed_model_does_not_call_itself_gpt2(tmp_path, monkeypatch, change
     save_pretrained(new_model(SHAPE), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt12"
     assert from_pretrained(tmp_path).config == SHAPE
+
+
+def test_a_run_says_once_that_its_model_is_not_gpt2(dataset, tmp_path, monkeypatch, capsys):
+    """Another activation has GPT-2's names and shapes."""
+    monkeypatch.setattr(model.MLP, "forward", lambda mlp, x: mlp.c_proj(mlp.c_fc(x).relu()))
+    assert run(dataset, tmp_path, "--max_iters=2", "--eval_interval=1") == 0
+    assert capsys.readouterr().out.count("model.py does not compute what GPT-2 computes") == 1
+    for name in ("best", "last"):
+        content = json.loads((tmp_path / name / "config.json").read_text())
+        assert content["model_type"] == "gpt12"
+    assert resume(tmp_path, "--max_iters=4") == 0
 
 
 @pytest.mark.parametrize("change", CHANGES)

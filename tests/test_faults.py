@@ -1,4 +1,4 @@
-"""Faults from end to end: damaged and forged files, a full disk, numbers that are not finite."""
+"""Faults from end to end: forged files, a disk without rights, kills, numbers not finite."""
 
 import itertools
 import json
@@ -20,38 +20,9 @@ from gpt12.log import Metrics
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig, parameter_count
 from tests.harmless import FEW, harmless
-from tests.helpers import ROOT, losses, read_rows, resume, run, same_tensors, trainer, weights
+from tests.helpers import ROOT, read_rows, resume, run, trainer, weights
 
 pytestmark = pytest.mark.usefixtures("no_picture")
-
-
-# --------------------------------------------------------------------------------------------------
-# Damage
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize(
-    ("at", "what"),
-    [
-        (0, b"\0"),
-        (4, b"\2"),
-        (8, b"\xff"),
-        (11, b"\x80"),
-        (1030, b"\xff\xff"),
-        (-3, b""),
-        (1000, b""),
-        (3, b""),
-    ],
-    ids=["magic", "version", "count", "sign", "id", "cut body", "cut header", "cut magic"],
-)
-def test_a_damaged_shard_is_refused_before_the_first_step(dataset, tmp_path, split, at, what):
-    shutil.copytree(dataset, tmp_path / "data")
-    shard = tmp_path / "data" / f"{split}_000000.bin"
-    good = shard.read_bytes()
-    shard.write_bytes(good[:at] + what + good[at + len(what) :] if what else good[:at])
-    with pytest.raises(UserError, match=shard.name):
-        run(tmp_path / "data", tmp_path / "out", "--max_iters=2")
-    assert not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -263,7 +234,7 @@ def test_links_in_a_strangers_run_are_not_written_through(finished, dataset, tmp
 
 
 # --------------------------------------------------------------------------------------------------
-# A disk that is really full, and one that really cannot be written
+# A disk that really cannot be written
 
 
 @pytest.fixture
@@ -278,29 +249,6 @@ def disk(tmp_path):
         pytest.skip("needs the right to mount a file system")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
-
-
-def test_a_run_on_a_full_file_system_keeps_its_old_checkpoint_and_goes_on(
-    dataset, disk, tmp_path, capsys
-):
-    plan = ["--lr_decay_iters=8", "--eval_interval=100", "--n_embd=64"]
-    assert run(dataset, disk / "out", "--max_iters=4", *plan) == 0
-    capsys.readouterr()
-    written = sum(file.stat().st_size for file in (disk / "out" / "last").iterdir())
-    filler = disk / "filler"
-    filler.write_bytes(bytes(shutil.disk_usage(disk).free - written // 2))
-    assert resume(disk / "out", "--max_iters=8") == 1
-    out = capsys.readouterr().out
-    assert "could not save" in out
-    assert "No space left on device" in out
-    assert "What was there before is untouched; make room" in out
-    assert trainer(disk / "out")["step"] == 4
-    assert not (disk / "out" / "last.tmp").exists()
-    assert list(losses(disk / "out"))[:8] == [*range(1, 9)]
-    filler.unlink()
-    assert resume(disk / "out", "--max_iters=8") == 0
-    assert run(dataset, tmp_path / "whole", "--max_iters=8", *plan) == 0
-    assert same_tensors(weights(disk / "out"), weights(tmp_path / "whole"))
 
 
 def test_a_run_on_a_read_only_file_system_is_refused(dataset, disk):

@@ -89,10 +89,6 @@ def test_weights_in_several_files_are_read_by_their_index(theirs, tmp_path, batc
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert relative(from_pretrained(tmp_path)(batch[0])[0], model(batch[0]).logits) < 1e-5
-    index["weight_map"][names[0]] = "../a.safetensors"
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="own folder"):
-        from_pretrained(tmp_path)
 
 
 class Bomb:
