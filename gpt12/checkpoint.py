@@ -139,11 +139,18 @@ def is_run(folder: Path) -> bool:
     return exists(folder / "run.json")
 
 
-def can_resume(out_dir: str) -> bool:
-    """Tell whether a folder holds a run with a checkpoint last/."""
-    names = ("run.json", "last", "last.prev")
-    run, last, previous = (exists(Path(out_dir) / name) for name in names)
-    return run and (last or previous)
+def resumable_files(out_dir: Path) -> dict[str, Path]:
+    """Return where the files lie that resuming reads, by their names in out_dir.
+
+    Empty: out_dir holds no run with a checkpoint last/.
+    """
+    last = out_dir / "last"
+    if not exists(last):
+        last = out_dir / "last.prev"
+    if not (is_run(out_dir) and exists(last / "trainer.json")):
+        return {}
+    files = {f"last/{file.name}": file for file in last.iterdir() if file.is_file()}
+    return files | {"run.json": out_dir / "run.json"}
 
 
 def read_run(out_dir: Path) -> dict[str, Any]:

@@ -4,6 +4,10 @@ If a process dies, torchrun notices it, names the rank, sends SIGTERM to the oth
 after 30 seconds. The others wait inside a collective operation until then, so they cannot save: a
 run continues from its last checkpoint, with `--init_from=resume`.
 
+On several machines the first process of each prepares the data that are missing there. Rank 0 alone
+writes the run's folder. Machines that do not see it get run.json and last/ when the run is resumed,
+so that torchrun's own restarts work, with `--init_from=auto`.
+
 Ctrl-C (SIGINT), a scheduler's SIGTERM and a closed terminal (SIGHUP) all mean: finish the step,
 save last/, and end with exit status 128 + the signal's number. With several ranks that is one step
 later. A running evaluation is given up and done again after resuming; with several ranks it is
@@ -30,12 +34,14 @@ import torch.distributed as dist
 from torch import nn
 
 from gpt12.errors import UserError
+from gpt12.files import exists, sha256
 
 # Rank 0 may prepare data for hours. NCCL's barrier would give up after 10 minutes.
 PREPARATION_TIMEOUT = timedelta(days=7)
 # `timeout` sends its signal to the process and to its group, so it arrives twice. That is not a
 # second Ctrl-C.
 SAME_SIGNAL_SECONDS = 0.3
+COPIED_BYTES = 1 << 26  # of a file at a time, from one machine to the others
 
 
 @dataclass(frozen=True)
@@ -102,34 +108,81 @@ def check_processes(device: str, on_gpu: bool) -> None:
 
 @contextlib.contextmanager
 def reported_by_rank_0() -> Iterator[None]:
-    """Let rank 0 alone report a user's mistake, which every rank meets in the same way.
+    """Let the first rank of a machine report a user's mistake, which every rank there meets.
 
     The others end with the same exit status and say nothing.
     """
     try:
         yield
     except UserError:
-        if is_rank_0():
+        if torchrun_ranks().local == 0:
             raise
         raise SystemExit(2) from None
 
 
 @contextlib.contextmanager
-def rank_0_first() -> Iterator[None]:
-    """Let rank 0 run the block alone; the other ranks run it afterwards.
+def first_ranks_first() -> Iterator[None]:
+    """Let rank 0 run the block, then the first rank of every other machine, then all others.
 
-    Rank 0 prepares data or downloads weights, and the others find them ready.
+    They prepare data or download weights, and the others find them ready. The machines may share a
+    disk or not.
     """
     if not dist.is_initialized():
         yield
         return
     # A gloo group with a timeout of its own. All ranks have to create it together.
     group = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
-    if dist.get_rank() > 0:
+    ranks = torchrun_ranks()
+    turn = min(ranks.rank, 1) + min(ranks.local, 1)
+    for _ in range(turn):
         dist.barrier(group)
     yield
-    if dist.get_rank() == 0:
+    for _ in range(2 - turn):
         dist.barrier(group)
+
+
+def copy_from_rank_0(folder: Path, files: dict[str, Path]) -> bool:
+    """Copy files of rank 0 into the folder of each machine where they differ.
+
+    files: where they lie, by their names in the folder. Only those of rank 0 count.
+    Returns whether rank 0 has any. On a single machine, and on a shared disk, nothing is written.
+    """
+    ranks = torchrun_ranks()
+    if ranks.world == int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)):
+        return bool(files)
+    with process_group("cpu", "gloo"):
+        box: list[dict[str, tuple[int, str]]] = [{}]
+        if ranks.rank == 0:
+            box = [{name: (file.stat().st_size, sha256(file)) for name, file in files.items()}]
+        dist.broadcast_object_list(box)
+        for name, (size, digest) in box[0].items():
+            target = folder / name
+            writes = False
+            if ranks.rank > 0 and ranks.local == 0:
+                writes = not exists(target) or sha256(target) != digest
+            if least_of_ranks(-int(writes), torch.device("cpu")) < 0:
+                temporary = target.with_name(target.name + ".tmp")
+                path = temporary if writes else None
+                _copy_file(files[name] if ranks.rank == 0 else path, size)
+                if writes:
+                    temporary.replace(target)
+        return bool(box[0])
+
+
+def _copy_file(path: Path | None, size: int) -> None:
+    """Broadcast a file of rank 0, a part at a time. path: None where it is not wanted."""
+    is_source = dist.get_rank() == 0
+    if path is None:
+        path = Path(os.devnull)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("rb" if is_source else "wb") as file:
+        for start in range(0, size, COPIED_BYTES):
+            part = torch.empty(min(COPIED_BYTES, size - start), dtype=torch.uint8)
+            if is_source:
+                part = torch.frombuffer(bytearray(file.read(len(part))), dtype=torch.uint8)
+            dist.broadcast(part, 0)
+            if not is_source:
+                file.write(part.numpy().data)
 
 
 def data_parallel(model: nn.Module, ranks: int, device: torch.device) -> nn.Module:

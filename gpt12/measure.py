@@ -26,7 +26,7 @@ from data.dataset import DATA, open_dataset
 from data.shards import find_shards
 from data.windows import TrainWindows
 from gpt12.device import Machine
-from gpt12.distributed import rank_0_first
+from gpt12.distributed import first_ranks_first
 from gpt12.generate import Sampling, stream
 from gpt12.memory import GIB
 from gpt12.settings import BenchConfig
@@ -77,7 +77,7 @@ def open_windows(config: BenchConfig) -> tuple[Any, int, str]:
     if not use_dataset:
         windows = RandomWindows(config.vocab_size, config.block_size, config.seed)
         return windows, config.vocab_size, "random tokens"
-    with rank_0_first():
+    with first_ranks_first():
         dataset = open_dataset(
             config.dataset,
             tokenizer=config.tokenizer,

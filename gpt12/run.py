@@ -22,15 +22,15 @@ from data.dataset import Dataset, check_exists, open_dataset
 from data.windows import EvalWindows, TrainWindows
 from gpt12.checkpoint import (
     Progress,
-    can_resume,
     find_checkpoint,
     is_run,
     lock_run,
     read_run,
+    resumable_files,
 )
 from gpt12.config import REPOSITORY, Said, check, merge, read
 from gpt12.device import Machine, open_machine
-from gpt12.distributed import is_rank_0, rank_0_first, torchrun_ranks
+from gpt12.distributed import copy_from_rank_0, first_ranks_first, is_rank_0, torchrun_ranks
 from gpt12.errors import UserError, say
 from gpt12.lora import add_lora
 from gpt12.optimizer import find_optimizer
@@ -128,7 +128,11 @@ def read_request(argv: list[str]) -> Request:
     said = merge(files, typed)
     values = asdict(TrainConfig()) | {key: one.value for key, one in said.items()}
     start = values["init_from"]
-    if start == "resume" or (start == "auto" and can_resume(expand_home(str(values["out_dir"])))):
+    resumed = False
+    if start in ("resume", "auto"):
+        out_dir = Path(expand_home(str(values["out_dir"])))
+        resumed = copy_from_rank_0(out_dir, resumable_files(out_dir)) or start == "resume"
+    if resumed:
         request = _resume(files, typed, problems)
     else:
         if start == "auto":  # what else says where to start counts: the preset, or the default
@@ -358,7 +362,7 @@ def _eval_iters(config: TrainConfig, request: Request, dataset: Dataset) -> int:
 def _open_data(config: TrainConfig, tokenizer: Any) -> Dataset:
     """Open the data set, preparing it if it is not there yet. tokenizer: the loaded model's."""
     use_models = tokenizer is not None and config.tokenizer == "auto"
-    with rank_0_first():
+    with first_ranks_first():
         dataset = open_dataset(
             config.dataset,
             tokenizer=tokenizer if use_models else config.tokenizer,

@@ -3,7 +3,9 @@
 import json
 import os
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import train
 from data.shards import EXAMPLE_START, Tokens, write_shard
 from data.windows import EvalWindows, TrainWindows
 from gpt12.distributed import (
     Ranks,
     StopSignal,
     check_processes,
+    first_ranks_first,
     is_lost_rank,
     lost_rank_advice,
     process_group,
@@ -80,13 +84,34 @@ def test_more_processes_than_gpus_are_refused_by_every_rank(monkeypatch):
         check_processes("auto", on_gpu=True)
 
 
-def test_a_mistake_is_reported_by_rank_0_and_ends_the_others_with_the_same_status(monkeypatch):
-    with pytest.raises(UserError), reported_by_rank_0():
-        raise UserError("what is wrong")
-    monkeypatch.setenv("RANK", "1")
+def test_a_mistake_is_reported_once_on_each_machine_and_ends_all_with_the_same_status(monkeypatch):
+    for rank, local in ((0, 0), (2, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        with pytest.raises(UserError), reported_by_rank_0():
+            raise UserError("what is wrong")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as end, reported_by_rank_0():
         raise UserError("what is wrong")
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("rank", "local", "turn"), [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2), (4, 0, 1)]
+)
+def test_rank_0_prepares_first_then_one_rank_of_each_machine_then_all(
+    monkeypatch, rank, local, turn
+):
+    """All ranks meet twice. Who comes later waits for those before, and not the other way round."""
+    met = []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "new_group", lambda **_: "group")
+    monkeypatch.setattr(dist, "barrier", met.append)
+    with first_ranks_first():
+        assert met == ["group"] * turn
+    assert met == ["group"] * 2
 
 
 def test_only_the_end_of_another_process_counts_as_a_lost_rank():
@@ -184,6 +209,48 @@ def test_two_ranks_prepare_a_text_once_and_train_like_one_process(tmp_path, monk
     assert list(losses(tmp_path / "two")) == list(range(1, 9))
 
 
+def test_two_machines_prepare_their_own_data_and_resume_the_run_of_the_first(tmp_path, monkeypatch):
+    """They share no disk: each has a working folder. The second gets the checkpoint on resuming."""
+    monkeypatch.setattr("data.dataset.DATA", tmp_path / "data")
+    letters = np.cumsum(np.random.default_rng(0).integers(1, 4, 4000)) % 13
+    text = "".join("abcdefghijklm"[i] for i in letters)
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    machines = [tmp_path / "first", tmp_path / "second"]
+    for machine in machines:
+        machine.mkdir()
+        (machine / "letters.txt").write_text(text)
+    # A run that the second machine had is not the one that goes on.
+    options = [*TINY, "--tokenizer=char", "--decay_lr=False", "--dataset=letters.txt"]
+    options += ["--out_dir=out", "--init_from=auto"]
+    monkeypatch.chdir(machines[1])
+    assert train.main([*options, "--max_iters=2"]) == 0
+    shutil.rmtree(machines[1] / "out" / "best")
+    for steps in (3, 6):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        started = []
+        for number, machine in enumerate(machines):
+            start = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+            start += [f"--node_rank={number}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+            start += [str(tmp_path / "elsewhere.py"), "data", *options, f"--max_iters={steps}"]
+            env = environment(PYTHONPATH=str(ROOT))
+            started.append(
+                subprocess.Popen(start, cwd=machine, env=env, stderr=subprocess.PIPE, text=True)
+            )
+        for process in started:
+            _, said = process.communicate()
+            assert process.returncode == 0, said
+    monkeypatch.chdir(tmp_path)
+    assert run(machines[0] / "letters.txt", tmp_path / "one", *options[:-3], "--max_iters=6") == 0
+    one, two = losses(tmp_path / "one"), losses(machines[0] / "out")
+    assert list(two) == list(range(1, 7))
+    assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-4)
+    second = machines[1] / "out"
+    assert trainer(second)["step"] == 3  # where it resumed
+    assert not (second / "best").exists()
+    assert [len(list((machine / "data/cache").iterdir())) for machine in machines] == [1, 1]
+
+
 def test_two_ranks_resume_the_run_of_one_although_they_share_the_targets_unevenly(tmp_path):
     """Rows with few targets, and steps in which one rank has none, count as in one process."""
     folder = tmp_path / "rows"
@@ -224,7 +291,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from gpt12.distributed import process_group, rank_0_first
+from gpt12.distributed import first_ranks_first, process_group
 
 LIMIT = timedelta(seconds=1)
 prepared = Path(sys.argv[1])
@@ -239,7 +306,7 @@ with process_group("cpu", "gloo"):
     dist.barrier()  # both are here
     dist.distributed_c10d._set_pg_timeout(LIMIT, dist.group.WORLD)
     store = dist.PrefixStore("test", dist.distributed_c10d._get_default_store())
-    with rank_0_first():
+    with first_ranks_first():
         if dist.get_rank() == 0:
             take_longer_than_the_limit()
             prepared.write_text("prepared")
@@ -474,6 +541,7 @@ GATED = """
 import fcntl
 import os
 import signal
+import socket
 import sys
 import termios
 
