@@ -192,7 +192,7 @@ class Documents:
         conversations.
     files: the files that are read, in this order; none for the hub.
     notes: what the user should know about the files and their form.
-    blank: how many blank documents the iteration has left out so far.
+    blank: how many blank rows the iteration has left out so far; blank files do not count.
     systems: how often each system message has come, None for none.
     """
 
@@ -268,7 +268,7 @@ class Documents:
                 pieces = split_document(text)
             first = next(pieces, None)
             if first is None or (kind == "text" and first.last and not first.text.strip()):
-                self.blank += 1
+                self.blank += not isinstance(row.get(self.text_column), Iterator)
                 continue
             yield index, first
             for piece in pieces:
@@ -284,9 +284,7 @@ class Documents:
 
     def _forms(self, where: str, row: Row) -> list[tuple[tuple[str, ...], str]]:
         """Return the forms that a row has, each with its kind; the first one is used."""
-        for key in REFUSED:
-            if row.get(key):
-                raise UserError(f"{where} has {key!r}, which cannot be trained here.")
+        _refuse(where, row)
         forms = [form for form in FORMS.items() if all(column in row for column in form[0])]
         if self.text_column in row:
             place = len(forms) if self.text_column == "text" else 0
@@ -333,6 +331,12 @@ class Documents:
         return pieces
 
 
+def _refuse(where: str, row: Row) -> None:
+    for key in REFUSED:
+        if row.get(key):
+            raise UserError(f"{where} has {key!r}, which cannot be trained here.")
+
+
 def _text(where: str, row: Row, column: str) -> str:
     """Return a cell that should be a text; an empty one is a blank text."""
     text = row.get(column)
@@ -354,8 +358,8 @@ def _read_messages(where: str, given: Any) -> list[dict[str, Any]]:
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         role = ROLES.get(role, role) if isinstance(role, str) else None
-        refused = [key for key in REFUSED if message.get(key)]
-        if refused or role not in ("system", "user", "assistant") or not isinstance(content, str):
+        _refuse(where, message)
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise UserError(
                 f'{where}: a message should be {{"role": ..., "content": a text}}, where a role is '
                 f"system, user or assistant, and is {message or given!r:.100}."

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data.shards import (
     UINT8,
@@ -20,7 +18,6 @@ from data.shards import (
     write_shard,
 )
 from gpt12.errors import UserError
-from tests.harmless import FEW, harmless
 
 
 def llm_c_shard(tokens, magic=20240520, version=1, kind="H", count=None):
@@ -233,73 +230,3 @@ def test_a_hundred_gigabytes_need_little_memory_and_few_open_files(tmp_path):
     assert 0 < open_files(tmp_path) <= 64
     tokens.close()
     assert open_files(tmp_path) == 0
-
-
-def test_empty_shards_are_skipped(tmp_path):
-    (tmp_path / "train.bin").write_bytes(b"")
-    assert len(Tokens.open(tmp_path, "train")) == 0
-    assert Tokens.open(tmp_path, "train").max_id() == 0
-    for i, ids in enumerate(([], [1, 2], [], [3], [])):
-        (tmp_path / f"train_{i:06d}.bin").write_bytes(llm_c_shard(ids))
-    assert Tokens.open(tmp_path, "train").gather(np.array([0]), 3).tolist() == [[1, 2, 3]]
-
-
-def test_a_window_is_a_copy_of_the_file(tmp_path):
-    """Training may change a batch in place; a shard must not follow."""
-    write_shard(tmp_path / "train_000000.bin", np.arange(9, dtype=UINT16))
-    tokens = Tokens.open(tmp_path, "train")
-    tokens.gather(np.array([0]), 9)[:] = 0
-    assert tokens.gather(np.array([0]), 9).tolist() == [list(range(9))]
-
-
-LIKELY = st.sampled_from([20240520, 20240801, 0, 1, 7, 2, -1, 2**31 - 1, -(2**31)])
-HEADERS = LIKELY | st.integers(-(2**31), 2**31 - 1)
-GOOD = st.integers(0, 40).map(lambda n: llm_c_shard(range(n)))
-GOOD |= st.integers(0, 40).map(lambda n: llm_c_shard(range(n), 20240801, 7, "I"))
-SHARDS = (
-    GOOD
-    | st.tuples(GOOD, st.integers(0, 1200), st.binary(max_size=4)).map(
-        lambda t: t[0][: t[1]] + t[2] + t[0][t[1] + 1 :]
-    )
-    | st.builds(
-        lambda m, v, n, b: struct.pack("<3i", m, v, n) + bytes(1012) + b,
-        HEADERS,
-        HEADERS,
-        HEADERS,
-        st.binary(),
-    )
-    | st.binary(max_size=40)
-)
-NAMES = st.sampled_from(["train.bin", "train_000000.bin", "a_train_1.bin", "train_mask_000000.bin"])
-
-
-@given(st.dictionaries(NAMES, SHARDS, min_size=1))
-@settings(FEW)
-def test_any_bytes_are_a_split_or_refused(tmp_path_factory, files):
-    """What is accepted is what its bytes say. Anything else is refused when it is opened."""
-    folder = tmp_path_factory.getbasetemp() / "fuzzed-shards"
-    folder.mkdir(exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    try:
-        with harmless("/nowhere"):
-            tokens = Tokens.open(folder, "train")
-            tokens.check_vocab(50257)
-            window = tokens.gather(np.array([0]), len(tokens))[0]
-            mask = None
-            if tokens.mask is not None:
-                mask = tokens.mask.gather(np.array([0]), len(tokens))[0]
-    except UserError as problem:
-        assert str(folder) in str(problem)
-        return
-    magics = (struct.pack("<i", 20240520), struct.pack("<i", 20240801))
-    bare = [name for name in files if files[name][:4] not in magics]
-    ids: list[int] = []
-    for path in tokens.paths:
-        content = files[path.name][0 if path.name in bare else 1024 :]
-        wide = files[path.name][:4] == magics[1]
-        ids += np.frombuffer(content, "<u4" if wide else "<u2").tolist()
-    assert window.tolist() == ids
-    assert mask is None or mask.tolist() == [*files["train_mask_000000.bin"][1024:]]

@@ -488,7 +488,7 @@ def test_reading_a_long_text_takes_constant_memory(tmp_path):
         (
             "a.jsonl",
             b'{"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}\n',
-            "a message should be",
+            "has 'tool_calls', which cannot be trained here",
         ),
         ("a.jsonl", b'{"messages": [], "tools": "x"}\n', "'tools', which cannot be trained here"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n', "no message of the ass"),
