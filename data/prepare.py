@@ -218,7 +218,9 @@ def _encode(documents: Documents, tokenizer: Tokenizer) -> Iterator[Encoded]:
         encoded = []
         for document, piece in batch:
             ids = tokenizer.encode(piece.text)
-            encoded.append((document, piece, np.concatenate((ids, end)) if piece.end else ids))
+            if piece.end:
+                ids = np.concatenate((ids, end))
+            encoded.append((document, piece, ids))
         return encoded
 
     cores = os.cpu_count() or 1

@@ -137,7 +137,7 @@ class ShardWriter:
 
     def add(self, tokens: np.ndarray) -> None:
         """Append a 1-D array of ids that fit the shard's type."""
-        assert tokens.max(initial=0) <= np.iinfo(self.dtype).max, "a cast would wrap this id"
+        assert tokens.max(initial=0) <= np.iinfo(self.dtype).max, "an id would wrap"
         tokens = np.ascontiguousarray(tokens, self.dtype)
         while len(tokens) > 0:
             path = self._path()
