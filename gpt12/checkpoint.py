@@ -462,8 +462,7 @@ class Saver:
         self.last_holds = self._how_far() if self.progress.step > 0 else None
         self.written: dict[str, int] = {}  # the step of each checkpoint that was written here
         self.is_lora = is_adapted(self.model)
-        self.is_gpt2 = is_gpt2(self.model.config)
-        if not self.is_gpt2:
+        if not is_gpt2(self.model.config):
             self.say(
                 "model.py does not compute what GPT-2 computes: this program opens the saved "
                 "models, others cannot"
@@ -535,7 +534,7 @@ class Saver:
         """Write what resuming needs. The model of a LoRA run is its base and the adapters."""
         save_trainer_state(folder, self.state)
         if self.is_lora:
-            save_config(self.model, folder, self._write_tokenizer(folder), self.is_gpt2)
+            save_config(self.model, folder, self._write_tokenizer(folder))
             save_adapter(self.model, folder, self.base)
         else:
             self._write_model(folder, other="best")
@@ -550,9 +549,9 @@ class Saver:
             with contextlib.suppress(OSError):  # a file system without hard links
                 file = "model.safetensors"
                 os.link(self.out_dir / other / file, folder / file)
-                save_config(self.model, folder, end_of_text, self.is_gpt2)
+                save_config(self.model, folder, end_of_text)
                 return
-        save_pretrained(self.model, folder, end_of_text, self.is_gpt2)
+        save_pretrained(self.model, folder, end_of_text)
 
     def _write_tokenizer(self, folder: Path) -> int | None:
         """Write the tokenizer's files and return the id of its end-of-text token."""

@@ -42,7 +42,8 @@ from gpt12.settings import (
     model_shape,
     with_shape,
 )
-from gpt12.weights import find_pretrained, from_pretrained, new_model
+from gpt12.twin import unread_fields
+from gpt12.weights import check_code, find_pretrained, from_pretrained, new_model
 from model import GPT, GPTConfig, flops_per_token
 
 # compile=auto: a run with fewer operations than this is over before compiling has paid off.
@@ -262,6 +263,8 @@ def build_run(request: Request) -> Run:
     if request.resumed and not config.eval_only:
         _forget_best_on_other_data(request, dataset, progress)
     model = model_for_data(loaded, tokenizer, dataset, config)
+    if config.init_from == "scratch" and not request.resumed:
+        _refuse_unread_keys(request, model.config)
 
     config = resolve(config, request, dataset, progress)
     flops = training_flops(model.config, config, config.max_iters)
@@ -442,7 +445,10 @@ def load_start(request: Request, last: Path | None) -> tuple[GPT | None, Any]:
         return None, None
     crop = last is not None or "block_size" in request.given
     block_size = config.block_size if crop else None
-    model = from_pretrained(source, block_size, config.dropout)
+    goes_on = config.eval_only or source == last
+    model = from_pretrained(source, block_size, config.dropout, new_run=not goes_on)
+    if last is not None and source != last:
+        check_code(last)  # the adapters
     # A tokenizer may lie beside nanoGPT's ckpt.pt, which holds none itself.
     tokenizer = load_tokenizer(source if source.is_dir() else source.parent)
     return model, tokenizer
@@ -498,6 +504,15 @@ def model_for_data(model: GPT | None, tokenizer: Any, dataset: Dataset, config: 
             "learned is lost"
         )
     return model
+
+
+def _refuse_unread_keys(request: Request, shape: GPTConfig) -> None:
+    """Refuse a key that somebody gives and has added to GPTConfig, but that the model ignores."""
+    for key in sorted(request.given & unread_fields(shape)):
+        raise UserError(
+            f"{key}={getattr(shape, key)} would change nothing: no layer of model.py reads it "
+            "from GPTConfig"
+        )
 
 
 def _wrong_tokenizer(model: GPT, tokenizer: Any, dataset: Dataset, config: TrainConfig) -> str:

@@ -8,7 +8,8 @@ and configuration, but with two layers, narrow heads and few ids.
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +29,9 @@ def make_twin(config: GPTConfig, seed: int = 0) -> GPT:
 
     Every parameter is drawn anew: zeros would hide what they are multiplied with.
     """
-    small = replace(
-        config,
-        n_layer=min(config.n_layer, 2),
-        n_embd=HEAD_SIZE * config.n_head,
-        vocab_size=VOCAB_SIZE,
-        dropout=0.0,
-    )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        twin = GPT(small).float().eval()
+        twin = GPT(small_config(config)).float().eval()
+        torch.manual_seed(seed)  # now: the numbers that init_weights drew do not matter
         for parameter in twin.parameters():
             noise = torch.randn_like(parameter)
             if parameter.ndim >= 2:
@@ -47,16 +41,31 @@ def make_twin(config: GPTConfig, seed: int = 0) -> GPT:
     return twin
 
 
+def small_config(config: GPTConfig) -> GPTConfig:
+    """Return the configuration of a model's twin. A twin's own is the same."""
+    return replace(
+        config,
+        n_layer=min(config.n_layer, 2),
+        n_embd=HEAD_SIZE * config.n_head,
+        vocab_size=VOCAB_SIZE,
+        dropout=0.0,
+    )
+
+
 def sample_ids(length: int) -> Tensor:
     """Return one row of ids for a twin, (1, length), always the same."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(VOCAB_SIZE, (1, length), generator=generator)
 
 
-@functools.lru_cache
-@torch.no_grad()
 def is_gpt2(config: GPTConfig) -> bool:
     """Tell whether model.py computes GPT-2 with this configuration, over its whole context."""
+    return _is_gpt2(small_config(config))
+
+
+@functools.lru_cache
+@torch.no_grad()
+def _is_gpt2(config: GPTConfig) -> bool:
     twin = make_twin(config)
     idx = sample_ids(config.block_size)
     try:
@@ -68,16 +77,47 @@ def is_gpt2(config: GPTConfig) -> bool:
     return bool(difference <= TOLERANCE * expected.abs().max())
 
 
-@functools.lru_cache
-@torch.no_grad()
 def fingerprint(config: GPTConfig) -> tuple[float, ...]:
     """Return some logits of a twin at the end of the context.
 
     They differ as soon as model.py computes something else. Dropout and the vocabulary take no
     part.
     """
+    return _fingerprint(small_config(config))
+
+
+@functools.lru_cache
+@torch.no_grad()
+def _fingerprint(config: GPTConfig) -> tuple[float, ...]:
     logits, _ = make_twin(config)(sample_ids(config.block_size))
     return tuple(logits[0, -1, :FINGERPRINT_LOGITS].tolist())
+
+
+def has_fingerprint(config: GPTConfig, saved: Any) -> bool:
+    """Tell whether model.py still has a fingerprint that was saved. Machines round differently."""
+    now = fingerprint(config)
+    try:
+        difference = max(abs(a - b) for a, b in zip(now, saved, strict=True))
+    except (TypeError, ValueError):  # no numbers, or not as many
+        return False
+    return difference <= TOLERANCE * max(abs(logit) for logit in now)
+
+
+def unread_fields(config: GPTConfig) -> set[str]:
+    """Return the fields of GPTConfig that model.py reads neither to build a model nor to run it."""
+    read: set[str] = set()
+    kind: Any = type(config)
+
+    class Recorded(kind):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    with torch.random.fork_rng(devices=[]):
+        twin = GPT(Recorded(**asdict(small_config(config))))
+        idx = sample_ids(min(8, config.block_size))
+        twin(idx, targets=idx)
+    return {field.name for field in fields(kind)} - read
 
 
 def gpt2_logits(state: dict[str, Tensor], n_head: int, idx: Tensor) -> Tensor:

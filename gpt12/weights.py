@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gpt12.errors import UserError
+from gpt12.errors import UserError, say
 from gpt12.files import exists
 from gpt12.lora import LoRALinear, is_adapted, load_adapter, read_adapter_config
+from gpt12.twin import fingerprint, has_fingerprint, is_gpt2
 from model import GPT, GPTConfig
 
 # Settings in config.json that change the architecture, and the values that this model has. The
@@ -110,24 +111,32 @@ def check_initialized(model: GPT, reason: str) -> None:
 
 
 def from_pretrained(
-    path_or_name: str | Path, block_size: int | None = None, dropout: float = 0.0
+    path_or_name: str | Path,
+    block_size: int | None = None,
+    dropout: float = 0.0,
+    new_run: bool = False,
 ) -> GPT:
     """Load a Hugging Face GPT-2 folder, a hub name (gpt2 ... gpt2-xl, owner/name) or a ckpt.pt.
 
     Adapters of gpt12/lora.py are added to the weights of their base model.
     block_size: shorten the context to this. dropout: the model's dropout, whatever the file says.
+    new_run: the model is trained anew, perhaps by a model.py that was changed since. Otherwise such
+        a change is an error.
     Raises UserError naming the file, the tensor or the setting that this model cannot represent.
     """
     source = str(path_or_name)
     is_nanogpt = Path(source).suffix == ".pt"
     if is_nanogpt:
         config, tensors, _ = read_nanogpt(Path(source))
+        _warn_of_foreign_model(source, config)
     else:
         folder = find_pretrained(path_or_name)
         adapter = read_adapter_config(folder)
         if adapter is not None and not exists(folder / "model.safetensors"):
+            check_code(folder, new_run)
             return _adapted(folder, adapter.base, block_size, dropout)
         config = read_config(folder / "config.json")
+        check_code(folder, new_run)
         tensors = _read_tensors(folder)
     if not any(name.startswith("transformer.") for name in tensors):  # GPT-2 without a head
         tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
@@ -147,12 +156,49 @@ def from_pretrained(
     return model
 
 
+def check_code(folder: Path, new_run: bool = False) -> None:
+    """Compare what model.py computes with what it computed when a model was saved.
+
+    Raises UserError if these differ, or only says so for a new run and for another program's model.
+    """
+    file = folder / "config.json"
+    if not exists(file):  # an adapter without its model
+        return
+    saved = _read_json(file).get("fingerprint")
+    config = read_config(file)
+    if saved is None:
+        _warn_of_foreign_model(folder, config)
+        return
+    if has_fingerprint(config, saved):
+        return
+    changed = f"model.py computes something else than when {folder} was trained"
+    run = folder.parent / "run.json"
+    commit = _read_json(run).get("commit") if exists(run) else None
+    if commit is not None:
+        changed += f", at commit {commit}"
+    if not new_run:
+        raise UserError(
+            f"{changed}. Undo the change, or train on as a new run: "
+            f"--init_from={folder} --out_dir=..."
+        )
+    say(f"warning: {changed}")
+
+
+def _warn_of_foreign_model(source: str | Path, config: GPTConfig) -> None:
+    """Say so if another program trained a GPT-2 and model.py computes something else."""
+    if not is_gpt2(config):
+        say(
+            f"warning: {source} is a GPT-2, and model.py computes something else: the weights fit "
+            "by name and shape alone"
+        )
+
+
 def _adapted(folder: Path, base: str, block_size: int | None, dropout: float) -> GPT:
     """Load a base model and add the adapters in a folder to its weights."""
     if block_size is None and exists(folder / "config.json"):
         block_size = read_config(folder / "config.json").block_size
     try:
-        model = from_pretrained(base, block_size, dropout)
+        model = from_pretrained(base, block_size, dropout, new_run=True)
     except UserError as error:
         raise UserError(f"the base model of the adapters in {folder}: {error}") from None
     load_adapter(model, folder)
@@ -187,14 +233,12 @@ def _says_nothing(name: str, tensors: dict[str, Tensor]) -> bool:
     return is_zero or CAUSAL_MASK.fullmatch(name) is not None
 
 
-def save_pretrained(
-    model: GPT, folder: str | Path, eot: int | None = None, is_gpt2: bool = True
-) -> None:
+def save_pretrained(model: GPT, folder: str | Path, eot: int | None = None) -> None:
     """Write config.json, generation_config.json and model.safetensors as `transformers` does.
 
     eot: the id of the end-of-text token, which ends a text in `transformers`.
-    is_gpt2: whether model.py computes what GPT-2 computes. If it does not, or if the model has
-        other parameters than GPT-2, "model_type" is "gpt12", which no other program opens.
+    If model.py does not compute what GPT-2 computes, "model_type" is "gpt12", which no other
+    program opens.
     Weights keep their dtype. A GPT-2 without biases gets zero biases and "bias": false, which only
     our reader looks at.
     """
@@ -202,11 +246,10 @@ def save_pretrained(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    is_gpt2 = is_gpt2 and has_gpt2_names(model)
-    save_config(model, folder, eot, is_gpt2)
+    save_config(model, folder, eot)
     tensors = {}
     with torch.no_grad():
-        for name, tensor in _tensors_to_save(model, add_biases=is_gpt2):
+        for name, tensor in _tensors_to_save(model):
             # Move it first: a transposed copy of the whole model may not fit on the GPU.
             tensors[name] = tensor.cpu().contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -237,12 +280,14 @@ def as_published(model: GPT, name: str, tensor: Tensor, is_conv1d: bool = True) 
     return tensor.t() if is_matrix and in_block and is_conv1d else tensor
 
 
-def _tensors_to_save(model: GPT, add_biases: bool) -> Iterator[tuple[str, Tensor]]:
+def _tensors_to_save(model: GPT) -> Iterator[tuple[str, Tensor]]:
     """Yield what a file holds, one by one: so only one merged weight at a time is in memory.
 
-    add_biases: also yield zeros for the biases that GPT-2 has and this model does not.
+    A GPT-2 has biases. Where this one has none, they are zeros.
     """
-    for name, tensor in tensors_by_name(model).items():
+    tensors = tensors_by_name(model)
+    add_biases = is_gpt2(model.config)
+    for name, tensor in tensors.items():
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, LoRALinear):
             if name.endswith((".lora_A", ".lora_B")):
@@ -252,17 +297,9 @@ def _tensors_to_save(model: GPT, add_biases: bool) -> Iterator[tuple[str, Tensor
         tensor = as_published(model, name, tensor)
         yield name, tensor
         bias = f"{name.removesuffix('weight')}bias"
-        if add_biases and not model.config.bias and _is_gpt2_bias(bias):
+        if add_biases and bias not in tensors and _is_gpt2_bias(bias):
             # The outputs are the last dimension in the published layout.
             yield bias, tensor.new_zeros(tensor.shape[-1])
-
-
-def has_gpt2_names(model: GPT) -> bool:
-    """Tell whether the model has the parameters of GPT-2, with or without biases, and no others."""
-    expected = {f"{layer}.weight" for layer in GPT2_LAYERS}
-    if model.config.bias:
-        expected |= {f"{layer}.bias" for layer in GPT2_LAYERS - GPT2_EMBEDDINGS}
-    return expected == {_without_number(n) for n in tensors_by_name(model) if "lora_" not in n}
 
 
 def _is_gpt2_bias(name: str) -> bool:
@@ -275,18 +312,19 @@ def _without_number(name: str) -> str:
     return re.sub(r"^transformer\.h\.\d+\.", "transformer.h.N.", name)
 
 
-def save_config(model: GPT, folder: Path, eot: int | None, is_gpt2: bool) -> None:
+def save_config(model: GPT, folder: Path, eot: int | None) -> None:
     """Write config.json and generation_config.json. The arguments are those of save_pretrained.
 
-    config.json is what `transformers` writes, and what only our reader knows: `bias`, and whatever
-    somebody adds to GPTConfig.
+    config.json is what `transformers` writes, and what only our reader knows: `bias`, whatever
+    somebody adds to GPTConfig, and the fingerprint of what model.py computes.
     """
     config = model.config
+    gpt2 = is_gpt2(config)
     # Weights with merged adapters are float32.
     dtype = torch.float32 if is_adapted(model) else model.transformer.wte.weight.dtype
     content = {
-        "architectures": ["GPT2LMHeadModel" if is_gpt2 else "GPT"],
-        "model_type": "gpt2" if is_gpt2 else "gpt12",
+        "architectures": ["GPT2LMHeadModel" if gpt2 else "GPT"],
+        "model_type": "gpt2" if gpt2 else "gpt12",
         "dtype": str(dtype).removeprefix("torch."),
         "activation_function": "gelu_new",
         "n_positions": config.block_size,
@@ -303,6 +341,7 @@ def save_config(model: GPT, folder: Path, eot: int | None, is_gpt2: bool) -> Non
     }
     shape = asdict(config)
     del shape["block_size"], shape["dropout"]  # they have other names above
+    shape["fingerprint"] = fingerprint(config)
     _write_json(folder / "config.json", content | shape)
     ends: dict[str, Any] = {"_from_model_config": True}
     if eot is not None:

@@ -60,6 +60,16 @@ def seeded() -> None:
         torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def forgetful_twin() -> Iterator[None]:
+    """Forget what a changed model computes, once the test that changes it is over."""
+    yield
+    twin = sys.modules.get("gpt12.twin")
+    if twin is not None:
+        twin._is_gpt2.cache_clear()
+        twin._fingerprint.cache_clear()
+
+
 @pytest.fixture
 def fresh_compiler() -> None:
     """Let torch forget what it compiled in earlier tests.

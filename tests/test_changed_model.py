@@ -1,15 +1,18 @@
 """A model that somebody has changed in model.py: nothing is lost, and nothing is pretended."""
 
 import json
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
 import model
+import sample
+from gpt12 import twin
 from gpt12.errors import UserError
-from gpt12.twin import is_gpt2
+from gpt12.twin import unread_fields
 from gpt12.weights import from_pretrained, new_model, save_pretrained
 from model import GPT, GPTConfig
 from tests.helpers import losses, resume, run, same_tensors, weights
@@ -18,12 +21,10 @@ pytestmark = pytest.mark.usefixtures("no_picture")
 SHAPE = GPTConfig(block_size=16, vocab_size=13, n_layer=1, n_head=2, n_embd=16)
 
 
-@pytest.fixture(autouse=True)
-def no_memory_of_other_models() -> Iterator[None]:
-    """Let is_gpt2 forget what it found, before and after model.py is another one."""
-    is_gpt2.cache_clear()
-    yield
-    is_gpt2.cache_clear()
+def forget() -> None:
+    """Forget what an earlier model.py of this process computed."""
+    twin._is_gpt2.cache_clear()
+    twin._fingerprint.cache_clear()
 
 
 def extend(monkeypatch, owner: type, change: Callable, method: str = "__init__") -> None:
@@ -131,13 +132,85 @@ def test_a_parameter_that_the_file_or_the_model_lacks_is_named(tmp_path, monkeyp
     save_pretrained(new_model(SHAPE), tmp_path / "plain")
     with monkeypatch.context() as m:
         change(m)
+        forget()
         save_pretrained(new_model(SHAPE), tmp_path / "changed")
         if change is not use_rms_norm:  # whose gains have the names of LayerNorm's
             with pytest.raises(UserError, match=f"tensor {CHANGES[change]} is missing"):
-                from_pretrained(tmp_path / "plain")
+                from_pretrained(tmp_path / "plain", new_run=True)
+    forget()
     refused = "ln_1.bias is missing" if change is use_rms_norm else CHANGES[change]
     with pytest.raises(UserError, match=refused):
-        from_pretrained(tmp_path / "changed")
+        from_pretrained(tmp_path / "changed", new_run=True)
+
+
+def use_exact_gelu(monkeypatch):
+    """The same parameters, which compute something else."""
+    changed = types.SimpleNamespace(**vars(nn.functional))
+    changed.gelu = lambda x, approximate: nn.functional.gelu(x)
+    monkeypatch.setattr(model, "F", changed)
+
+
+@pytest.mark.parametrize("how", ["resume", "eval_only", "sample", "lora"])
+def test_a_checkpoint_of_another_model_py_is_refused(dataset, tmp_path, monkeypatch, how):
+    assert run(dataset, tmp_path / "old", "--max_iters=1", "--eval_iters=1") == 0
+    if how == "lora":
+        lora = ["--lora_rank=2", f"--init_from={tmp_path / 'old'}", "--max_iters=1"]
+        assert run(dataset, tmp_path / "adapters", *lora) == 0
+    with monkeypatch.context() as m:
+        use_exact_gelu(m)
+        forget()
+        with pytest.raises(UserError, match=r"model\.py computes something else .*at commit"):
+            if how == "resume":
+                resume(tmp_path / "old", "--max_iters=2")
+            elif how == "lora":
+                resume(tmp_path / "adapters", "--max_iters=2")
+            elif how == "eval_only":
+                run(dataset, tmp_path / "x", "--eval_only", f"--init_from={tmp_path / 'old'}")
+            else:
+                m.setattr("sys.argv", ["sample.py", f"--out_dir={tmp_path / 'old'}"])
+                sample.main()
+    forget()
+    assert resume(tmp_path / "old", "--max_iters=2") == 0
+
+
+def test_a_new_run_from_other_code_and_from_a_foreign_gpt2_is_warned(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    assert run(dataset, tmp_path / "old", "--max_iters=1", "--eval_iters=1") == 0
+    foreign = tmp_path / "old" / "best"
+    use_exact_gelu(monkeypatch)
+    forget()
+    start = [f"--init_from={foreign}", "--max_iters=1"]
+    assert run(dataset, tmp_path / "new", *start) == 0
+    said = capsys.readouterr().out
+    assert "warning: model.py computes something else than when" in said
+    assert said.count("others cannot") == 1
+    content = json.loads((foreign / "config.json").read_text())
+    del content["fingerprint"]
+    (foreign / "config.json").write_text(json.dumps(content))
+    assert run(dataset, tmp_path / "newer", *start) == 0
+    assert "is a GPT-2, and model.py computes something else" in capsys.readouterr().out
+
+
+def test_a_shape_key_that_the_model_does_not_read_is_refused(dataset, tmp_path, monkeypatch):
+    def refuse():
+        return run(dataset, tmp_path / "out", "--max_iters=1", "--n_head=1")
+
+    assert refuse() == 0
+    monkeypatch.setattr("gpt12.run.unread_fields", lambda shape: unread_fields(shape) | {"n_head"})
+    with pytest.raises(UserError, match="n_head=1 would change nothing"):
+        refuse()
+
+
+def test_fields_that_nobody_reads_are_found():
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Wider(GPTConfig):
+        n_kv_head: int = 1
+
+    assert unread_fields(SHAPE) == set()
+    assert unread_fields(Wider(**vars(SHAPE))) == {"n_kv_head"}
 
 
 def test_a_parameter_that_nobody_initializes_is_named_before_training(
