@@ -68,10 +68,11 @@ def is_rank_0() -> bool:
 
 
 @contextlib.contextmanager
-def process_group(device: str, backend: str) -> Iterator[None]:
+def process_group(device: str, backend: str, before: bool = False) -> Iterator[None]:
     """Join the other processes for the duration of the block. Does nothing for a single process.
 
     device: the `device` key of the configuration. backend: torch.distributed's backend for GPUs.
+    before: another group follows. It must not take this one's addresses for its own.
     """
     ranks = torchrun_ranks()
     if ranks.world == 1:
@@ -81,7 +82,12 @@ def process_group(device: str, backend: str) -> Iterator[None]:
     check_processes(device, on_gpu)
     if on_gpu:
         torch.cuda.set_device(ranks.local)
-    dist.init_process_group(backend if on_gpu else "gloo")
+    if before:
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore("before", store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    else:
+        dist.init_process_group(backend if on_gpu else "gloo")
     try:
         yield
     finally:
@@ -150,7 +156,7 @@ def copy_from_rank_0(folder: Path, files: dict[str, Path]) -> bool:
     ranks = torchrun_ranks()
     if ranks.world == int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)):
         return bool(files)
-    with process_group("cpu", "gloo"):
+    with process_group("cpu", "gloo", before=True):
         box: list[dict[str, tuple[int, str]]] = [{}]
         if ranks.rank == 0:
             box = [{name: (file.stat().st_size, sha256(file)) for name, file in files.items()}]
