@@ -147,7 +147,7 @@ def resumable_files(out_dir: Path) -> dict[str, Path]:
     last = out_dir / "last"
     if not exists(last):
         last = out_dir / "last.prev"
-    if not (is_run(out_dir) and exists(last / "trainer.json")):
+    if not (is_run(out_dir) and exists(last)):  # what is damaged in it is told on reading
         return {}
     files = {f"last/{file.name}": file for file in last.iterdir() if file.is_file()}
     return files | {"run.json": out_dir / "run.json"}
