@@ -226,12 +226,11 @@ class Documents:
         path = Path(self.source).expanduser()
         self.files, skipped = find_files(path, self.encoding)
         if path.is_dir():
-            kinds = collections.Counter(suffix_of(file) or file.name for file in self.files)
-            read = ", ".join(f"{count:,} {suffix}" for suffix, count in kinds.most_common(8))
-            note = f"{self.source}: {len(self.files):,} files are read ({read})"
+            note = (
+                f"{self.source}: {len(self.files):,} files are read, {_count_endings(self.files)}"
+            )
             if skipped:
-                names = ", ".join(file.name for file in skipped[:5])
-                note += f"; {len(skipped):,} that are no text are skipped ({names})"
+                note += f"; {len(skipped):,} that are no text are not, {_count_endings(skipped)}"
             self.notes.append(f"{note}.")
 
     @property
@@ -257,6 +256,8 @@ class Documents:
                     f"{where} is of kind {kind!r}, and the rows before are of kind {self.kind!r}. "
                     "Put them into separate data sets."
                 )
+            if kind != "text":
+                _refuse(where, row)
             if kind == "messages":
                 pieces = iter(self._conversation(where, row, columns))
             elif kind == "prompt":
@@ -284,7 +285,6 @@ class Documents:
 
     def _forms(self, where: str, row: Row) -> list[tuple[tuple[str, ...], str]]:
         """Return the forms that a row has, each with its kind; the first one is used."""
-        _refuse(where, row)
         forms = [form for form in FORMS.items() if all(column in row for column in form[0])]
         if self.text_column in row:
             place = len(forms) if self.text_column == "text" else 0
@@ -329,6 +329,11 @@ class Documents:
         first = messages[0]
         self.systems[first["content"].strip() if first["role"] == "system" else None] += 1
         return pieces
+
+
+def _count_endings(files: Sequence[Path]) -> str:
+    counter = collections.Counter(suffix_of(file) or file.name for file in files)
+    return ", ".join(f"{count:,} {ending}" for ending, count in counter.most_common(8))
 
 
 def _refuse(where: str, row: Row) -> None:

@@ -245,7 +245,7 @@ def test_what_was_read_and_left_out_is_said_each_time(house):
     (house / "texts/c.pdf").write_bytes(b"\0")
     for dataset in (open_bytes("texts"), open_bytes("texts")):  # the second time out of the cache
         assert dataset.warnings == [
-            "texts: 2 files are read (1 .md, 1 .jsonl); 1 that are no text are skipped (c.pdf).",
+            "texts: 2 files are read, 1 .md, 1 .jsonl; 1 that are no text are not, 1 .pdf.",
             "1 blank texts or answers were left out.",
         ]
         assert len(dataset.train) > 8

@@ -152,8 +152,8 @@ def test_a_folder_of_source_code_is_read_and_described(tmp_path):
         "text of sub/Makefile",
     ]
     assert documents.notes == [
-        f"{tmp_path}: 4 files are read (2 .py, 1 .md, 1 Makefile); 2 that are no text are skipped "
-        "(logo.png, old.c)."
+        f"{tmp_path}: 4 files are read, 2 .py, 1 .md, 1 Makefile; 2 that are no text are not, "
+        "1 .png, 1 .c."
     ]
     assert len(Documents(tmp_path, "text", "latin-1").files) == 5
     assert read(tmp_path / "a.py") == ["text of a.py"]
