@@ -177,7 +177,10 @@ def _explain_encoding(file: Path, encoding: str) -> str:
     bad = decoded.count("\ufffd") + decoded.count("\0")
     if sum(character > "\x7f" for character in decoded) > 2 * bad:
         return f"{message} To go on with U+FFFD in the place of such bytes: --encoding={REPLACE}"
-    guesses = [match.encoding for match in charset_normalizer.from_bytes(sample)]
+    guesses = []
+    for match in charset_normalizer.from_bytes(sample):
+        same = match.could_be_from_charset  # the encodings in which the sample is the same text
+        guesses.append("cp1252" if "cp1252" in same else match.encoding)  # the commonest of all
     if b"\0" in strange:  # every other byte of Latin text in UTF-16 is 0
         guesses = ["utf_16_be" if strange[:1] == b"\0" else "utf_16_le"]
     message += " Pass the encoding in which this line is right:"

@@ -343,6 +343,8 @@ def save_config(model: GPT, folder: Path, eot: int | None) -> None:
     del shape["block_size"], shape["dropout"]  # they have other names above
     shape["fingerprint"] = fingerprint(config)
     _write_json(folder / "config.json", content | shape)
+    if (folder / "generation_config.json").exists():
+        return  # it came with the tokenizer of the model that was loaded
     ends: dict[str, Any] = {"_from_model_config": True}
     if eot is not None:
         ends |= {"bos_token_id": eot, "eos_token_id": eot}

@@ -17,7 +17,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, pipeline
 
 import sample
 import train
@@ -392,7 +393,7 @@ def refused(capsys, out_dir, *options) -> str:
         (
             "latin.txt",
             b"bob asks.\ncaf\xe9" * 99,
-            ["latin.txt is not UTF-8: line 2", "0xe9", "iconv -f WINDOWS-1252"],
+            ["latin.txt is not utf-8: line 2", "0xe9", "\n  --encoding=cp1252     caf\u00e9"],
         ),
         (
             "a.csv",
@@ -400,7 +401,7 @@ def refused(capsys, out_dir, *options) -> str:
             ["a.csv, line 2 has no 'text', only 'id', 'body'", "--text_column="],
         ),
         ("a.jsonl", b'{"text": "ada"}\n{"text": \n', ["a.jsonl, line 2 is broken JSON"]),
-        ("empty", None, ["empty holds no text", ".txt, .md, .csv, .jsonl"]),
+        ("empty", None, ["empty holds no text", ".txt, .md, .csv, .tsv"]),
         (
             "short.txt",
             b"ada asks bob.",
@@ -410,7 +411,7 @@ def refused(capsys, out_dir, *options) -> str:
         (
             "long.jsonl",
             (json.dumps({"prompt": "ada asks " * 9, "completion": "bob"}) + "\n").encode() * 40,
-            ["40 of 40 examples were longer than a row of 32 tokens", "--block_size="],
+            ["40 of 40 examples were left out, because a row of 32 tokens", "--block_size="],
         ),
         ("foreign.txt", "ada asks Ørsted. ".encode() * 99, ["'Ø'"]),
     ],
@@ -449,6 +450,31 @@ def test_a_question_in_the_chat_ends_as_the_prompts_did(tmp_path, monkeypatch, c
     # The data have no turns, so the second question does not follow the first.
     assert asked == [b"What is 3?\n", b"What is 4?\n"]
     assert capsys.readouterr().out.endswith("!\n!\n")
+
+
+def test_the_tokenizer_of_a_german_model_goes_back_as_it_came(tmp_path):
+    """Six layers, a byte-pair encoding of its own, added tokens, two tokens that end a text."""
+    text = "Die Straße führt über Köln. Ärger über süße Äpfel, größere Öfen, müßige Mönche. " * 90
+    (tmp_path / "ger.txt").write_text(text, "utf-8")
+    library = ByteLevelBPETokenizer()
+    library.train_from_iterator([text], vocab_size=330, show_progress=False)
+    library.save(str(tmp_path / "t.json"))
+    theirs = GPT2TokenizerFast(tokenizer_file=str(tmp_path / "t.json"))
+    theirs.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    end = theirs.eos_token_id
+    shape = {"n_positions": 32, "n_embd": 16, "n_layer": 6, "n_head": 2, "eos_token_id": [end, 3]}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(theirs), **shape)).save_pretrained(tmp_path / "model")
+    theirs.save_pretrained(tmp_path / "model")
+    finetune(tmp_path / "model", tmp_path / "ger.txt", tmp_path / "out", "--max_iters=20")
+    for name in ("tokenizer.json", "generation_config.json"):
+        came = (tmp_path / "model" / name).read_bytes()
+        assert (tmp_path / "out/best" / name).read_bytes() == came
+    again = AutoTokenizer.from_pretrained(tmp_path / "out/best")
+    prompt = "<s>Süße Äpfel</s>"
+    assert sample.load_tokenizer(tmp_path / "out/best").encode_prompt(prompt) == again.encode(
+        prompt
+    )
+    assert again.get_vocab() == theirs.get_vocab() and again.pad_token == "<pad>"
 
 
 @pytest.mark.parametrize(
