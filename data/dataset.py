@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare import (
-    FEW_DOCUMENTS,
     FORMAT,
     characters_of,
     check_characters,
@@ -107,8 +106,6 @@ def open_dataset(
     row = dataset.meta.get("row", block_size)
     if row != block_size:
         raise UserError(f"{folder} holds rows of {row} tokens. Use --block_size={row}.")
-    if folder.parent == DATA / "cache":
-        _check_val_share(dataset, val_fraction)
     return dataset
 
 
@@ -122,13 +119,10 @@ def check_exists(name: str) -> None:
         return
     shown = repr(name[:200])
     known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
-    looks_like_path = "/" in name or os.sep in name or name.lower().endswith(SUFFIXES)
-    if looks_like_path:
-        problem = f"There is no data set {shown}: no such file or folder exists."
-    else:
-        problem = f"There is no data set {shown}."
-        for near in difflib.get_close_matches(name, known, 1):
-            problem += f" Did you mean {near}?"
+    near = difflib.get_close_matches(name, known, 1)
+    problem = f"There is no data set {shown}: no such file or folder exists."
+    if near:
+        problem += f" Did you mean {near[0]}?"
     raise UserError(
         f"{problem} It may be one of {', '.join(known)}, a file ({', '.join(SUFFIXES)}), a folder "
         "of such files, or hf:owner/name."
@@ -307,21 +301,3 @@ def _check_tokenizer(dataset: Dataset, tokenizer: str | Tokenizer) -> None:
         dataset.tokenizer = tokenizer
         if dataset.kind != "text":
             tokenizer.chat_template = own.chat_template
-
-
-def _check_val_share(dataset: Dataset, val_fraction: float) -> None:
-    """Warn if chance put a share into val that is far from val_fraction.
-
-    Instruction data are not checked: their rows are padded, so tokens do not measure the share.
-    """
-    if dataset.train is None or dataset.kind != "text" or (dataset.documents or 0) < FEW_DOCUMENTS:
-        return
-    held_out = len(dataset.val)
-    total = held_out + len(dataset.train)
-    share = held_out / total
-    if share < val_fraction / 2 or share > 2 * val_fraction:
-        dataset.warnings.append(
-            f"validation has {held_out:,} of {total:,} tokens, {share:.2%}, not about "
-            f"{val_fraction:.2%}: each document, however long, belongs to one side. For another "
-            "share split long documents, or choose another --val_fraction."
-        )

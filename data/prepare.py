@@ -71,7 +71,6 @@ def prepare_texts(
         with tqdm(
             desc=name,
             total=text_bytes,
-            initial=progress.size,
             unit="B",
             unit_scale=True,
             disable=None,  # no bar in a log file
@@ -164,7 +163,6 @@ class Progress:
 
     next: int = 0  # the index of the document that comes next
     documents: int = 0  # read to their end
-    size: int = 0  # bytes read, as UTF-8
     train: int = 0  # tokens written
     val: int = 0
     source_sha256: str = ""  # each piece is hashed together with the hash of all pieces before it
@@ -184,7 +182,6 @@ class Progress:
         text = piece.text.encode()
         before = bytes.fromhex(self.source_sha256)
         self.source_sha256 = hashlib.sha256(before + text).hexdigest()
-        self.size += len(text)
         if piece.last:
             self.next = document + 1
             self.documents += 1

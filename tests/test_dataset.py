@@ -129,20 +129,6 @@ def test_many_documents_go_whole_to_one_side(house, count, fraction):
     assert sides["val"] >= 1
 
 
-@pytest.mark.parametrize("long", [None, True, False])
-def test_a_validation_share_far_from_val_fraction_is_reported(house, long):
-    jsonl(house / "a.jsonl", [{"text": "x"}] * 40)
-    picked = ValidationSplit(Documents(house / "a.jsonl"), 0.1)
-    texts = ["x" * (1000 if (i in picked) == long else 9) for i in range(40)]
-    dataset = open_bytes(jsonl(house / "a.jsonl", [{"text": text} for text in texts]))
-    held = len(dataset.val)
-    total = len(dataset.val) + len(dataset.train)
-    assert (0.05 <= held / total <= 0.2) == (long is None)
-    said = f"validation has {held:,} of {total:,} tokens, {held / total:.2%}, not about 10.00%"
-    beginnings = [warning.split(":")[0] for warning in dataset.warnings]
-    assert beginnings == ([] if long is None else [said])
-
-
 def test_documents_that_are_added_later_do_not_change_the_split(house):
     def picked(count):
         jsonl(house / "a.jsonl", [{"text": "x"}] * count)
@@ -336,16 +322,15 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
     expected = work(house / "unbroken")
     assert len(expected) >= 5 and "progress.json" not in expected
     again = 0
-    size = sum(len(text) for text in texts)
     for call in range(1, 500):
         folder = house / f"killed-{call}"
         if not killed_at(call, functools.partial(work, folder)):
             break
         killed_at(2 + call % 5, functools.partial(work, folder))
         progress = folder / "progress.json"
-        done = json.loads(progress.read_bytes())["size"] if progress.exists() else 0
+        done = json.loads(progress.read_bytes())["next"] if progress.exists() else 0
         assert work(folder) == expected
-        assert Counting.encoded <= size - done
+        assert Counting.encoded <= sum(len(text) for text in texts[done:])
         again += done > 0
     assert call > 20
     assert again > call / 2 or kind == "one text"  # which begins anew
@@ -503,7 +488,7 @@ def test_a_name_in_data_comes_first_and_a_missing_one_names_the_nearest(house):
     (house / "mine").write_text("a file of the same name")
     assert open_bytes("mine").folder == house / "data" / "mine"
     (house / "data" / "mine" / "prepare.py").write_text("")
-    with pytest.raises(UserError, match="no data set 'mime'. Did you mean mine?"):
+    with pytest.raises(UserError, match="no data set 'mime'.* Did you mean mine?"):
         open_bytes("mime")
     for name in ("own.txt", "texts/own", "./own"):
         with pytest.raises(UserError, match="no such file or folder exists"):
