@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +60,24 @@ def make_dataset(folder: Path) -> Path:
         "source_sha256": "0" * 64,
     }
     (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+CHANGES = ROOT / "docs" / "changes"
+
+
+def changed_copy(folder: Path, change: str | None) -> Path:
+    """Copy the code into a new folder and apply one of docs/changes to it."""
+    no_caches = shutil.ignore_patterns("__pycache__", "cache", "*.bin")
+    for part in ("gpt12", "data", "tests", "config"):
+        shutil.copytree(ROOT / part, folder / part, ignore=no_caches)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    if change is not None:
+        # Outside of a repository git takes the paths of a diff as they are.
+        outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+        command = ["git", "apply", str(CHANGES / f"{change}.diff")]
+        subprocess.run(command, cwd=folder, env=outside, check=True)
     return folder
 
 

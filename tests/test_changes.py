@@ -1,35 +1,19 @@
 """The changes of docs/changes/, each applied to a copy of the tree: all else goes on working."""
 
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, environment
+from tests.helpers import CHANGES, changed_copy, environment
 
-CHANGES = ROOT / "docs" / "changes"
 # What a change needs at tiny size to make a difference.
 OPTIONS = {
     "lion": ["--optimizer=lion", "--learning_rate=3e-3"],
     "sliding_window": ["--optimizer=muon", "--window=5"],
 }
 NAMES = sorted(file.stem for file in CHANGES.glob("*.diff"))
-
-
-def changed_copy(folder: Path, name: str) -> Path:
-    """Copy the code into a folder and apply a change to it."""
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, folder)
-    for part in ("gpt12", "data", "tests"):
-        no_caches = shutil.ignore_patterns("__pycache__", "cache", "*.bin")
-        shutil.copytree(ROOT / part, folder / part, ignore=no_caches)
-    # Outside of a repository git takes the paths of a diff as they are.
-    outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
-    subprocess.run(["git", "apply", CHANGES / f"{name}.diff"], cwd=folder, env=outside, check=True)
-    return folder
 
 
 def python(copy: Path, *argv: str) -> subprocess.CompletedProcess:
@@ -42,7 +26,6 @@ def python(copy: Path, *argv: str) -> subprocess.CompletedProcess:
 @pytest.mark.changes
 @pytest.mark.parametrize("name", NAMES)
 def test_a_changed_model_trains_resumes_and_writes_as_before(name, tmp_path):
-    (tmp_path / "copy").mkdir()
     copy = changed_copy(tmp_path / "copy", name)
     options = OPTIONS.get(name, ["--optimizer=muon"])
     done = python(copy, "-m", "tests.train_changed", str(tmp_path), *options)
@@ -52,7 +35,6 @@ def test_a_changed_model_trains_resumes_and_writes_as_before(name, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_a_changed_model_is_compiled_and_recorded_on_a_gpu(name, tmp_path):
-    (tmp_path / "copy").mkdir()
     copy = changed_copy(tmp_path / "copy", name)
     options = [*OPTIONS.get(name, ["--optimizer=muon"]), "--device=cuda", "--dtype=bfloat16"]
     done = python(copy, "-m", "tests.train_changed", str(tmp_path), *options, "--compile=True")
