@@ -141,6 +141,7 @@ class CountOperations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.gpt2
 def test_a_step_launches_few_kernels():
     """Decoding on a GPU takes as long as its kernels are many."""
     counts = []

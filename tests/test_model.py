@@ -38,6 +38,7 @@ def as_openai_uploaded(folder, target):
     return target
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("recompute", ["none", "pointwise", "block"])
 @pytest.mark.parametrize("upload", ["transformers", "openai"])
 def test_logits_loss_and_every_gradient_equal_transformers(
@@ -66,6 +67,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(
         assert relative(grad, names[name]) < 1e-5, name
 
 
+@pytest.mark.gpt2
 def test_a_short_context_hides_other_parts_and_keeps_positions(theirs, batch):
     """`transformers` computes each row alone, from the position that it has in its sequence."""
     model, folder = theirs
@@ -79,6 +81,7 @@ def test_a_short_context_hides_other_parts_and_keeps_positions(theirs, batch):
     assert relative(ours.lm_head(hidden)[..., : SHAPE["vocab_size"]], torch.cat(expected, 1)) < 1e-5
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("context_length", [32, 8])
 def test_packed_examples_are_computed_as_if_each_were_alone(theirs, batch, context_length):
     """`transformers` computes each alone, and in a short context each part at its own positions."""
@@ -100,6 +103,7 @@ def test_packed_examples_are_computed_as_if_each_were_alone(theirs, batch, conte
             first = end
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize(
     ("n_layer", "n_head", "n_embd", "parameters"),
     [
@@ -153,6 +157,7 @@ def test_no_position_sees_the_future():
         assert seen.tolist() == [True] * (t + 1) + [False] * (7 - t)
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("recompute", ["none", "pointwise", "block"])
 def test_dropout_lies_where_transformers_has_it(theirs, batch, recompute):
     """From one seed both draw alike at the same places; recomputing draws the same again."""

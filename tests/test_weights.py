@@ -15,6 +15,7 @@ from model import GPT, GPTConfig
 from tests.models import SHAPE, random_batch, relative
 
 
+@pytest.mark.gpt2
 def test_transformers_opens_what_we_save(theirs, batch, tmp_path):
     model, folder = theirs
     ours = from_pretrained(folder)
@@ -28,6 +29,7 @@ def test_transformers_opens_what_we_save(theirs, batch, tmp_path):
     assert torch.equal(from_pretrained(tmp_path)(batch[0])[0], ours(batch[0])[0])
 
 
+@pytest.mark.gpt2
 def test_a_model_without_biases_is_saved_and_loaded_unchanged(tmp_path, batch):
     torch.manual_seed(3)
     ours = GPT(GPTConfig(block_size=32, bias=False, **SHAPE))
@@ -40,6 +42,7 @@ def test_a_model_without_biases_is_saved_and_loaded_unchanged(tmp_path, batch):
     assert relative(theirs(batch[0]).logits, ours(batch[0])[0]) < 1e-5
 
 
+@pytest.mark.gpt2
 def test_a_smaller_block_size_keeps_the_first_positions(theirs, batch):
     model, folder = theirs
     cropped = from_pretrained(folder, block_size=16, dropout=0.1)
@@ -52,6 +55,7 @@ def test_a_smaller_block_size_keeps_the_first_positions(theirs, batch):
         cropped(batch[0])
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -78,6 +82,7 @@ def test_other_architectures_are_refused_by_name(theirs, tmp_path, change, messa
         from_pretrained(tmp_path)
 
 
+@pytest.mark.gpt2
 def test_weights_in_several_files_are_read_by_their_index(theirs, tmp_path, batch):
     model, folder = theirs
     tensors = load_file(folder / "model.safetensors")
@@ -96,6 +101,7 @@ class Bomb:
         return (pytest.fail, ("a pickle was executed",))
 
 
+@pytest.mark.gpt2
 def test_pickles_are_refused_and_not_executed(theirs, tmp_path):
     _, folder = theirs
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
@@ -107,6 +113,7 @@ def test_pickles_are_refused_and_not_executed(theirs, tmp_path):
         from_pretrained(tmp_path / "ckpt.pt")
 
 
+@pytest.mark.gpt2
 def test_a_pytorch_model_bin_that_holds_tensors_alone_is_read(theirs, tmp_path, batch):
     model, folder = theirs
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
@@ -114,6 +121,7 @@ def test_a_pytorch_model_bin_that_holds_tensors_alone_is_read(theirs, tmp_path, 
     assert relative(from_pretrained(tmp_path)(batch[0])[0], model(batch[0]).logits) < 1e-5
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize(
     "damage", [b"", b"\xff" * 8, b"\x00" * 64, b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"]
 )
@@ -125,6 +133,7 @@ def test_damaged_safetensors_are_refused(theirs, tmp_path, damage):
         from_pretrained(tmp_path)
 
 
+@pytest.mark.gpt2
 def test_a_checkpoint_of_nanogpt_is_read(theirs, tmp_path, batch):
     _, folder = theirs
     ours = from_pretrained(folder)
@@ -153,6 +162,7 @@ def test_nanogpts_padded_vocabulary_of_gpt2_is_cut_to_its_ids(tmp_path):
     assert torch.equal(ours(x)[0], padded(x)[0][..., :50257])
 
 
+@pytest.mark.gpt2
 def test_biases_that_another_program_trained_are_read_whatever_the_configuration_says(tmp_path):
     """A model of ours without biases gets zero biases on disk, and other programs train them."""
     save_pretrained(GPT(GPTConfig(block_size=32, bias=False, **SHAPE)), tmp_path / "ours")
@@ -177,6 +187,7 @@ def test_a_causal_mask_is_not_taken_for_a_bias(tmp_path):
     assert not from_pretrained(tmp_path).config.bias
 
 
+@pytest.mark.gpt2
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformers_learns_the_dtype_and_the_end_of_a_text(tmp_path, dtype):
     save_pretrained(GPT(GPTConfig(block_size=32, **SHAPE)).to(dtype), tmp_path, eot=96)
@@ -201,6 +212,7 @@ def test_merged_adapters_are_float32_and_the_configuration_says_so(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
 
 
+@pytest.mark.gpt2
 def test_a_vocabulary_with_added_tokens_loads(theirs, tmp_path):
     """Such as a <pad> that another program has added."""
     model = copy.deepcopy(theirs[0])
@@ -212,6 +224,7 @@ def test_a_vocabulary_with_added_tokens_loads(theirs, tmp_path):
     assert relative(ours(x)[0], model(x).logits) < 1e-5
 
 
+@pytest.mark.gpt2
 def test_loading_draws_no_random_numbers(theirs):
     state = torch.random.get_rng_state()
     from_pretrained(theirs[1])
