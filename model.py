@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gpt12.errors import UserError
 from gpt12.loss import linear_cross_entropy
@@ -370,10 +371,24 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 # Counts, read off the modules
 
 
+class NothingDrawn(TorchFunctionMode):
+    """Let torch's functions that draw weights do nothing.
+
+    On the meta device there is nothing to draw, and importing what that needs takes seconds.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return None
+        return func(*args, **(kwargs or {}))
+
+
 @functools.cache
 def meta_model(config: GPTConfig) -> GPT:
     """Return the model without memory for its weights, to count what it consists of."""
-    with torch.device("meta"):
+    with torch.device("meta"), NothingDrawn():
         return GPT(config)
 
 

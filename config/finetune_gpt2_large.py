@@ -23,7 +23,7 @@ patience = 5  # stop once the model overfits
 batch_size = 1
 gradient_accumulation_steps = 1
 block_size = 1024
-num_epochs = 10.0  # at most: patience ends it
+num_epochs = 12.0  # at most: patience ends it
 dropout = 0.1
 
 optimizer = "adamw8bit"  # weights, gradients and AdamW's state in float32 would take 12 GB

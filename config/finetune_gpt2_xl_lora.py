@@ -20,7 +20,7 @@ patience = 5  # stop once the model overfits
 batch_size = 1
 gradient_accumulation_steps = 1
 block_size = 1024
-num_epochs = 10.0  # at most: patience ends it
+num_epochs = 12.0  # at most: patience ends it
 
 lora_rank = 16
 learning_rate = 2e-4  # adapters start at zero and take larger rates than weights

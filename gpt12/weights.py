@@ -20,20 +20,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from gpt12.errors import UserError, say
 from gpt12.files import exists
 from gpt12.lora import LoRALinear, is_adapted, load_adapter, read_adapter_config
 from gpt12.twin import fingerprint, has_fingerprint, is_gpt2
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, NothingDrawn
 
 # Settings in config.json that change the architecture, and the values that this model has. The
 # first value is the default of a missing key.
@@ -82,18 +81,13 @@ def uninitialized_model(config: GPTConfig) -> GPT:
         return GPT(config)
 
 
-class _NaNForRandom(TorchFunctionMode):
-    """Fill new memory with NaN, and let torch's functions that draw weights do nothing."""
-
-    random_inits = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+class _NaNForRandom(NothingDrawn):
+    """Fill new memory with NaN instead of random numbers."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in self.random_inits:
-            return args[0] if args else kwargs["tensor"]
-        result = func(*args, **kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
         if func in (torch.empty, torch.empty_like) and result.is_floating_point():
             result.fill_(math.nan)
         return result
