@@ -583,14 +583,6 @@ CHECKPOINTS = [
         test="test_the_previous_checkpoint_is_used_while_there_is_no_newer_one",
     ),
     Mutant(
-        "a link in a stranger's run is written through",
-        file="gpt12/checkpoint.py",
-        before="remove_link(temporary)",
-        after="pass",
-        test_file="test_faults.py",
-        test="test_links_in_a_strangers_run_are_not_written_through",
-    ),
-    Mutant(
         "weights that are not finite are saved",
         file="gpt12/checkpoint.py",
         before="if not finite.all():",
@@ -613,13 +605,6 @@ CHECKPOINTS = [
         after="interval = max(interval, 10 * self.seconds)",
         test_file="test_checkpoint.py",
         test="test_last_is_due_at_the_interval_or_later_if_saving_takes_long",
-    ),
-    Mutant(
-        "the timer of saves is never reset",
-        file="gpt12/checkpoint.py",
-        before="self.saved_at = time.monotonic()",
-        after="pass",
-        test_file="test_checkpoint.py",
     ),
 ]
 
@@ -655,14 +640,6 @@ PROCESSES = [
         after="self.divisor.fill_(step_targets)",
         test_file="test_distributed.py",
         test="test_two_ranks_prepare_a_text_once_and_train_like_one_process",
-    ),
-    Mutant(
-        "all ranks drop out the same numbers",
-        file="train.py",
-        before="seed_of_step(config.seed, self.machine.rank, progress.step)",
-        after="seed_of_step(config.seed, 0, progress.step)",
-        test_file="test_distributed.py",
-        test="test_what_a_rank_draws_in_a_step_is_its_own_also_after_resuming",
     ),
     Mutant(
         "Ctrl-C ends with status 1",
@@ -706,14 +683,6 @@ WRITING = [
         test="test_past_block_size_the_last_half_is_computed_anew",
     ),
     Mutant(
-        "the nucleus has a token too many",
-        file="gpt12/generate.py",
-        before="more_likely >= sampling.top_p",
-        after="more_likely > sampling.top_p",
-        test_file="test_generate.py",
-        test="test_the_nucleus_ends_with_the_token_that_reaches_top_p",
-    ),
-    Mutant(
         "ids of the padding are drawn",
         file="model.py",
         before="return self.lm_head(x)[..., : self.config.vocab_size]",
@@ -753,14 +722,6 @@ WRITING = [
 
 WEIGHTS = [
     Mutant(
-        "matrices are saved as nn.Linear has them, not as Conv1D",
-        file="gpt12/weights.py",
-        before="return tensor.detach().t()",
-        after="return tensor.detach()",
-        test_file="test_weights.py",
-        test="test_transformers_opens_what_we_save",
-    ),
-    Mutant(
         "a model without biases is saved as one that has them",
         file="gpt12/weights.py",
         before='_write_json(folder / "config.json", content | shape)',
@@ -789,13 +750,6 @@ WEIGHTS = [
         file="gpt12/weights.py",
         before="for name, tensor in model.state_dict(keep_vars=True).items():",
         after="for name, tensor in model.named_parameters():",
-        test_file="test_changed_model.py",
-    ),
-    Mutant(
-        "a tensor that has no place in the model is ignored",
-        file="gpt12/weights.py",
-        before="elif not _is_gpt2_bias(name) or tensors[name].any():",
-        after="elif False:",
         test_file="test_changed_model.py",
     ),
     Mutant(
@@ -946,13 +900,6 @@ CONFIGURATION = [
         test_file="test_config.py",
     ),
     Mutant(
-        "a misspelt key is ignored",
-        file="gpt12/settings.py",
-        before='extra="forbid"',
-        after='extra="ignore"',
-        test_file="test_config.py",
-    ),
-    Mutant(
         "True is a number",
         file="gpt12/settings.py",
         before='raise ValueError("a number is needed")',
@@ -967,24 +914,10 @@ CONFIGURATION = [
         test_file="test_config.py",
     ),
     Mutant(
-        "a config file changes a resumed run",
-        file="gpt12/run.py",
-        before="config = check(TrainConfig, merge(before, typed), given)",
-        after="config = check(TrainConfig, merge(before, merge(files, typed)), given)",
-        test_file="test_run.py",
-    ),
-    Mutant(
         "a resumed run forgets what it fitted into memory",
         file="gpt12/run.py",
         before='if "given" in saved and not MEMORY_KEYS.isdisjoint(typed):',
         after='if "given" in saved:',
-        test_file="test_run.py",
-    ),
-    Mutant(
-        "a warm-up that nobody set is a fifth of the steps",
-        file="gpt12/run.py",
-        before="min(max_iters, lr_decay_iters) // 10",
-        after="min(max_iters, lr_decay_iters) // 5",
         test_file="test_run.py",
     ),
     Mutant(
