@@ -3,9 +3,9 @@
 #   python train.py config/finetune_gpt2.py --dataset=my.txt
 #   python sample.py --out_dir=out-finetune-gpt2
 #
-# Result  depends on your text; on Shakespeare (without --dataset) not measured yet
-# Time    3 epochs of Shakespeare: 1.9 s, measured on an H200; 15 s on a 4070 Ti (predicted)
-# VRAM    7.2 GiB, measured on an H200 limited to 11 GiB
+# Result  on a small base, 100 kB of Shakespeare: validation loss 6.09 to 4.41 (docs/results.md)
+# Time    173,000 tokens/s, measured on an H200; 30,000 on a 4070 Ti (predicted)
+# VRAM    2.3 GiB, measured on an H200 limited to 11 GiB
 
 out_dir = "out-finetune-gpt2"
 init_from = "gpt2"

@@ -3,9 +3,9 @@
 #   python train.py config/finetune_gpt2_xl_lora.py --dataset=my.txt
 #   python sample.py --out_dir=out-finetune-gpt2-xl-lora
 #
-# Result  depends on your text; on Shakespeare (without --dataset) not measured yet
-# Time    41,000 tokens/s, measured on an H200; not measured on a 4070 Ti
-# VRAM    9.6 GiB, measured on an H200 limited to 11 GiB
+# Result  depends on your text; not measured yet
+# Time    38,000 tokens/s, measured on an H200; not measured on a 4070 Ti
+# VRAM    5.7 GiB, measured on an H200 limited to 11 GiB
 
 out_dir = "out-finetune-gpt2-xl-lora"
 init_from = "gpt2-xl"

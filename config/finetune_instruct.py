@@ -3,9 +3,9 @@
 #   python train.py config/finetune_instruct.py --dataset=my.jsonl
 #   python sample.py --out_dir=out-finetune-instruct --interactive
 #
-# Result  depends on your examples
-# Time    463,000 tokens/s on an H200, measured before attention was limited to an example
-# VRAM    7.2 GiB, measured on an H200 limited to 11 GiB
+# Result  on a small base, 100 questions: validation loss 4.50 to 4.02 (docs/results.md)
+# Time    as config/finetune_gpt2.py
+# VRAM    2.3 GiB, as config/finetune_gpt2.py
 #
 # Each line of my.jsonl is one example, all in the same form. Only the answers are trained on.
 # Two texts, used word for word: {"prompt": "...", "completion": "..."}
