@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from gpt12.checkpoint import find_checkpoint, read_run
 from gpt12.errors import UserError
 from gpt12.log import Metrics
+from gpt12.twin import VOCAB_SIZE
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig, parameter_count
 from tests.harmless import FEW, harmless
@@ -288,7 +289,8 @@ def poison_loss(monkeypatch, steps: tuple[int, ...], value: float) -> None:
 
     def poisoned(self, *args, **kwargs):
         logits, loss = forward(self, *args, **kwargs)
-        if self.training and next(count) in steps:
+        is_twin = self.config.vocab_size == VOCAB_SIZE  # tried before the first step
+        if self.training and not is_twin and next(count) in steps:
             loss = loss * value
         return logits, loss
 
