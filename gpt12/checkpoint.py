@@ -187,8 +187,8 @@ def set_aside(out_dir: Path) -> Path | None:
     if not has_checkpoint and not exists(temporary):
         return None
     with _user_error_if_unwritable(previous):
-        remove_link(temporary)
-        remove_link(previous)
+        for folder in (temporary, previous):
+            remove_link(folder)
         temporary.mkdir(exist_ok=True)
         for path in found:
             path.rename(temporary / path.name)
@@ -500,8 +500,8 @@ class Saver:
         if saved:
             self.written[name] = self.progress.step
         if name == "last":
-            self.saved_at = time.monotonic()
-            self.seconds = self.saved_at - began
+            self.seconds = time.monotonic() - began
+            self.saved_at = began + self.seconds
             if saved:
                 self.last_holds = self._how_far()
         return saved

@@ -159,7 +159,7 @@ def test_a_checkpoint_of_another_model_py_is_refused(dataset, tmp_path, monkeypa
     with monkeypatch.context() as m:
         use_exact_gelu(m)
         forget()
-        with pytest.raises(UserError, match=r"model\.py computes something else .*at commit"):
+        with pytest.raises(UserError, match=r"model\.py computes something else"):
             if how == "resume":
                 resume(tmp_path / "old", "--max_iters=2")
             elif how == "lora":

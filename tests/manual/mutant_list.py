@@ -559,6 +559,21 @@ RESUMING = [
 
 CHECKPOINTS = [
     Mutant(
+        "a link in a stranger's run is written through",
+        file="gpt12/checkpoint.py",
+        before="remove_link(temporary)",
+        after="pass",
+        test_file="test_faults.py",
+        test="test_links_in_a_strangers_run_are_not_written_through",
+    ),
+    Mutant(
+        "the timer of saves is never reset",
+        file="gpt12/checkpoint.py",
+        before="self.saved_at = began + self.seconds",
+        after="pass",
+        test_file="test_checkpoint.py",
+    ),
+    Mutant(
         "the old checkpoint is deleted before the new one has its name",
         file="gpt12/checkpoint.py",
         before="folder.rename(previous)",
@@ -721,6 +736,21 @@ WRITING = [
 ]
 
 WEIGHTS = [
+    Mutant(
+        "matrices are saved as nn.Linear has them, not as Conv1D",
+        file="gpt12/weights.py",
+        before="return tensor.t() if is_matrix and in_block and is_conv1d else tensor",
+        after="return tensor",
+        test_file="test_weights.py",
+        test="test_transformers_opens_what_we_save",
+    ),
+    Mutant(
+        "a tensor that has no place in the model is ignored",
+        file="gpt12/weights.py",
+        before="if not _says_nothing(name, tensors):",
+        after="if False:",
+        test_file="test_changed_model.py",
+    ),
     Mutant(
         "a model without biases is saved as one that has them",
         file="gpt12/weights.py",
