@@ -958,6 +958,43 @@ CONFIGURATION = [
         test_file="test_log.py",
         test="test_a_metric_that_is_not_finite_is_written_as_null",
     ),
+    Mutant(
+        "all ranks drop out the same numbers",
+        file="train.py",
+        before="torch.manual_seed(seed_of_step(config.seed, self.machine.rank, progress.step))",
+        after="torch.manual_seed(seed_of_step(config.seed, 0, progress.step))",
+        test_file="test_distributed.py",
+        test="test_what_a_rank_draws_in_a_step_is_its_own_also_after_resuming",
+    ),
+    Mutant(
+        "the nucleus has a token too many",
+        file="gpt12/generate.py",
+        before="allowed = allowed.masked_fill(more_likely >= sampling.top_p, 0)",
+        after="allowed = allowed.masked_fill(more_likely > sampling.top_p, 0)",
+        test_file="test_generate.py",
+        test="test_the_nucleus_ends_with_the_token_that_reaches_top_p",
+    ),
+    Mutant(
+        "a config file changes a resumed run",
+        file="gpt12/run.py",
+        before="config = check(TrainConfig, merge(kept, typed), given)",
+        after="config = check(TrainConfig, merge(kept, merge(files, typed)), given)",
+        test_file="test_run.py",
+    ),
+    Mutant(
+        "a warm-up that nobody set is a fifth of the steps",
+        file="gpt12/run.py",
+        before="warmup_iters = min(warmup_iters, min(max_iters, lr_decay_iters) // 10)",
+        after="warmup_iters = min(warmup_iters, min(max_iters, lr_decay_iters) // 5)",
+        test_file="test_run.py",
+    ),
+    Mutant(
+        "a misspelt key is ignored",
+        file="gpt12/settings.py",
+        before='STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)',
+        after='STRICT = ConfigDict(extra="ignore", allow_inf_nan=False)',
+        test_file="test_config.py",
+    ),
 ]
 
 MUTANTS = [
