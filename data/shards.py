@@ -23,19 +23,18 @@ import os
 import re
 import struct
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from gpt12.errors import UserError
-from gpt12.files import sync
 
 HEADER_BYTES = 1024
 SHARD_TOKENS = 100_000_000  # tokens in a full shard, as in the published FineWeb shards
 UINT8 = np.dtype("u1")
 UINT16 = np.dtype("<u2")
 UINT32 = np.dtype("<u4")
-FORMATS = {
+FORMATS: dict[np.dtype, tuple[int, int]] = {
     UINT8: (20240520, 1),
     UINT16: (20240520, 1),
     UINT32: (20240801, 7),
@@ -60,46 +59,10 @@ def token_dtype(vocab_size: int) -> np.dtype:
 # Writing
 
 
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write one shard from a 1-D array of uint16, uint32 or (for a mask) uint8."""
-    with _create(path) as file:
-        file.write(tokens.tobytes())
-        _publish(file, path, tokens.dtype)
-
-
-def _temporary(path: Path) -> Path:
-    """Return the name under which a shard is written until it is complete."""
-    return path.with_name(path.name + ".tmp")
-
-
-def _create(path: Path) -> BinaryIO:
-    """Open a new temporary file for a shard and leave room for its header."""
-    file = _temporary(path).open("wb")
-    file.write(bytes(HEADER_BYTES))
-    return file
-
-
-def _publish(file: BinaryIO, path: Path, dtype: np.dtype) -> None:
-    """Complete a shard: write its header, force it to the disk, and give it its final name.
-
-    The header comes last, so that half a shard has no magic number.
-    """
-    count = (file.tell() - HEADER_BYTES) // dtype.itemsize
-    magic, version = FORMATS[dtype]
-    file.seek(0)
-    file.write(struct.pack("<3i", magic, version, count))
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()  # Windows cannot rename an open file
-    _temporary(path).replace(path)
-    sync(path.parent)
-
-
 class ShardWriter:
     """Write a stream of tokens as {stem}_000000.bin, {stem}_000001.bin, ... in constant memory.
 
-    A shard has the ending .bin.tmp until it is complete, so a file that ends in .bin is always
-    whole.
+    A shard has no header, so that nobody takes it for whole, until its tokens are on the disk.
 
     start: go on after this many tokens of an interrupted writer. What lies after them is removed.
     count: tokens written so far.
@@ -119,37 +82,35 @@ class ShardWriter:
         self.shard_tokens = shard_tokens
         self.count = start
         self._file: BinaryIO | None = None
-        index, held = divmod(start, shard_tokens)
-        for path in folder.glob(f"{stem}_{'[0-9]' * 6}.bin*"):
-            if int(path.name[len(stem) + 1 :][:6]) >= index + bool(held):
+        if start % shard_tokens > 0:
+            self._file = self._open("r+b")
+        shards_in_use = math.ceil(start / shard_tokens)
+        for path in folder.glob(f"{stem}_{'[0-9]' * 6}.bin"):
+            if int(path.stem[-6:]) >= shards_in_use:
                 path.unlink()
-        if held > 0:
-            path = self._path()
-            if path.exists():
-                path.replace(_temporary(path))
-            self._file = _temporary(path).open("r+b")
-            self._file.truncate(HEADER_BYTES + held * dtype.itemsize)
-            self._file.seek(0, os.SEEK_END)
 
-    def _path(self) -> Path:
-        """Return the final name of the shard that the next token belongs to."""
-        return self.folder / f"{self.stem}_{self.count // self.shard_tokens:06d}.bin"
+    def _open(self, mode: Literal["wb", "r+b"]) -> BinaryIO:
+        """Open the shard that the next token belongs to, and zero its header."""
+        index, held = divmod(self.count, self.shard_tokens)
+        file = (self.folder / f"{self.stem}_{index:06d}.bin").open(mode)
+        file.write(bytes(HEADER_BYTES))
+        file.truncate(HEADER_BYTES + held * self.dtype.itemsize)
+        file.seek(0, os.SEEK_END)
+        return file
 
     def add(self, tokens: np.ndarray) -> None:
         """Append a 1-D array of ids that fit the shard's type."""
         assert tokens.max(initial=0) <= np.iinfo(self.dtype).max, "an id would wrap"
         tokens = np.ascontiguousarray(tokens, self.dtype)
         while len(tokens) > 0:
-            path = self._path()
             if self._file is None:
-                self._file = _create(path)
+                self._file = self._open("wb")
             part = tokens[: self.shard_tokens - self.count % self.shard_tokens]
             tokens = tokens[len(part) :]
             self._file.write(part.data)
             self.count += len(part)
             if self.count % self.shard_tokens == 0:
-                _publish(self._file, path, self.dtype)
-                self._file = None
+                self.close()
 
     def flush(self) -> None:
         """Force all tokens so far to the disk, so that a later writer can start after them."""
@@ -158,10 +119,16 @@ class ShardWriter:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Complete the last shard even if it is not full."""
-        if self._file is not None:
-            _publish(self._file, self._path(), self.dtype)
-            self._file = None
+        """Complete the last shard: force its tokens to the disk, then write its header."""
+        if self._file is None:
+            return
+        self.flush()
+        tokens = (self._file.tell() - HEADER_BYTES) // self.dtype.itemsize
+        self._file.seek(0)
+        self._file.write(struct.pack("<3i", *FORMATS[self.dtype], tokens))
+        self.flush()
+        self._file.close()
+        self._file = None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -201,12 +168,10 @@ class Tokens:
     mask: the split's mask shards as Tokens of the same length, or None.
     """
 
-    def __init__(
-        self, paths: list[Path], mask: Tokens | None = None, is_mask: bool = False
-    ) -> None:
+    def __init__(self, paths: list[Path], mask: Tokens | None = None) -> None:
         self.paths = paths
         self.mask = mask
-        self._shards = [_inspect(path, is_mask) for path in paths]
+        self._shards = [_inspect(path) for path in paths]
         self.dtype = self._shards[0].dtype
         self._ends = list(itertools.accumulate(shard.length for shard in self._shards))
         self._vocab_size = math.inf
@@ -226,8 +191,7 @@ class Tokens:
                 f"{folder} has no {split} shards ({split}_*.bin, *_{split}_*.bin or {split}.bin)."
             )
         mask_paths = sorted(folder.glob(f"{split}_mask_*.bin"))
-        mask = cls(mask_paths, is_mask=True) if mask_paths else None
-        return cls(paths, mask=mask)
+        return cls(paths, mask=cls(mask_paths) if mask_paths else None)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -235,26 +199,30 @@ class Tokens:
     def close(self) -> None:
         """Close the memory maps. Windows can neither replace nor delete a file that is mapped."""
         self._map.cache_clear()
-        if self.mask is not None:
-            self.mask.close()
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Return the windows of `length` tokens from `starts` on: int64 (len(starts), length).
 
-        A window may cross the borders of shards. Raises UserError for an id over the vocabulary
-        that check_vocab was told.
+        A window may cross the borders of shards; past the end of the split it is filled with 0.
+        Raises UserError for an id over the vocabulary that check_vocab was told.
         """
-        windows = np.empty((len(starts), length), np.int64)
+        windows = np.zeros((len(starts), length), np.int64)
         for window, start in zip(windows, starts.tolist()):
-            assert 0 <= start <= len(self) - length, f"window at {start} is outside the split"
+            assert start >= 0, f"window at {start} is outside the split"
             filled = 0
-            while filled < length:
+            while filled < min(length, len(self) - start):
                 shard, first = self._locate(start + filled)
                 part = self._map(shard)[first : first + length - filled]
                 window[filled : filled + len(part)] = part
                 filled += len(part)
         if windows.max(initial=0) >= self._vocab_size:
-            self._report_id(starts, windows)
+            row, column = np.argwhere(windows >= self._vocab_size)[0].tolist()
+            shard, position = self._locate(int(starts[row]) + column)
+            raise UserError(
+                f"{shard.path}: token {position} is {windows[row, column]}, but the vocabulary has "
+                f"ids 0 to {self._vocab_size - 1}. "
+                "The file is damaged, or another tokenizer made it. Prepare the data again."
+            )
         return windows
 
     def _locate(self, position: int) -> tuple[Shard, int]:
@@ -262,15 +230,6 @@ class Tokens:
         index = bisect.bisect_right(self._ends, position)
         shard = self._shards[index]
         return shard, position - (self._ends[index] - shard.length)
-
-    def _report_id(self, starts: np.ndarray, windows: np.ndarray) -> NoReturn:
-        row, column = np.argwhere(windows >= self._vocab_size)[0].tolist()
-        shard, position = self._locate(int(starts[row]) + column)
-        raise UserError(
-            f"{shard.path}: token {position} is {windows[row, column]}, but the vocabulary has "
-            f"ids 0 to {self._vocab_size - 1}. "
-            "The file is damaged, or another tokenizer made it. Prepare the data again."
-        )
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise UserError with file, position and id if an id is not below vocab_size.
@@ -280,15 +239,13 @@ class Tokens:
         without saying where it is.
         """
         self._vocab_size = vocab_size
-        self.max_id(MAX_CHECKED_CHUNKS)
+        chunks = math.ceil(len(self) / CHUNK_TOKENS)
+        self.max_id(every=math.ceil(chunks / MAX_CHECKED_CHUNKS) or 1)
 
-    def max_id(self, most_chunks: int | None = None) -> int:
-        """Return the largest id of the whole split, or of this many chunks spread over it."""
-        chunk_starts = range(0, len(self), CHUNK_TOKENS)
-        if most_chunks is not None:
-            chunk_starts = chunk_starts[:: math.ceil(len(chunk_starts) / most_chunks) or 1]
+    def max_id(self, every: int = 1) -> int:
+        """Return the largest id of the split, or of every so manieth chunk of it."""
         largest = 0
-        for start in chunk_starts:
+        for start in range(0, len(self), every * CHUNK_TOKENS):
             chunk = self.gather(np.array([start]), min(CHUNK_TOKENS, len(self) - start))
             largest = max(largest, int(chunk.max()))
         return largest
@@ -302,7 +259,7 @@ def _map_shard(shard: Shard) -> np.ndarray:
     return np.asarray(tokens)  # slices of np.memmap itself are slow
 
 
-def _inspect(path: Path, is_mask: bool) -> Shard:
+def _inspect(path: Path) -> Shard:
     """Read a shard's header. Raises UserError if it does not agree with the file's length."""
     try:
         with path.open("rb") as file:
@@ -311,13 +268,13 @@ def _inspect(path: Path, is_mask: bool) -> Shard:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     magic, version, count = struct.unpack("<3i", header)
-    for dtype in (UINT8,) if is_mask else (UINT16, UINT32):
-        expected = HEADER_BYTES + count * dtype.itemsize
-        if (magic, version) == FORMATS[dtype] and size == expected:
+    for dtype, form in FORMATS.items():
+        is_mask = "_mask_" in path.name
+        whole = size == HEADER_BYTES + count * dtype.itemsize
+        if form == (magic, version) and is_mask == (dtype == UINT8) and whole:
             return Shard(path, dtype, count, offset=HEADER_BYTES)
-    is_bare = path.name in BARE_NAMES and magic not in (20240520, 20240801)
-    if is_bare and size % UINT16.itemsize == 0:
-        return Shard(path, UINT16, size // UINT16.itemsize, offset=0)
+    if path.name in BARE_NAMES and magic not in (20240520, 20240801) and size % 2 == 0:
+        return Shard(path, UINT16, size // 2, offset=0)
     raise UserError(
         f"{path} is not a whole token shard in llm.c's layout: its header says magic number "
         f"{magic}, version {version} and {count:,} tokens, and it has {size:,} bytes. "

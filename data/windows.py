@@ -37,7 +37,11 @@ class TrainWindows:
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int) -> None:
         if len(tokens) < block_size + 1:
-            raise UserError(_too_short(len(tokens), block_size))
+            raise UserError(
+                f"The training split has {len(tokens):,} tokens, and block_size={block_size} needs "
+                f"{block_size + 1:,}. Give it more text, or use at most "
+                f"--block_size={max(1, len(tokens) - 1)}."
+            )
         self.tokens = tokens
         self.block_size = block_size
         self.seed = seed
@@ -74,7 +78,7 @@ class TrainWindows:
 class EvalWindows:
     """Fixed windows, T tokens apart, that hold every target of a split exactly once.
 
-    The last window may be short; batch() pads it.
+    The last window may be short; what it lacks is 0 and no target.
     """
 
     def __init__(self, tokens: Tokens, block_size: int) -> None:
@@ -100,22 +104,14 @@ class EvalWindows:
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return inputs, targets and, for instruction data, example starts of some windows.
 
-        They are the windows at `indices`, int64 (len(indices), T) each. Targets are padded with
-        IGNORE_INDEX, the others with 0.
+        They are the windows at `indices`, int64 (len(indices), T) each. Past the end of the split
+        targets are IGNORE_INDEX.
         """
-        inputs = np.zeros((len(indices), self.block_size), np.int64)
-        targets = np.full_like(inputs, IGNORE_INDEX)
-        batch = [inputs, targets]
-        if self.tokens.mask is not None:
-            batch.append(np.zeros_like(inputs))
         starts = np.asarray(indices) * self.block_size
-        lengths = np.minimum(self.block_size, len(self.tokens) - 1 - starts)
-        for length in np.unique(lengths).tolist():
-            same = lengths == length
-            parts = _read_windows(self.tokens, starts[same], length)
-            for whole, part in zip(batch, parts, strict=True):
-                whole[same, :length] = part
-        return tuple(batch)
+        inputs, targets, *example_starts = _read_windows(self.tokens, starts, self.block_size)
+        room = len(self.tokens) - 1 - starts  # targets from each start on
+        targets[np.arange(self.block_size) >= room[:, None]] = IGNORE_INDEX
+        return inputs, targets, *example_starts
 
 
 def _read_windows(tokens: Tokens, starts: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
@@ -124,7 +120,7 @@ def _read_windows(tokens: Tokens, starts: np.ndarray, length: int) -> tuple[np.n
     If the split has a mask, a target is IGNORE_INDEX where it is not trained, and the example
     starts are returned, too.
     """
-    windows = tokens.gather(starts, length + 1).astype(np.int64)
+    windows = tokens.gather(starts, length + 1)
     inputs = np.ascontiguousarray(windows[:, :-1])
     targets = np.ascontiguousarray(windows[:, 1:])
     if tokens.mask is None:
@@ -187,13 +183,3 @@ def _epoch_key(seed: int, epoch: int) -> int:
     """Hash a seed and an epoch to the 64-bit number that chooses the epoch's phase and order."""
     digest = hashlib.sha256(repr((seed, epoch)).encode()).digest()
     return int.from_bytes(digest[:8], "little")
-
-
-def _too_short(tokens: int, block_size: int) -> str:
-    message = (
-        f"The training split has {tokens:,} tokens, and block_size={block_size} needs "
-        f"{block_size + 1:,}. Give it more text"
-    )
-    if tokens < 2:
-        return f"{message}."
-    return f"{message}, or use at most --block_size={tokens - 1}."

@@ -17,7 +17,6 @@ import torch
 
 import bench
 from bench import OutOfMemory, StepResult, measure_step, step_runner
-from data.shards import write_shard
 from gpt12 import measure
 from gpt12.cards import CARDS, Card
 from gpt12.errors import UserError
@@ -26,7 +25,7 @@ from gpt12.memory import GIB, RECOMPUTE, predict
 from gpt12.settings import model_shape
 from model import GPTConfig, parameter_count
 from tests.bench_helpers import GPU, arguments, fake_gpu_memory, make, make_124m
-from tests.helpers import ROOT, environment
+from tests.helpers import ROOT, environment, write_shard
 from train import TrainStep
 
 RTX_4070_TI = CARDS["NVIDIA GeForce RTX 4070 Ti"]

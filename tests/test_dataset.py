@@ -21,12 +21,13 @@ from data import prepare
 from data.dataset import open_dataset
 from data.prepare import ValidationSplit, prepare_texts
 from data.shakespeare_char import prepare as shakespeare_char
-from data.shards import EXAMPLE_START, TRAINED, UINT16, ShardWriter, Tokens, write_shard
+from data.shards import EXAMPLE_START, TRAINED, UINT16, ShardWriter, Tokens
 from data.texts import CHAT_TEMPLATE, Documents, chat_template
 from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from data.windows import TrainWindows
 from gpt12.errors import UserError
 from gpt12.files import lock_folder
+from tests.helpers import write_shard
 from tests.tiny_bpe import tiny, tiny_library
 
 EOT = 256

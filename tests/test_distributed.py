@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from data.shards import EXAMPLE_START, Tokens, write_shard
+from data.shards import EXAMPLE_START, Tokens
 from data.windows import EvalWindows, TrainWindows
 from gpt12.distributed import (
     Ranks,
@@ -45,6 +45,7 @@ from tests.helpers import (
     run,
     trainer,
     weights,
+    write_shard,
 )
 from train import TrainStep
 

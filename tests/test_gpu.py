@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import train
-from data.shards import write_shard
 from gpt12 import fit
 from gpt12.checkpoint import Saver
 from gpt12.device import Machine
@@ -33,6 +32,7 @@ from tests.helpers import (
     same_tensors,
     same_weights,
     weights,
+    write_shard,
 )
 from tests.models import relative
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.shards import Tokens, write_shard
+from data.shards import Tokens
 from data.windows import TrainWindows
 from gpt12.device import Machine
 from gpt12.loader import Loader
-from tests.helpers import CPU
+from tests.helpers import CPU, write_shard
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

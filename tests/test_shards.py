@@ -7,17 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.shards import (
-    UINT8,
-    UINT16,
-    UINT32,
-    ShardWriter,
-    Tokens,
-    find_shards,
-    token_dtype,
-    write_shard,
-)
+from data.shards import UINT8, UINT16, UINT32, ShardWriter, Tokens, find_shards, token_dtype
 from gpt12.errors import UserError
+from tests.helpers import write_shard
 
 
 def llm_c_shard(tokens, magic=20240520, version=1, kind="H", count=None):
@@ -28,43 +20,23 @@ def llm_c_shard(tokens, magic=20240520, version=1, kind="H", count=None):
     return header + struct.pack(f"<{len(tokens)}{kind}", *tokens)
 
 
-def test_shards_are_written_in_llm_cs_format(tmp_path):
-    for dtype, magic, version, kind in (
-        (UINT16, 20240520, 1, "H"),
-        (UINT32, 20240801, 7, "I"),
-        (UINT8, 20240520, 1, "B"),
-    ):
-        tokens = [0, 1, 200, np.iinfo(dtype).max]
-        expected = llm_c_shard(tokens, magic, version, kind)
-        write_shard(tmp_path / "one.bin", np.array(tokens, dtype))
-        writer = ShardWriter(tmp_path, "train", dtype)
-        writer.add(np.array(tokens[:1], np.int64))
-        writer.add(np.array(tokens[1:], np.int64))
-        writer.close()
-        assert (tmp_path / "one.bin").read_bytes() == expected
-        assert (tmp_path / "train_000000.bin").read_bytes() == expected
-    assert len(expected) == 1024 + 4
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_a_shard_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """Else a power cut may leave a name without its tokens."""
-    done = []
-
-    def note(name):
-        original = getattr(os, name)
-
-        def noted(*args):
-            done.append(name)
-            return original(*args)
-
-        monkeypatch.setattr(os, name, noted)
-
-    note("fsync")
-    note("replace")
-    write_shard(tmp_path / "one.bin", np.arange(9, dtype=UINT16))
-    # The file, its name, the folder that holds the name.
-    assert done == ["fsync", "replace", "fsync"]
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [(UINT16, (20240520, 1, "H")), (UINT32, (20240801, 7, "I")), (UINT8, (20240520, 1, "B"))],
+)
+def test_shards_are_written_in_llm_cs_format(tmp_path, monkeypatch, dtype, form):
+    """And a shard has no header before its tokens are on the disk: a power cut may come."""
+    file = tmp_path / "train_000000.bin"
+    on_disk = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: on_disk.append(file.read_bytes()))
+    tokens = [0, 1, 200, np.iinfo(dtype).max]
+    writer = ShardWriter(tmp_path, "train", dtype)
+    writer.add(np.array(tokens[:1], np.int64))
+    writer.add(np.array(tokens[1:], np.int64))
+    writer.close()
+    expected = llm_c_shard(tokens, *form)
+    assert file.read_bytes() == expected
+    assert on_disk == [bytes(1024) + expected[1024:], expected]
 
 
 def test_windows_over_borders_equal_a_concatenated_array(tmp_path):
@@ -76,13 +48,13 @@ def test_windows_over_borders_equal_a_concatenated_array(tmp_path):
     whole = np.concatenate(parts)
     assert len(tokens) == len(whole) == 140
     assert tokens.max_id() == whole.max()
+    padded = np.concatenate([whole, np.zeros(140, int)])
     for length in (0, 1, 9, 40, 140):
-        starts = np.arange(len(whole) - length + 1)
-        naive = np.array([whole[s : s + length] for s in starts])
+        starts = np.arange(len(whole))
+        naive = np.array([padded[s : s + length] for s in starts])
         np.testing.assert_array_equal(tokens.gather(starts, length), naive)
-    for start in (-1, 132):
-        with pytest.raises(AssertionError, match="outside"):
-            tokens.gather(np.array([start]), 9)
+    with pytest.raises(AssertionError, match="outside"):
+        tokens.gather(np.array([-1]), 9)
 
 
 def test_ids_beyond_uint16_are_written_and_read_back(tmp_path):
@@ -107,7 +79,6 @@ def test_a_splits_files_are_found_by_their_names(tmp_path):
         "fineweb_train_000002.bin",
         "train_mask_000001.bin",
         "val_000000.bin",
-        "train_000000.bin.tmp",
     ):
         (tmp_path / name).write_bytes(llm_c_shard([1]))
     assert names("train") == ["fineweb_train_000002.bin", "train_000001.bin"]
@@ -120,9 +91,10 @@ def test_a_bare_file_is_read_only_as_train_bin_or_val_bin(tmp_path):
         (tmp_path / name).write_bytes(bare)
         tokens = Tokens.open(tmp_path, name.removesuffix(".bin"))
         assert tokens.gather(np.array([0]), 5).tolist() == [[3, 1, 4, 1, 50256]]
-        (tmp_path / name).write_bytes(bare[:-1])
-        with pytest.raises(UserError, match="not a whole token shard"):
-            Tokens.open(tmp_path, name[:-4])
+        for broken in (bare[:-1], llm_c_shard([9, 8])[:-2]):
+            (tmp_path / name).write_bytes(broken)
+            with pytest.raises(UserError, match="not a whole token shard"):
+                Tokens.open(tmp_path, name[:-4])
         (tmp_path / name).write_bytes(llm_c_shard([9, 8]))
         assert len(Tokens.open(tmp_path, name[:-4])) == 2
     (tmp_path / "train_000000.bin").write_bytes(bare * 1000)
@@ -133,26 +105,25 @@ def test_a_bare_file_is_read_only_as_train_bin_or_val_bin(tmp_path):
 @pytest.mark.parametrize("lie", [{"count": -1}, {"count": 5}, {"version": 2}, {"magic": 20240801}])
 def test_a_header_that_contradicts_the_file_is_refused(tmp_path, lie):
     path = tmp_path / "train_000000.bin"
-    path.write_bytes(llm_c_shard([1, 2, 3, 4], **lie))
-    with pytest.raises(UserError, match=r"train_000000\.bin is not a whole token shard"):
-        Tokens.open(tmp_path, "train")
     whole = llm_c_shard(range(500))
-    for size in (0, 1, 11, 1023, 1024, 1025, len(whole) - 1, len(whole) + 1):
-        path.write_bytes((whole + b"!")[:size])
-        with pytest.raises(UserError, match=r"train_000000\.bin"):
+    shorter = [whole[:size] for size in (0, 1, 11, 1023, 1024, 1025, len(whole) - 1)]
+    for content in (llm_c_shard([1, 2, 3, 4], **lie), whole + b"!", *shorter):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"train_000000\.bin is not a whole token shard"):
             Tokens.open(tmp_path, "train")
 
 
 def test_missing_and_unfit_files_are_refused(tmp_path):
     write_shard(tmp_path / "train_000000.bin", np.array([1, 2], UINT16))
     write_shard(tmp_path / "train_mask_000000.bin", np.array([1], UINT8))
-    with pytest.raises(UserError, match="mask"):
-        Tokens.open(tmp_path, "train")
-    with pytest.raises(UserError, match="has no val shards"):
-        Tokens.open(tmp_path, "val")
     (tmp_path / "val_000000.bin").mkdir()
-    with pytest.raises(UserError, match="cannot be read"):
-        Tokens.open(tmp_path, "val")
+    for split, message in (
+        ("train", "The mask shards in"),
+        ("other", "has no other shards"),
+        ("val", "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Tokens.open(tmp_path, split)
 
 
 def test_an_id_over_the_vocabulary_is_named(tmp_path):
@@ -163,17 +134,17 @@ def test_an_id_over_the_vocabulary_is_named(tmp_path):
     said = r"train_000001\.bin: token 2 is 77, but the vocabulary has ids 0 to 76"
     with pytest.raises(UserError, match=said):
         tokens.check_vocab(77)
-    with pytest.raises(UserError, match="token 2 is 77"):
+    with pytest.raises(UserError, match=said):
         tokens.gather(np.array([0, 55]), 9)
     assert tokens.gather(np.array([0, 50]), 9).shape == (2, 9)
 
 
-@pytest.mark.parametrize("stopped", [0, 1, 9, 10, 11, 20, 25, 37])
+@pytest.mark.parametrize("stopped", [0, 9, 10, 25])
 @pytest.mark.parametrize("more", [0, 4, 30])
 def test_a_writer_goes_on_where_another_was_killed(tmp_path, stopped, more):
     """The first writer is killed `more` tokens after `stopped`, the last point that was noted.
 
-    What it wrote after that point is written again, whether the shard was published or not.
+    What it wrote after that point is written again, whether the shard was complete or not.
     """
     ids = np.arange(1000, 1047)
     (tmp_path / "train_notes.bin").write_bytes(b"not ours")
@@ -193,13 +164,8 @@ def test_a_writer_goes_on_where_another_was_killed(tmp_path, stopped, more):
 
 def anonymous_memory():
     """Bytes of this process that are not pages of a file."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("only Linux tells anonymous memory from file pages")
-    for line in status.read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return 1024 * int(line.split()[1])
-    raise AssertionError("no RssAnon")
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
 def open_files(folder):
@@ -208,6 +174,7 @@ def open_files(folder):
     return sum(path.is_relative_to(folder) for path in descriptors)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
 def test_a_hundred_gigabytes_need_little_memory_and_few_open_files(tmp_path):
     """500 sparse shards of 100 million tokens."""
     header = llm_c_shard([], count=100_000_000)
@@ -222,8 +189,7 @@ def test_a_hundred_gigabytes_need_little_memory_and_few_open_files(tmp_path):
     tokens = Tokens.open(tmp_path, "train")
     tokens.check_vocab(50257)
     starts = np.random.default_rng(0).integers(0, len(tokens) - 1025, 100)
-    for start in starts:
-        assert not tokens.gather(np.array([start]), 1025).any()
+    assert not tokens.gather(starts, 1025).any()
     assert anonymous_memory() - before < 10e6
     assert len(tokens) == 50_000_000_000
     assert tokens.gather(np.array([251 * 100_000_000 - 1]), 2).tolist() == [[4321, 0]]
