@@ -421,8 +421,13 @@ class RunLog:
         model = self.run.model
         was_training = model.training
         model.eval()
+        # Compiled layers would be compiled anew for a prompt, for a token, and for each layer.
+        eagerly: Any = contextlib.nullcontext()
+        if self.run.machine.compiled:
+            eagerly = torch.compiler.set_stance("force_eager")
         try:
-            text = self._sample_text()
+            with eagerly:
+                text = self._sample_text()
         except torch.OutOfMemoryError:  # a sample must not end the run
             text = "(no sample: too little memory beside the training step)"
         model.train(was_training)

@@ -260,6 +260,23 @@ def test_the_sample_of_instruction_data_is_a_question_and_its_answer(
     assert len(re.findall(r"^    \| what is [a-z]\?", capsys.readouterr().out, re.M)) == 2
 
 
+def test_a_sample_compiles_nothing(dataset, tmp_path):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    found = built(dataset, tmp_path)
+    for layer in found.model.transformer.h:
+        layer.compile(backend=backend)
+    log = RunLog(replace(found, machine=replace(found.machine, compiled=True)))
+    log.show_sample()
+    assert not compiled
+    found.model(torch.zeros(1, 4, dtype=torch.int64))
+    assert compiled  # as it is in training
+
+
 def test_training_goes_on_in_training_mode_after_a_sample(dataset, tmp_path, monkeypatch):
     trainer = Trainer(built(dataset, tmp_path))
     trainer.model.train()
