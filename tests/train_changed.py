@@ -1,6 +1,7 @@
 """Train, resume and sample with the code of the working directory, at tiny size.
 
     python -m tests.train_changed FOLDER [--key=value ...]
+    python -m tests.train_changed FOLDER --device=cuda [--key=value ...]     # compiled and recorded
 
 tests/test_changes.py runs this in a copy of the tree whose code was changed. Wherever the code does
 not behave as it should, an assertion fails.
@@ -14,9 +15,11 @@ import torch
 
 import gpt12.log
 from gpt12.generate import Sampling, generate
+from gpt12.optimizer import find_optimizer
 from gpt12.weights import from_pretrained
 from model import GPT
-from tests.helpers import losses, make_dataset, resume, run, same_tensors, trainer, weights
+from tests.helpers import built, losses, make_dataset, resume, run, same_tensors, trainer, weights
+from train import Trainer
 
 
 def train_and_resume(folder: Path, options: list[str]) -> None:
@@ -82,12 +85,30 @@ def sample(folder: Path) -> None:
     assert len({token for text in written for token in text}) > 3
 
 
+def train_on_a_gpu(folder: Path, options: list[str]) -> None:
+    """Compiled and recorded as a CUDA graph, ten steps have the losses of the plain path."""
+    dataset = make_dataset(folder / "data")
+    options = [*options, "--dtype=bfloat16", "--max_iters=10"]
+    for fast in (False, True):
+        out_dir = folder / f"fast-{fast}"
+        built_run = built(dataset, out_dir, *options, f"--compile={fast}")
+        loop = Trainer(built_run, cuda_graph=fast)
+        assert loop.train() == 0
+        recordable = find_optimizer(built_run.config.optimizer).recordable
+        assert (loop.train_step.graph is not None) == (fast and recordable)
+    for step, loss in losses(folder / "fast-True").items():
+        assert loss == pytest.approx(losses(folder / "fast-False")[step], rel=0.02)
+
+
 def main() -> None:
     """Run all of it."""
     gpt12.log.draw_losses = lambda *arguments: None  # which takes as long as a tiny run
     folder = Path(sys.argv[1])
     options = sys.argv[2:]
     torch.manual_seed(0)
+    if "--device=cuda" in options:
+        train_on_a_gpu(folder, options)
+        return
     train_and_resume(folder, options)
     train_adapters(folder, options)
     sample(folder)
