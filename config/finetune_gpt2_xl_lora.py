@@ -11,10 +11,10 @@ out_dir = "out-finetune-gpt2-xl-lora"
 init_from = "gpt2-xl"
 dataset = "shakespeare"  # used if you give no --dataset=my.txt
 
-eval_interval = 50
+eval_interval = 250
 log_interval = 10
 always_save_checkpoint = False  # you use best/; last/ is still written from time to time
-patience = 5  # stop once the model overfits
+patience = 4  # stop once the model overfits: 1,000 steps without a better loss
 
 # 1 sequence of 1,024 tokens a step: a short text, too, makes many steps
 batch_size = 1

@@ -16,7 +16,7 @@ out_dir = "out-finetune-instruct"
 init_from = "gpt2"
 dataset = "my.jsonl"
 
-eval_interval = 20
+eval_interval = 100
 log_interval = 10
 always_save_checkpoint = False  # you use best/; last/ is still written from time to time
 patience = 5  # stop once the model overfits
