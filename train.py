@@ -641,7 +641,7 @@ class Trainer:
 def evaluate_only(run: Run) -> int:
     """Print the validation loss and perplexity."""
     log = RunLog(run)
-    for note in [*run.request.notes, *run.machine.notes, *run.dataset.warnings]:
+    for note in run.notes:
         log.say(note)
     loss = mean_loss(run, run.val_windows)
     log.say(

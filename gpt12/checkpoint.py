@@ -28,17 +28,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
-import shlex
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter
@@ -47,7 +45,7 @@ from torch.optim import Optimizer
 
 from gpt12 import optim8bit
 from gpt12.device import Machine
-from gpt12.errors import UserError
+from gpt12.errors import UserError, one_line
 from gpt12.files import exists, lock_folder, remove_link, sync, write_atomically
 from gpt12.lora import is_adapted, load_adapter, save_adapter
 from gpt12.twin import is_gpt2
@@ -57,6 +55,7 @@ from model import GPT
 # The version of trainer.json and trainer.safetensors. Version 1 has LoRA's matrices in
 # trainer.safetensors, and a merged model in last/. Files without the number are of version 1.
 FORMAT = 2
+Kind = TypeVar("Kind")
 PACKAGES = ("torch", "numpy", "tiktoken", "datasets", "safetensors")
 RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", "best", "last", "best.prev", "last.prev")
 
@@ -65,22 +64,14 @@ RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", "best", "last", "best.prev
 # The folder
 
 
-@contextlib.contextmanager
-def lock_run(out_dir: Path) -> Iterator[None]:
-    """Keep a second run out of out_dir.
+def lock_run(out_dir: Path) -> contextlib.AbstractContextManager[Any]:
+    """Keep a second run out of out_dir until the context ends.
 
     Raises UserError if there is one or if out_dir cannot be written.
     """
     busy = f"another run is writing to out_dir={out_dir}. Wait for it, or choose another --out_dir="
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(lock_folder(out_dir, if_locked=UserError(busy)))
-        except OSError as error:
-            raise UserError(
-                f"out_dir={out_dir} cannot be written: {error.strerror or error}. "
-                "Choose another with --out_dir="
-            ) from None
-        yield
+    with _user_error_if_unwritable(out_dir):
+        return lock_folder(out_dir, if_locked=UserError(busy))
 
 
 def describe_run(config: dict[str, Any], **facts: Any) -> dict[str, Any]:
@@ -144,57 +135,54 @@ def resumable_files(out_dir: Path) -> dict[str, Path]:
 
     Empty: out_dir holds no run with a checkpoint last/.
     """
-    last = out_dir / "last"
-    if not exists(last):
-        last = out_dir / "last.prev"
-    if not (is_run(out_dir) and exists(last)):  # what is damaged in it is told on reading
+    found = [folder for folder in _places(out_dir, "last") if exists(folder)]
+    if not found or not is_run(out_dir):
         return {}
-    files = {f"last/{file.name}": file for file in last.iterdir() if file.is_file()}
+    files = {f"last/{file.name}": file for file in found[0].iterdir() if file.is_file()}
     return files | {"run.json": out_dir / "run.json"}
 
 
-def read_run(out_dir: Path) -> dict[str, Any]:
-    """Return the run.json of a run. Raises UserError if it is missing or damaged."""
-    file = out_dir / "run.json"
+@dataclass
+class SavedRun:
+    """What resuming reads of run.json."""
+
+    config: dict[str, Any]
+    requested: dict[str, Any] = field(default_factory=dict)
+    given: list[str] | None = None  # None: an earlier version wrote it
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def read_run(out_dir: Path) -> SavedRun:
+    """Return what the run.json of a run says. Raises UserError if it is missing or damaged."""
+    if not is_run(out_dir):
+        raise UserError(f"no run in {out_dir}: name the folder of one with --out_dir=")
+    return _read_json(out_dir / "run.json", SavedRun)
+
+
+def _read_json(file: Path, kind: type[Kind]) -> Kind:
     try:
-        content = json.loads(file.read_text("utf-8"))
-        for section in ("config", "data", "requested"):
-            if not isinstance(content.get(section, {}), dict):
-                raise ValueError(f"{section} is not an object")
-        for key in ("init_from", "batch_size", "gradient_accumulation_steps"):
-            content["config"][key]
-    except FileNotFoundError:
-        raise UserError(
-            f"nothing to resume in {out_dir}: {file} does not exist{_other_runs()}"
-        ) from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{file} is damaged ({error!r:.200}); without it the run's configuration is not known"
-        ) from None
-    return content
+        return TypeAdapter(kind).validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({one_line(error)}): restore it") from None
 
 
 def set_aside(out_dir: Path) -> Path | None:
     """Move an earlier run's files into out_dir/previous if it has a checkpoint; return the folder.
 
-    They replace those of a still earlier run.
+    They replace those of a still earlier run. run.json is moved first: where it is gone, a move was
+    cut short and goes on.
     """
     previous = out_dir / "previous"
-    temporary = out_dir / "previous.tmp"
     found = [out_dir / name for name in RUN_FILES if exists(out_dir / name)]
-    has_checkpoint = any(path.is_dir() for path in found)
-    # A previous.tmp is left if the program was killed before the last rename below.
-    if not has_checkpoint and not exists(temporary):
+    if not any(path.is_dir() for path in found):
         return None
     with _user_error_if_unwritable(previous):
-        for folder in (temporary, previous):
-            remove_link(folder)
-        temporary.mkdir(exist_ok=True)
-        for path in found:
-            path.rename(temporary / path.name)
-        if previous.exists():
+        remove_link(previous)
+        if is_run(out_dir) and exists(previous):
             shutil.rmtree(previous)
-        temporary.rename(previous)
+        previous.mkdir(exist_ok=True)
+        for path in found:
+            path.rename(previous / path.name)
     return previous
 
 
@@ -215,6 +203,7 @@ class Progress:
     worse_evaluations: int = 0  # evaluations in a row without a new best, for `patience`
     evaluated_step: int = -1  # the step of the last evaluation
     wandb_id: str | None = None
+    format: int = FORMAT
 
 
 def save_checkpoint(folder: Path, write: Callable[[Path], None], progress: Progress) -> None:
@@ -233,7 +222,7 @@ def save_checkpoint(folder: Path, write: Callable[[Path], None], progress: Progr
     try:
         temporary.mkdir()
         write(temporary)
-        text = json.dumps({"format": FORMAT, **asdict(progress)}, indent=2) + "\n"
+        text = json.dumps(asdict(progress) | {"format": FORMAT}, indent=2) + "\n"
         (temporary / "trainer.json").write_text(text, "utf-8")
         _force_to_disk(temporary)
     except (OSError, SafetensorError) as error:
@@ -261,63 +250,38 @@ def _force_to_disk(folder: Path) -> None:
     sync(folder)
 
 
+def _places(out_dir: Path, name: str) -> tuple[Path, Path]:
+    """Return the folders where a checkpoint may be: its own, and that of a save cut short."""
+    return out_dir / name, out_dir / f"{name}.prev"
+
+
 def find_checkpoint(out_dir: Path, names: tuple[str, ...]) -> tuple[Path, Progress]:
     """Return the first of out_dir's checkpoints with one of these names, and its progress.
 
     Raises UserError if there is none or if its trainer.json is damaged.
     """
     for name in names:
-        for folder in (out_dir / name, out_dir / f"{name}.prev"):
+        for folder in _places(out_dir, name):
             if exists(folder):
                 return folder, _read_progress(folder)
-    raise UserError(_no_checkpoint(out_dir, names))
+    where = " or ".join(str(out_dir / name) for name in names)
+    raise UserError(
+        f"no checkpoint in {where}: train a model first (python train.py), or name another run's "
+        f"folder with --out_dir=. Where there is a best/, --init_from={out_dir / 'best'} starts a "
+        "new run from it"
+    )
 
 
 def _read_progress(folder: Path) -> Progress:
     """Read trainer.json. What an older file lacks keeps its default."""
     file = folder / "trainer.json"
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        version = int(content.get("format", 1))
-        content["step"]
-        progress = TypeAdapter(Progress).validate_python(content)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = str(error).partition("\n")[0]
+    progress = _read_json(file, Progress)
+    if progress.format > FORMAT:
         raise UserError(
-            f"{file} is damaged ({reason:.200}). Restore it or delete {folder}"
-        ) from None
-    if version > FORMAT:
-        raise UserError(
-            f"{file} has format {version}, written by a newer version; this one reads up to "
-            f"{FORMAT}: update the program"
+            f"{file} has format {progress.format}, written by a newer version; this one reads up "
+            f"to {FORMAT}: update the program"
         )
     return progress
-
-
-def _no_checkpoint(out_dir: Path, names: tuple[str, ...]) -> str:
-    """Say that there is no checkpoint, and what to do instead."""
-    where = " or ".join(str(out_dir / name) for name in names)
-    best = out_dir / "best"
-    if "best" not in names and exists(best / "trainer.json"):
-        options = shlex.join([f"--init_from={best}", f"--out_dir={out_dir}-2"])
-        return (
-            f"no checkpoint in {where}, so this run cannot be resumed exactly. {best} has the "
-            f"weights of step {_read_progress(best).step}; the optimizer's state is lost. To train "
-            f"on from these weights as a new run: python train.py {options}"
-        )
-    if is_run(out_dir):
-        return f"the run in {out_dir} has not saved a checkpoint. If it has ended, start it again"
-    others = _other_runs() or ". Train a model first: python train.py"
-    return f"no checkpoint in {where}{others}"
-
-
-def _other_runs() -> str:
-    """Name up to three run folders in the working directory that can be resumed, newest first."""
-    found = sorted(Path().glob("*/last/trainer.json"), key=lambda file: -file.stat().st_mtime)
-    runs = [str(file.parent.parent) for file in found[:3]]
-    if not runs:
-        return ""
-    return f". These can be resumed: {', '.join(runs)}. Try --out_dir={runs[0]}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -325,7 +289,8 @@ def _other_runs() -> str:
 #     optimizer.<parameter>.<key>          state of the optimizer, for example exp_avg
 #     optimizer.<parameter>.<key>:<part>   a part of an 8-bit state (codes, scale, table)
 #     scaler                               loss scale and growth counter, with float16
-#     rng.cpu, rng.cuda                    states of torch's random generators on rank 0
+#     rng.cpu, rng.cuda                    states of torch's random generators on rank 0. Training
+#                                          does not read them: each step has a seed of its own
 
 
 @dataclass(frozen=True)
@@ -342,10 +307,7 @@ def save_trainer_state(folder: Path, trainer: TrainerState) -> None:
     """Write trainer.safetensors."""
     from safetensors.torch import save_file
 
-    tensors = {}
-    for name, tensor in trainer_tensors(trainer).items():
-        tensors[name] = tensor.detach().contiguous()
-    save_file(tensors, folder / "trainer.safetensors")
+    save_file(trainer_tensors(trainer), folder / "trainer.safetensors")
 
 
 def trainer_tensors(trainer: TrainerState) -> dict[str, Tensor]:
@@ -368,12 +330,12 @@ def trainer_tensors(trainer: TrainerState) -> dict[str, Tensor]:
         state = trainer.scaler.state_dict()
         values = [state["scale"], state["_growth_tracker"]]
         tensors["scaler"] = torch.tensor(values, dtype=torch.float64)
-    return tensors
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def load_trainer_state(folder: Path, trainer: TrainerState) -> None:
-    """Read the checkpoint's state back into model, optimizers, loss scale and random generators.
+    """Read the checkpoint's state back into model, optimizers and loss scale.
 
     The file is memory-mapped and copied tensor by tensor, so resuming needs no more memory than
     training. Nothing keeps the map: Windows could not replace the checkpoint then.
@@ -400,14 +362,8 @@ def _load_tensor(trainer: TrainerState, name: str, tensor: Tensor) -> None:
     elif kind == "adapter":  # of format 1
         trainer.model.get_parameter(rest).copy_(tensor)
     elif kind == "scaler" and trainer.scaler.is_enabled():
-        state = trainer.scaler.state_dict()
-        state["scale"] = tensor[0].item()
-        state["_growth_tracker"] = int(tensor[1])
-        trainer.scaler.load_state_dict(state)
-    elif name == "rng.cpu" and trainer.machine.rank == 0:  # the others keep that of their start
-        torch.set_rng_state(tensor)
-    elif name == "rng.cuda" and trainer.machine.rank == 0 and trainer.machine.on_gpu:
-        torch.cuda.set_rng_state(tensor)
+        scale = {"scale": tensor[0].item(), "_growth_tracker": int(tensor[1])}
+        trainer.scaler.load_state_dict(trainer.scaler.state_dict() | scale)
 
 
 def _load_optimizer_tensor(trainer: TrainerState, name: str, tensor: Tensor) -> None:
@@ -415,27 +371,21 @@ def _load_optimizer_tensor(trainer: TrainerState, name: str, tensor: Tensor) -> 
     parameter_name, _, key = name.rpartition(".")
     key, _, part = key.partition(":")
     parameter = trainer.model.get_parameter(parameter_name)
-    optimizer, group = _owner(trainer, parameter)
-    state = optimizer.state.setdefault(parameter, {})
-    device = parameter.device
-    if key == "step" and not (group.get("fused") or group.get("capturable")):
-        device = torch.device("cpu")  # where torch's optimizers count their steps then
-    if part:
-        state.setdefault(key, {})[part] = tensor.to(device, copy=True)
-        return
-    if parameter_name.endswith("wpe.weight") and tensor.ndim == parameter.ndim:
-        # The run may have been resumed with a smaller block_size, which has fewer positions.
-        tensor = tensor[: len(parameter)]
-    state[key] = tensor.to(device, copy=True)
-
-
-def _owner(trainer: TrainerState, parameter: Tensor) -> tuple[Optimizer, dict[str, Any]]:
-    """Return the optimizer that updates a parameter, and its group of parameters."""
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
-            if any(parameter is p for p in group["params"]):
-                return optimizer, group
-    raise KeyError("no optimizer updates this parameter")
+            if not any(parameter is p for p in group["params"]):
+                continue
+            device = parameter.device
+            if key == "step" and not (group.get("fused") or group.get("capturable")):
+                device = torch.device("cpu")  # where torch's optimizers count their steps then
+            state = optimizer.state.setdefault(parameter, {})
+            if part:
+                state.setdefault(key, {})[part] = tensor.to(device, copy=True)
+                return
+            if tensor.ndim == parameter.ndim > 0:
+                # With a smaller block_size than before there are fewer positions.
+                tensor = tensor[: len(parameter)]
+            state[key] = tensor.to(device, copy=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -460,7 +410,6 @@ class Saver:
         self.seconds = 0.0  # what the last save of last/ took
         self.saved_at = time.monotonic()
         self.last_holds = self._how_far() if self.progress.step > 0 else None
-        self.written: dict[str, int] = {}  # the step of each checkpoint that was written here
         self.is_lora = is_adapted(self.model)
         if not is_gpt2(self.model.config):
             self.say(
@@ -469,11 +418,6 @@ class Saver:
             )
         if self.is_lora and is_run(Path(self.base)):
             self.base = str(find_checkpoint(Path(self.base), ("best", "last"))[0])
-        if self.is_lora and Path(self.base).suffix == ".pt":
-            self.say(
-                f"the adapters' base, {self.base}, is nanoGPT's ckpt.pt, which PEFT cannot open. "
-                "Use the merged model beside the adapter"
-            )
 
     def is_due(self) -> bool:
         """Tell whether it is time to save last/."""
@@ -497,8 +441,6 @@ class Saver:
         """
         began = time.monotonic()
         saved = self._save(name)
-        if saved:
-            self.written[name] = self.progress.step
         if name == "last":
             self.seconds = time.monotonic() - began
             self.saved_at = began + self.seconds
@@ -526,32 +468,19 @@ class Saver:
 
     def _write_best(self, folder: Path) -> None:
         """Write the model, with LoRA's adapters merged, and the adapters beside it."""
-        self._write_model(folder, other="last")
+        save_pretrained(self.model, folder, self._write_tokenizer(folder))
         if self.is_lora:
             save_adapter(self.model, folder / "adapter", self.base)
 
     def _write_last(self, folder: Path) -> None:
         """Write what resuming needs. The model of a LoRA run is its base and the adapters."""
         save_trainer_state(folder, self.state)
+        end_of_text = self._write_tokenizer(folder)
         if self.is_lora:
-            save_config(self.model, folder, self._write_tokenizer(folder))
+            save_config(self.model, folder, end_of_text)
             save_adapter(self.model, folder, self.base)
         else:
-            self._write_model(folder, other="best")
-
-    def _write_model(self, folder: Path, other: str) -> None:
-        """Write the model. A file that the other checkpoint has of this step is not written again.
-
-        Both folders then hold it, and none of them is ever changed.
-        """
-        end_of_text = self._write_tokenizer(folder)
-        if self.written.get(other) == self.progress.step and not self.is_lora:
-            with contextlib.suppress(OSError):  # a file system without hard links
-                file = "model.safetensors"
-                os.link(self.out_dir / other / file, folder / file)
-                save_config(self.model, folder, end_of_text)
-                return
-        save_pretrained(self.model, folder, end_of_text)
+            save_pretrained(self.model, folder, end_of_text)
 
     def _write_tokenizer(self, folder: Path) -> int | None:
         """Write the tokenizer's files and return the id of its end-of-text token."""

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from pydantic.json_schema import model_json_schema
 
 from gpt12.errors import UserError
+from gpt12.files import exists
 from gpt12.settings import ALL_KEYS, REPLACES, BenchConfig, SampleConfig, TrainConfig
 
 REPOSITORY = Path(__file__).parents[1]
@@ -73,7 +74,7 @@ def read(schema: type[Schema], argv: Sequence[str]) -> Reading:
     files: dict[str, Said] = {}
     typed: dict[str, Said] = {}
     problems = []
-    for before, word in zip(["", *argv], argv):
+    for word in argv:
         if word.startswith("-"):
             read_word(word, kinds, typed)
         elif word.endswith(".py"):
@@ -82,16 +83,10 @@ def read(schema: type[Schema], argv: Sequence[str]) -> Reading:
                 files = merge(files, execute(word, present))
             except UserError as problem:
                 problems.append(str(problem))
-        elif before.startswith("-") and "=" not in before:
-            typed.pop(key_of(before))
-            problems.append(f"{before} needs its value after an equals sign: {before}={word}")
-        elif "=" in word:
-            problems.append(f"{word}: a key is set with two dashes: --{word}")
         else:
-            own_text = "--dataset=" if "dataset" in kinds else "--start=FILE:"
             problems.append(
-                f"{word}: the name of a config file ends with .py; your own text is given as "
-                f"{own_text}{word}"
+                f"{word} is neither --key=value nor a config file, whose name ends with .py; "
+                "see --help"
             )
     return Reading(files, typed, problems)
 
@@ -113,16 +108,21 @@ def check(
     given: the keys that the user set; the others are those of a run that is resumed.
     problems: mistakes found so far. After one in a file, any value might be another.
     """
-    messages = list(problems)
-    wrong = set()
+    values = {key: one.value for key, one in said.items()}
+    wrong: dict[str, list[str]] = {}
     try:
-        config = schema(**{key: one.value for key, one in said.items()})
+        schema(**values)
     except ValidationError as error:
-        wrong = {str(mistake["loc"][0]) for mistake in error.errors()}
-        messages += [explain(key, one.words, schema) for key, one in said.items() if key in wrong]
-        config = schema(**{key: one.value for key, one in said.items() if key not in wrong})
+        for mistake in error.errors():
+            key = str(mistake["loc"][0])
+            unknown = mistake["type"] == "unexpected_keyword_argument"
+            reason = unknown_key(key, schema) if unknown else mistake["msg"]
+            wrong.setdefault(key, []).append(reason)
+    messages = list(problems)
+    messages += [f"{said[key].words}: {'; '.join(wrong[key])}" for key in said if key in wrong]
+    config = schema(**{key: value for key, value in values.items() if key not in wrong})
     for keys, advice in config.contradictions(given):
-        if not problems and wrong.isdisjoint(keys):
+        if not problems and wrong.keys().isdisjoint(keys):
             shown = " ".join(f"--{key}={getattr(config, key)}" for key in keys)
             messages.append(f"{shown}: {advice}")
     if messages:
@@ -130,28 +130,10 @@ def check(
     return config
 
 
-def explain(key: str, words: str, schema: type[Schema]) -> str:
-    """Say what is wrong with a value that pydantic refused, or with a key that it does not know."""
-    kinds = kinds_of(schema)
-    if key in kinds:
-        return f"{words} must be {describe(kinds[key])}"
-    near = difflib.get_close_matches(key, kinds, n=1)
-    advice = f"did you mean {near[0]}?" if near else "see --help"
-    return f"{words}: unknown key; {advice}"
-
-
-# --------------------------------------------------------------------------------------------------
-# What a key takes, by its JSON schema
-
-NOUNS = {
-    "integer": "a whole number",
-    "number": "a number",
-    "boolean": "True or False",
-    "null": "None",
-    "string": "nonempty text",
-    "array": "nonempty text",
-}
-LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+def unknown_key(key: str, schema: type[Schema]) -> str:
+    """Name the known key that is nearest to an unknown one."""
+    near = difflib.get_close_matches(key, kinds_of(schema), n=1)
+    return f"unknown key; did you mean {near[0]}?" if near else "unknown key; see --help"
 
 
 def kinds_of(schema: type[Schema]) -> dict[str, Any]:
@@ -159,33 +141,13 @@ def kinds_of(schema: type[Schema]) -> dict[str, Any]:
     return model_json_schema(schema)["properties"]  # type: ignore[arg-type]
 
 
-def describe(kind: Mapping[str, Any]) -> str:
-    """Say what a key takes: "a number >= 0 and < 1", "auto or True or False"."""
-    if "anyOf" in kind:
-        return " or ".join(describe(part) for part in kind["anyOf"])
-    words = kind.get("enum") or kind.get("examples") or [kind.get("const")]
-    if words != [None]:
-        return " or ".join(words)
-    limits = [f"{sign} {kind[limit]}" for limit, sign in LIMITS.items() if limit in kind]
-    return f"{NOUNS[kind['type']]} {' and '.join(limits)}".rstrip()
-
-
-# --------------------------------------------------------------------------------------------------
-# The command line
-
-
-def key_of(word: str) -> str:
-    """Return the key of --some-key=value: some_key."""
-    return word.partition("=")[0].lstrip("-").replace("-", "_")
-
-
 def read_word(word: str, kinds: Mapping[str, Any], typed: dict[str, Said]) -> None:
     """Add --key=value, or --key for True, to the typed keys. A list gets one more entry.
 
     A key that takes text only, or words, gets what was typed; others get the Python value of it.
     """
-    key = key_of(word)
-    _, equals, text = word.partition("=")
+    name, equals, text = word.partition("=")
+    key = name.lstrip("-").replace("-", "_")
     kind = kinds.get(key, {"type": "string"})
     types = {part["type"] for part in kind.get("anyOf", [kind])}
     value: Any = text
@@ -223,14 +185,20 @@ def execute(name: str, present: Mapping[str, Any]) -> dict[str, Said]:
 
     present: the values of all keys, which the file may read. Names that it may use for itself are
     modules, functions, names that begin with _, and keys of another script.
-    Raises UserError if the file cannot be read or raises an exception.
+    Raises UserError if there is no such file or if it raises an exception.
     """
+    if not exists(name):
+        raise UserError(f"{name}: there is no such file; --help lists the presets")
     names = {**present, "__file__": name, "__name__": "__main__"}
     try:
         tree = ast.parse(Path(name).read_bytes(), name)
         exec(compile(tree, name, "exec"), names)  # noqa: S102 (--help says it is code)
     except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise UserError(explain_exception(error, name)) from error
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == name]
+        line = getattr(error, "lineno", None) or [1, *lines][-1]
+        problem = shorten(f"{type(error).__name__}: {error}")
+        raise UserError(f"{name}:{line}: {problem}") from error
     said = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in names:
@@ -240,21 +208,6 @@ def execute(name: str, present: Mapping[str, Any]) -> dict[str, Said]:
                 words = f"{name}:{node.lineno}: {node.id}={shorten(repr(value))}"
                 said[node.id] = Said(value, words)
     return said
-
-
-def explain_exception(error: BaseException, name: str) -> str:
-    """Say why a config file could not be executed, and on which line."""
-    if not Path(name).exists():
-        presets = {path.stem: f"did you mean {path}?" for path in preset_titles()}
-        near = difflib.get_close_matches(Path(name).stem, presets, n=1)
-        advice = presets[near[0]] if near else "--help lists the presets"
-        return f"{name}: there is no such file; {advice}"
-    lines = [1]
-    for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename == name and frame.lineno:
-            lines.append(frame.lineno)
-    line = getattr(error, "lineno", None) or lines[-1]
-    return f"{name}:{line}: {shorten(f'{type(error).__name__}: {error}')}"
 
 
 def shorten(text: str) -> str:
@@ -284,23 +237,17 @@ def help_page(schema: type[Schema]) -> str:
     for key, kind in kinds_of(schema).items():
         if key in inherited and inherited[key] == kind["default"]:
             continue
-        if kind["group"]:
+        if "group" in kind:
             lines += ["", kind["group"]]
-        text = kind["description"]
-        if "enum" in str(kind) or "const" in str(kind):
-            text += f" One of: {describe(kind)}."
+        text = kind.get("description", "A field of GPTConfig in model.py.")
+        if "enum" in kind:
+            text += f" One of: {' or '.join(kind['enum'])}."
         default = str(kind["default"]).replace("\n", r"\n")
         wrapped = textwrap.wrap(text, 62, break_on_hyphens=False)
         lines.append(f"  --{key}={default:<{32 - len(key)}} {wrapped[0]}")
         lines += [" " * 38 + line for line in wrapped[1:]]
     lines += ["", "Presets"]
-    lines += [f"  config/{path.name:<29}{title}" for path, title in preset_titles().items()]
-    return "\n".join(lines)
-
-
-def preset_titles() -> dict[Path, str]:
-    """Return each preset in config/ with its title, the comment that the file begins with."""
-    titles = {}
     for path in sorted((REPOSITORY / "config").glob("*.py")):
-        titles[path] = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-    return titles
+        title = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        lines.append(f"  config/{path.name:<29}{title}")
+    return "\n".join(lines)

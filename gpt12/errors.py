@@ -6,6 +6,7 @@ if one ended the program: 130 for Ctrl-C, 141 if the program that read our outpu
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import os
@@ -61,44 +62,22 @@ def run_main(main: Callable[[], int | None], help_page: str | None = None) -> No
     """
     status: Any = 1
     try:
-        if help_page is None or not _is_answered(help_page):
-            status = main()
-        else:
-            status = 0
+        if help_page is not None:
+            as_written = argparse.RawDescriptionHelpFormatter
+            argparse.ArgumentParser(description=help_page, formatter_class=as_written).parse_args()
+        status = main()
     except UserError as error:
         _print_error(str(error))
         status = 2
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        if not _is_output_closed():  # another pipe
-            raise
         status = 141
     except SystemExit as stop:  # --help ends this way
         status = stop.code
     finally:
         status = _flush_output(status or 0)
     sys.exit(status)
-
-
-def _is_answered(help_page: str) -> bool:
-    """Print the page if --help is asked for. Raise UserError for any other argument."""
-    arguments = sys.argv[1:]
-    if "-h" in arguments or "--help" in arguments:
-        print(help_page.strip())
-        return True
-    if arguments:
-        raise UserError(f"unknown argument {arguments[0]!r}: this script has no options but --help")
-    return False
-
-
-def _is_output_closed() -> bool:
-    """Tell whether nobody reads standard output any more. If somebody does, print a line end."""
-    try:
-        print(flush=True)
-    except BrokenPipeError:
-        return True
-    return False
 
 
 def _print_error(message: str) -> None:
@@ -108,19 +87,20 @@ def _print_error(message: str) -> None:
 
 
 def _flush_output(status: Any) -> Any:
-    """Flush stdout and stderr. Return the exit status, which is 2 if output was lost.
+    """Flush stdout and stderr. Return the exit status, which is not 0 if output was lost.
 
     Python flushes once more when it ends. That would fail again and print a traceback, so a broken
     stream is pointed at the null device.
     """
     for stream in (sys.stdout, sys.stderr):
-        if stream is None:  # the stream was closed before the program started
-            continue
         try:
-            stream.flush()
+            if stream is not None:  # the stream was closed before the program started
+                stream.flush()
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            if status == 0 and not isinstance(error, BrokenPipeError):
+            if isinstance(error, BrokenPipeError):
+                status = status or 141
+            else:
                 _print_error(f"not all of the output could be written: {error.strerror}")
-                status = 2
+                status = status or 2
     return status

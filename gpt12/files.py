@@ -6,8 +6,8 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 
@@ -68,9 +68,8 @@ def remove_link(path: Path) -> None:
         path.unlink()
 
 
-@contextlib.contextmanager
-def lock_folder(folder: Path, if_locked: Exception) -> Iterator[None]:
-    """Let only one process write to a folder. A crash releases the lock.
+def lock_folder(folder: Path, if_locked: Exception) -> contextlib.AbstractContextManager[Any]:
+    """Let only one process write to a folder until the context ends. A crash releases the lock.
 
     if_locked: what to raise if another process holds the lock.
     Raises OSError if the folder cannot be created or written.
@@ -78,22 +77,14 @@ def lock_folder(folder: Path, if_locked: Exception) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock_file = folder / ".lock"
     remove_link(lock_file)
-    lock = filelock.FileLock(lock_file, timeout=0)
     try:
-        lock.acquire()
+        return filelock.FileLock(lock_file).acquire(timeout=0)
     except filelock.Timeout:
         raise if_locked from None
     except NotImplementedError:  # filelock's word for a disk without locks
-        pass
+        return contextlib.nullcontext()
     except OSError as error:
         # A network disk may have no locks. There a second writer is not noticed.
         if error.errno not in NO_LOCKS:
             raise
-    try:
-        yield
-    finally:
-        lock.release()
-        with contextlib.suppress(OSError):  # the user may have deleted the folder
-            if [path.name for path in folder.iterdir()] == [".lock"]:  # nothing was written
-                lock_file.unlink()
-                folder.rmdir()
+        return contextlib.nullcontext()

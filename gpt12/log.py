@@ -88,7 +88,7 @@ class RunLog:
         run = self.run
         config = run.config
         shape = run.model.config
-        for note in [*run.request.notes, *run.machine.notes, *run.dataset.warnings]:
+        for note in run.notes:
             self.say(note)
         self.say(
             f"model: {parameter_count(shape):,} parameters ({_count(shape.n_layer, 'layer')}, "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ from gpt12.errors import UserError, say
 from gpt12.lora import add_lora
 from gpt12.optimizer import find_optimizer
 from gpt12.settings import (
-    CONTEXT_PARTS,
     REPLACES,
     TrainConfig,
     expand_home,
@@ -69,14 +67,13 @@ class Request:
     config: TrainConfig  # nothing is resolved, except what a resumed run keeps
     asked: dict[str, Any]  # every key as the user asked for it, for run.json
     given: frozenset[str]  # the keys that the user set
-    saved: dict[str, Any] | None = None  # run.json, if a run is resumed
-    before: TrainConfig | None = None  # its settings before the keys that are typed now
+    before: TrainConfig | None = None  # a resumed run's settings before the keys typed now
     notes: list[str] = field(default_factory=list)
 
     @property
     def resumed(self) -> bool:
         """Tell whether an earlier run goes on."""
-        return self.saved is not None
+        return self.before is not None
 
 
 @dataclass(frozen=True)
@@ -93,6 +90,17 @@ class Run:
     eval_count: int  # windows in an evaluation
     progress: Progress
     checkpoint: Path | None  # the folder that the run is resumed from
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what the user should know before the run begins, one line each."""
+        asked = self.request.config
+        decided = []
+        for key in ("warmup_iters", "eval_iters", "min_lr"):
+            value = getattr(self.config, key)
+            if value != getattr(asked, key):
+                decided.append(f"{key}={value}, because it was not set (see --help)")
+        return [*self.request.notes, *decided, *self.machine.notes, *self.dataset.warnings]
 
     @property
     def windows_per_step(self) -> int:
@@ -144,25 +152,13 @@ def read_request(argv: list[str]) -> Request:
         config = check(TrainConfig, said, set(said), problems)
         if not files and "dataset" not in said and config.init_from == "scratch":
             say(
-                "no preset given: nanoGPT's defaults hold, GPT-2 124M on openwebtext. To change a "
-                f"key of the first run, name its preset: python train.py {preset} "
-                f"{shlex.join(argv)}"
+                "no preset given: nanoGPT's defaults hold, GPT-2 124M on openwebtext. For a small "
+                f"model, name its preset: python train.py {preset} ..."
             )
-        config = _with_data_of_the_run(config, set(said))
         request = Request(config, asdict(config), frozenset(said))
     check_ranks(request.config)
     find_optimizer(request.config.optimizer)  # or UserError
     return request
-
-
-def _with_data_of_the_run(config: TrainConfig, given: set[str]) -> TrainConfig:
-    """Let --eval_only measure a run on its own data set, unless another one is given."""
-    folder = Path(config.init_from)
-    if not config.eval_only or "dataset" in given or not is_run(folder):
-        return config
-    saved = read_run(folder)["config"]
-    keys = {"dataset", "tokenizer", "val_fraction", "text_column", "encoding"} - given
-    return replace(config, **{key: saved[key] for key in keys & saved.keys()})
 
 
 def check_ranks(config: TrainConfig) -> None:
@@ -186,59 +182,51 @@ def _resume(files: dict[str, Said], typed: dict[str, Said], problems: list[str])
     now = check(TrainConfig, merge(files, typed), set(), problems)  # as if it were a new run
     out_dir = Path(now.out_dir)
     saved = read_run(out_dir)
-    where = ("init_from", "out_dir")  # they only say which run
-    typed = {key: said for key, said in typed.items() if key not in where}
-    start = dict(saved["config"])
-    asked = start | saved.get("requested", {})
+    asked = saved.config | saved.requested
+    only_where = ("init_from", "out_dir")  # they say which run, and change nothing
+    typed = {key: said for key, said in typed.items() if key not in only_where}
     if now.init_from == "auto":  # the same line began the run: only what is new in it is a change
         typed = {key: said for key, said in typed.items() if getattr(now, key) != asked.get(key)}
-    _refuse_fixed_keys(now, set(typed), saved)
+    _refuse_fixed_keys(now, set(typed), saved.config)
 
-    start["lr_decay_iters"] = asked.get("lr_decay_iters")  # None follows a new max_iters
-    if "given" in saved and not MEMORY_KEYS.isdisjoint(typed):
-        start |= {key: asked[key] for key in MEMORY_KEYS}
-    # The folder may have been renamed, and run.json may be from somebody else's machine.
-    start["out_dir"] = str(out_dir)
-    if start.get("save_interval_s") == "auto":  # a run of an earlier version
-        del start["save_interval_s"]
+    # The folder may have been renamed. lr_decay_iters=None follows a new max_iters.
+    changes = {"out_dir": str(out_dir), "lr_decay_iters": asked.get("lr_decay_iters")}
+    if saved.given is not None and not MEMORY_KEYS.isdisjoint(typed):
+        changes |= {key: asked[key] for key in MEMORY_KEYS & asked.keys()}
     kept = {}
-    for key in start.keys() & asdict(now).keys():
-        kept[key] = Said(start[key], f"{out_dir / 'run.json'}: {key}={start[key]!r}")
-    before = check(TrainConfig, kept, ())
-    given = set(saved.get("given", ())) - {REPLACES.get(key) for key in typed} | typed.keys()
+    for key, value in (saved.config | changes).items():
+        older = key == "save_interval_s" and value == "auto"  # of an earlier version
+        if key in asdict(now) and not older:
+            kept[key] = Said(value, f"{out_dir / 'run.json'}: {key}={value!r}")
+    given = set(saved.given or ()) - {REPLACES.get(key) for key in typed} | typed.keys()
     config = check(TrainConfig, merge(kept, typed), given)
 
     notes = []
     for key, said in files.items():
         value = getattr(config, key)
-        if key not in (*where, *typed) and getattr(now, key) not in (value, asked.get(key)):
+        if key not in (*only_where, *typed) and getattr(now, key) not in (value, asked.get(key)):
             notes.append(f"{said.words} does not count: this run has {key}={value}")
     if notes:
         notes.append("a resumed run keeps its settings; type a key, as --KEY=VALUE, to change it")
-    asked |= {key: getattr(config, key) for key in typed}
-    return Request(config, asked, frozenset(given), saved, before, notes)
+    return Request(
+        config,
+        asked | {key: getattr(config, key) for key in typed},
+        frozenset(given),
+        before=check(TrainConfig, kept, ()),
+        notes=notes,
+    )
 
 
 def _refuse_fixed_keys(now: TrainConfig, typed: set[str], saved: dict[str, Any]) -> None:
-    """Refuse typed keys that would need other weights or another state of the optimizer.
-
-    Raises UserError for a run of an earlier version that this one cannot train, too.
-    """
-    config = saved["config"]
+    """Refuse typed keys that would need other weights or another state of the optimizer."""
     fixed = set(FIXED_ON_RESUME)
-    if config.get("optimizer") == "adamw8bit":
+    if saved.get("optimizer") == "adamw8bit":
         fixed.add("block_size")  # an 8-bit state cannot be cut to fewer positions
     for key in sorted(fixed & typed):
-        if getattr(now, key) != config.get(key):
+        if getattr(now, key) != saved.get(key):
             raise UserError(
-                f"{key}={getattr(now, key)}, but the run in {now.out_dir} has {config.get(key)}: "
+                f"{key}={getattr(now, key)}, but the run in {now.out_dir} has {saved.get(key)}: "
                 f"leave --{key} out, or start a new run"
-            )
-    for key, neutral in (("lora_dropout", 0), ("lora_targets", "all")):
-        if config.get(key, neutral) != neutral:
-            raise UserError(
-                f"the run in {now.out_dir} has {key}={config[key]}, which this version cannot "
-                f"train: start a new run from its model, --init_from={now.out_dir}/best"
             )
 
 
@@ -261,7 +249,7 @@ def build_run(request: Request) -> Run:
         config = with_shape(config, loaded.config)
     dataset = _open_data(config, tokenizer)
     if request.resumed and not config.eval_only:
-        _forget_best_on_other_data(request, dataset, progress)
+        _forget_best_on_other_data(Path(config.out_dir), dataset, progress)
     model = model_for_data(loaded, tokenizer, dataset, config)
     if config.init_from == "scratch" and not request.resumed:
         _refuse_unread_keys(request, model.config)
@@ -305,12 +293,6 @@ def resolve(
 
     config: with the shape of the model. dtype is decided by open_machine.
     """
-    if config.short_context_share > 0 and config.block_size % CONTEXT_PARTS != 0:
-        raise UserError(
-            f"short_context_share={config.short_context_share} cuts a sequence into "
-            f"{CONTEXT_PARTS} parts, but block_size={config.block_size} is not a multiple of "
-            f"{CONTEXT_PARTS}: choose another --block_size, or --short_context_share=0"
-        )
     max_iters = config.max_iters
     if config.num_epochs > 0 and dataset.train is not None:
         per_epoch = TrainWindows(dataset.train, config.block_size, config.seed).per_epoch
@@ -322,10 +304,6 @@ def resolve(
     warmup_iters = config.warmup_iters
     if "warmup_iters" not in request.given and not (request.resumed or config.eval_only):
         warmup_iters = min(warmup_iters, min(max_iters, lr_decay_iters) // 10)
-        if warmup_iters < config.warmup_iters and config.decay_lr:
-            request.notes.append(
-                f"warmup_iters={warmup_iters}, a tenth of the steps, because it was not set"
-            )
     min_lr = config.min_lr
     if config.decay_lr and "min_lr" not in request.given and min_lr > config.learning_rate:
         min_lr = config.learning_rate / 10
@@ -335,7 +313,7 @@ def resolve(
     return replace(
         config,
         max_iters=max_iters,
-        eval_iters=_eval_iters(replace(config, max_iters=max_iters), request, dataset),
+        eval_iters=_eval_iters(replace(config, max_iters=max_iters), request),
         lr_decay_iters=lr_decay_iters,
         warmup_iters=warmup_iters,
         min_lr=min_lr,
@@ -343,7 +321,7 @@ def resolve(
     )
 
 
-def _eval_iters(config: TrainConfig, request: Request, dataset: Dataset) -> int:
+def _eval_iters(config: TrainConfig, request: Request) -> int:
     """Return eval_iters. If nobody set it, an evaluation is at most a tenth of its interval.
 
     That is of the forward passes of the steps between two evaluations, each of which reads its
@@ -354,11 +332,6 @@ def _eval_iters(config: TrainConfig, request: Request, dataset: Dataset) -> int:
     steps = max(1, min(config.eval_interval, config.max_iters))
     rows = config.batch_size * config.gradient_accumulation_steps
     portions = max(1, steps * rows * config.block_size // (10 * 2 * EVAL_TOKENS))
-    if portions < config.eval_iters and portions * EVAL_TOKENS < len(dataset.val):
-        request.notes.append(
-            f"eval_iters={portions} ({portions * EVAL_TOKENS:,} tokens of each split), because "
-            "it was not set: an evaluation is then at most a tenth of the steps between two"
-        )
     return min(portions, config.eval_iters)
 
 
@@ -381,18 +354,17 @@ def _open_data(config: TrainConfig, tokenizer: Any) -> Dataset:
     return dataset
 
 
-def _forget_best_on_other_data(request: Request, dataset: Dataset, progress: Progress) -> None:
+def _forget_best_on_other_data(out_dir: Path, dataset: Dataset, progress: Progress) -> None:
     """Reset the best loss if a resumed run gets other data: its losses cannot be compared."""
-    assert request.saved is not None
-    if request.saved.get("data", {}).get("sha256") == dataset.source_sha256:
+    if read_run(out_dir).data.get("sha256") == dataset.source_sha256:
         return
     progress.best_val_loss = None
     progress.best_step = 0
     progress.worse_evaluations = 0
-    best = Path(request.config.out_dir) / "best"
     dataset.warnings.append(
         "the data are not those that this run began with: it reads other windows now, and its best "
-        f"loss no longer counts. To keep {best}, copy it: the best on the new data replaces it"
+        f"loss no longer counts. To keep {out_dir / 'best'}, copy it: the best on the new data "
+        "replaces it"
     )
 
 
@@ -404,24 +376,16 @@ def lock_out_dir(config: TrainConfig) -> contextlib.AbstractContextManager[None]
 
 
 def is_complete(run: Run) -> bool:
-    """Tell whether a resumed run has nothing left to do, and say so.
-
-    Raises UserError if it already has more steps than it is asked for.
-    """
+    """Tell whether a resumed run has nothing left to do, and say so."""
     progress = run.progress
     config = run.config
     if not run.request.resumed or progress.step < config.max_iters:
         return False
+    if progress.evaluated_step != progress.step:
+        return False  # it was stopped before its last evaluation
     longer = f"--max_iters={2 * progress.step}"
     if config.num_epochs > 0:
         longer = f"--num_epochs={progress.position // run.train_windows.per_epoch + 1}"
-    if progress.step > config.max_iters:
-        raise UserError(
-            f"this run has {progress.step} finished steps, more than max_iters={config.max_iters}: "
-            f"go on with a larger one, for example {longer}"
-        )
-    if progress.evaluated_step != progress.step:
-        return False  # it was stopped before its last evaluation
     say(f"this run is complete ({progress.step} of {config.max_iters} steps); go on with {longer}")
     return True
 
@@ -495,7 +459,12 @@ def model_for_data(model: GPT | None, tokenizer: Any, dataset: Dataset, config: 
         and tokenizer.sha256 != dataset.tokenizer.sha256
     )
     if other_tokenizer or dataset.vocab_size > model.config.vocab_size:
-        raise UserError(_wrong_tokenizer(model, tokenizer, dataset, config))
+        raise UserError(
+            f"dataset {dataset.name} was made with another tokenizer "
+            f"({dataset.meta.get('tokenizer')}, {dataset.vocab_size} tokens) than the model to "
+            f"start from ({model.config.vocab_size} tokens). Pass the text itself as "
+            "--dataset=FILE, without --tokenizer="
+        )
     if tokenizer is None and dataset.vocab_size < model.config.vocab_size:
         dataset.warnings.append(
             f"{config.init_from} has no tokenizer. Its first {dataset.vocab_size} of "
@@ -513,23 +482,6 @@ def _refuse_unread_keys(request: Request, shape: GPTConfig) -> None:
             f"{key}={getattr(shape, key)} would change nothing: no layer of model.py reads it "
             "from GPTConfig"
         )
-
-
-def _wrong_tokenizer(model: GPT, tokenizer: Any, dataset: Dataset, config: TrainConfig) -> str:
-    if tokenizer is None:
-        advice = "The model has no tokenizer: put its files beside it, or pass a --tokenizer="
-    elif config.tokenizer != "auto":
-        advice = (
-            f"The model brings its own tokenizer ({tokenizer.name}): leave "
-            f"--tokenizer={config.tokenizer} out, or train a new model with --init_from=scratch"
-        )
-    else:
-        advice = "Pass the text itself as --dataset=FILE"
-    return (
-        f"dataset {dataset.name} was made with another tokenizer "
-        f"({dataset.meta.get('tokenizer')}, {dataset.vocab_size} tokens) than the model to start "
-        f"from ({model.config.vocab_size} tokens). {advice}"
-    )
 
 
 def prepare_model(model: GPT, config: TrainConfig, machine: Machine) -> None:
@@ -589,9 +541,9 @@ def warn_of_long_run(shape: GPTConfig, config: TrainConfig, steps: int, cores: i
     hours = training_flops(shape, config, steps) / (cores * CPU_FLOPS_PER_CORE) / 3600
     if hours < LONG_RUN_HOURS:
         return None
-    length = f"{hours:,.0f} hours" if hours < 48 else f"{hours / 24:,.0f} days"
     return (
-        f"warning: this run will take about {length} on this CPU. config/train_shakespeare_cpu.py "
-        "trains a small model in half a minute, also on your own text: "
+        f"warning: this run will take about {hours:,.0f} hours on this CPU. "
+        "config/train_shakespeare_cpu.py trains a small model in half a minute, also on your own "
+        "text: "
         "python train.py config/train_shakespeare_cpu.py --dataset=my.txt --tokenizer=char"
     )

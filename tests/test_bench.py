@@ -140,7 +140,7 @@ def test_a_model_has_the_shape_that_was_asked_for(monkeypatch, run, flags, shape
     ("flags", "message"),
     [
         (["--init_from=resume"], "one of scratch, gpt2, gpt2-medium"),
-        (["--sample", "--max_new_tokens=1"], "it needs at least two"),
+        (["--sample", "--max_new_tokens=1"], "should be greater than or equal to 2"),
         (["--sweep=batch_sise:1,2"], "batch_size"),
         (["--sweep=batch_size:1,none"], "batch_size=none"),
         (["--sweep=batch_size"], "KEY:VALUE"),

@@ -232,53 +232,28 @@ def test_text_on_the_command_line_of_sampling_becomes_a_typed_value(write):
 
 
 @pytest.mark.parametrize(
-    ("word", "must_be"),
+    ("word", "problem"),
     [
-        ("--dropout=1", "a number >= 0 and < 1"),
-        ("--dropout=-0.1", "a number >= 0 and < 1"),
-        ("--dropout=nan", "a number >= 0 and < 1"),
-        ("--dropout=True", "a number >= 0 and < 1"),
-        ("--learning_rate=1e999", "a number >= 0"),
-        ("--learning_rate=fast", "a number >= 0"),
-        ("--learning_rate=", "a number >= 0"),
-        ("--n_layer=0", "a whole number >= 1"),
-        ("--n_layer=2.5", "a whole number >= 1"),
-        ("--n_layer=True", "a whole number >= 1"),
-        ("--n_layer", "a whole number >= 1"),
-        ("--batch_size=auto", "a whole number >= 1"),
-        ("--eval_only=2", "True or False"),
-        ("--compile=maybe", "auto or True or False"),
-        ("--recompute=all", "none or pointwise or block"),
-        ("--lr_decay_iters=never", "a whole number >= 0 or None"),
-        ("--lora_alpha=0", "a number > 0 or None"),
-        ("--val_fraction=1", "a number > 0 and < 1"),
-        ("--decay_fraction=0", "a number > 0 and <= 1"),
-        ("--device=gpu", "auto or cpu or mps or cuda or cuda:1"),
-        ("--out_dir=", "nonempty text"),
-        ("--out_dir", "nonempty text"),
-        ("--seed=-1", "a whole number >= 0"),
+        ("--dropout=1", "Input should be less than 1"),
+        ("--dropout=nan", "Input should be a finite number"),
+        ("--dropout=True", "Input should be a number"),
+        ("--learning_rate=1e999", "Input should be a finite number"),
+        ("--learning_rate=", "Input should be a valid number, .*"),
+        ("--n_layer=0", "Input should be greater than or equal to 1"),
+        ("--n_layer=2.5", "Input should be a valid integer, .*"),
+        ("--n_layer", "Input should be a number"),
+        ("--lr_decay_iters=never", "Input should be a valid integer, .*"),
+        ("--eval_only=2", "Input should be a valid boolean, .*"),
+        ("--compile=maybe", "Input should be 'auto'; Input should be a valid boolean, .*"),
+        ("--recompute=all", "Input should be 'none', 'pointwise' or 'block'"),
+        ("--device=gpu", "String should match pattern .*"),
+        ("--out_dir=", "String should have at least 1 character"),
+        ("--out_dir", "Input should be a valid string"),
     ],
 )
-def test_a_wrong_value_is_refused_with_what_it_must_be(word, must_be):
-    assert refusal([word]) == [f"{word} must be {must_be}"]
-
-
-@pytest.mark.parametrize(
-    "word",
-    [
-        "--temperature=-1",
-        "--top_k=-1",
-        "--top_p=1.01",
-        "--min_p=1",
-        "--repetition_penalty=0",
-        "--stop=",
-        "--num_samples=0",
-        "--checkpoint=first",
-    ],
-)
-def test_a_wrong_value_for_sampling_is_refused(word):
-    [line] = refusal([word], SampleConfig)
-    assert line.startswith(f"{word} must be ")
+def test_a_wrong_value_is_refused_with_what_it_should_be(word, problem):
+    [line] = refusal([word])
+    assert re.fullmatch(f"{word}: {problem}", line)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -289,11 +264,11 @@ def test_all_mistakes_are_reported_at_once(write):
     path = write("\nbatch_size = 0\nlernrate = 3\ndropout = 1.5\n")
     lines = refusal([path, "--n_embd=100", "--n_head=7", "--dropuot=0.1", "--dtype=int8"])
     assert lines == [
-        f"{path}:2: batch_size=0 must be a whole number >= 1",
+        f"{path}:2: batch_size=0: Input should be greater than or equal to 1",
         f"{path}:3: lernrate=3: unknown key; did you mean learning_rate?",
-        f"{path}:4: dropout=1.5 must be a number >= 0 and < 1",
+        f"{path}:4: dropout=1.5: Input should be less than 1",
         "--dropuot=0.1: unknown key; did you mean dropout?",
-        "--dtype=int8 must be auto or float32 or bfloat16 or float16",
+        "--dtype=int8: Input should be 'auto', 'float32', 'bfloat16' or 'float16'",
         "--n_embd=100 --n_head=7: n_embd must be a multiple of n_head",
     ]
     # n_embd and n_head may be what a missing file would have set.
@@ -302,34 +277,17 @@ def test_all_mistakes_are_reported_at_once(write):
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("word", "advice"),
     [
-        (
-            ["--batch_size", "8"],
-            "--batch_size needs its value after an equals sign: --batch_size=8",
-        ),
-        (["--compile", "False"], "--compile needs its value after an equals sign: --compile=False"),
-        (["--qqqq=3"], "--qqqq=3: unknown key; see --help"),
-        (["-"], "-: unknown key; see --help"),
-        (
-            ["batch_size=8"],
-            "batch_size=8: a key is set with two dashes: --batch_size=8",
-        ),
-        (
-            ["config/train_gtp2.py"],
-            f"config/train_gtp2.py: there is no such file; did you mean "
-            f"{ROOT / 'config/train_gpt2.py'}?",
-        ),
-        (["qqqq.py"], "qqqq.py: there is no such file; --help lists the presets"),
-        (
-            ["my.txt"],
-            "my.txt: the name of a config file ends with .py; your own text is given as "
-            "--dataset=my.txt",
-        ),
+        ("--qqqq=3", ": unknown key; see --help"),
+        ("-", ": unknown key; see --help"),
+        ("my.txt", " is neither --key=value nor a config file, whose name ends with .py; .*"),
+        ("qqqq.py", ": there is no such file; --help lists the presets"),
     ],
 )
-def test_a_mistake_on_the_command_line_gets_advice(argv, message):
-    assert refusal(argv) == [message]
+def test_a_mistake_on_the_command_line_gets_advice(word, advice):
+    [line] = refusal([word])
+    assert re.fullmatch(f"{word}{advice}", line)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +298,7 @@ def test_a_mistake_on_the_command_line_gets_advice(argv, message):
         ("n_layer = 2\nn_head = = 2\n", "2: SyntaxError: "),
         ("import no_such_module_at_all\n", "1: ModuleNotFoundError: "),
         ("raise SystemExit('enough')\n", "1: SystemExit: enough"),
-        ("out_dir = 3", "1: out_dir=3 must be nonempty text"),
+        ("out_dir = 3", "1: out_dir=3: Input should be a valid string"),
     ],
 )
 def test_a_mistake_in_a_file_is_reported_with_its_line(text, problem, write):
@@ -361,7 +319,11 @@ def test_a_mistake_in_a_file_is_reported_with_its_line(text, problem, write):
         (TrainConfig, "--min_lr=1e-2", "min_lr learning_rate"),
         (TrainConfig, "--lr_decay_iters=9 --warmup_iters=9", "lr_decay_iters warmup_iters"),
         (TrainConfig, "--lora_alpha=8", "lora_rank lora_alpha"),
-        (TrainConfig, "--lora_rank=1000", "lora_rank n_embd"),
+        (
+            TrainConfig,
+            "--short_context_share=0.5 --block_size=12",
+            "short_context_share block_size",
+        ),
         (SampleConfig, "--interactive --json", "interactive json"),
     ],
 )
@@ -380,7 +342,6 @@ def test_values_that_contradict_each_other_are_refused(schema, line, keys):
         "--min_lr=1e-3 --learning_rate=1e-4 --decay_lr=False",
         "--num_epochs=0 --max_iters=10",
         "--init_from=gpt2-xl --n_head=25",
-        "--init_from=gpt2-xl --lora_rank=1000",
     ],
 )
 def test_unusual_values_that_do_not_contradict_each_other_are_accepted(line):
@@ -462,6 +423,7 @@ def test_help_shows_defaults_and_choices(capsys):
     assert "--weight_decay=0.1 How strongly" in text
     assert "--recompute=none Computes" in text
     assert "One of: none or pointwise or block." in text
+    assert "Optimizer --optimizer=adamw How" in text
     assert r"--start=\n The text" in " ".join(help_page(SampleConfig, capsys).split())
 
 

@@ -1,5 +1,6 @@
 """gpt12/run.py: what a run starts from, what follows from several keys, and resuming."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -63,15 +64,6 @@ def test_without_arguments_the_preset_that_suits_the_machine_is_used(
     assert f"using config/train_shakespeare_{preset}.py" in capsys.readouterr().out
 
 
-def test_evaluating_a_run_takes_its_own_data_unless_others_are_given(finished, dataset):
-    own = read_request([f"--init_from={finished}", "--eval_only"]).config
-    assert own.dataset == str(dataset)
-    other = read_request([f"--init_from={finished}", "--eval_only", "--dataset=x.txt"]).config
-    assert other.dataset == "x.txt"
-    fine_tuned = read_request([f"--init_from={finished}"]).config
-    assert fine_tuned.dataset == TrainConfig().dataset
-
-
 @pytest.mark.parametrize(("micro_batches", "near"), [(1, 2), (3, 4)])
 def test_micro_batches_that_the_ranks_cannot_share_are_refused(monkeypatch, micro_batches, near):
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -80,17 +72,11 @@ def test_micro_batches_that_the_ranks_cannot_share_are_refused(monkeypatch, micr
         read_request([f"--gradient_accumulation_steps={micro_batches}"])
 
 
-@pytest.mark.parametrize("size", ["char", "cpu"])
-def test_who_gives_keys_but_no_preset_is_told_how_to_change_the_first_run(
-    monkeypatch, capsys, size
-):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: size == "char")
-    read_request(["--max_iters=300", "--out_dir=my run"])
-    assert capsys.readouterr().out == (
-        "no preset given: nanoGPT's defaults hold, GPT-2 124M on openwebtext. To change a key of "
-        "the first run, name its preset: python train.py "
-        f"config/train_shakespeare_{size}.py --max_iters=300 '--out_dir=my run'\n"
-    )
+def test_who_gives_keys_but_no_preset_is_told_of_the_small_ones(capsys):
+    read_request(["--max_iters=300"])
+    said = capsys.readouterr().out
+    assert "GPT-2 124M on openwebtext" in said
+    assert "python train.py config/train_shakespeare_c" in said
     for argv in (["config/train_gpt2.py"], ["--dataset=openwebtext"], ["--init_from=gpt2"]):
         read_request(argv)
         assert capsys.readouterr().out == ""
@@ -133,10 +119,8 @@ def test_a_warmup_that_nobody_set_is_at_most_a_tenth_of_the_steps(
     found = built_from([*keys, f"--dataset={dataset}", f"--out_dir={tmp_path}", *options])
     assert found.config.warmup_iters == warmup
     assert found.request.asked["warmup_iters"] == 2000
-    told = [note for note in found.request.notes if "warmup_iters" in note]
-    assert told == [f"warmup_iters={warmup}, a tenth of the steps, because it was not set"] * (
-        warmup < 2000
-    )
+    note = f"warmup_iters={warmup}, because it was not set (see --help)"
+    assert (note in found.notes) == (warmup < 2000)
 
 
 def test_num_epochs_sets_the_number_of_steps(dataset, tmp_path):
@@ -186,8 +170,8 @@ def test_an_evaluation_that_nobody_set_is_at_most_a_tenth_of_the_steps_before_it
     argv += [f"--dataset={dataset}", f"--out_dir={tmp_path}", f"--max_iters={max_iters}"]
     found = built_from([*argv, f"--eval_interval={interval}"])
     assert found.config.eval_iters == eval_iters
-    limited = any("eval_iters" in note for note in found.request.notes)
-    assert limited == (4 * eval_iters < 25)
+    note = f"eval_iters={eval_iters}, because it was not set (see --help)"
+    assert (note in found.notes) == (eval_iters < 200)
     preset = tmp_path / "mine.py"
     preset.write_text("eval_iters = 5\n")
     given = built_from([str(preset), *argv, f"--eval_interval={interval}"])
@@ -204,11 +188,6 @@ def test_a_resumed_run_evaluates_the_windows_that_its_best_loss_is_of(
     shorter = ["--init_from=resume", f"--out_dir={tmp_path}", "--eval_interval=1"]
     found = built_from([*shorter, "--batch_size=1"])
     assert (found.config.eval_iters, found.eval_count) == (2, 8)
-
-
-def test_a_sequence_that_cannot_be_cut_into_rows_is_refused(dataset, tmp_path):
-    with pytest.raises(UserError, match="block_size=12 is not a multiple of 8: choose another"):
-        run(dataset, tmp_path / "a", "--short_context_share=0.5", "--block_size=12")
 
 
 def test_what_was_asked_is_saved_apart_from_what_it_became(dataset, tmp_path):
@@ -231,6 +210,15 @@ def write_run(out_dir: Path, keys: dict | None = None, **facts) -> Path:
     saved = asdict(TrainConfig(n_layer=3, n_head=3, n_embd=96, dtype="float32")) | (keys or {})
     (out_dir / "run.json").write_text(json.dumps({"config": saved} | facts))
     return out_dir
+
+
+@contextlib.contextmanager
+def killed_at(monkeypatch, step: int):
+    """Let the run in the block end as if it were killed when this step is finished and saved."""
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr("train.Trainer.evaluation_is_due", lambda self: self.progress.step == step)
+        m.setattr("train.Trainer.evaluate", lambda self: sys.exit("killed"))
+        yield
 
 
 @pytest.mark.parametrize("asks", ["file", "--init_from=resume", "--init-from=resume"])
@@ -268,7 +256,7 @@ def test_a_config_file_changes_nothing_of_a_resumed_run_and_each_key_is_told(tmp
 
 def test_a_wrong_value_in_a_file_of_a_resumed_run_is_a_mistake_all_the_same(tmp_path):
     write_run(tmp_path)
-    with pytest.raises(UserError, match=r"--dropout=2 must be .*\n--sed=3: unknown key; .* seed"):
+    with pytest.raises(UserError, match=r"--dropout=2: .* less than 1\n--sed=3: .* seed"):
         read_request(["--init_from=resume", f"--out_dir={tmp_path}", "--dropout=2", "--sed=3"])
 
 
@@ -335,9 +323,7 @@ def test_one_command_starts_a_run_goes_on_with_it_and_finds_it_complete(
     second.mkdir()
     shutil.copy(first / "run.json", second)
     command.append(f"--out_dir={second}")
-    with monkeypatch.context() as m, pytest.raises(SystemExit):
-        m.setattr("train.Trainer.evaluation_is_due", lambda self: self.progress.step == 3)
-        m.setattr("train.Trainer.evaluate", lambda self: sys.exit("killed"))
+    with killed_at(monkeypatch, 3):
         train.main(command)
     assert trainer(second)["step"] == 3
     assert not (second / "previous").exists()
@@ -355,13 +341,6 @@ def test_auto_moves_a_run_aside_that_cannot_be_resumed(dataset, finished, tmp_pa
     assert run(dataset, out_dir, "--init_from=auto", "--max_iters=1") == 0
     assert trainer(out_dir)["step"] == 1
     assert same_tensors(weights(out_dir / "previous", "best"), weights(finished, "best"))
-
-
-@pytest.mark.parametrize(("key", "value"), [("lora_dropout", 0.1), ("lora_targets", "c_attn")])
-def test_a_run_with_adapters_that_are_gone_is_refused_by_name(tmp_path, key, value):
-    write_run(tmp_path, {key: value})
-    with pytest.raises(UserError, match=f"{key}={value}, which this version cannot train"):
-        read_request(["--init_from=resume", f"--out_dir={tmp_path}"])
 
 
 def test_a_resumed_run_writes_into_the_folder_that_it_reads(finished, tmp_path, monkeypatch):
@@ -383,11 +362,12 @@ def test_a_resumed_run_writes_into_the_folder_that_it_reads(finished, tmp_path, 
     ("key", "value"),
     [
         *(("n_layer", 4), ("n_head", 2), ("n_embd", 48), ("bias", True), ("lora_rank", 2)),
-        *(("optimizer", "muon"), ("val_fraction", 0.3)),
+        *(("optimizer", "muon"), ("val_fraction", 0.3), ("lora_alpha", 2.0)),
     ],
 )
 def test_keys_that_the_saved_weights_depend_on_cannot_change(tmp_path, key, value):
-    write_run(tmp_path)
+    """Another lora_alpha would turn what is trained up or down at once."""
+    write_run(tmp_path, {"lora_rank": 4, "lora_alpha": 8.0, "init_from": "gpt2"})
     argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
     with pytest.raises(UserError, match=f"^{key}={value}, but the run in .*leave --{key} out"):
         read_request([*argv, f"--{key}={value}"])
@@ -403,21 +383,14 @@ def test_options_given_on_resuming_are_checked_together_with_the_saved_ones(tmp_
         read_request([*argv, "--min_lr=5e-2"])
 
 
-def test_the_scale_of_adapters_cannot_change(tmp_path):
-    """Another alpha would turn what is trained up or down at once."""
-    write_run(tmp_path, {"lora_rank": 4, "lora_alpha": 8.0, "init_from": "gpt2"})
-    argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
-    with pytest.raises(UserError, match=r"lora_alpha=2\.0, but the run in .* has 8\.0"):
-        read_request([*argv, "--lora_alpha=2"])
-    assert read_request([*argv, "--lora_alpha=8"]).config.lora_alpha == 8.0
-
-
 def test_a_resumed_run_keeps_the_precision_that_auto_became(tmp_path):
     argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
     write_run(tmp_path, {"dtype": "bfloat16"}, requested={"dtype": "auto"})
     assert read_request(argv).config.dtype == "bfloat16"
     write_run(tmp_path, {"dtype": "load"})
-    with pytest.raises(UserError, match=r"run\.json: dtype='load' must be auto or float32"):
+    with pytest.raises(
+        UserError, match=r"run\.json: dtype='load': Input should be 'auto', 'float32'"
+    ):
         read_request(argv)
 
 
@@ -436,17 +409,12 @@ def test_resuming_a_finished_run_says_that_it_is_complete_and_changes_nothing(
     out_dir = shutil.copytree(finished, tmp_path / "out")
     before = {file: file.stat().st_mtime_ns for file in out_dir.rglob("*")}
     capsys.readouterr()
-    assert resume(out_dir) == 0
-    told = "this run is complete (4 of 4 steps); go on with --max_iters=8\n"
-    assert capsys.readouterr().out == told
+    for steps in (4, 3):
+        assert resume(out_dir, f"--max_iters={steps}") == 0
+        told = f"this run is complete (4 of {steps} steps); go on with --max_iters=8\n"
+        assert capsys.readouterr().out == told
     after = {file: file.stat().st_mtime_ns for file in out_dir.rglob("*")}
     assert after == before
-
-
-def test_resuming_with_fewer_steps_than_are_finished_says_what_is_wrong(finished):
-    message = "4 finished steps, more than max_iters=3: go on with a larger one.*--max_iters=8"
-    with pytest.raises(UserError, match=message):
-        resume(finished, "--max_iters=3")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -500,41 +468,26 @@ def test_a_longer_run_says_what_jumps_and_its_short_context_does_not_come_back(
 def test_a_run_that_was_stopped_before_its_last_evaluation_is_not_complete(
     dataset, tmp_path, monkeypatch
 ):
-    def killed(self):
-        raise SystemExit("killed")
-
-    with monkeypatch.context() as m, pytest.raises(SystemExit):
-        m.setattr("train.Trainer.evaluation_is_due", lambda self: self.progress.step == 3)
-        m.setattr("train.Trainer.evaluate", killed)
+    with killed_at(monkeypatch, 3):
         run(dataset, tmp_path, "--max_iters=3", "--save_interval_s=0")
     assert trainer(tmp_path)["step"] == 3
     assert resume(tmp_path) == 0
     assert evaluations(tmp_path) == [3]
 
 
-@pytest.mark.parametrize("stopped", [1, 2, 3, 5])
-def test_a_run_resumes_exactly_before_and_after_its_rows_get_longer(
-    dataset, tmp_path, monkeypatch, stopped
-):
+def test_a_run_resumes_exactly_before_and_after_its_rows_get_longer(dataset, tmp_path, monkeypatch):
     options = ["--short_context_share=0.5", "--max_iters=6", "--save_interval_s=0"]
-
-    def killed(self):
-        raise SystemExit("killed")
-
-    assert run(dataset, tmp_path / "a", *options) == 0
-    with monkeypatch.context() as m, pytest.raises(SystemExit):
-        m.setattr("train.Trainer.evaluation_is_due", lambda self: self.progress.step == stopped)
-        m.setattr("train.Trainer.evaluate", killed)
-        run(dataset, tmp_path / "b", *options)
-    assert resume(tmp_path / "b") == 0
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
-    assert trainer(tmp_path / "a")["position"] == trainer(tmp_path / "b")["position"]
-
-
-def test_a_run_with_a_short_context_first_is_another_run(dataset, tmp_path):
-    assert run(dataset, tmp_path / "a", "--max_iters=4", "--short_context_share=0.5") == 0
-    assert run(dataset, tmp_path / "b", "--max_iters=4") == 0
-    assert losses(tmp_path / "a")[1] != losses(tmp_path / "b")[1]
+    whole = tmp_path / "whole"
+    assert run(dataset, whole, *options) == 0
+    for step in (2, 3):
+        out_dir = tmp_path / str(step)
+        with killed_at(monkeypatch, step):
+            run(dataset, out_dir, *options)
+        assert resume(out_dir) == 0
+        assert losses(out_dir) == losses(whole)
+        assert trainer(out_dir)["position"] == trainer(whole)["position"]
+    assert run(dataset, tmp_path / "long", "--max_iters=1") == 0
+    assert losses(tmp_path / "long")[1] != losses(whole)[1]
 
 
 def test_a_run_on_other_data_says_so_and_forgets_its_best(dataset, finished, tmp_path, capsys):
@@ -571,8 +524,8 @@ def test_a_data_set_without_a_training_split_can_only_be_evaluated(dataset, tmp_
         file.unlink()
     with pytest.raises(UserError, match=r"no training shards .*only --eval_only works"):
         run(tmp_path / "data", tmp_path / "out", "--max_iters=1")
-    assert run(tmp_path / "data", tmp_path / "out", "--eval_only") == 0
-    assert not (tmp_path / "out").exists()
+    assert run(tmp_path / "data", tmp_path / "evaluated", "--eval_only") == 0
+    assert not (tmp_path / "evaluated").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -628,7 +581,7 @@ def test_adapters_on_a_model_that_the_run_replaces_are_refused(finished, inside)
 
 def test_data_of_another_tokenizer_than_the_models_are_refused(dataset, tmp_path):
     save_pretrained(GPT(GPTConfig(16, 9, 1, 2, 16)), tmp_path / "model")
-    with pytest.raises(UserError, match=r"another tokenizer.*13 tokens.*9 tokens.*no tokenizer"):
+    with pytest.raises(UserError, match=r"another tokenizer.*13 tokens.*9 tokens"):
         run(dataset, tmp_path / "out", f"--init_from={tmp_path / 'model'}")
 
 
@@ -675,7 +628,7 @@ def test_only_a_compiled_run_compiles_its_layers(monkeypatch):
 def test_a_run_of_hours_on_a_cpu_is_warned_of_and_the_small_preset_named():
     shape = GPTConfig(bias=False)
     a_second = CPU_FLOPS_PER_CORE / flops_per_token(shape)  # tokens
-    for hours, said in ((1.9, None), (5, "5 hours"), (30, "30 hours"), (96, "4 days")):
+    for hours, said in ((1.9, None), (5, "5 hours"), (96, "96 hours")):
         tokens = hours * 3600 * 2 * a_second
         length = config(batch_size=1, block_size=1024, max_iters=round(tokens / 1024))
         # Only the steps that are left count, and max_iters may come from num_epochs.

@@ -625,7 +625,7 @@ def test_losses_that_are_not_finite_never_become_the_best(dataset, tmp_path, mon
         (["--device=cuda"], "Or pass --device=cpu"),
         (["--device=mps"], "device=mps cannot be used"),
         (["--out_dir=/proc/nothing"], "cannot be written"),
-        (["--init_from=resume", "--out_dir=/nowhere"], "nothing to resume"),
+        (["--init_from=resume", "--out_dir=/nowhere"], "no run in /nowhere"),
         (["--init_from=/nowhere"], "init_from=/nowhere: there is no such folder"),
         (["--init_from=gpt2", "--dataset=/nowhere/my.txt"], "no data set '/nowhere/my.txt'"),
         (["--init_from=gpt2", f"--dataset={'x' * 300}"], "There is no data set"),
