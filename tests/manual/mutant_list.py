@@ -76,7 +76,7 @@ MODEL = [
         before="self.train_step.set_context_length(length)",
         after="pass",
         test_file="test_run.py",
-        test="test_a_run_with_a_short_context_first_is_another_run",
+        test="test_a_run_resumes_exactly_before_and_after_its_rows_get_longer",
     ),
     Mutant(
         "the causal mask is off",
