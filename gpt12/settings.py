@@ -21,7 +21,11 @@ from pydantic_core import PydanticCustomError
 
 from model import GPTConfig
 
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+STRICT = ConfigDict(
+    extra="forbid",
+    allow_inf_nan=False,
+    use_attribute_docstrings=True,
+)
 CONTEXT_PARTS = 8  # short_context_share cuts a sequence into this many parts
 # Two keys for the length of a run: of two sources, the later one decides and ends the other's word.
 REPLACES = {"max_iters": "num_epochs", "num_epochs": "max_iters"}
