@@ -103,9 +103,9 @@ def test_the_files_and_keys_that_a_page_names_exist(page):
 
 
 def test_the_readme_is_short_enough_to_be_read():
-    assert len(README.splitlines()) <= 220
+    assert len(README.splitlines()) <= 200
     assert max(len(line) for line in README.splitlines()) <= 100
-    assert len(README.split()) <= 2400
+    assert len(README.split()) <= 1800
 
 
 @pytest.mark.parametrize(
