@@ -16,6 +16,7 @@ Gimpel 2016 (GELU).
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -85,14 +86,14 @@ class LayerNorm(nn.LayerNorm):
 
 
 class StackedLinear(nn.Linear):
-    """Several linear layers that read the same input, computed as one product.
+    """Several equally large linear layers that read the same input, computed as one product.
 
     Muon updates the matrix of each by itself.
     """
 
-    def __init__(self, inputs: int, outputs: tuple[int, ...], bias: bool):
-        super().__init__(inputs, sum(outputs), bias=bias)
-        self.outputs = outputs  # of each layer
+    def __init__(self, inputs: int, outputs: int, layers: int, bias: bool):
+        super().__init__(inputs, layers * outputs, bias=bias)
+        self.layers = layers
 
 
 class CausalSelfAttention(nn.Module):
@@ -106,7 +107,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         C = config.n_embd
-        self.c_attn = StackedLinear(C, (C, C, C), bias=config.bias)  # query, key, value
+        self.c_attn = StackedLinear(C, C, layers=3, bias=config.bias)  # query, key, value
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -164,17 +165,14 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+        self.has_dropout = config.dropout > 0
         self.recompute = "none"
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.layer(x, shared)
-        draws = self.training and self.has_dropout()
+        draws = self.training and self.has_dropout
         return recompute(self.layer, self.recompute, draws, x, shared)
-
-    def has_dropout(self) -> bool:
-        """Tell whether anything in this layer drops values."""
-        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
 
     def layer(self, x: Tensor, shared: Shared) -> Tensor:
         x = x + self.attn(self.ln_1(x), shared)  # (B, T, C)
@@ -372,7 +370,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class NothingDrawn(TorchFunctionMode):
-    """Let torch's functions that draw weights do nothing.
+    """Let torch's functions that draw weights do nothing, and new memory be NaN.
 
     On the meta device there is nothing to draw, and importing what that needs takes seconds.
     """
@@ -382,7 +380,10 @@ class NothingDrawn(TorchFunctionMode):
     ) -> Any:
         if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
             return None
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.empty, torch.empty_like) and result.is_floating_point():
+            result.fill_(math.nan)
+        return result
 
 
 @functools.cache

@@ -19,13 +19,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Any, NoReturn
 
 from gpt12.errors import UserError, printable, require_packages, run_main
 
 require_packages()
 
-import torch
 from jinja2 import TemplateError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -36,6 +35,7 @@ from gpt12.checkpoint import find_checkpoint, is_run
 from gpt12.config import load_config, unescape
 from gpt12.device import open_machine
 from gpt12.generate import Sampling, TextStream, store_by_columns, stream
+from gpt12.memory import ran_out_of_memory
 from gpt12.settings import SampleConfig
 from gpt12.weights import find_pretrained, from_pretrained, read_nanogpt
 from model import GPT
@@ -44,14 +44,14 @@ SEPARATOR = "---------------"  # between samples, as in nanoGPT
 DATA = Path(__file__).parent / "data"
 # Without a chat template the model continues what both have written.
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
+    "{% for message in messages if message.role != 'system' %}"
     "{{ message.content }}{% if message.ended %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
-TEMPLATE_SECONDS = 5
-TEMPLATE_CHARACTERS = 1_000_000
 MARK = "~~question~~"  # stands for a user's text, to see what a chat template makes of it
 PASTE_SECONDS = 0.05
+# A message as chat templates expect it: role and content; and "ended" if the model ended it itself.
+Message = dict[str, Any]
 
 
 def main() -> None:
@@ -67,20 +67,12 @@ def main() -> None:
             converse(writer, first_message=prompt)
         else:
             print_samples(writer, prompt)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
             raise
         raise UserError(
             "out of memory: ask for fewer --num_samples or fewer --max_new_tokens"
         ) from None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether torch or Python could not allocate memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # On a CPU and on a Mac torch has no class of its own for it.
-    return "DefaultCPUAllocator" in str(error) or "MPS backend out of memory" in str(error)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,44 +97,33 @@ def load(config: SampleConfig) -> Writer:
 
 def find_source(config: SampleConfig) -> Path:
     """Return the model's folder, or nanoGPT's ckpt.pt, that the configuration asks for."""
-    source = Path(config.init_from)
-    if config.init_from == "resume" or is_run(source):
-        out_dir = Path(config.out_dir) if config.init_from == "resume" else source
-        names = ("best", "last") if config.checkpoint == "auto" else (config.checkpoint,)
-        source, progress = find_checkpoint(out_dir, names)
-        loss = progress.best_val_loss
-        loss_text = f", best val loss {loss:.4f}" if loss is not None else ""
-        say(f"loaded {source}, step {progress.step}{loss_text}")
-        return source
-    if source.suffix == ".pt":
-        return source
-    folder = find_pretrained(config.init_from)
-    is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
-    if is_adapter and (folder.parent / "config.json").exists():
-        raise UserError(
-            f"{folder} holds only an adapter: pass {folder.parent}, the model it is merged into"
-        )
-    return folder
+    source = Path(config.out_dir if config.init_from == "resume" else config.init_from)
+    if config.init_from != "resume" and not is_run(source):
+        return find_pretrained(config.init_from)
+    names = ("best", "last") if config.checkpoint == "auto" else (config.checkpoint,)
+    source, progress = find_checkpoint(source, names)
+    loss = progress.best_val_loss
+    loss_text = f", best val loss {loss:.4f}" if loss is not None else ""
+    say(f"loaded {source}, step {progress.step}{loss_text}")
+    return source
 
 
 def find_tokenizer(source: Path) -> Any:
     """Return the tokenizer of a model; UserError if there is none."""
-    if source.suffix == ".pt":
-        tokenizer = load_tokenizer(source.parent)
-        if tokenizer is None:
-            tokenizer = nanogpt_tokenizer(source)
-    else:
-        tokenizer = load_tokenizer(source)
+    is_nanogpt = source.suffix == ".pt"
+    tokenizer = load_tokenizer(source.parent if is_nanogpt else source)
+    if tokenizer is None and is_nanogpt:
+        tokenizer = nanogpt_tokenizer(source)
     if tokenizer is None:
         raise UserError(
             f"{source} has no tokenizer, so its ids cannot be turned into text. Put the model's "
-            "tokenizer.json, or its vocab.json and merges.txt, into that folder"
+            "tokenizer.json, or its vocab.json and merges.txt, beside its weights"
         )
     return tokenizer
 
 
 def nanogpt_tokenizer(file: Path) -> Any:
-    """Return the tokenizer of nanoGPT's ckpt.pt, which holds none itself.
+    """Return the tokenizer of nanoGPT's ckpt.pt, which holds none itself, or None.
 
     GPT-2's tokenizer is recognized by its vocabulary size. Any other is taken from the data set
     that the file names, if it is prepared in data/ with the same vocabulary size.
@@ -154,16 +135,10 @@ def nanogpt_tokenizer(file: Path) -> Any:
     folder = DATA / str(checkpoint.dataset)
     meta = folder / "meta.json"
     # The name comes from the file, so it must not be allowed to lead out of data/.
-    if folder.parent == DATA and meta.is_file():
-        tokenizer = from_meta(json.loads(meta.read_bytes()), folder)
-        if tokenizer is not None and tokenizer.vocab_size == vocab_size:
-            say(f"tokenizer: that of {folder}")
-            return tokenizer
-    raise UserError(
-        f"{file} was trained on the data set {checkpoint.dataset!r}, which is not prepared in "
-        f"{DATA} with its {vocab_size:,} tokens. Prepare it there, or put the tokenizer.json of "
-        f"these tokens into {file.parent}"
-    )
+    if folder.parent != DATA or not meta.is_file():
+        return None
+    tokenizer = from_meta(json.loads(meta.read_bytes()), folder)
+    return tokenizer if tokenizer is not None and tokenizer.vocab_size == vocab_size else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -172,31 +147,18 @@ def nanogpt_tokenizer(file: Path) -> Any:
 
 def read_prompt(start: str) -> str:
     r"""Return --start (\n is a new line), a file for FILE:path, or standard input for "-"."""
-    if start == "-":
-        check_standard_input()
-        try:
+    try:
+        if start == "-":
             text = sys.stdin.read()
-        except ValueError as error:
-            raise UserError(f"standard input is not UTF-8 text: {error}") from None
-    elif start.startswith("FILE:"):
-        file = Path(start.removeprefix("FILE:")).expanduser()
-        try:
-            text = file.read_text("utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"the prompt file {file} cannot be read as UTF-8 text: {error}"
-            ) from None
-    else:
-        text = unescape(start)
+        elif start.startswith("FILE:"):
+            text = Path(start.removeprefix("FILE:")).expanduser().read_text("utf-8")
+        else:
+            text = unescape(start)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--start={start} cannot be read as UTF-8 text: {error}") from None
     if not text:
         raise UserError(r"the prompt is empty: give at least one character, as in --start='\n'")
     return text
-
-
-def check_standard_input() -> None:
-    """Raise UserError if the program was started without a standard input."""
-    if sys.stdin is None:
-        raise UserError("there is no standard input to read from")
 
 
 class GenerationTag(Extension):
@@ -218,97 +180,58 @@ def raise_exception(message: str) -> NoReturn:
 class ChatTemplate:
     """How a model's conversations are written as one text.
 
-    The template is a program in Jinja and may be a stranger's: it runs in a sandbox, and its time
-    and its length are limited. What it finds there is what `transformers` gives it.
+    The template is a program in Jinja and may be a stranger's: it runs in a sandbox. What it finds
+    there is what `transformers` gives it.
     """
 
     def __init__(self, tokenizer: Any):
         """A model without a template gets one that writes the messages one after the other."""
-        self.is_plain = not tokenizer.chat_template
-        environment = ImmutableSandboxedEnvironment(
+        self.source = tokenizer.chat_template or PLAIN_TEMPLATE
+        self.environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
         )
         end = "" if tokenizer.eot is None else tokenizer.token_bytes(tokenizer.eot).decode()
-        environment.globals.update(
+        self.environment.globals.update(
             raise_exception=raise_exception,
             strftime_now=time.strftime,
             add_generation_prompt=True,
             **({"eos_token": end} | tokenizer.special_tokens),
         )
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        try:
-            self.template = environment.from_string(tokenizer.chat_template or PLAIN_TEMPLATE)
-        except TemplateError as error:
-            raise broken_template(error) from None
+        self.environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
 
     def write(self, messages: Sequence[Message]) -> str:
         """Return the prompt for the next answer; UserError if the template fails."""
-        deadline = time.monotonic() + TEMPLATE_SECONDS
-
-        def check_time(*event: Any) -> Any:  # Python calls it before each line of the template
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"it takes longer than {TEMPLATE_SECONDS} s")
-            return check_time
-
-        pieces: list[str] = []
-        length = 0
-        tracer = sys.gettrace()
-        sys.settrace(check_time)
         try:
-            for piece in self.template.generate(messages=messages):
-                pieces.append(piece)
-                length += len(piece)
-                if length > TEMPLATE_CHARACTERS:
-                    raise ValueError(f"it writes more than {TEMPLATE_CHARACTERS:,} characters")
+            return self.environment.from_string(self.source).render(messages=messages)
         except Exception as error:  # the template may do anything
-            raise broken_template(error) from None
-        finally:
-            sys.settrace(tracer)
-        return "".join(pieces)
+            raise UserError(
+                f"the model's chat template fails ({type(error).__name__}: {str(error)[:200]}). "
+                "Repair chat_template in its tokenizer_config.json, or remove it to write plain "
+                "text"
+            ) from None
 
     def forgets(self) -> bool:
         """Tell whether it writes a question without those before it, as in single-turn data."""
-        messages = [user_message(MARK), Message(role="assistant", content=""), user_message("?")]
-        return MARK not in self.write(messages)
+        answer = {"role": "assistant", "content": ""}
+        return MARK not in self.write([user_message(MARK), answer, user_message("?")])
 
     def complete(self, text: str) -> str | None:
         """Return a prompt that is in the template already, with the white space that it lacks.
 
         None if it is not in the template.
         """
-        head, _, tail = self.write([user_message(MARK)]).partition(MARK)
-        before, after = head.strip(), tail.strip()
-        if after and text.rstrip().endswith(after):
-            for known in range(len(tail), len(tail.rstrip()) - 1, -1):
-                if text.endswith(tail[:known]):
-                    return text + tail[known:]
-            return text
-        begins = text.lstrip().startswith(before)
-        if before and (begins or (before in text and after in text)):
-            return text
-        return None
-
-
-def broken_template(error: Exception) -> UserError:
-    """Return the error for a template that cannot be used."""
-    return UserError(
-        f"the model's chat template fails ({type(error).__name__}: {str(error)[:200]}). Repair "
-        "chat_template in its tokenizer_config.json, or remove it to write plain text"
-    )
-
-
-class Message(TypedDict, total=False):
-    """A message as chat templates expect it."""
-
-    role: str
-    content: str
-    ended: bool  # the model has ended it by itself
+        before, _, after = self.write([user_message(MARK)]).partition(MARK)
+        words = after.strip()
+        if words and text.rstrip().endswith(words):
+            return text.rstrip() + after[len(after.rstrip()) :]
+        before = before.strip()
+        return text if before and before in text else None
 
 
 def user_message(text: str) -> Message:
-    return Message(role="user", content=text)
+    return {"role": "user", "content": text}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -325,27 +248,36 @@ class Writer:
         self.template = ChatTemplate(tokenizer)
         self.system: list[Message] = []
         if config.system is not None:
-            self.system = [Message(role="system", content=config.system)]
-            written = self.template.write([*self.system, user_message("?")])
-            if self.template.is_plain or config.system.strip() not in written:
+            self.system = [{"role": "system", "content": config.system}]
+            if config.system.strip() not in self.prompt([user_message("?")]):
                 raise UserError("--system: the model's chat template has no place for it")
 
-    def encode(self, prompt: str) -> list[int]:
-        """Return the ids of a prompt, in which `<|endoftext|>` is that token, as in nanoGPT."""
-        return self.tokenizer.encode_prompt(prompt)
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """Return what the model continues to answer the last of the messages.
 
-    def ids_of(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids of the prompt for the next answer."""
-        return self.encode(self.template.write([*self.system, *messages]))
+        If that is in the chat template already, it is taken as it is.
+        """
+        complete = self.template.complete(messages[-1]["content"])
+        if complete is not None:
+            return complete
+        return self.template.write([*self.system, *messages])
 
-    def check_length(self, ids: list[int]) -> list[int]:
-        """Return the ids of a prompt; UserError if it is longer than the model's context."""
+    def fit(self, messages: Sequence[Message]) -> tuple[Sequence[Message], list[int]]:
+        """Return the messages and the ids of their prompt; UserError if it exceeds the context.
+
+        If it does, the oldest messages go first, until half of the context is free.
+        """
         room = self.model.config.block_size
+        ids = self.tokenizer.encode_prompt(self.prompt(messages))
+        if len(ids) > room:
+            while len(messages) > 1 and len(ids) > room // 2:
+                messages = messages[2:]
+                ids = self.tokenizer.encode_prompt(self.prompt(messages))
         if len(ids) > room:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, the model's context only {room}: shorten it"
             )
-        return ids
+        return messages, ids
 
     def new_text(self) -> TextStream:
         """Return an empty text, which ends as the configuration says."""
@@ -380,8 +312,7 @@ class Speed:
     """Measure the time to the first token, and the tokens per second after it."""
 
     def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.times: list[float] = []  # when the tokens of each step came
+        self.times = [time.perf_counter()]  # the start, then when the tokens of each step came
         self.tokens: list[int] = []  # of each step
 
     def count(self, tokens: int) -> None:
@@ -391,15 +322,12 @@ class Speed:
 
     def summary(self) -> str:
         """Describe the speed."""
-        if not self.times:
+        if not self.tokens:
             return "no token"
-        first = self.times[0]
-        count = sum(self.tokens)
-        unit = "token" if count == 1 else "tokens"
-        text = f"{count} {unit}, first after {first - self.started:.2f} s"
-        seconds = self.times[-1] - first
-        if seconds > 0:
-            text += f", then {sum(self.tokens[1:]) / seconds:,.1f} tokens/s"
+        text = f"{sum(self.tokens)} tokens, first after {self.times[1] - self.times[0]:.2f} s"
+        if len(self.tokens) > 1:
+            speed = sum(self.tokens[1:]) / (self.times[-1] - self.times[1])
+            text += f", then {speed:,.1f} tokens/s"
         return text
 
 
@@ -409,10 +337,9 @@ def print_samples(writer: Writer, start: str) -> None:
     With --json it is one line of JSON for each sample.
     """
     as_json = writer.config.json
-    prompt = writer.template.complete(start)
-    if prompt is None:
-        prompt = writer.template.write([*writer.system, user_message(start)])
-    ids = writer.check_length(writer.encode(prompt))
+    messages = [user_message(start)]
+    prompt = writer.prompt(messages)
+    _, ids = writer.fit(messages)
     texts = [writer.new_text() for _ in range(writer.config.num_samples)]
     speed = Speed()
     if not as_json:
@@ -438,62 +365,6 @@ def print_samples(writer: Writer, start: str) -> None:
 # Talking
 
 
-class Conversation:
-    """The messages so far and the model that answers them."""
-
-    def __init__(self, writer: Writer):
-        self.writer = writer
-        self.messages: list[Message] = []
-        self.forgets = writer.template.forgets()
-
-    def prompt(self, text: str) -> list[int]:
-        """Add a user's message and return the ids that the model continues.
-
-        If they do not fit into the context, the oldest messages go, until half of it is free. A
-        text that is in the chat template already is taken as it is and remembered no longer.
-        """
-        writer = self.writer
-        complete = writer.template.complete(text)
-        if complete is not None:
-            self.messages = []
-            return writer.check_length(writer.encode(complete))
-        messages = [] if self.forgets else self.messages
-        messages = [*messages, user_message(text)]
-        room = writer.model.config.block_size
-        ids = writer.ids_of(messages)
-        if writer.template.is_plain and len(ids) > room:
-            last = writer.check_length(writer.encode(text))
-            ids = ids[-max(len(last), room // 2) :]
-        elif len(ids) > room:
-            while len(ids) > room // 2 and len(messages) > 1:
-                messages = messages[2:]
-                ids = writer.ids_of(messages)
-        self.messages = messages
-        return writer.check_length(ids)
-
-    def answer(self, message: str) -> None:
-        """Show the model's answer to a message."""
-        writer = self.writer
-        before = self.messages
-        try:
-            prompt = self.prompt(message)
-        except UserError as error:
-            self.messages = before
-            say(f"error: {error}")
-            return
-        text = writer.new_text()
-        speed = Speed()
-        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the text, not the program
-            for _, new in writer.write(prompt, [text], speed):
-                show(new)
-        show(text.finish("length") + "\n")
-        say(speed.summary())
-        if self.messages:
-            said = writer.tokenizer.decode(text.ids)  # with the stop string, which is not shown
-            ended = text.finish_reason == "end"
-            self.messages.append(Message(role="assistant", content=said, ended=ended))
-
-
 def converse(writer: Writer, first_message: str = "") -> None:
     """Answer messages from the keyboard. An empty line begins a new conversation.
 
@@ -501,35 +372,52 @@ def converse(writer: Writer, first_message: str = "") -> None:
     """
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401 (gives input() its line editing)
-    check_standard_input()
-    # Otherwise an incomplete character at the end of the input would be read again and again.
-    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    conversation = Conversation(writer)
-    verb = "continues it" if writer.template.is_plain else "answers"
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     memory = "reads each text together with all before it; an empty line starts over"
-    if conversation.forgets:
+    if writer.template.forgets():
         memory = "answers each question without those before it, as it has learned from its data"
     say(
-        f"type a text and press Enter, and the model {verb}. The model {memory}. "
+        f"type a text and press Enter, and the model answers. The model {memory}. "
         "Ctrl-C stops a text; Ctrl-C or Ctrl-D at the > prompt quits"
     )
+    messages: Sequence[Message] = []
     if first_message:
         say(f"> {first_message}")
-        conversation.answer(first_message)
+        messages = answer(writer, messages, first_message)
     while True:
         try:
-            message = read_message()
-            message.encode()
+            text = read_message()
         except (EOFError, KeyboardInterrupt):
             return
-        except ValueError as error:
-            say(f"error: that was not UTF-8 text: {error}")
-            continue
-        if message:
-            conversation.answer(message)
-        elif conversation.messages:
-            conversation.messages = []
+        if text:
+            messages = answer(writer, messages, text)
+        elif messages:
+            messages = []
             say("a new conversation")
+
+
+def answer(writer: Writer, messages: Sequence[Message], question: str) -> Sequence[Message]:
+    """Show the model's answer to a question, and return the conversation with both.
+
+    Nothing is remembered if the template forgets, or after a prompt that was in the template.
+    """
+    try:
+        asked, prompt = writer.fit([*messages, user_message(question)])
+    except UserError as error:
+        say(f"error: {error}")
+        return messages
+    text = writer.new_text()
+    speed = Speed()
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the text, not the program
+        for _, new in writer.write(prompt, [text], speed):
+            show(new)
+    show(text.finish("length") + "\n")
+    say(speed.summary())
+    if writer.template.forgets() or writer.template.complete(question) is not None:
+        return []
+    said = writer.tokenizer.decode(text.ids)  # with the stop string, which is not shown
+    ended = text.finish_reason == "end"
+    return [*asked, {"role": "assistant", "content": said, "ended": ended}]
 
 
 def read_message() -> str:

@@ -50,6 +50,7 @@ from gpt12.distributed import (
 from gpt12.fit import ADVICE, fit, tenth_is_free
 from gpt12.loader import Loader
 from gpt12.log import Clock, RunLog, perplexity
+from gpt12.loss import IGNORE_INDEX
 from gpt12.memory import ran_out_of_memory
 from gpt12.optimizer import find_optimizer
 from gpt12.run import (
@@ -60,7 +61,6 @@ from gpt12.run import (
     read_request,
 )
 from gpt12.settings import CONTEXT_PARTS, TrainConfig
-from gpt12.targets import IGNORE_INDEX
 from model import GPT, StackedLinear
 
 # The run stops after so many updates in a row whose loss or gradient is not finite.
@@ -74,12 +74,12 @@ def parameter_groups(model: GPT, weight_decay: float) -> list[dict[str, Any]]:
     """Split what is trained: matrices and embeddings decay, biases and LayerNorms do not.
 
     Radford et al. 2018, GPT, section 4.1. The matrices of the blocks' linear layers, for which Muon
-    is made, are groups of their own. "stacked" are the rows of the matrices that lie in one weight.
+    is made, are groups of their own. "stacked" is the number of matrices that lie in one weight.
     """
-    blocks: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    blocks: dict[int, list[nn.Parameter]] = {}
     for module in model.transformer.h.modules():
         if isinstance(module, nn.Linear) and module.weight.requires_grad:
-            stacked = module.outputs if isinstance(module, StackedLinear) else ()
+            stacked = module.layers if isinstance(module, StackedLinear) else 1
             blocks.setdefault(stacked, []).append(module.get_parameter("weight"))
     groups: list[dict[str, Any]] = []
     for stacked, matrices in blocks.items():

@@ -19,9 +19,9 @@ import numpy as np
 
 from data.shards import EXAMPLE_START, TRAINED, Tokens
 from gpt12.errors import UserError
-from gpt12.targets import IGNORE_INDEX
 
 FEISTEL_ROUNDS = 6
+NOT_TRAINED = -1  # the target that the loss ignores, as in nanoGPT
 
 
 class TrainWindows:
@@ -105,19 +105,19 @@ class EvalWindows:
         """Return inputs, targets and, for instruction data, example starts of some windows.
 
         They are the windows at `indices`, int64 (len(indices), T) each. Past the end of the split
-        targets are IGNORE_INDEX.
+        targets are NOT_TRAINED.
         """
         starts = np.asarray(indices) * self.block_size
         inputs, targets, *example_starts = _read_windows(self.tokens, starts, self.block_size)
         room = len(self.tokens) - 1 - starts  # targets from each start on
-        targets[np.arange(self.block_size) >= room[:, None]] = IGNORE_INDEX
+        targets[np.arange(self.block_size) >= room[:, None]] = NOT_TRAINED
         return inputs, targets, *example_starts
 
 
 def _read_windows(tokens: Tokens, starts: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
     """Return the windows at `starts` and the same shifted by one, int64 (len(starts), length).
 
-    If the split has a mask, a target is IGNORE_INDEX where it is not trained, and the example
+    If the split has a mask, a target is NOT_TRAINED where it is not trained, and the example
     starts are returned, too.
     """
     windows = tokens.gather(starts, length + 1)
@@ -126,7 +126,7 @@ def _read_windows(tokens: Tokens, starts: np.ndarray, length: int) -> tuple[np.n
     if tokens.mask is None:
         return inputs, targets
     mask = tokens.mask.gather(starts, length + 1)
-    targets = np.where(mask[:, 1:] & TRAINED, targets, IGNORE_INDEX)
+    targets = np.where(mask[:, 1:] & TRAINED, targets, NOT_TRAINED)
     is_start = mask[:, :-1] & EXAMPLE_START
     # Each token's example starts at the last start up to the token, or at 0 before the first.
     indices = np.arange(length, dtype=np.int64)

@@ -23,5 +23,5 @@ The folder    checkpoint.py     run.json, the lock, best/ and last/, what resumi
 bench.py      measure.py        times steps and texts     memory.py  predicts them
               cards.py          datasheets
 
-Everywhere    errors.py (a user's mistakes), files.py (atomic writes), targets.py (ignored targets)
+Everywhere    errors.py (a user's mistakes), files.py (atomic writes)
 """

@@ -2,8 +2,8 @@
 
     python train.py PRESET --check
 
-A small model of the same code and configuration (gpt12/twin.py) is run in all the ways that must
-give the same numbers. They are float32 numbers, so a difference is a mistake.
+A small model of the same code (gpt12/twin.py) is run in all the ways that must give the same
+numbers. They are float32 numbers, so a difference is a mistake.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,24 +20,22 @@ from torch import Tensor
 
 from gpt12.device import Machine
 from gpt12.errors import UserError, say
-from gpt12.generate import Decoder, KVCache, Sampling
+from gpt12.generate import KVCache, refill
 from gpt12.run import compile_model
 from gpt12.settings import TrainConfig, model_shape
-from gpt12.twin import VOCAB_SIZE, make_twin, sample_ids
+from gpt12.twin import TOLERANCE, VOCAB_SIZE, make_twin, sample_ids
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 
-TOLERANCE = 1e-4  # of the largest number
 ROWS = 4  # in a training step
-TOKENS = 128  # in a row of a training step, at most
+Result = tuple[str, str | None]
 MakeStep = Callable[[GPT, TrainConfig, Machine], Any]  # TrainStep of train.py
 
 
 def check_start(shape: GPTConfig) -> None:
     """Try what costs least, at the start of every run. Raises UserError if it fails."""
     twin = make_twin(shape)
-    wrong = saving(twin) or decoding(twin)
-    if wrong is not None:
+    if wrong := saving(twin) or decoding(twin):
         raise UserError(f"{wrong}. --check tries more")
 
 
@@ -46,29 +45,24 @@ def check_model(config: TrainConfig, machine: Machine, make_step: MakeStep) -> i
     status = 0
     machine = replace(machine, dtype=torch.float32, world=1)
     for name, wrong in results(config, machine, make_step):
-        say(f"ok     {name}" if wrong is None else f"WRONG  {name}: {wrong}")
-        status = status if wrong is None else 1
+        status = 1 if wrong else status
+        say(f"WRONG  {name}: {wrong}" if wrong else f"ok     {name}")
     return status
 
 
-def results(
-    config: TrainConfig, machine: Machine, make_step: MakeStep
-) -> Iterator[tuple[str, str | None]]:
+def results(config: TrainConfig, machine: Machine, make_step: MakeStep) -> Iterator[Result]:
     """Yield what must hold, and what is wrong with it or None."""
     twin = make_twin(model_shape(config, VOCAB_SIZE)).to(machine.device)
-    length = min(config.block_size, TOKENS)
+    length = min(config.block_size, 128)
+
+    ids = sample_ids(ROWS * length)
 
     def new_step(micro_batches: int = 1) -> Any:
-        settings = replace(
-            config,
-            batch_size=ROWS // micro_batches,
-            block_size=length,
-            gradient_accumulation_steps=micro_batches,
-        )
+        shape: Any = {"batch_size": ROWS // micro_batches, "block_size": length}
+        settings = replace(config, gradient_accumulation_steps=micro_batches, **shape)
         step = make_step(copy.deepcopy(twin).train(), settings, machine)
-        ids = sample_ids(ROWS * length + 1)[0].to(machine.device)
-        step.x.copy_(ids[:-1].view_as(step.x))
-        step.y.copy_(ids[1:].view_as(step.y))
+        step.x.copy_(ids.view_as(step.x))
+        step.y.copy_(ids.roll(-1).view_as(step.y))
         step.set_divisor(None)
         return step
 
@@ -76,12 +70,11 @@ def results(
     yield "with the cache as without, past the context's end, too", decoding(twin)
     yield "packed examples as single ones", packing(twin, length)
     whole = gradients(new_step())
+    step = new_step()
     for how in ("pointwise", "block"):
-        step = new_step()
         step.model.set_recompute(how)
         yield f"recompute={how} as none", compare(gradients(step), whole, "Block.layer")
-    wrong = compare(gradients(new_step(2)), whole, "losses that are not divided by `divisor`")
-    yield "two micro-batches as one", wrong
+    yield "two micro-batches as one", compare(gradients(new_step(2)), whole, "loss / divisor")
     if machine.compiled:
         step = new_step()
         compile_model(step.model)
@@ -93,11 +86,10 @@ def results(
 def saving(model: GPT) -> str | None:
     """Save a model that is on the CPU, load it, and compare."""
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder)
+        save_pretrained(model, Path(folder))
         loaded = from_pretrained(folder).eval()
-    found, expected = loaded.state_dict(), model.state_dict()
     idx = sample_ids(8)[:, : model.config.block_size]
-    found["logits"], expected["logits"] = loaded(idx)[0], model(idx)[0]
+    found, expected = (m.state_dict() | {"logits": m(idx)[0]} for m in (loaded, model))
     return compare(found, expected, "what is no parameter and no buffer, or gpt12/weights.py")
 
 
@@ -107,16 +99,12 @@ def decoding(model: GPT) -> str | None:
     limit = model.config.block_size
     idx = sample_ids(limit).to(model.lm_head.weight.device)
     cache = KVCache(1, limit, idx.device)
-    parts = [model.transformer(idx[:, :-3], cache)] if limit > 3 else []
-    for i in range(max(0, limit - 3), limit):
-        parts.append(model.transformer(idx[:, i : i + 1], cache))
-    found = {"logits": model.logits(torch.cat(parts, dim=1))}
-    expected = {"logits": model(idx)[0]}
+    parts = [model.transformer(part, cache) for part in idx.split(max(1, limit - 1), dim=1)]
     rest = idx[:, limit // 2 :]  # with which a text goes on after the context's end
-    decoder = Decoder(model, cache, Sampling(), torch.zeros(1, 1, device=idx.device))
-    decoder.refill(0, rest[0, :-1].tolist())
-    found["later logits"] = model.logits(model.transformer(rest[:, -1:], cache))
-    expected["later logits"] = model(rest)[0][:, -1:]
+    refill(model, cache, 0, rest[0, :-1].tolist())
+    parts.append(model.transformer(rest[:, -1:], cache))
+    found = {"logits": model.logits(torch.cat(parts, dim=1))}
+    expected = {"logits": torch.cat((model(idx)[0], model(rest)[0][:, -1:]), dim=1)}
     return compare(found, expected, "what attention stores in the cache, or Transformer.sees")
 
 
@@ -125,11 +113,10 @@ def packing(model: GPT, length: int) -> str | None:
     """Compare two examples in one row with each in a row of its own."""
     idx = sample_ids(length).to(model.lm_head.weight.device)
     border = length // 3
-    starts = torch.zeros_like(idx)
-    starts[:, border:] = border
-    single = [model(part)[0] for part in (idx[:, :border], idx[:, border:])]
-    packed = {"logits": model(idx, example_starts=starts)[0]}
-    return compare(packed, {"logits": torch.cat(single, dim=1)}, "positions and Transformer.sees")
+    starts = torch.where(torch.arange(length, device=idx.device) < border, 0, border)[None]
+    packed = model(idx, example_starts=starts)[0]
+    single = torch.cat([model(idx[:, :border])[0], model(idx[:, border:])[0]], dim=1)
+    return compare({"logits": packed}, {"logits": single}, "positions and Transformer.sees")
 
 
 def gradients(step: Any) -> dict[str, Tensor]:
@@ -140,15 +127,15 @@ def gradients(step: Any) -> dict[str, Tensor]:
 
 def updating(step: Any) -> str | None:
     """Make an update whose loss is infinite, then a good one."""
-    before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
     after = dict(step.model.named_parameters())
+    before = copy.deepcopy(after)
     step.divisor.zero_()
     step.compute()
     wrong = compare(after, before, "an optimizer that says on_device and ignores found_inf")
     step(1e-2)
-    for name, parameter in after.items():
-        if torch.equal(parameter, before[name]) or not parameter.isfinite().all():
-            wrong = wrong or f"{name} is not trained; look at what the layers use"
+    for name, moved in after.items():
+        if torch.equal(moved, before[name]) or not moved.isfinite().all():
+            return wrong or f"{name} is not trained; look at what the layers use"
     return wrong
 
 

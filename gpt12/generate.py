@@ -13,7 +13,6 @@ Shapes: B texts, T new tokens of each text, S slots of the cache, C channels.
 from __future__ import annotations
 
 import codecs
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt12.errors import UserError
 from model import GPT
 
 # Attention kernels would copy a mask whose rows are no multiple of 16 bytes, once a layer.
@@ -117,14 +115,6 @@ class KVCache:
         # (B, S, ...) for each layer, made from what the layers give in the first pass.
         self.kept: list[Tensor] = []
 
-    def row(self, b: int) -> KVCache:
-        """Return a cache of text b alone that shares this cache's memory."""
-        row = copy.copy(self)
-        row.rows = self.rows[:1]
-        row.length = self.length[b : b + 1]
-        row.kept = [kept[b : b + 1] for kept in self.kept]
-        return row
-
     def take_positions(self, T: int) -> Tensor:
         """Begin a forward pass over T more tokens of each text; return their positions, (B, T)."""
         self.position = self.length[:, None] + self.slots[:, :T]
@@ -145,6 +135,16 @@ class KVCache:
         kept[self.rows, self.position] = new
         self.layer += 1
         return kept
+
+
+def refill(model: GPT, cache: KVCache, b: int, tokens: list[int]) -> None:
+    """Make the cache of text b hold exactly these tokens."""
+    alone = KVCache(1, cache.slots.size(1), cache.slots.device)
+    if tokens:
+        model.transformer(torch.tensor([tokens], device=cache.slots.device), alone)
+    for kept, new in zip(cache.kept, alone.kept):
+        kept[b] = new[0]
+    cache.length[b] = len(tokens)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,13 +186,6 @@ class Decoder:
         self.cache.length.copy_(lengths)  # the pass has counted the padding, too
         self.choose_next(hidden[torch.arange(len(prompts)), lengths - 1])
 
-    def refill(self, b: int, tokens: list[int]) -> None:
-        """Make the cache of text b hold exactly these tokens."""
-        row = self.cache.row(b)
-        row.length.zero_()
-        if tokens:
-            self.model.transformer(torch.tensor([tokens], device=row.length.device), row)
-
     def advance(self) -> None:
         """Append the newest token of each text to the cache and choose the next one."""
         hidden = self.model.transformer(self.token[:, None], self.cache)  # (B, 1, C)
@@ -217,32 +210,26 @@ def stream(
     model: GPT,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    sampling: Sampling | None = None,
+    sampling: Sampling,
     *,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[list[int]]:
     """Yield a list with one new token id for each prompt, max_new_tokens times.
 
-    prompts: lists of ids, which may differ in length.
+    prompts: lists of 1 to block_size ids, which may differ in length.
     seeds: one for each prompt. A text depends on its prompt and its seed, not on the other texts.
     A text that reaches block_size continues from its last half, which is computed anew: positions
     are absolute in GPT-2, so cached keys cannot be moved.
-    Raises UserError for an empty prompt and for one that is longer than block_size.
     """
     limit = model.config.block_size
-    for prompt in prompts:
-        if not 1 <= len(prompt) <= limit:
-            raise UserError(f"a prompt has {len(prompt)} tokens; it needs 1 to block_size={limit}")
-    if not prompts or max_new_tokens == 0:
-        return
-    texts = [[int(token) for token in prompt] for prompt in prompts]
+    texts = [list(prompt) for prompt in prompts]
     device = model.transformer.wte.weight.device
     longest = max(len(text) for text in texts)
     cache = KVCache(len(texts), min(longest + max_new_tokens, limit), device)
     if seeds is None:
         seeds = range(len(texts))
     draws = torch.stack([uniform_draws(seed, max_new_tokens) for seed in seeds])
-    decoder = Decoder(model, cache, sampling or Sampling(), draws.to(device))
+    decoder = Decoder(model, cache, sampling, draws.to(device))
     advance = RecordedStep(decoder.advance) if device.type == "cuda" else decoder.advance
     decoder.read_prompts(texts)
     for remaining in range(max_new_tokens, 0, -1):
@@ -252,7 +239,7 @@ def stream(
             for b, text in enumerate(texts):
                 if len(text) == limit:  # the newest token has no place: keep half, with that token
                     texts[b] = text[limit + 1 - max(1, limit // 2) :]
-                    decoder.refill(b, texts[b])
+                    refill(model, cache, b, texts[b])
             advance()
         new = wait_for_tokens()
         for text, token in zip(texts, new, strict=True):
@@ -264,11 +251,8 @@ def generate(
     model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
 ) -> list[list[int]]:
     """Return the new token ids of each prompt. Options as for `stream`."""
-    texts: list[list[int]] = [[] for _ in prompts]
-    for new in stream(model, prompts, max_new_tokens, **options):
-        for text, token in zip(texts, new, strict=True):
-            text.append(token)
-    return texts
+    steps = list(stream(model, prompts, max_new_tokens, **options))
+    return [[step[b] for step in steps] for b in range(len(prompts))]
 
 
 def start_copy(token: Tensor) -> Callable[[], list[int]]:
@@ -277,8 +261,7 @@ def start_copy(token: Tensor) -> Callable[[], list[int]]:
         tokens = token.tolist()
         return lambda: tokens
     host = token.to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
+    copied = torch.cuda.current_stream().record_event()
 
     def wait() -> list[int]:
         copied.synchronize()
@@ -296,15 +279,14 @@ class RecordedStep:
     def __init__(self, step: Callable[[], None]):
         """step: reads and writes the same tensors in every call and never waits for the device."""
         self.step = step
-        self.was_run = False
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.calls = 0
 
     def __call__(self) -> None:
-        if not self.was_run:
+        self.calls += 1
+        if self.calls == 1:
             self.step()
-            self.was_run = True
             return
-        if self.graph is None:
+        if self.calls == 2:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.step()
@@ -312,19 +294,7 @@ class RecordedStep:
 
 
 # --------------------------------------------------------------------------------------------------
-# For sample.py and bench.py
-
-
-def decode_bytes(model: GPT) -> int:
-    """Return the bytes of weights that one decoding step reads.
-
-    The embedding tables are only looked up, but the head, which is tied to one, is read.
-    """
-    total = 0
-    for module in (model.transformer.h, model.lm_head):
-        for tensor in module.state_dict().values():
-            total += tensor.numel() * tensor.element_size()
-    return total
+# For sample.py and bench.py on a CPU
 
 
 @torch.no_grad()
@@ -384,12 +354,10 @@ class TextStream:
 
     def _length_of_possible_stop(self) -> int:
         """Return how many characters at the end may be the beginning of a stop string."""
-        longest = 0
+        lengths = [0]
         for stop in self.stops:
-            for length in range(longest + 1, len(stop)):
-                if self._held.endswith(stop[:length]):
-                    longest = length
-        return longest
+            lengths += [n for n in range(len(stop)) if self._held.endswith(stop[:n])]
+        return max(lengths)
 
     def _show(self, length: int) -> str:
         new = self._held[:length]

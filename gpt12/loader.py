@@ -7,7 +7,7 @@ from torch import Tensor
 
 from data.windows import TrainWindows
 from gpt12.device import Machine
-from gpt12.targets import IGNORE_INDEX
+from gpt12.loss import IGNORE_INDEX
 
 BUFFERS = 2  # the host fills one while the GPU copies from the other
 

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt12.targets import IGNORE_INDEX
-
 try:  # Triton comes with torch's CUDA builds
     import triton
     import triton.language as tl
 except ImportError:
     triton = None
 
+# Marks a position which is not a training target. It is nanoGPT's value; torch's default is -100.
+IGNORE_INDEX = -1
 CHUNK_ROWS = 4096  # rows of logits in memory at a time: 0.4 GB in bf16 at GPT-2's vocabulary
 
 

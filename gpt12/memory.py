@@ -210,9 +210,9 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that the memory is used up.
 
     While a CUDA graph is recorded, running out of memory breaks off the recording, which raises an
-    error of its own. If a CPU's RAM runs out, only the message says so.
+    error of its own. If a CPU's RAM or a Mac's memory runs out, only the message says so.
     """
-    if "DefaultCPUAllocator" in str(error):
+    if any(words in str(error) for words in ("DefaultCPUAllocator", "MPS backend out of memory")):
         return True
     return any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))
 

@@ -39,15 +39,14 @@ class Muon(torch.optim.Optimizer):
         momentum: float,
         weight_decay: float = 0.0,
     ):
-        """groups: of matrices. "stacked" tells that each holds several matrices, one above another.
+        """groups: of matrices. "stacked" tells how many matrices each holds, one above another.
 
-        It is a tuple of their rows, for query, key and value three numbers. They are orthogonalized
-        separately.
+        For query, key and value it is 3. They are orthogonalized separately.
         """
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "stacked": ()}
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "stacked": 1}
         super().__init__(groups, defaults)
-        self.grad_scale: Tensor | None = None
-        self.found_inf: Tensor | None = None
+        self.grad_scale = torch.ones(())
+        self.found_inf = torch.zeros(())
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -60,12 +59,11 @@ class Muon(torch.optim.Optimizer):
                 self._update_stack(parameters, group)
 
     def _update_stack(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        one = torch.ones((), device=parameters[0].device)
-        divide_by = one if self.grad_scale is None else self.grad_scale
-        skip = 1 - one if self.found_inf is None else self.found_inf
-        keep = 1 - skip  # 0: the new gradient has no weight and the step no length
+        keep = 1 - self.found_inf  # 0: the new gradient has no weight and the step no length
         lr = group["lr"]
-        g = stack_gradients(parameters, divide_by, skip)
+        # The gradients may be infinite or not a number if the update is skipped.
+        g = torch.stack([p.grad for p in parameters if p.grad is not None])  # (n, rows, columns)
+        g.div_(self.grad_scale).masked_fill_(self.found_inf > 0, 0.0)
         state = self.state[parameters[0]]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(g)
@@ -74,31 +72,14 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(g, keep * (1 - group["momentum"]))
         g.lerp_(momentum, group["momentum"])  # Nesterov's look-ahead
         decay = 1 - keep * lr * group["weight_decay"]
-        for name, rows, height in pieces(g.size(1), group["stacked"]):
-            direction = orthogonalize(g[:, rows].reshape(-1, height, g.size(2)))
-            if name not in state:  # the first update, or a run that began without it
-                state[name] = torch.zeros_like(neuron_mean_square(direction))
-            scale = neuron_scale(direction, state[name], keep)
-            length = (keep * lr * 0.2 * scale).expand_as(direction)
-            direction = direction.reshape(len(parameters), -1, g.size(2))
-            length = length.reshape(direction.shape)
-            for i, parameter in enumerate(parameters):
-                parameter[rows].mul_(decay).addcmul_(direction[i], length[i], value=-1)
-
-
-def pieces(rows: int, stacked: tuple[int, ...]) -> list[tuple[str, slice, int]]:
-    """Tell which rows of a weight are computed together: all, if its matrices are equally high.
-
-    Each piece is the name of its state, its rows, and the height of a matrix in it.
-    """
-    if len(set(stacked)) < 2:
-        return [("mean_square", slice(0, rows), stacked[0] if stacked else rows)]
-    found = []
-    start = 0
-    for i, height in enumerate(stacked):
-        found.append((f"mean_square_{i}", slice(start, start + height), height))
-        start += height
-    return found
+        direction = orthogonalize(g.view(-1, g.size(1) // group["stacked"], g.size(2)))
+        if "mean_square" not in state:  # the first update, or a run that began without it
+            state["mean_square"] = torch.zeros_like(neuron_mean_square(direction))
+        scale = neuron_scale(direction, state["mean_square"], keep)
+        length = (keep * lr * 0.2 * scale).expand_as(direction).reshape(g.shape)
+        direction = direction.reshape(g.shape)
+        for i, parameter in enumerate(parameters):
+            parameter.mul_(decay).addcmul_(direction[i], length[i], value=-1)
 
 
 def neuron_scale(direction: Tensor, mean_square: Tensor, keep: Tensor) -> Tensor:
@@ -122,18 +103,6 @@ def neuron_mean_square(direction: Tensor) -> Tensor:
     dim = 2 if rows >= columns else 1
     norm = torch.linalg.vector_norm(direction, dim=dim, keepdim=True, dtype=torch.float32)
     return norm.square() / direction.size(dim)
-
-
-def stack_gradients(parameters: list[nn.Parameter], divide_by: Tensor, skip: Tensor) -> Tensor:
-    """Return the gradients divided by `divide_by` as one tensor (n, rows, columns); 0 if skipped.
-
-    The gradients may be infinite or not a number if the update is skipped.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    g = gradients[0].new_empty((len(gradients), *gradients[0].shape))
-    for divided, gradient in zip(g, gradients):
-        torch.div(gradient, divide_by, out=divided)
-    return g.masked_fill_(skip > 0, 0.0)
 
 
 def orthogonalize(g: Tensor) -> Tensor:

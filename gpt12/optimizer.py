@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
@@ -72,6 +71,4 @@ def find_optimizer(name: str) -> Entry:
     """Return the entry with this name, or raise UserError."""
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
-    near = get_close_matches(name, OPTIMIZERS, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise UserError(f"optimizer={name} is not one of {', '.join(OPTIMIZERS)}.{hint}")
+    raise UserError(f"optimizer={name} is not one of {', '.join(OPTIMIZERS)}")

@@ -441,8 +441,6 @@ def _source(config: TrainConfig, last: Path | None) -> Path | None:
         )
     if is_run(source):
         return find_checkpoint(source, ("best", "last"))[0]
-    if source.suffix == ".pt":
-        return source
     return find_pretrained(config.init_from)
 
 

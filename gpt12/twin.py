@@ -58,14 +58,10 @@ def sample_ids(length: int) -> Tensor:
     return torch.randint(VOCAB_SIZE, (1, length), generator=generator)
 
 
-def is_gpt2(config: GPTConfig) -> bool:
-    """Tell whether model.py computes GPT-2 with this configuration, over its whole context."""
-    return _is_gpt2(small_config(config))
-
-
 @functools.lru_cache
 @torch.no_grad()
-def _is_gpt2(config: GPTConfig) -> bool:
+def is_gpt2(config: GPTConfig) -> bool:
+    """Tell whether model.py computes GPT-2 with this configuration, over its whole context."""
     twin = make_twin(config)
     idx = sample_ids(config.block_size)
     try:
@@ -77,30 +73,23 @@ def _is_gpt2(config: GPTConfig) -> bool:
     return bool(difference <= TOLERANCE * expected.abs().max())
 
 
-def fingerprint(config: GPTConfig) -> tuple[float, ...]:
+@functools.lru_cache
+@torch.no_grad()
+def fingerprint(config: GPTConfig) -> list[float]:
     """Return some logits of a twin at the end of the context.
 
     They differ as soon as model.py computes something else. Dropout and the vocabulary take no
     part.
     """
-    return _fingerprint(small_config(config))
-
-
-@functools.lru_cache
-@torch.no_grad()
-def _fingerprint(config: GPTConfig) -> tuple[float, ...]:
     logits, _ = make_twin(config)(sample_ids(config.block_size))
-    return tuple(logits[0, -1, :FINGERPRINT_LOGITS].tolist())
+    return logits[0, -1, :FINGERPRINT_LOGITS].tolist()
 
 
-def has_fingerprint(config: GPTConfig, saved: Any) -> bool:
+def has_fingerprint(config: GPTConfig, saved: list[float]) -> bool:
     """Tell whether model.py still has a fingerprint that was saved. Machines round differently."""
-    now = fingerprint(config)
-    try:
-        difference = max(abs(a - b) for a, b in zip(now, saved, strict=True))
-    except (TypeError, ValueError):  # no numbers, or not as many
-        return False
-    return difference <= TOLERANCE * max(abs(logit) for logit in now)
+    now = torch.tensor(fingerprint(config))
+    difference = (now - torch.tensor(saved)).abs().max()
+    return bool(difference <= TOLERANCE * now.abs().max())
 
 
 def unread_fields(config: GPTConfig) -> set[str]:

@@ -66,8 +66,8 @@ def forgetful_twin() -> Iterator[None]:
     yield
     twin = sys.modules.get("gpt12.twin")
     if twin is not None:
-        twin._is_gpt2.cache_clear()
-        twin._fingerprint.cache_clear()
+        twin.is_gpt2.cache_clear()
+        twin.fingerprint.cache_clear()
 
 
 @pytest.fixture

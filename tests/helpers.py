@@ -177,7 +177,7 @@ def random_rows(rows: int = 2, seed: int = 3) -> tuple[torch.Tensor, torch.Tenso
 
 def fill(step: Any, x: torch.Tensor, y: torch.Tensor) -> list[int]:
     """Put a batch into a step's buffers and return the number of targets in each micro-batch."""
-    from gpt12.targets import IGNORE_INDEX
+    from gpt12.loss import IGNORE_INDEX
 
     step.x.copy_(x.view_as(step.x))
     step.y.copy_(y.view_as(step.y))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt12.targets import IGNORE_INDEX
+from gpt12.loss import IGNORE_INDEX
 from model import GPT, GPTConfig
 
 SHAPE = {"vocab_size": 97, "n_layer": 3, "n_head": 4, "n_embd": 48}

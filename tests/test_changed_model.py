@@ -23,8 +23,8 @@ SHAPE = GPTConfig(block_size=16, vocab_size=13, n_layer=1, n_head=2, n_embd=16)
 
 def forget() -> None:
     """Forget what an earlier model.py of this process computed."""
-    twin._is_gpt2.cache_clear()
-    twin._fingerprint.cache_clear()
+    twin.is_gpt2.cache_clear()
+    twin.fingerprint.cache_clear()
 
 
 def extend(monkeypatch, owner: type, change: Callable, method: str = "__init__") -> None:

@@ -9,9 +9,10 @@ from torch import nn
 
 import model
 import train
-from gpt12 import check, generate
+from gpt12 import check
 from gpt12.check import check_start, results
 from gpt12.errors import UserError
+from gpt12.generate import refill
 from gpt12.optimizer import OPTIMIZERS, Entry
 from model import GPTConfig
 from tests.helpers import CPU, config
@@ -67,9 +68,8 @@ def window_in_training_only(monkeypatch):
 
 
 def a_token_lost_at_the_contexts_end(monkeypatch):
-    refill = generate.Decoder.refill
     monkeypatch.setattr(
-        generate.Decoder, "refill", lambda self, b, tokens: refill(self, b, tokens[1:])
+        check, "refill", lambda model, cache, b, tokens: refill(model, cache, b, tokens[1:])
     )
 
 

@@ -31,7 +31,7 @@ from gpt12.distributed import (
     torchrun_ranks,
 )
 from gpt12.errors import UserError
-from gpt12.targets import IGNORE_INDEX
+from gpt12.loss import IGNORE_INDEX
 from tests.helpers import (
     CPU,
     ENDLESS,

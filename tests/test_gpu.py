@@ -17,10 +17,9 @@ from gpt12.checkpoint import Saver
 from gpt12.device import Machine
 from gpt12.generate import Sampling, generate
 from gpt12.lora import add_lora
-from gpt12.loss import fused_loss_and_gradient_in_place, loss_and_gradient_in_place
+from gpt12.loss import IGNORE_INDEX, fused_loss_and_gradient_in_place, loss_and_gradient_in_place
 from gpt12.memory import GIB, step_memory
 from gpt12.run import MEMORY_KEYS, prepare_model
-from gpt12.targets import IGNORE_INDEX
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig
 from tests.helpers import (

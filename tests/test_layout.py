@@ -11,7 +11,7 @@ FOLDERS = ["gpt12", "data"]
 # A house that one can walk through: files in gpt12/, arrows between files, floors.
 MOST_FILES = 26
 MOST_IMPORTS = 182
-LONGEST_CHAIN = 10
+LONGEST_CHAIN = 9
 
 
 def shipped_files() -> list[Path]:
@@ -116,8 +116,8 @@ def test_model_py_imports_only_torch_the_loss_the_errors_and_recomputation():
             )
 
 
-def test_the_data_pipeline_imports_of_gpt12_only_errors_files_and_targets():
-    allowed = {"gpt12.errors", "gpt12.files", "gpt12.targets"}
+def test_the_data_pipeline_imports_of_gpt12_only_errors_and_files():
+    allowed = {"gpt12.errors", "gpt12.files"}
     for file in FILES:
         if file.is_relative_to(ROOT / "data"):
             modules = ours_among(imported_modules(parse(file)))

@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from gpt12.errors import UserError
 from gpt12.lora import LoRALinear, add_lora, load_adapter, save_adapter
-from gpt12.weights import from_pretrained, save_pretrained
+from gpt12.weights import from_pretrained, save_config, save_pretrained
 from model import GPT, GPTConfig
 from tests.models import small_model
 
@@ -70,7 +70,7 @@ def adapted(tmp_path, monkeypatch):
     """A model with trained adapters, its base in base/; the working directory is the test's own."""
     monkeypatch.chdir(tmp_path)
     model = small_model()
-    save_pretrained(model, "base")
+    save_pretrained(model, tmp_path / "base")
     add_lora(model, 2, 4.0)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
@@ -108,6 +108,7 @@ def test_adapters_are_added_to_the_weights_of_their_base_wherever_they_are_loade
 ):
     """As a folder of their own, as last/ of a LoRA run is."""
     save_adapter(adapted, tmp_path / "last", "base")
+    save_config(adapted, tmp_path / "last", None)
     x = torch.randint(0, 13, (2, 8))
     ours = adapted(x)[0]
     loaded = from_pretrained(tmp_path / "last").eval()
@@ -125,6 +126,7 @@ def test_adapters_know_their_base_in_any_precision_and_no_other_model(tmp_path, 
     model = from_pretrained(tmp_path / "base")
     add_lora(model, 2, 4.0, dtype)
     save_adapter(model, tmp_path / "last", str(tmp_path / "base"))
+    save_config(model, tmp_path / "last", None)
     from_pretrained(tmp_path / "last")
     other = small_model()
     with torch.no_grad():
@@ -133,7 +135,7 @@ def test_adapters_know_their_base_in_any_precision_and_no_other_model(tmp_path, 
     with pytest.raises(UserError, match=r"base is not the base model of the adapters in .*last"):
         from_pretrained(tmp_path / "last")
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(UserError, match=r"base model of the adapters in .*last.*no such folder"):
+    with pytest.raises(UserError, match=r"the adapters in .*last.*is no local folder"):
         from_pretrained(tmp_path / "last")
 
 
@@ -141,6 +143,7 @@ def test_adapters_know_their_base_in_any_precision_and_no_other_model(tmp_path, 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}"])
 def test_damaged_adapters_are_refused_by_the_files_name(adapted, tmp_path, file, damage):
     save_adapter(adapted, tmp_path / "last", "base")
+    save_config(adapted, tmp_path / "last", None)
     (tmp_path / "last" / file).write_bytes(damage)
     with pytest.raises(UserError, match=f"{file} is damaged"):
         from_pretrained(tmp_path / "last")

@@ -8,11 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt12.loss import (
+    IGNORE_INDEX,
     linear_cross_entropy,
     loss_and_gradient_in_place,
     plain_cross_entropy,
 )
-from gpt12.targets import IGNORE_INDEX
 from model import GPT, GPTConfig
 from tests.models import SHAPE, random_batch, relative, small_model
 

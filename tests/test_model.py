@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpt12.targets import IGNORE_INDEX
+from gpt12.loss import IGNORE_INDEX
 from gpt12.weights import from_pretrained
 from model import GPT, GPTConfig, parameter_count
 from tests.models import PACKED, SHAPE, relative, small_model, starts_of

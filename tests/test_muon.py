@@ -45,7 +45,7 @@ def make_step(optimizer: Muon, divide_by: float = 1.0, skip: float = 0.0) -> Non
     optimizer.step()
 
 
-def of_one(parameter: nn.Parameter, stacked: tuple[int, ...] = (8, 8, 8)) -> Muon:
+def of_one(parameter: nn.Parameter, stacked: int = 3) -> Muon:
     """Return a Muon of one stacked parameter."""
     group = {"params": [parameter], "weight_decay": 0.1, "stacked": stacked}
     return Muon([group], torch.tensor(1e-2), momentum=0.9)
@@ -195,19 +195,3 @@ def test_a_run_from_before_neurons_were_scaled_goes_on_with_its_momentum():
     assert torch.allclose(found, expected, atol=1e-6)
     assert found.shape == (3, 8, 8)
     assert parameter.isfinite().all()
-
-
-def test_stacked_matrices_of_unequal_height_move_as_if_each_were_alone():
-    """As in grouped-query attention: fewer rows for keys and values than for queries."""
-    torch.manual_seed(1)
-    whole = nn.Parameter(torch.randn(16, 8))
-    parts = [nn.Parameter(part.clone()) for part in whole.detach().split((8, 4, 4))]
-    together = of_one(whole, (8, 4, 4))
-    alone = [of_one(part, ()) for part in parts]
-    for _ in range(3):
-        whole.grad = torch.randn(16, 8)
-        make_step(together)
-        for part, muon, gradient in zip(parts, alone, whole.grad.split((8, 4, 4)), strict=True):
-            part.grad = gradient.clone()
-            make_step(muon)
-    assert torch.allclose(whole, torch.cat(parts), atol=1e-6)

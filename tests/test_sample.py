@@ -3,12 +3,10 @@
 import io
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
@@ -91,6 +89,12 @@ def scripted(monkeypatch):
     return SimpleNamespace(calls=calls, samplings=samplings, script=script)
 
 
+def ids_of(text: str) -> list[int]:
+    """Return the ids of bytes, in which `<|endoftext|>` is that token, as in nanoGPT."""
+    first, *others = text.split("<|endoftext|>")
+    return [*first.encode(), *(i for other in others for i in (256, *other.encode()))]
+
+
 def rows_of(ended: tuple[int, str, str]) -> list[dict]:
     """Return what --json has printed, from a result of `start`."""
     return [json.loads(line) for line in ended[1].splitlines()]
@@ -126,11 +130,7 @@ def test_texts_go_to_standard_output_and_figures_to_standard_error(start):
 
 @pytest.mark.parametrize(
     ("steps", "told"),
-    [
-        (0, "no token"),
-        (1, "2 tokens, first after 2.00 s"),
-        (5, "10 tokens, first after 2.00 s, then 2.0 tokens/s"),
-    ],
+    [(0, "no token"), (5, "10 tokens, first after 2.00 s, then 2.0 tokens/s")],
 )
 def test_the_pace_counts_from_the_first_token(monkeypatch, steps, told):
     clock = iter([10.0, 12.0, 13.0, 14.0, 15.0, 16.0])  # begun, then one for each step
@@ -143,8 +143,7 @@ def test_the_pace_counts_from_the_first_token(monkeypatch, steps, told):
 
 @pytest.mark.parametrize(("options", "texts"), [([], 1), (["--num_samples=2"], 2)])
 def test_greedy_sampling_gives_one_text_unless_more_are_asked_for(start, options, texts):
-    status, out, _ = start("--temperature=0", "--max_new_tokens=2", "--json", *options)
-    assert (status, len(out.splitlines())) == (0, texts)
+    assert len(rows_of(start("--temperature=0", "--max_new_tokens=2", "--json", *options))) == texts
 
 
 def test_tokens_appear_as_they_come(start, scripted, monkeypatch):
@@ -175,7 +174,6 @@ def test_every_sampling_option_reaches_the_model(start, scripted):
 def test_a_prompt_comes_from_the_option_a_file_or_standard_input(start, scripted, tmp_path):
     (tmp_path / "prompt.txt").write_text("f\u00e9e\n", "utf-8")
     for option, stdin, prompt in (
-        ("--start=direct", b"", "direct"),
         (r"--start=a\nb", b"", "a\nb"),
         (f"--start=FILE:{tmp_path / 'prompt.txt'}", b"", "f\u00e9e\n"),
         ("--start=-", "p\u00efped".encode(), "p\u00efped"),
@@ -186,43 +184,49 @@ def test_a_prompt_comes_from_the_option_a_file_or_standard_input(start, scripted
         assert bytes(scripted.calls[-1]).decode() == prompt
 
 
-def test_the_end_of_text_in_a_start_is_the_token_as_in_nanogpt(start, scripted):
-    for prompt, ids in (("<|endoftext|>", [256]), ("a<|endoftext|>b", [97, 256, 98])):
-        scripted.script[:] = [b"!"]
-        assert start(f"--start={prompt}", "--num_samples=1")[0] == 0
-        assert scripted.calls[-1] == ids
+CONVERSATIONS = {
+    "keeps its context": (
+        b"\none\ntwo\nthree\n",
+        [b"hi", [*b"yo", 256, *b"x"], b"\n"],
+        ["one", "onehitwo", "onehitwoyo<|endoftext|>three"],
+        "The model reads each text together",
+    ),
+    "an empty line begins anew": (
+        b"one\n\ntwo\n",
+        [b"hi", b"yo"],
+        ["one", "two"],
+        "a new conversation",
+    ),
+    "a full context forgets": (
+        b"aaaaaaaaaa\nccccc\n" + 30 * b"d",
+        [b"b" * 20, b"!", b"!"],
+        ["a" * 10, "ccccc", "d" * 30],
+        "",
+    ),
+    "a mistake is told": (b"x" * 33 + b"\ngood\n", [b"fine"], ["good"], "33 tokens"),
+    "bytes that are no text": (b"a\xff\n\xe0", [b"", b""], ["a\ufffd", "a\ufffd\ufffd"], ""),
+    "Ctrl-C ends a text": (b"one\ntwo\n", [[*b"par", None, 33], b""], ["one", "onepartwo"], ""),
+    "Ctrl-C before the first": (b"one\ntwo\n", [[None], b""], ["one", "onetwo"], "no token"),
+}
 
 
-def test_a_conversation_keeps_its_context(start, scripted):
-    scripted.script[:] = [b"hi", [*b"yo", 256, *b"x"], b"\n"]
-    status, out, err = start("--interactive", stdin=b"\none\ntwo\nthree\n")
-    assert status == 0
-    assert out == "hi\nyo\n\n\n"  # a text a line; the last one is a newline itself
-    one = [*b"one", *b"hi", 256]
-    assert scripted.calls == [
-        [*b"one"],
-        [*one[:-1], *b"two"],
-        [*one[:-1], *b"two", *b"yo", 256, *b"three"],
-    ]
-    assert err.count(", first after") == 3
-    assert "press Enter, and the model continues it. The model reads each text together" in err
-    assert "a new conversation" not in err
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_conversation(start, scripted, name):
+    stdin, script, prompts, told = CONVERSATIONS[name]
+    scripted.script[:] = script
+    shown = [bytes(takewhile(lambda t: t not in (None, 256), text)).decode() for text in script]
+    status, out, err = start("--interactive", stdin=stdin)
+    assert (status, out) == (0, "".join(f"{text}\n" for text in shown)), err
+    assert scripted.calls == [ids_of(prompt) for prompt in prompts]
+    assert told in err
+    assert "Traceback" not in err
 
 
-def test_an_empty_line_begins_a_new_conversation(start, scripted):
+def test_a_start_is_the_first_message_of_a_conversation(start, scripted):
     scripted.script[:] = [b"hi", b"yo"]
-    status, _, err = start("--interactive", stdin=b"one\n\ntwo\n")
-    assert status == 0
-    assert [bytes(call) for call in scripted.calls] == [b"one", b"two"]
-    assert err.count("a new conversation") == 1
-
-
-def test_a_full_context_forgets_its_older_half_but_never_the_prompt(start, scripted):
-    scripted.script[:] = [b"b" * 20, b"!", b"!"]
-    prompts = ["a" * 10, "c" * 5, "d" * 30]
-    assert start("--interactive", stdin="\n".join(prompts).encode())[0] == 0
-    history = "a" * 10 + "b" * 20 + "c" * 5  # 35 bytes, 32 fit
-    assert [bytes(call).decode() for call in scripted.calls] == ["a" * 10, history[-16:], "d" * 30]
+    status, _, err = start("--interactive", "--start=one", stdin=b"two\n")
+    assert (status, scripted.calls) == (0, [[*b"one"], [*b"onehitwo"]])
+    assert "> one" in err
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,7 +251,6 @@ STRANGE = """{{ bos_token }}{%- if messages[0].role == 'system' %}
 {% if add_generation_prompt %}:{% endif %}
 """
 QUESTION = {"role": "user", "content": " Hé\n"}
-LOOP = "{{% for _ in range(99999) %}}{}{{% endfor %}}"
 TURNS = [{"role": "system", "content": "Be brief."}, QUESTION]
 TURNS += [{"role": "assistant", "content": "a\n"}, {"role": "user", "content": "b ->"}]
 
@@ -313,11 +316,7 @@ def test_a_start_is_put_into_the_template_once(start, scripted, chat, template, 
     assert status == 0, err
     prompt = prompt or start_text
     assert out == f"{prompt}!\n{sample.SEPARATOR}\n"
-    expected = [256 if part == "<|endoftext|>" else ord(part) for part in TOKENS.findall(prompt)]
-    assert scripted.calls == [expected]
-
-
-TOKENS = re.compile(r"(?s)<\|endoftext\|>|.")
+    assert scripted.calls == [ids_of(prompt)]
 
 
 def test_every_answer_in_the_context_ends_as_those_it_was_trained_on(start, scripted, chat):
@@ -358,14 +357,6 @@ def test_single_turn_data_begin_anew_with_each_question_and_say_so(start, script
     assert "answers each question without those before it" in err
 
 
-@pytest.mark.parametrize("template", ["", DIALOGPT])
-def test_a_system_message_without_a_place_is_refused(start, chat, template):
-    options = [chat(DIALOGPT.replace("message.content", "'x'"))] if template else []
-    status, out, err = start(*options, "--system=Be brief.")
-    assert (status, out) == (2, "")
-    assert "--system: the model's chat template has no place for it" in err
-
-
 @pytest.mark.parametrize(
     ("template", "told"),
     [
@@ -373,14 +364,10 @@ def test_a_system_message_without_a_place_is_refused(start, chat, template):
         ("{{ raise_exception('no roles') }}", "TemplateError: no roles"),
         ("{{ messages[7].content }}", "UndefinedError: "),
         ("{{ messages.append(1) }}", "SecurityError: "),
-        ("{{ ''.__class__.__mro__ }}", "SecurityError: "),
-        (LOOP.format(LOOP.format("{% set x = 1 %}")), "TimeoutError: it takes longer than 0.2 s"),
-        (LOOP.format("{{ 'x' * 9999 }}"), "ValueError: it writes more than 1,000,000 characters"),
     ],
 )
 @pytest.mark.parametrize("option", ["--interactive", "--start=Hi"])
-def test_a_bad_template_ends_with_a_message(start, chat, monkeypatch, option, template, told):
-    monkeypatch.setattr(sample, "TEMPLATE_SECONDS", 0.2)
+def test_a_bad_template_ends_with_a_message(start, chat, option, template, told):
     status, out, err = start(chat(template), option, "--num_samples=1", "--max_new_tokens=1")
     assert (status, out) == (2, "")
     assert f"the model's chat template fails ({told}" in err
@@ -412,25 +399,6 @@ def test_lines_that_are_pasted_together_are_one_message(start, scripted, monkeyp
 # Faults
 
 
-@pytest.mark.parametrize("options", [["--interactive"], ["--start=-"]])
-def test_a_program_without_standard_input_says_so(out_dir, monkeypatch, capsys, options):
-    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={out_dir}", *options])
-    monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(SystemExit) as end:
-        run_main(sample.main)
-    assert end.value.code == 2
-    assert "there is no standard input" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("before", [b"", b"par"])
-def test_ctrl_c_ends_a_text_and_not_the_loop(start, scripted, before):
-    scripted.script[:] = [[*before, None, *b"tial"], b"again"]
-    status, out, err = start("--interactive", stdin=b"one\ntwo\n")
-    assert (status, out) == (0, f"{before.decode()}\nagain\n")
-    assert [bytes(call) for call in scripted.calls] == [b"one", b"one" + before + b"two"]
-    assert "Traceback" not in err
-
-
 def test_ctrl_c_while_a_text_is_shown_does_not_end_the_loop(start, scripted, monkeypatch):
     scripted.script[:] = [b"abc", b"again"]
     original = sample.show
@@ -451,22 +419,15 @@ def test_ctrl_c_outside_of_a_conversation_ends_with_130(start, scripted):
 
 
 def test_sample_ends_quietly_when_nobody_reads_any_more(out_dir):
-    """`| head -c 10`, or `2>&1 | head -c 10`: the reader is gone before the first text."""
+    """`| head -c 10`: the reader is gone before the first text."""
     argv = command("sample.py", f"--out_dir={out_dir}", "--device=cpu", "--num_samples=3")
-    processes = []
-    for unbuffered in ("", "1"):
-        for err in (subprocess.PIPE, subprocess.STDOUT):
-            reader, writer = os.pipe()
-            os.close(reader)
-            env = environment(PYTHONUNBUFFERED=unbuffered)
-            processes.append(subprocess.Popen(argv, cwd=ROOT, stdout=writer, stderr=err, env=env))
-            os.close(writer)
-    for process in processes:
-        with process:
-            told = process.stderr.read() if process.stderr else b""
-            assert process.wait() == 141
-        assert b"Traceback" not in told
-        assert b"Exception" not in told
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(argv, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, env=environment())
+    os.close(writer)
+    assert done.returncode == 141
+    assert b"Traceback" not in done.stderr
+    assert b"Exception" not in done.stderr
 
 
 def test_a_program_without_standard_output_says_so(start, monkeypatch):
@@ -484,24 +445,6 @@ def test_sample_reports_a_full_disk(start, monkeypatch):
     assert err.endswith("error: the text cannot be written: No space left on device\n")
 
 
-def test_a_mistake_in_a_conversation_is_told_and_the_loop_goes_on(start, scripted):
-    scripted.script[:] = [b"fine"]
-    status, out, err = start("--interactive", stdin=b"x" * 33 + b"\ngood\n")
-    assert (status, out) == (0, "fine\n")
-    assert "33 tokens" in err
-    assert bytes(scripted.calls[0]) == b"good"
-
-
-@pytest.mark.parametrize(
-    "line", [b"\xff\xfe\n", b"\xff\n\xe0"], ids=["in a line", "half a character at the end"]
-)
-def test_a_line_that_is_no_text_does_not_end_a_conversation(start, line):
-    with harmless("/nowhere"):
-        status, out, err = start("--interactive", stdin=line)
-    assert (status, out) == (0, "")
-    assert err.count("not UTF-8") == (1 if line.endswith(b"\n") else 2)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -509,11 +452,14 @@ def test_a_line_that_is_no_text_does_not_end_a_conversation(start, line):
         (["--checkpoint=best", "--init_from=/nowhere/else"], "/nowhere/else"),
         (["--start="], "prompt is empty"),
         (["--start=-"], "prompt is empty"),
-        (["--start=FILE:/nowhere/prompt.txt"], "prompt file /nowhere/prompt.txt cannot be read"),
+        (["--start=FILE:/nowhere/prompt.txt"], "FILE:/nowhere/prompt.txt cannot be read as UTF-8"),
         (["--start=" + "x" * 33], "33 tokens"),
         (["--start=abcZ", "--checkpoint=last"], "'Z'"),
         (["--stop="], "stop"),
         (["--max_token=5"], "max_new_tokens"),
+        (["--init_from=" + "a" * 300], "is no local folder"),
+        (["--out_dir=" + "a" * 300], "no checkpoint in"),
+        (["--system=Be brief."], "--system: the model's chat template has no place for it"),
     ],
 )
 def test_a_users_mistake_ends_with_a_message_and_status_2(start, monkeypatch, options, message):
@@ -522,15 +468,6 @@ def test_a_users_mistake_ends_with_a_message_and_status_2(start, monkeypatch, op
     assert (status, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
-
-
-def test_an_adapter_without_its_model_is_told_where_it_is_merged(start, out_dir, tmp_path):
-    shutil.copytree(out_dir / "best", tmp_path / "best")
-    (tmp_path / "best/adapter").mkdir()
-    (tmp_path / "best/adapter/adapter_config.json").write_text("{}")
-    status, out, err = start(f"--init_from={tmp_path / 'best/adapter'}")
-    assert (status, out) == (2, "")
-    assert err.endswith(f"pass {tmp_path / 'best'}, the model it is merged into\n")
 
 
 ONE_TEXT = ("--start=ab", "--num_samples=1", "--max_new_tokens=9")
@@ -543,20 +480,8 @@ def test_nanogpts_checkpoint_writes_with_the_tokenizer_beside_it(start, out_dir,
     assert (status, out) == (0, start("--checkpoint=best", *ONE_TEXT)[1])
 
 
-@pytest.mark.parametrize(
-    ("key", "words"), [("init_from", "is no local folder"), ("out_dir", "no checkpoint in")]
-)
-def test_a_folder_with_a_name_that_no_file_can_have_does_not_exist(start, key, words):
-    status, _, err = start(f"--{key}={'a' * 300}", *ONE_TEXT)
-    assert status == 2
-    assert words in err
-
-
-@pytest.mark.parametrize("vocab_size", [50257, 50304])
-def test_nanogpts_checkpoint_of_gpt2s_vocabulary_has_gpt2s_tokenizer(
-    start, tmp_path, monkeypatch, vocab_size
-):
-    save_nanogpt(tmp_path / "ckpt.pt", GPT(GPTConfig(16, vocab_size, 1, 1, 2)), vocab_size)
+def test_nanogpts_checkpoint_of_gpt2s_vocabulary_has_gpt2s_tokenizer(start, tmp_path, monkeypatch):
+    save_nanogpt(tmp_path / "ckpt.pt", GPT(GPTConfig(16, 50304, 1, 1, 2)), 50304)
     asked = []
 
     class Stub(ByteTokenizer):
@@ -582,13 +507,11 @@ def test_nanogpts_checkpoint_takes_the_tokenizer_of_its_data_set(
     save_nanogpt(tmp_path / "ckpt.pt", from_pretrained(out_dir / "last"), 11, "letters")
     prepare(tmp_path / "letters", "\nabcdefghij")
     status, out, err = start(f"--init_from={tmp_path / 'ckpt.pt'}", *ONE_TEXT)
-    assert status == 0, err
-    assert out == start("--checkpoint=last", *ONE_TEXT)[1]
-    assert f"tokenizer: that of {tmp_path / 'letters'}" in err
+    assert (status, out) == (0, start("--checkpoint=last", *ONE_TEXT)[1]), err
 
 
 @pytest.mark.parametrize("dataset", [None, "unknown", "../outside", "fewer"])
-def test_nanogpts_checkpoint_without_a_known_tokenizer_names_the_file_it_needs(
+def test_nanogpts_checkpoint_without_a_known_tokenizer_asks_for_one(
     start, out_dir, tmp_path, monkeypatch, dataset
 ):
     monkeypatch.setattr(sample, "DATA", tmp_path / "data")
@@ -598,8 +521,7 @@ def test_nanogpts_checkpoint_without_a_known_tokenizer_names_the_file_it_needs(
     prepare(tmp_path / "data/fewer", "abc")
     status, out, err = start(f"--init_from={tmp_path / 'ckpt.pt'}", *ONE_TEXT)
     assert (status, out) == (2, "")
-    assert f"ckpt.pt was trained on the data set {dataset!r}, which is not prepared in" in err
-    assert f"put the tokenizer.json of these tokens into {tmp_path}" in err
+    assert "ckpt.pt has no tokenizer" in err
 
 
 @pytest.mark.parametrize(("option", "told"), [("True", 1), ("False", 0), ("auto", 0)])
@@ -612,7 +534,7 @@ def test_nanogpts_compile_is_taken_and_has_no_effect(start, option, told):
 def test_standard_input_that_is_no_text_is_refused(start):
     status, out, err = start("--start=-", stdin=b"ab\xff")
     assert (status, out) == (2, "")
-    assert "not UTF-8" in err
+    assert "cannot be read as UTF-8" in err
 
 
 TEXTS = st.text(max_size=40) | st.sampled_from(["-", "FILE:", "FILE:\0", "FILE:/", "/dev/null"])
@@ -647,21 +569,14 @@ def test_any_options_give_texts_or_a_message(start, monkeypatch, options, stdin)
     assert "Traceback" not in out + err
 
 
-def test_a_text_too_long_for_memory_ends_with_a_message(start):
-    status, _, err = start("--start=ab", f"--max_new_tokens={10**15}")
-    assert (status, "out of memory" in err, "Traceback" in err) == (2, True, False)
-
-
 @pytest.mark.parametrize(
     ("error", "is_memory"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
-        (MemoryError(), True),
         (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-        (RuntimeError("expected memory format channels_last"), False),
     ],
-    ids=["cuda", "python", "mps", "illegal access", "memory format"],
+    ids=["cuda", "mps", "illegal access"],
 )
 def test_only_a_lack_of_memory_is_called_out_of_memory(start, monkeypatch, error, is_memory):
     def fail(*args, **options):
@@ -674,18 +589,3 @@ def test_only_a_lack_of_memory_is_called_out_of_memory(start, monkeypatch, error
     else:
         with pytest.raises(RuntimeError, match=str(error)):
             start(*ONE_TEXT)
-
-
-def test_a_start_is_the_first_message_of_a_conversation(start, scripted):
-    scripted.script[:] = [b"hi", b"yo"]
-    status, out, err = start("--interactive", "--start=one", stdin=b"two\n")
-    assert (status, out) == (0, "hi\nyo\n")
-    assert [bytes(call) for call in scripted.calls] == [b"one", b"onehitwo"]
-    assert "> one" in err
-
-
-def test_a_conversation_without_a_start_waits_for_the_keyboard(start, scripted):
-    """The default of --start is for single texts."""
-    scripted.script[:] = [b"hi"]
-    assert start("--interactive", stdin=b"one\n")[:2] == (0, "hi\n")
-    assert [bytes(call) for call in scripted.calls] == [b"one"]

@@ -21,8 +21,8 @@ from gpt12.checkpoint import Progress, Saver, trainer_tensors
 from gpt12.device import Machine
 from gpt12.errors import UserError, run_main
 from gpt12.lora import add_lora
+from gpt12.loss import IGNORE_INDEX
 from gpt12.optimizer import OPTIMIZERS, Entry
-from gpt12.targets import IGNORE_INDEX
 from gpt12.twin import gpt2_logits
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig
@@ -139,7 +139,7 @@ def test_any_optimizer_is_added_by_one_entry(name, dataset, tmp_path, monkeypatc
 
 
 def test_an_optimizer_that_nobody_registered_is_a_users_mistake(dataset, tmp_path):
-    with pytest.raises(UserError, match=r"optimizer=adam .*adamw8bit\. Did you mean adamw\?"):
+    with pytest.raises(UserError, match=r"optimizer=adam .*adamw8bit"):
         run(dataset, tmp_path, "--optimizer=adam")
 
 
@@ -626,7 +626,7 @@ def test_losses_that_are_not_finite_never_become_the_best(dataset, tmp_path, mon
         (["--device=mps"], "device=mps cannot be used"),
         (["--out_dir=/proc/nothing"], "cannot be written"),
         (["--init_from=resume", "--out_dir=/nowhere"], "no run in /nowhere"),
-        (["--init_from=/nowhere"], "init_from=/nowhere: there is no such folder"),
+        (["--init_from=/nowhere"], "'/nowhere' is no local folder or file"),
         (["--init_from=gpt2", "--dataset=/nowhere/my.txt"], "no data set '/nowhere/my.txt'"),
         (["--init_from=gpt2", f"--dataset={'x' * 300}"], "There is no data set"),
         (["--block_size=5000"], "block_size"),

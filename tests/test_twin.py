@@ -85,8 +85,8 @@ def gain_of_one(monkeypatch):
 @pytest.mark.parametrize("change", [exact_gelu, window_of_256, other_norm, gain_of_one])
 def test_a_changed_model_is_not_gpt2_and_has_another_fingerprint(change, monkeypatch):
     before = torch.tensor(twin.fingerprint(CONFIG))
-    twin._is_gpt2.cache_clear()
-    twin._fingerprint.cache_clear()
+    twin.is_gpt2.cache_clear()
+    twin.fingerprint.cache_clear()
     change(monkeypatch)
     assert not twin.is_gpt2(CONFIG)
     after = torch.tensor(twin.fingerprint(CONFIG))
@@ -99,5 +99,5 @@ def test_a_twin_moves_no_random_numbers_and_is_always_the_same():
     torch.manual_seed(1)
     first = twin.fingerprint(CONFIG)
     assert torch.equal(torch.rand(3), expected)
-    twin._fingerprint.cache_clear()
+    twin.fingerprint.cache_clear()
     assert twin.fingerprint(CONFIG) == first

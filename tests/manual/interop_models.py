@@ -17,7 +17,7 @@ from torch import Tensor
 from data.texts import chat_pieces
 from data.tokenizers import get_tokenizer, load_tokenizer
 from gpt12.errors import UserError
-from gpt12.targets import IGNORE_INDEX
+from gpt12.loss import IGNORE_INDEX
 from gpt12.weights import from_pretrained
 
 ROOT = Path(__file__).parents[2]
