@@ -358,7 +358,7 @@ WINDOWS = [
     Mutant(
         "the mask is not shifted with the targets",
         file="data/windows.py",
-        before="targets = np.where(mask[:, 1:] & TRAINED, targets, IGNORE_INDEX)",
+        before="targets = np.where(mask[:, 1:] & TRAINED, targets, NOT_TRAINED)",
         after="targets = np.where(mask[:, :-1] & TRAINED, targets, IGNORE_INDEX)",
         test_file="test_windows.py",
     ),
