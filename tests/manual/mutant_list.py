@@ -359,7 +359,7 @@ WINDOWS = [
         "the mask is not shifted with the targets",
         file="data/windows.py",
         before="targets = np.where(mask[:, 1:] & TRAINED, targets, NOT_TRAINED)",
-        after="targets = np.where(mask[:, :-1] & TRAINED, targets, IGNORE_INDEX)",
+        after="targets = np.where(mask[:, :-1] & TRAINED, targets, NOT_TRAINED)",
         test_file="test_windows.py",
     ),
     Mutant(
@@ -776,7 +776,7 @@ WEIGHTS = [
     ),
     Mutant(
         "a weight that nobody draws is whatever was in memory",
-        file="gpt12/weights.py",
+        file="model.py",
         before="result.fill_(math.nan)",
         after="result.fill_(0)",
         test_file="test_changed_model.py",
