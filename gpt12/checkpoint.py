@@ -64,14 +64,17 @@ RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", "best", "last", "best.prev
 # The folder
 
 
-def lock_run(out_dir: Path) -> contextlib.AbstractContextManager[Any]:
-    """Keep a second run out of out_dir until the context ends.
+@contextlib.contextmanager
+def lock_run(out_dir: Path) -> Iterator[None]:
+    """Keep a second run out of out_dir.
 
     Raises UserError if there is one or if out_dir cannot be written.
     """
     busy = f"another run is writing to out_dir={out_dir}. Wait for it, or choose another --out_dir="
-    with _user_error_if_unwritable(out_dir):
-        return lock_folder(out_dir, if_locked=UserError(busy))
+    with contextlib.ExitStack() as stack:
+        with _user_error_if_unwritable(out_dir):
+            stack.enter_context(lock_folder(out_dir, if_locked=UserError(busy)))
+        yield
 
 
 def describe_run(config: dict[str, Any], **facts: Any) -> dict[str, Any]:
@@ -97,10 +100,9 @@ def _commit() -> str | None:
     here = str(Path(__file__).parent)
     command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip() or None
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -225,12 +227,10 @@ def save_checkpoint(folder: Path, write: Callable[[Path], None], progress: Progr
         text = json.dumps(asdict(progress) | {"format": FORMAT}, indent=2) + "\n"
         (temporary / "trainer.json").write_text(text, "utf-8")
         _force_to_disk(temporary)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps the disk's error
         # Half a checkpoint would take the space that is missing.
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise
-        raise OSError(str(error)) from None  # safetensors wraps the disk's error
+        raise OSError(str(error)) from None
     if exists(folder):
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)

@@ -25,12 +25,11 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import ValidationError
 from pydantic.json_schema import model_json_schema
 
-from gpt12.errors import UserError
+from gpt12.errors import UserError, one_line
 from gpt12.files import exists
 from gpt12.settings import ALL_KEYS, REPLACES, BenchConfig, SampleConfig, TrainConfig
 
 REPOSITORY = Path(__file__).parents[1]
-MAX_SHOWN = 120  # characters of a value in a message
 Schema = TypeVar("Schema", TrainConfig, SampleConfig, BenchConfig)
 
 
@@ -39,14 +38,6 @@ class Said(NamedTuple):
 
     value: Any
     words: str
-
-
-class Reading(NamedTuple):
-    """What the user gave, not checked yet."""
-
-    files: dict[str, Said]  # what the config files say, the last one counts
-    typed: dict[str, Said]  # the keys on the command line
-    problems: list[str]
 
 
 def load_config(schema: type[Schema], argv: Sequence[str]) -> tuple[Schema, set[str]]:
@@ -61,9 +52,12 @@ def load_config(schema: type[Schema], argv: Sequence[str]) -> tuple[Schema, set[
     return check(schema, said, set(said), problems), set(said)
 
 
-def read(schema: type[Schema], argv: Sequence[str]) -> Reading:
+def read(
+    schema: type[Schema], argv: Sequence[str]
+) -> tuple[dict[str, Said], dict[str, Said], list[str]]:
     """Execute the config files and read the keys on the command line; check no value.
 
+    Returns what the files say (of two, the last one counts), the typed keys, and all mistakes.
     Files come first, wherever they stand, so that a key on the command line always wins.
     """
     if "-h" in argv or "--help" in argv:
@@ -88,7 +82,7 @@ def read(schema: type[Schema], argv: Sequence[str]) -> Reading:
                 f"{word} is neither --key=value nor a config file, whose name ends with .py; "
                 "see --help"
             )
-    return Reading(files, typed, problems)
+    return files, typed, problems
 
 
 def merge(earlier: Mapping[str, Said], later: Mapping[str, Said]) -> dict[str, Said]:
@@ -158,7 +152,7 @@ def read_word(word: str, kinds: Mapping[str, Any], typed: dict[str, Said]) -> No
         value = (*before, unescape(text))
     elif not types <= {"string", "null"}:
         value = parse(text)
-    typed[key] = Said(value, shorten(word))
+    typed[key] = Said(value, word)
 
 
 def parse(text: str) -> Any:
@@ -197,24 +191,15 @@ def execute(name: str, present: Mapping[str, Any]) -> dict[str, Said]:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == name]
         line = getattr(error, "lineno", None) or [1, *lines][-1]
-        problem = shorten(f"{type(error).__name__}: {error}")
-        raise UserError(f"{name}:{line}: {problem}") from error
+        raise UserError(f"{name}:{line}: {one_line(error)}") from error
     said = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in names:
             value = names[node.id]
             own = node.id.startswith("_") or callable(value) or isinstance(value, ModuleType)
             if not own and node.id not in ALL_KEYS - present.keys():
-                words = f"{name}:{node.lineno}: {node.id}={shorten(repr(value))}"
-                said[node.id] = Said(value, words)
+                said[node.id] = Said(value, f"{name}:{node.lineno}: {node.id}={value!r}")
     return said
-
-
-def shorten(text: str) -> str:
-    """Return text as one line of at most MAX_SHOWN characters."""
-    if not text.isprintable():
-        text = repr(text)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 # --------------------------------------------------------------------------------------------------

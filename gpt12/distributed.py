@@ -41,7 +41,7 @@ PREPARATION_TIMEOUT = timedelta(days=7)
 # `timeout` sends its signal to the process and to its group, so it arrives twice. That is not a
 # second Ctrl-C.
 SAME_SIGNAL_SECONDS = 0.3
-COPIED_BYTES = 1 << 26  # of a file at a time, from one machine to the others
+SENT_BYTES = 1 << 26  # of a file at a time, from one machine to the others
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,12 @@ def process_group(device: str, backend: str, before: bool = False) -> Iterator[N
         yield
         return
     on_gpu = torch.cuda.is_available() and device not in ("cpu", "mps")
-    check_processes(device, on_gpu)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
+    if on_gpu and processes > torch.cuda.device_count():
+        raise UserError(
+            f"{processes} processes were started, but this machine has "
+            f"{torch.cuda.device_count()} GPU(s): --nproc_per_node={torch.cuda.device_count()}"
+        )
     if on_gpu:
         torch.cuda.set_device(ranks.local)
     if before:
@@ -95,21 +100,6 @@ def process_group(device: str, backend: str, before: bool = False) -> Iterator[N
         # group, gloo's threads can abort Python at exit.
         gc.collect()
         dist.destroy_process_group()
-
-
-def check_processes(device: str, on_gpu: bool) -> None:
-    """Raise UserError unless each process gets a GPU of its own. All ranks find the same."""
-    if device.startswith("cuda:"):
-        raise UserError(
-            f"device={device} would put all {torchrun_ranks().world} processes on one GPU: "
-            "pass --device=cuda"
-        )
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine
-    if on_gpu and processes > torch.cuda.device_count():
-        raise UserError(
-            f"{processes} processes were started, but this machine has "
-            f"{torch.cuda.device_count()} GPU(s): --nproc_per_node={torch.cuda.device_count()}"
-        )
 
 
 @contextlib.contextmanager
@@ -157,38 +147,29 @@ def copy_from_rank_0(folder: Path, files: dict[str, Path]) -> bool:
     if ranks.world == int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)):
         return bool(files)
     with process_group("cpu", "gloo", before=True):
-        box: list[dict[str, tuple[int, str]]] = [{}]
-        if ranks.rank == 0:
-            box = [{name: (file.stat().st_size, sha256(file)) for name, file in files.items()}]
+        box = [{name: sha256(file) for name, file in files.items()}]
         dist.broadcast_object_list(box)
-        for name, (size, digest) in box[0].items():
+        for name, digest in box[0].items():
+            source = files[name] if ranks.rank == 0 else None
             target = folder / name
-            writes = False
-            if ranks.rank > 0 and ranks.local == 0:
-                writes = not exists(target) or sha256(target) != digest
-            if least_of_ranks(-int(writes), torch.device("cpu")) < 0:
-                temporary = target.with_name(target.name + ".tmp")
-                path = temporary if writes else None
-                _copy_file(files[name] if ranks.rank == 0 else path, size)
-                if writes:
-                    temporary.replace(target)
+            missing = False
+            if source is None and ranks.local == 0:
+                missing = not exists(target) or sha256(target) != digest
+            if least_of_ranks(-int(missing), torch.device("cpu")) < 0:
+                _send_file(source, target if missing else Path(os.devnull))
         return bool(box[0])
 
 
-def _copy_file(path: Path | None, size: int) -> None:
-    """Broadcast a file of rank 0, a part at a time. path: None where it is not wanted."""
-    is_source = dist.get_rank() == 0
-    if path is None:
-        path = Path(os.devnull)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("rb" if is_source else "wb") as file:
-        for start in range(0, size, COPIED_BYTES):
-            part = torch.empty(min(COPIED_BYTES, size - start), dtype=torch.uint8)
-            if is_source:
-                part = torch.frombuffer(bytearray(file.read(len(part))), dtype=torch.uint8)
-            dist.broadcast(part, 0)
-            if not is_source:
-                file.write(part.numpy().data)
+def _send_file(source: Path | None, target: Path) -> None:
+    """Write rank 0's file, a part at a time, to the targets of the others. source: on rank 0."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") if source is None else source.open("rb") as file:
+        part = [b"a first part"]
+        while part[0]:
+            part = [b"" if source is None else file.read(SENT_BYTES)]
+            dist.broadcast_object_list(part)
+            if source is None:
+                file.write(part[0])
 
 
 def data_parallel(model: nn.Module, ranks: int, device: torch.device) -> nn.Module:

@@ -6,8 +6,9 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import filelock
 
@@ -68,8 +69,9 @@ def remove_link(path: Path) -> None:
         path.unlink()
 
 
-def lock_folder(folder: Path, if_locked: Exception) -> contextlib.AbstractContextManager[Any]:
-    """Let only one process write to a folder until the context ends. A crash releases the lock.
+@contextlib.contextmanager
+def lock_folder(folder: Path, if_locked: Exception) -> Iterator[None]:
+    """Let only one process write to a folder. A crash releases the lock.
 
     if_locked: what to raise if another process holds the lock.
     Raises OSError if the folder cannot be created or written.
@@ -77,14 +79,18 @@ def lock_folder(folder: Path, if_locked: Exception) -> contextlib.AbstractContex
     folder.mkdir(parents=True, exist_ok=True)
     lock_file = folder / ".lock"
     remove_link(lock_file)
+    lock = filelock.FileLock(lock_file, timeout=0)
     try:
-        return filelock.FileLock(lock_file).acquire(timeout=0)
+        lock.acquire()
     except filelock.Timeout:
         raise if_locked from None
-    except NotImplementedError:  # filelock's word for a disk without locks
-        return contextlib.nullcontext()
-    except OSError as error:
+    except (NotImplementedError, OSError) as error:
         # A network disk may have no locks. There a second writer is not noticed.
-        if error.errno not in NO_LOCKS:
+        if getattr(error, "errno", errno.ENOLCK) not in NO_LOCKS:
             raise
-        return contextlib.nullcontext()
+    try:
+        yield
+    finally:
+        lock.release()
+        if [path.name for path in folder.glob("*")] == [".lock"]:  # nothing was written
+            shutil.rmtree(folder, ignore_errors=True)

@@ -460,8 +460,9 @@ def model_for_data(model: GPT | None, tokenizer: Any, dataset: Dataset, config: 
         raise UserError(
             f"dataset {dataset.name} was made with another tokenizer "
             f"({dataset.meta.get('tokenizer')}, {dataset.vocab_size} tokens) than the model to "
-            f"start from ({model.config.vocab_size} tokens). Pass the text itself as "
-            "--dataset=FILE, without --tokenizer="
+            f"start from ({model.config.vocab_size} tokens). Its own tokenizer must read the text: "
+            "give the text itself as --dataset=, without --tokenizer=. A model that brings no "
+            "tokenizer needs one's files beside it"
         )
     if tokenizer is None and dataset.vocab_size < model.config.vocab_size:
         dataset.warnings.append(

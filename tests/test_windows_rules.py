@@ -51,19 +51,14 @@ def test_the_rules_are_enforced(tmp_path):
         (tmp_path / "hf:owner").mkdir()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_on_a_text_saves_resumes_starts_anew_and_writes(
-    text, tmp_path, optimizer, monkeypatch, capsys
-):
+def test_a_run_on_a_text_saves_resumes_starts_anew_and_writes(text, tmp_path, monkeypatch, capsys):
     """Every save replaces files that an earlier start, resume or sample has read."""
     import sample
 
     out_dir = tmp_path / "out"
-    options = ["--tokenizer=char", f"--optimizer={optimizer}", "--eval_interval=2"]
+    options = ["--tokenizer=char", "--eval_interval=2"]
     assert train_on(text, out_dir, *options, "--max_iters=4") == 0
-    for steps in (6, 8):
-        assert resume(out_dir, f"--max_iters={steps}") == 0
-        assert trainer(out_dir)["step"] == steps
+    assert resume(out_dir, "--max_iters=8") == 0
     monkeypatch.setattr(
         sys, "argv", ["sample.py", f"--out_dir={out_dir}", "--device=cpu", "--max_new_tokens=8"]
     )
