@@ -9,17 +9,16 @@
     torchrun --nproc_per_node=2 bench.py               # the step on several GPUs
 
 What is timed is train.py's own TrainStep with its Loader. gpt12/measure.py takes the times,
-gpt12/memory.py predicts them. `main` at the end is a table of contents.
+gpt12/memory.py predicts them. A row holds the figures of one step, by their names in bench.json.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +30,33 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
-from gpt12.cards import CARDS
-from gpt12.checkpoint import describe_run
+from data.windows import TrainWindows
+from gpt12.cards import CARDS, find_card
+from gpt12.checkpoint import describe_run, write_json
 from gpt12.config import load_config
 from gpt12.device import Machine, open_machine
-from gpt12.distributed import process_group, reported_by_rank_0, torchrun_ranks
-from gpt12.files import write_atomically
+from gpt12.distributed import is_rank_0, process_group, reported_by_rank_0, torchrun_ranks
 from gpt12.fit import cap_memory
 from gpt12.generate import Sampling, store_by_columns
 from gpt12.loader import Loader
 from gpt12.measure import (
-    Timing,
+    Row,
     attention_kernel,
     forget_last_measurement,
-    open_windows,
-    profile_calls,
+    open_tokens,
+    show_fastest,
+    show_rows,
+    show_step,
     time_calls,
     time_decoding,
 )
 from gpt12.memory import (
-    GIB,
+    LARGEST_BATCH,
     RECOMPUTE,
     available_memory,
-    largest_batch,
     needed_memory,
     predict,
+    predict_sizes,
     ran_out_of_memory,
 )
 from gpt12.optimizer import find_optimizer
@@ -77,18 +78,18 @@ GPT2_SHAPES = {
 # nanoGPT's command for CPUs.
 CPU_SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "vocab_size": 65}
 WARMUP_STEPS = 3  # beyond those in which the step is compiled and recorded
+PROFILED_STEPS = 3
 TEXTS = (1, 4, 16, 64)  # written at once
 # Memory of a planned or imitated card that torch does not get: the driver's context takes 0.4 GiB,
 # a desktop 0.3 or more.
 MARGIN_GIB = 1.0
-LARGEST_BATCH = 1024  # find_batch stops here
-NOTHING_FITS = (
-    "nothing fits, not even one row: try --lora_rank=16, --optimizer=adamw8bit or a smaller model"
-)
 
 
-def read(argv: Sequence[str]) -> tuple[BenchConfig, set[str]]:
-    """Return the configuration, with the shape that init_from means, and the keys that are set."""
+def read(argv: Sequence[str]) -> tuple[BenchConfig, Sequence[Recompute]]:
+    """Return the configuration, with the shape that it means, and the recomputation to try.
+
+    The latter is the kind that was asked for, or all.
+    """
     config, given = load_config(BenchConfig, argv)
     if config.init_from in GPT2_SHAPES:
         n_layer, n_head, n_embd = GPT2_SHAPES[config.init_from]
@@ -98,70 +99,48 @@ def read(argv: Sequence[str]) -> tuple[BenchConfig, set[str]]:
             f"init_from={config.init_from}: only a model's shape matters here, so it must be "
             f"one of scratch, {', '.join(GPT2_SHAPES)}"
         )
+    elif not config.plan and given.isdisjoint(CPU_SHAPE):
+        has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+        if config.device == "cpu" or (config.device == "auto" and not has_gpu):
+            config = replace(config, **CPU_SHAPE)  # type: ignore[arg-type]
     if "gradient_accumulation_steps" not in given:
         config = replace(config, gradient_accumulation_steps=torchrun_ranks().world)
     check_ranks(config)
     find_optimizer(config.optimizer)  # or UserError
-    return config, given
+    return config, (config.recompute,) if "recompute" in given else RECOMPUTE
 
 
 # --------------------------------------------------------------------------------------------------
 # The step
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepResult(Timing):
-    """A measured training step, over all ranks together."""
-
-    label: str
-    tokens: int
-    tokens_per_s: float
-    batch_size: int
-    block_size: int
-    micro_steps: int  # on each rank
-    data: str  # name of the data set, or "random tokens"
-    parameters: int
-    flops_per_token: int
-    dtype: str
-    compile: bool
-    recompute: Recompute
-    attention: str
-    cuda_graph: bool
-    loss: float  # of the last step
-    # For a GPU whose datasheet is known:
-    mfu: float | None = None  # share of the datasheet's rate
-    predicted_ms: float | None = None
-    predicted_gib: float | None = None
-
-
-@dataclass(frozen=True)
-class OutOfMemory:
-    """Stands for a step that did not fit into the memory."""
-
-    label: str
-    batch_size: int
-    error: str = "out of memory"
-
-
-Row = StepResult | OutOfMemory
-
-
 class StepRunner:
-    """Makes training steps one after the other, as the loop of train.py does."""
+    """Makes training steps one after the other, as the loop of train.py does.
 
-    def __init__(self, config: BenchConfig, machine: Machine, cuda_graph: bool = True):
-        windows, vocab_size, self.data = open_windows(config)
+    cuda_graph: whether a step that train.py would record as a CUDA graph is recorded.
+    """
+
+    def __init__(self, config: BenchConfig, cuda_graph: bool = True):
+        forget_last_measurement()
+        self.config, self.machine = decide(config)
+        tokens, vocab_size, self.data = open_tokens(config)
         self.shape = model_shape(config, vocab_size)
-        self.config = config
-        self.machine = machine
+        if self.machine.compiled:
+            torch.compiler.reset()  # what was compiled for other shapes
+        needed = needed_memory(self.shape, self.config, self.machine)
+        if self.machine.device.type == "cpu" and needed > available_memory(self.machine):
+            raise torch.OutOfMemoryError  # the system would kill the program without a word
         torch.manual_seed(config.seed)
         self.model = new_model(self.shape)
-        prepare_model(self.model, config, machine)
-        packed = windows.tokens.mask is not None
-        self.step = TrainStep(self.model.train(), config, machine, packed, cuda_graph)
-        self.loader = Loader(windows, self.step.x, self.step.y, machine, self.step.example_starts)
+        prepare_model(self.model, self.config, self.machine)
+        packed = tokens.mask is not None
+        self.step = TrainStep(self.model.train(), self.config, self.machine, packed, cuda_graph)
+        windows = TrainWindows(tokens, config.block_size, config.seed)
+        buffers = (self.step.x, self.step.y)
+        self.loader = Loader(windows, *buffers, self.machine, self.step.example_starts)
         self.position = 0
         self.batch_targets = self.loader.load(self.position)
+        self.warmup = self.step.warmup_calls + WARMUP_STEPS
 
     def __call__(self) -> None:
         """Make a step and load the windows of the next one. Does not wait for the device."""
@@ -183,123 +162,85 @@ def decide(config: BenchConfig) -> tuple[BenchConfig, Machine]:
         dtype=str(machine.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         compile=machine.compiled,
         lora_alpha=config.lora_alpha or 2.0 * config.lora_rank or None,
-        eval_only=False,  # a preset for evaluation still describes a model that can be trained
     )
     return decided, machine
 
 
-@contextlib.contextmanager
-def step_runner(
-    config: BenchConfig, tf32: bool = True, cuda_graph: bool = True
-) -> Iterator[StepRunner]:
-    """Prepare a training step; clean up later.
-
-    tf32: whether float32 products on a GPU may round their inputs to TF32, as in training.
-    cuda_graph: whether a step that train.py would record as a CUDA graph is recorded.
-    """
-    forget_last_measurement()
-    config, machine = decide(config)
-    if machine.device.type == "cpu":
-        needed = needed_memory(model_shape(config, config.vocab_size), config, machine)
-        if needed > available_memory(machine):  # the system would kill the program without a word
-            raise torch.OutOfMemoryError
-    tf32_before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32_before and tf32
-    try:
-        with attention_kernel(config.attention):
-            yield StepRunner(config, machine, cuda_graph)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32_before
-        if machine.compiled:
-            torch.compiler.reset()  # what was compiled for these shapes
-
-
-def measure_step(config: BenchConfig, label: str = "", **techniques: bool) -> StepResult:
-    """Time train.py's step in this configuration. techniques: see step_runner."""
-    with step_runner(config, **techniques) as runner:
+def measure_step(config: BenchConfig, label: str, cuda_graph: bool = True) -> Row:
+    """Time train.py's step in this configuration, over all ranks together."""
+    with attention_kernel(config.attention):
+        runner = StepRunner(config, cuda_graph)
         step = runner.step
         machine = runner.machine
-        timing = time_calls(runner, machine, step.warmup_calls + WARMUP_STEPS, config.steps)
+        row = time_calls(runner, machine, runner.warmup, config.steps)
         # The ranks wait for each other in every step, so they all take the same time.
         tokens = step.x.numel() * machine.world
-        result = StepResult(
-            **vars(timing),
-            label=label,
-            tokens=tokens,
-            tokens_per_s=1e3 * tokens / timing.ms,
-            batch_size=config.batch_size,
-            block_size=config.block_size,
-            micro_steps=step.micro_steps,
-            data=runner.data,
-            parameters=parameter_count(runner.shape),
-            flops_per_token=flops_per_token(runner.shape),
-            dtype=runner.config.dtype,
-            compile=machine.compiled,
-            recompute=config.recompute,
-            attention=config.attention,
-            cuda_graph=step.graph is not None,
-            loss=step.loss.item(),
-        )
-        result = compare_with_datasheet(result, runner)
-    for warning in result.warnings:
+        row |= {
+            "label": label,
+            "tokens": tokens,
+            "tokens_per_s": 1e3 * tokens / row["ms"],
+            "micro_steps": step.micro_steps,  # on each rank
+            "data": runner.data,
+            "parameters": parameter_count(runner.shape),
+            "flops_per_token": flops_per_token(runner.shape),
+            "dtype": runner.config.dtype,
+            "compile": machine.compiled,
+            "cuda_graph": step.graph is not None,
+            "loss": step.loss.item(),  # of the last step
+        }
+        compare_with_datasheet(row, runner)
+    for warning in row["warnings"]:
         say(f"warning: {warning}")
-    return result
+    return row
 
 
-def compare_with_datasheet(result: StepResult, runner: StepRunner) -> StepResult:
+def compare_with_datasheet(row: Row, runner: StepRunner) -> None:
     """Add MFU and the prediction, if the card is known and computes in 16 bits."""
     machine = runner.machine
     card = CARDS.get(machine.name)
     if card is None or machine.dtype == torch.float32:
-        return result
-    # There is an RTX 3080 with 10 GB, and another card with 12 that has the same name.
-    if result.total_gib is None or abs(result.total_gib / card.vram_gb - 1) > 0.12:
-        return result
-    mfu = None
+        return
     if runner.config.lora_rank == 0:  # 6N + 12LCT counts a gradient for every weight
-        achieved = result.flops_per_token * result.tokens_per_s / machine.world
-        mfu = achieved / (card.tflops * 1e12)
-    on_one_rank = replace(runner.config, gradient_accumulation_steps=result.micro_steps)
+        achieved = row["flops_per_token"] * row["tokens_per_s"] / machine.world
+        row["mfu"] = achieved / (card.tflops * 1e12)
+    on_one_rank = replace(runner.config, gradient_accumulation_steps=row["micro_steps"])
     predicted = predict(runner.shape, on_one_rank, card)
-    return replace(result, mfu=mfu, predicted_ms=predicted.ms, predicted_gib=predicted.gib)
+    row["predicted_ms"] = predicted["ms"]
+    row["predicted_gib"] = predicted["peak_gib"]
 
 
-def try_to_measure(label: str, config: BenchConfig, **techniques: bool) -> Row:
+def try_to_measure(label: str, config: BenchConfig, cuda_graph: bool = True) -> Row:
     """Measure a step, or return that memory did not suffice."""
     say(f"measuring {label} ...")
     try:
-        return measure_step(config, label, **techniques)
+        return measure_step(config, label, cuda_graph)
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise
-    return OutOfMemory(label, config.batch_size)
+    return {"label": label, "error": "out of memory"}
 
 
 def imitate_card(vram_gb: float, machine: Machine) -> None:
     """Limit torch's allocator to what a card with this much memory would leave it."""
-    if not machine.on_gpu:
+    total = machine.memory_gib() or 0.0
+    if not MARGIN_GIB < vram_gb <= total + MARGIN_GIB:
         raise UserError(
-            f"vram_gb={vram_gb:g} limits a GPU's memory, and there is no GPU. --plan predicts "
-            "what fits, without one"
+            f"vram_gb={vram_gb:g} limits a GPU's memory, and this machine has none of that size. "
+            "--plan predicts what fits, without one"
         )
-    share = (vram_gb - MARGIN_GIB) * GIB / torch.cuda.mem_get_info()[1]
-    if not 0 < share <= 1:
-        raise UserError(f"vram_gb={vram_gb:g} cannot be imitated: this card has not that much")
-    torch.cuda.set_per_process_memory_fraction(share)
+    torch.cuda.set_per_process_memory_fraction((vram_gb - MARGIN_GIB) / total)
 
 
 # --------------------------------------------------------------------------------------------------
-# The commands that measure several steps
+# The commands that look at several steps
 
-# The techniques of the ladder in the order of its rungs, and what switches each on: a key, or an
-# argument of step_runner. On every rung are the padded vocabulary, the 16-bit residual stream under
-# autocast, the loss in chunks of rows and the fused AdamW, because they have no switch.
+# The techniques of the ladder in the order of its rungs, and the key that switches each on. On
+# every rung are TF32, the padded vocabulary, the 16-bit residual stream under autocast, the loss in
+# chunks of rows and the fused AdamW, because they have no switch.
 TECHNIQUES = {
-    "TF32": "tf32",
     "16-bit autocast": "dtype",
     "torch.compile": "compile",
     "flash attention": "attention",
-    "CUDA graph": "cuda_graph",
     "recomputation": "recompute",
 }
 
@@ -313,18 +254,13 @@ def climb_ladder(config: BenchConfig) -> list[Row]:
     if top.recompute == "none":
         top = replace(top, recompute="pointwise")
     rung = replace(top, dtype="float32", compile=False, attention="math", recompute="none")
-    used = {"tf32": False, "cuda_graph": False}
-    rows = [try_to_measure("fp32, eager", rung, **used)]
-    for name, switch in TECHNIQUES.items():
-        if switch in used:
-            if not machine.on_gpu:
-                continue
-            used[switch] = True
-        elif getattr(rung, switch) == getattr(top, switch):
-            continue
-        else:
-            rung = replace(rung, **{switch: getattr(top, switch)})
-        rows.append(try_to_measure(f"+ {name}", rung, **used))
+    rows = [try_to_measure("fp32, eager", rung, cuda_graph=False)]
+    for name, key in TECHNIQUES.items():
+        if getattr(rung, key) != getattr(top, key):
+            rung = replace(rung, **{key: getattr(top, key)})
+            rows.append(try_to_measure(f"+ {name}", rung, cuda_graph=False))
+    if machine.on_gpu:
+        rows.append(try_to_measure("+ CUDA graph", top))
     return rows
 
 
@@ -342,13 +278,11 @@ def sweep(config: BenchConfig, argv: Sequence[str]) -> list[Row]:
     return [try_to_measure(setting, swept) for setting, swept in configs.items()]
 
 
-def find_batch(config: BenchConfig, given: set[str]) -> list[Row]:
+def find_batch(config: BenchConfig, kinds: Sequence[Recompute], machine: Machine) -> list[Row]:
     """Measure micro-batches of 1, 2, 4 ... rows until one does not fit or is slower.
 
-    Raises UserError if none fits.
+    kinds: of recomputation, to try each. Raises UserError if nothing fits.
     """
-    _, machine = decide(config)
-    kinds = kinds_of_recomputation(config, given)
     if not machine.on_gpu:
         kinds = kinds[:1]  # computing twice only costs time there
     elif config.vram_gb is None:
@@ -361,40 +295,61 @@ def find_batch(config: BenchConfig, given: set[str]) -> list[Row]:
             trial = replace(config, batch_size=batch_size, recompute=recompute)
             row = try_to_measure(f"--batch_size={batch_size} --recompute={recompute}", trial)
             rows.append(row)
-            if isinstance(row, OutOfMemory) or row.tokens_per_s < 0.95 * speed:
+            if "error" in row or row["tokens_per_s"] < 0.95 * speed:
                 break
-            speed = max(speed, row.tokens_per_s)
+            speed = max(speed, row["tokens_per_s"])
             batch_size *= 2
-    measured = [row for row in rows if isinstance(row, StepResult)]
-    if not measured:
-        raise UserError(NOTHING_FITS)
-    best = max(measured, key=lambda row: row.tokens_per_s)
-    say(f"fastest: {best.label}, {best.tokens_per_s:,.0f} tokens/s")
+    show_rows(rows)
+    show_fastest(rows)
     return rows
 
 
-def kinds_of_recomputation(config: BenchConfig, given: set[str]) -> tuple[Recompute, ...]:
-    """Return the kinds to try: the one that was asked for, or all."""
-    return (config.recompute,) if "recompute" in given else RECOMPUTE
+def plan(config: BenchConfig, kinds: Sequence[Recompute]) -> dict[str, Any]:
+    """Predict which micro-batches fit the card of the configuration, and how fast they are."""
+    name = find_card(config.card)
+    card = CARDS[name]
+    room_gib = (config.vram_gb or card.vram_gb) - MARGIN_GIB
+    method = f"LoRA of rank {config.lora_rank}" if config.lora_rank else config.optimizer
+    say(
+        f"predicted for {name} with {room_gib:g} GiB for the step: {config.n_layer} layers, "
+        f"{config.n_embd} wide, {method}"
+    )
+    shape = model_shape(config, config.vocab_size)
+    if not is_gpt2(shape):
+        say("model.py is not GPT-2's, so that these are estimates")
+    rows = []
+    for recompute in kinds:
+        rows += predict_sizes(shape, replace(config, recompute=recompute), room_gib, card)
+    show_rows(rows)
+    return {"card": name, "rows": rows, "best": show_fastest(rows)}
 
 
 # --------------------------------------------------------------------------------------------------
-# --profile, --sample, --plan
+# --profile, --sample
 
 
 def profile(config: BenchConfig) -> None:
     """Print torch's table of a few steps. Without a CUDA graph, which hides its kernels."""
-    with step_runner(config, cuda_graph=False) as runner:
-        say(profile_calls(runner, runner.machine, runner.step.warmup_calls + WARMUP_STEPS))
+    with attention_kernel(config.attention):
+        runner = StepRunner(config, cuda_graph=False)
+        for _ in range(runner.warmup):
+            runner()
+        runner.machine.synchronize()
+        with torch.profiler.profile(acc_events=True) as profiler:
+            for _ in range(PROFILED_STEPS):
+                runner()
+            runner.machine.synchronize()
+        order = "self_cuda_time_total" if runner.machine.on_gpu else "self_cpu_time_total"
+    say(profiler.key_averages().table(order, row_limit=20, max_name_column_width=60))
+    say(f"the times are those of {PROFILED_STEPS} steps")
 
 
-def sample(config: BenchConfig) -> list[dict[str, Any]]:
+def sample(config: BenchConfig, machine: Machine) -> list[Row]:
     """Time how sample.py, with its own defaults, continues 1, 4, 16 and 64 random prompts.
 
     The model has random weights. A prompt fills a quarter of the context.
     """
     defaults = SampleConfig()
-    machine = open_machine(config.device, config.dtype, compile=False)
     model = new_model(model_shape(config, config.vocab_size)).eval()
     model.to(machine.device, machine.dtype)
     if not machine.on_gpu:
@@ -407,151 +362,29 @@ def sample(config: BenchConfig) -> list[dict[str, Any]]:
     for texts in TEXTS:
         prompts = torch.randint(config.vocab_size, (texts, length)).tolist()
         row = time_decoding(model, prompts, new_tokens, sampling)
-        say(
-            f"{texts:3} at once: first token after {row.first_s:.2f} s ({row.prompt_ms:,.1f} ms "
-            f"when warm), then {row.ms:,.2f} ms a token, {row.tokens_per_s:,.0f} tokens/s"
-        )
-        rows.append(asdict(row))
+        rows.append(row | {"label": f"{texts} texts at once"})
+    show_rows(rows)
     return rows
-
-
-def plan(config: BenchConfig, given: set[str]) -> dict[str, Any]:
-    """Predict which micro-batches fit the card of the configuration, and how fast they are."""
-    names = [known for known in CARDS if known.lower().endswith(config.card.lower())]
-    if len(names) != 1:
-        raise UserError(
-            f"card={config.card} is unknown. Add a line with its datasheet's figures to "
-            "gpt12/cards.py, or choose one of\n  " + "\n  ".join(CARDS)
-        )
-    card = CARDS[names[0]]
-    room_gib = (config.vram_gb or card.vram_gb) - MARGIN_GIB
-    method = f"LoRA of rank {config.lora_rank}" if config.lora_rank else config.optimizer
-    say(
-        f"predicted for {names[0]} with {room_gib:g} GiB for the step: {config.n_layer} layers, "
-        f"{config.n_embd} wide, {method}"
-    )
-    shape = model_shape(config, config.vocab_size)
-    rows = []
-    for recompute in kinds_of_recomputation(config, given):
-        kind = replace(config, recompute=recompute)
-        largest = largest_batch(shape, kind, room_gib)
-        sizes = [size for size in (1, 4, 16, 64) if size < largest]
-        for size in [*sizes, largest] if largest > 0 else []:
-            rows.append(predict(shape, replace(kind, batch_size=size), card))
-    if not rows:
-        raise UserError(NOTHING_FITS)
-    if not is_gpt2(shape):
-        say("model.py is not GPT-2's, so that these are estimates")
-    say("recompute  micro-batch    GiB    ms/step  tokens/s  memory by kind")
-    for row in rows:
-        kinds = ", ".join(f"{kind} {gib:.2f}" for kind, gib in row.memory_gib.items())
-        say(
-            f"{row.recompute:9} {row.batch_size:12,} {row.gib:6.2f} {row.ms:10,.1f} "
-            f"{row.tokens_per_s:9,.0f}  {kinds}"
-        )
-    best = max(rows, key=lambda row: row.tokens_per_s)
-    keys = f"--batch_size={best.batch_size} --recompute={best.recompute}"
-    say(f"fastest: {keys}, {best.tokens_per_s:,.0f} tokens/s")
-    return {"card": names[0], "rows": [asdict(row) for row in rows], "best": asdict(best)}
 
 
 # --------------------------------------------------------------------------------------------------
 # What is shown and written
 
 
-def show_step(step: StepResult) -> None:
-    """Print everything about one measured step."""
-    say(
-        f"model      {step.parameters:,} parameters, {step.dtype}, recompute={step.recompute}, "
-        f"compile={step.compile}, cuda_graph={step.cuda_graph}"
-    )
-    say(
-        f"step       {step.tokens:,} tokens in micro-batches of {step.batch_size} sequences x "
-        f"{step.block_size:,} tokens, {step.data}"
-    )
-    say(
-        f"time       {step.ms:,.1f} ms, from {step.ms_p10:,.1f} to {step.ms_p90:,.1f} "
-        f"(10th to 90th percentile of {step.steps} steps), after {step.warmup_s:.1f} s of warm-up"
-    )
-    say(f"speed      {step.tokens_per_s:,.0f} tokens/s")
-    if step.mfu is not None:
-        say(f"MFU        {step.mfu:.1%} of the datasheet's bf16 rate, at 6N + 12LCT a token")
-    if step.peak_gib is not None:
-        say(
-            f"memory     {step.peak_gib:.2f} GiB in tensors at the peak, {step.reserved_gib:.2f} "
-            f"GiB taken from the driver, of {step.total_gib:.1f}"
-        )
-    if step.predicted_ms is not None:
-        say(f"predicted  {step.predicted_ms:,.1f} ms, {step.predicted_gib:.2f} GiB in tensors")
-
-
-def show_steps(rows: Sequence[Row], title: str | None = None) -> list[dict[str, Any]]:
-    """Print measured steps side by side, their speed as a multiple of the first one's.
-
-    title: of bench.png, None for no picture. Returns the rows for JSON.
-    """
-    measured = [row for row in rows if isinstance(row, StepResult)]
-    say(f"{'':36} ms/step     10% to 90%    tokens/s times first    MFU  peak GiB")
-    for row in rows:
-        if isinstance(row, OutOfMemory):
-            say(f"{row.label:36} out of memory")
-            continue
-        mfu = "" if row.mfu is None else f"{row.mfu:.1%}"
-        peak = "" if row.peak_gib is None else f"{row.peak_gib:.2f}"
-        say(
-            f"{row.label:36} {row.ms:7,.1f} {row.ms_p10:7,.1f} {row.ms_p90:7,.1f}"
-            f"{row.tokens_per_s:12,.0f} {row.tokens_per_s / measured[0].tokens_per_s:12.2f}"
-            f"{mfu:>7}{peak:>10}"
-        )
-    if title is not None and measured:
-        draw(measured, title)
-    return [asdict(row) for row in rows]
-
-
-def draw(rows: Sequence[StepResult], title: str) -> None:
-    """Draw bench.png: a bar for the speed of each step, with its peak memory beside it."""
-    from matplotlib.figure import Figure  # not pyplot, which takes twice as long to import
-
-    figure = Figure((8, 1.2 + 0.33 * len(rows)), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    axis = figure.add_subplot(xticks=[], xlabel="training, tokens/s")
-    bars = axis.barh([row.label for row in rows], [row.tokens_per_s for row in rows])
-    texts = []
-    for row in rows:
-        memory = "" if row.peak_gib is None else f", {row.peak_gib:.2f} GiB"
-        texts.append(f"{row.tokens_per_s:,.0f}{memory}")
-    axis.bar_label(bars, texts, padding=3, fontsize=8)
-    axis.margins(x=0.25)
-    axis.invert_yaxis()
-    figure.savefig("bench.png", dpi=110)
-    say("wrote bench.png")
-
-
 def finish(config: BenchConfig, device: str, results: dict[str, Any]) -> None:
     """Print the results as JSON if asked for, else write them to bench.json. Only rank 0 does.
 
-    The step's figures stand at the top level, each other measurement under its own name. Keys of
-    the configuration that have their default value are left out. A plan goes to plan.json, because
-    a prediction must not replace what was measured.
+    The step's figures stand at the top level, each other measurement under its own name. A plan
+    goes to plan.json, because a prediction must not replace what was measured.
     """
-    if torchrun_ranks().rank != 0:
+    if not is_rank_0():
         return
-    changed = {}
-    for key in fields(config):
-        if getattr(config, key.name) != getattr(BenchConfig(), key.name):
-            changed[key.name] = getattr(config, key.name)
-    content = describe_run(changed, device=device, **results)
+    content = describe_run(asdict(config), device=device, **results)
     if config.json:
         say(json.dumps(content))
         return
-    file = Path("plan.json" if config.plan else "bench.json")
-    try:
-        write_atomically(file, (json.dumps(content, indent=2) + "\n").encode())
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be written here: {error.strerror or error}. Go to another folder, "
-            "or print the figures with --json"
-        ) from None
+    file = "plan.json" if config.plan else "bench.json"
+    write_json(Path(file), content)
     say(f"wrote {file}: all figures, with versions and settings (--json prints them instead)")
 
 
@@ -559,49 +392,40 @@ def finish(config: BenchConfig, device: str, results: dict[str, Any]) -> None:
 # The commands
 
 
-def measure(argv: Sequence[str], config: BenchConfig, given: set[str]) -> None:
-    """Measure what was asked for, one after the other, and show it."""
-    machine, argv = prepare(argv, config, given)
-    config, _ = read(argv)
-    results: dict[str, Any] = {}
-    if config.sweep is not None:
-        rows = sweep(config, argv)
-        results["sweep"] = show_steps(rows, machine.name)
-    if config.ladder:
-        size = f"{config.batch_size} x {config.block_size:,} tokens"
-        title = f"{machine.name}, {config.n_layer} layers, {config.n_embd:,} wide, {size}"
-        results["ladder"] = show_steps(climb_ladder(config), title)
-    if config.find_batch:
-        results["find_batch"] = show_steps(find_batch(config, given))
-    if config.sample:
-        results["sample"] = sample(config)
-    if config.profile:
-        profile(config)
-    elif not results:
-        step = measure_step(config)
-        show_step(step)
-        results = asdict(step)
-    if results:
-        finish(config, machine.name, results)
-
-
-def prepare(
-    argv: Sequence[str], config: BenchConfig, given: set[str]
-) -> tuple[Machine, Sequence[str]]:
-    """Describe the machine. Returns it, and the command line with the shape that suits a CPU."""
+def prepare(config: BenchConfig) -> Machine:
+    """Describe the machine, and limit its memory if that was asked for."""
     _, machine = decide(config)
     for line in (f"{machine.name}, torch {torch.__version__}", *machine.notes):
         say(line)
+    if config.n_embd == CPU_SHAPE["n_embd"]:
+        say("the model is a small one, for CPUs: give a shape or --init_from=gpt2 for another")
     if config.vram_gb is not None:
         imitate_card(config.vram_gb, machine)
-    shape_given = config.init_from != "scratch" or not given.isdisjoint(CPU_SHAPE)
-    if shape_given or machine.device.type != "cpu":
-        return machine, argv
-    say(
-        "on a CPU the model is a small one, that of nanoGPT's command for CPUs; give a shape or "
-        "--init_from=gpt2 for another"
-    )
-    return machine, [*(f"--{key}={value}" for key, value in CPU_SHAPE.items()), *argv]
+    return machine
+
+
+def measure(argv: Sequence[str], config: BenchConfig, kinds: Sequence[Recompute]) -> None:
+    """Measure what was asked for, one after the other, and show it."""
+    machine = prepare(config)
+    results: dict[str, Any] = {}
+    if config.sweep is not None:
+        results["sweep"] = sweep(config, argv)
+    if config.ladder:
+        results["ladder"] = climb_ladder(config)
+    for rows in results.values():
+        show_rows(rows)
+    if config.find_batch:
+        results["find_batch"] = find_batch(config, kinds, machine)
+    if config.sample:
+        results["sample"] = sample(config, machine)
+    if config.profile:
+        profile(config)
+    elif not results:
+        size = f"{config.batch_size} x {config.block_size:,} tokens"
+        results = measure_step(config, f"{size}, recompute={config.recompute}")
+        show_step(results)
+    if results:
+        finish(config, machine.name, results)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -609,15 +433,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         with reported_by_rank_0():
-            config, given = read(argv)
+            config, kinds = read(argv)
             alone = config.sweep or config.ladder or config.find_batch or config.sample
             if torchrun_ranks().world > 1 and (alone or config.profile or config.plan):
                 raise UserError("with several processes only the step can be measured")
             if config.plan:
-                finish(config, "", {"plan": plan(config, given)})
+                finish(config, "", {"plan": plan(config, kinds)})
                 return
             with process_group(config.device, config.backend):
-                measure(argv, config, given)
+                measure(argv, config, kinds)
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise

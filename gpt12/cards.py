@@ -1,8 +1,10 @@
-"""Datasheet figures of NVIDIA GPUs: the basis of MFU, of the decoding bound and of the plan."""
+"""Datasheet figures of NVIDIA GPUs: the basis of MFU and of the plan."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from gpt12.errors import UserError
 
 
 class Card(NamedTuple):
@@ -48,3 +50,14 @@ CARDS = {
     "NVIDIA H100 80GB HBM3": Card(989.4, 3352, 80, 66.9),
     "NVIDIA H200": Card(989.4, 4800, 141, 66.9),
 }
+
+
+def find_card(name: str) -> str:
+    """Return the full name of a card in the table. The end of it, in any case, is enough."""
+    names = [known for known in CARDS if known.lower().endswith(name.lower())]
+    if len(names) != 1:
+        raise UserError(
+            f"card={name} is unknown. Add a line with its datasheet's figures to "
+            "gpt12/cards.py, or choose one of\n  " + "\n  ".join(CARDS)
+        )
+    return names[0]

@@ -1,6 +1,6 @@
 """Time a training step, and the writing of texts. bench.py hands over what is timed.
 
-Reading order: the windows of tokens (open_windows), timing calls (time_calls), what spoils the
+Reading order: the tokens (open_tokens), timing calls (time_calls), what spoils the
 figures of a GPU, writing texts (time_decoding).
 """
 
@@ -10,8 +10,7 @@ import contextlib
 import gc
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -22,13 +21,13 @@ import torch
 from torch.compiler import config as compiler_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.dataset import DATA, open_dataset
+from data.dataset import DATA
 from data.shards import find_shards
-from data.windows import TrainWindows
 from gpt12.device import Machine
-from gpt12.distributed import first_ranks_first
+from gpt12.errors import UserError, say
 from gpt12.generate import Sampling, stream
 from gpt12.memory import GIB
+from gpt12.run import open_data
 from gpt12.settings import BenchConfig
 from model import GPT
 
@@ -36,82 +35,57 @@ from model import GPT
 # nvmlClocksThrottleReasons: HwSlowdown 0x8, SwThermalSlowdown 0x20, HwThermalSlowdown 0x40,
 # HwPowerBrakeSlowdown 0x80).
 CLOCK_IS_HELD = 0x08 | 0x20 | 0x40 | 0x80
-OWN_CONTEXT_GIB = 0.8  # the most that our own context takes outside of torch's allocator
-OTHERS_GIB = 0.5  # more than this in other programs is worth a warning
-PROFILED_CALLS = 3
+OUTSIDE_GIB = 1.3  # outside of torch's allocator; our own context takes up to 0.8
 PROMPT_RUNS = 4  # how often reading the prompts is timed
 
+Row = dict[str, Any]  # the figures of a measurement, by their names in bench.json
 
-class RandomWindows:
-    """Windows of random token ids, for machines without a prepared data set.
 
-    It has what Loader uses of TrainWindows: batch() and tokens.mask.
+class RandomTokens:
+    """A long split of random token ids, for machines without a prepared data set.
+
+    It has what TrainWindows uses of Tokens.
     """
 
     mask = None  # every position is a target
 
-    def __init__(self, vocab_size: int, block_size: int, seed: int):
+    def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
-        self.block_size = block_size
-        self.seed = seed
-        self.tokens = self
 
-    def batch(self, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return inputs and targets, int64 (count, T) each, that depend on the position only."""
-        generator = np.random.default_rng((self.seed, position))
-        shape = (2, count, self.block_size)
-        inputs, targets = generator.integers(self.vocab_size, size=shape)
-        return inputs, targets
+    def __len__(self) -> int:
+        return 10**9
+
+    def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return ids (len(starts), length) that depend on the starts only."""
+        generator = np.random.default_rng(starts.tolist())
+        return generator.integers(self.vocab_size, size=(len(starts), length))
 
 
-def open_windows(config: BenchConfig) -> tuple[Any, int, str]:
-    """Return the windows, the vocabulary's size, and the data's name.
+def open_tokens(config: BenchConfig) -> tuple[Any, int, str]:
+    """Return the training tokens, the vocabulary's size, and the data's name.
 
     real_data=auto reads the data set if it is prepared.
     """
     use_dataset = config.real_data
     if use_dataset == "auto":
-        named = DATA / config.dataset
-        folder = named if named.is_dir() else Path(config.dataset)
-        use_dataset = bool(find_shards(folder, "train"))
+        folders = (DATA / config.dataset, Path(config.dataset))
+        use_dataset = any(find_shards(folder, "train") for folder in folders)
     if not use_dataset:
-        windows = RandomWindows(config.vocab_size, config.block_size, config.seed)
-        return windows, config.vocab_size, "random tokens"
-    with first_ranks_first():
-        dataset = open_dataset(
-            config.dataset,
-            tokenizer=config.tokenizer,
-            val_fraction=config.val_fraction,
-            text_column=config.text_column,
-            encoding=config.encoding,
-            block_size=config.block_size,
-        )
-    assert dataset.train is not None
-    train_windows = TrainWindows(dataset.train, config.block_size, config.seed)
-    return train_windows, dataset.vocab_size, dataset.name
+        return RandomTokens(config.vocab_size), config.vocab_size, "random tokens"
+    dataset = open_data(config)
+    return dataset.train, dataset.vocab_size, dataset.name
 
 
 # --------------------------------------------------------------------------------------------------
 # Timing
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """The time of some work that was done several times, and the memory that it took."""
+def time_calls(call: Callable[[], None], machine: Machine, warmup: int, count: int) -> Row:
+    """Time `count` calls after `warmup` others. On a GPU no call waits for the one before.
 
-    ms: float  # median
-    ms_p10: float  # 10th percentile
-    ms_p90: float
-    steps: int  # how often it was timed
-    warmup_s: float  # time before that, compilation included
-    peak_gib: float | None = None  # most memory in tensors, None without a GPU
-    reserved_gib: float | None = None  # most memory that torch took from the driver
-    total_gib: float | None = None
-    warnings: list[str] = field(default_factory=list)
-
-
-def time_calls(call: Callable[[], None], machine: Machine, warmup: int, count: int) -> Timing:
-    """Time `count` calls after `warmup` others. On a GPU no call waits for the one before."""
+    Returns the median and the 10th and 90th percentile in ms, how often it was timed, the seconds
+    before that, compilation included, warnings, and what the GPU's memory held at most.
+    """
     began = time.perf_counter()
     for _ in range(warmup):
         call()
@@ -134,19 +108,15 @@ def time_calls(call: Callable[[], None], machine: Machine, warmup: int, count: i
     times = [before.elapsed_time(after) for before, after in pairwise(events)]
     times += [after - before for before, after in pairwise(marks)]
     p10, middle, p90 = np.percentile(times, (10, 50, 90)).tolist()
-    timing = Timing(ms=middle, ms_p10=p10, ms_p90=p90, steps=count, warmup_s=warmup_s)
+    row = {"ms": middle, "ms_p10": p10, "ms_p90": p90, "steps": count, "warmup_s": warmup_s}
     if not machine.on_gpu:
-        return timing
-    warnings = memory_warnings(machine.world)
-    if held:
-        warnings.append("the driver holds the clock down because of heat or power")
-    return replace(
-        timing,
-        peak_gib=torch.cuda.max_memory_allocated() / GIB,
-        reserved_gib=torch.cuda.max_memory_reserved() / GIB,
-        total_gib=torch.cuda.mem_get_info()[1] / GIB,
-        warnings=warnings,
-    )
+        return row | {"warnings": []}
+    return row | {
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "total_gib": torch.cuda.mem_get_info()[1] / GIB,
+        "warnings": warnings_about(machine, held),
+    }
 
 
 def forget_last_measurement() -> None:
@@ -173,20 +143,6 @@ def attention_kernel(name: str) -> Iterator[None]:
         yield
 
 
-def profile_calls(call: Callable[[], None], machine: Machine, warmup: int) -> str:
-    """Return torch's table of the slowest operations in a few calls after `warmup` others."""
-    for _ in range(warmup):
-        call()
-    machine.synchronize()
-    with torch.profiler.profile(acc_events=True) as profiler:
-        for _ in range(PROFILED_CALLS):
-            call()
-        machine.synchronize()
-    order = "self_cuda_time_total" if machine.on_gpu else "self_cpu_time_total"
-    table = profiler.key_averages().table(order, row_limit=20, max_name_column_width=60)
-    return f"{table}\nthe times are those of {PROFILED_CALLS} steps"
-
-
 # --------------------------------------------------------------------------------------------------
 # What spoils the figures of a GPU
 
@@ -203,21 +159,23 @@ def clock_is_held() -> bool:
         return False
 
 
-def memory_warnings(world: int) -> list[str]:
-    """Return what makes the GPU's memory smaller or slower than it could be.
+def warnings_about(machine: Machine, held: bool) -> list[str]:
+    """Return what makes the GPU slower or its memory smaller than it could be.
 
-    world: the processes of ours on the machine.
+    held: whether its clock is held down.
     """
     warnings = []
+    if held:
+        warnings.append("the driver holds the clock down because of heat or power")
     free, total = torch.cuda.mem_get_info()
     outside = (total - free - torch.cuda.memory_reserved()) / GIB
-    others = max(0.0, outside - OWN_CONTEXT_GIB)
-    if others > OTHERS_GIB and world == 1:
+    if outside > OUTSIDE_GIB and machine.world == 1:  # other ranks would look like other programs
         warnings.append(
-            f"other programs hold {others:.1f} GiB of the card's memory: nvidia-smi names them"
+            f"other programs hold much of the card's memory ({outside:.1f} GiB are not ours): "
+            "nvidia-smi names them"
         )
     # On Windows and WSL the driver does not refuse, it moves memory.
-    if torch.cuda.max_memory_reserved() > total - others * GIB:
+    if torch.cuda.max_memory_reserved() > total:
         warnings.append(
             "the driver spills into the computer's own memory, which is slow: lower batch_size"
         )
@@ -228,41 +186,84 @@ def memory_warnings(world: int) -> list[str]:
 # Writing texts
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """The measured speed of writing a number of texts at once."""
-
-    texts: int
-    first_s: float  # from the start of stream() to the first token, nothing being warm
-    prompt_ms: float  # the same when all is warm: reading the prompts
-    ms: float  # mean time per new token of all texts, after the first
-    tokens_per_s: float  # new tokens of all texts together
-
-
 def time_decoding(
     model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling
-) -> Decoding:
+) -> Row:
     """Time how sample.py continues the prompts.
 
     max_new_tokens: at least 2. With the prompts they fit into the context.
+    Returns first_s, the time to the first token, nothing being warm; prompt_ms, the same when all
+    is warm; ms, the mean time per new token of all texts, after the first; and
+    tokens_per_s, new tokens of all texts together.
     """
     forget_last_measurement()
-    arrivals = [time.perf_counter()]
+    first_tokens = []
+    for _ in range(1 + PROMPT_RUNS):
+        began = time.perf_counter()
+        next(stream(model, prompts, 1, sampling))
+        first_tokens.append(time.perf_counter() - began)
     # stream() computes the next token before it yields one. So on a CPU the last token, after which
     # there is nothing to compute, comes at once: make one more than is timed.
+    arrivals = []
     for _ in stream(model, prompts, max_new_tokens + 1, sampling):
         arrivals.append(time.perf_counter())
-    began, *tokens = arrivals[:-1]
-    gap = (tokens[-1] - tokens[0]) / (len(tokens) - 1)
-    prompt_times = []
-    for _ in range(PROMPT_RUNS):
-        start = time.perf_counter()
-        next(stream(model, prompts, 1, sampling))
-        prompt_times.append(time.perf_counter() - start)
-    return Decoding(
-        texts=len(prompts),
-        first_s=tokens[0] - began,
-        prompt_ms=1e3 * median(prompt_times),
-        ms=1e3 * gap,
-        tokens_per_s=len(prompts) / gap,
-    )
+    gap = (arrivals[-2] - arrivals[0]) / (max_new_tokens - 1)
+    return {
+        "texts": len(prompts),
+        "first_s": first_tokens[0],
+        "prompt_ms": 1e3 * median(first_tokens[1:]),
+        "ms": 1e3 * gap,
+        "tokens_per_s": len(prompts) / gap,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Showing
+
+# What a table of rows shows: a figure's name, its title and its format.
+COLUMNS = {
+    "first_s": ("first token s", ",.2f"),
+    "prompt_ms": ("when warm ms", ",.1f"),
+    "ms": ("ms", ",.2f"),
+    "ms_p10": ("10%", ",.2f"),
+    "ms_p90": ("90%", ",.2f"),
+    "tokens_per_s": ("tokens/s", ",.0f"),
+    "times_first": ("times first", ".2f"),
+    "mfu": ("MFU", ".1%"),
+    "peak_gib": ("peak GiB", ".2f"),
+}
+
+
+def show_rows(rows: Sequence[Row]) -> None:
+    """Print steps side by side, their speed as a multiple of the first one's that fits."""
+    fitting = [row for row in rows if "error" not in row]
+    for row in fitting[1:]:
+        row["times_first"] = row["tokens_per_s"] / fitting[0]["tokens_per_s"]
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    say(" " * 36 + "".join(f"{COLUMNS[name][0]:>14}" for name in columns))
+    for row in rows:
+        line = f"{row['label']:36}"
+        for name in columns:
+            line += f"{row[name]:14{COLUMNS[name][1]}}" if name in row else " " * 14
+        say(f"{line}  {row.get('error', '')}".rstrip())
+
+
+def show_step(row: Row) -> None:
+    """Print everything about one measured step."""
+    show_rows([row])
+    for name, value in row.items():
+        if name not in COLUMNS:
+            say(f"{name:16} {value:,.2f}" if isinstance(value, float) else f"{name:16} {value}")
+
+
+def show_fastest(rows: Sequence[Row]) -> Row:
+    """Print and return the fastest of the steps. Raises UserError if nothing fits."""
+    fitting = [row for row in rows if "error" not in row]
+    if not fitting:
+        raise UserError(
+            "nothing fits, not even one row: try --lora_rank=16, --optimizer=adamw8bit or a "
+            "smaller model"
+        )
+    best = max(fitting, key=lambda row: row["tokens_per_s"])
+    say(f"fastest: {best['label']}, {best['tokens_per_s']:,.0f} tokens/s")
+    return best

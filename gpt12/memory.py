@@ -14,9 +14,9 @@ B batch, T time (block_size), C channels, L layers, H heads, V padded vocabulary
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +26,7 @@ from gpt12.distributed import least_of_ranks
 from gpt12.loss import CHUNK_ROWS
 from gpt12.muon import NEWTON_SCHULZ_ITERATIONS
 from gpt12.settings import Recompute, TrainConfig
-from model import GPTConfig, parameter_count
+from model import GPTConfig, flops_per_token, parameter_count
 
 GIB = 2**30
 # From the fastest to the one that needs the least memory.
@@ -54,6 +54,7 @@ MOMENT_BYTES = {"adamw8bit": 2}
 PROCESS_BYTES = 0.4 * GIB  # on a CPU: Python and the libraries
 CPU_GAPS = 1.1  # on a CPU: what the C library's allocator takes for each byte of a tensor
 WORKSPACE_BYTES = 2**25  # buffers of cuBLAS and small tensors
+COMPILED_GPU = Machine(torch.device("cuda"), torch.bfloat16, compiled=True)
 
 
 def trained_parameters(shape: GPTConfig, config: TrainConfig) -> int:
@@ -65,7 +66,7 @@ def trained_parameters(shape: GPTConfig, config: TrainConfig) -> int:
 
 
 def step_memory(
-    shape: GPTConfig, config: TrainConfig, compiled: bool = True, on_cpu: bool = False
+    shape: GPTConfig, config: TrainConfig, machine: Machine = COMPILED_GPU
 ) -> dict[str, float]:
     """Return the bytes of memory at the peak of a step, by kind.
 
@@ -79,60 +80,58 @@ def step_memory(
     when all gradients are there. The numbers of (B, T, C) tensors in the last two were fitted.
     """
     full = config.lora_rank == 0  # all parameters are trained
-    recompute = config.recompute
+    on_cpu = machine.device.type == "cpu"
     number = 4 if config.dtype == "float32" else 2  # bytes of an activation
     master = 2 if config.optimizer == "adamw8bit" else 4  # bytes of a trained parameter
-    eager = not compiled and number == 2
+    eager = not machine.compiled and number == 2
     parameters = parameter_count(shape, padded=True)
     trained = trained_parameters(shape, config)
     table = shape.padded_vocab_size * shape.n_embd  # numbers in the embedding table
     tokens = config.batch_size * config.block_size
     stream = number * shape.n_embd * tokens  # bytes of one (B, T, C) tensor
-    matrix = 0.0  # bytes of all heads' attention, where it is a whole matrix
-    if on_cpu and shape.dropout > 0:
-        matrix = 4.0 * shape.n_head * tokens * config.block_size
-
-    per_layer = _kept_per_layer(shape, config, eager, on_cpu) * stream
-    kept = shape.n_layer * (per_layer + KEPT_MATRICES[recompute] * matrix)
-    # The head's part of the embedding's gradient is in float32, beside that of the lookup.
-    head_gradient = 4.0 * table if full else 0.0
-    # The head's weight in 16 bits; without recomputation 16-bit copies of all weights are kept.
-    workspace = float(WORKSPACE_BYTES)
-    if full and number < master:
-        workspace += number * (parameters if recompute == "none" else table)
-    logits = (number + (4 if eager else 0)) * min(tokens, CHUNK_ROWS) * shape.padded_vocab_size
+    kept = shape.n_layer * _kept_per_layer(shape, config, eager, on_cpu)
     backward = 10.0
-    if recompute == "block":  # and all activations of the layer, computed again
+    if config.recompute == "block":  # and all activations of the layer, computed again
         backward = 21.5 if full else 40.0
-    again = (MATRICES_IN_BACKWARD - KEPT_MATRICES[recompute]) * matrix
+    if on_cpu and shape.dropout > 0:
+        # All heads' attention is a whole matrix: so many (B, T, C) tensors.
+        matrix = 4 * shape.n_head * config.block_size / (number * shape.n_embd)
+        matrices = KEPT_MATRICES[config.recompute]
+        kept += shape.n_layer * matrices * matrix
+        backward += (MATRICES_IN_BACKWARD - matrices) * matrix
+    # The head's weight in 16 bits; without recomputation 16-bit copies of all weights are kept.
+    workspace = WORKSPACE_BYTES
+    if full and number < master:
+        workspace += number * (parameters if config.recompute == "none" else table)
+    logits = (number + (4 if eager else 0)) * min(tokens, CHUNK_ROWS) * shape.padded_vocab_size
+    # The head's part of the embedding's gradient is in float32, beside that of the lookup.
+    head_gradient = 4 * table if full else 0
 
-    there = {
-        "weights": float(master * parameters if full else number * parameters + 4 * trained),
-        "moments": float(MOMENT_BYTES.get(config.optimizer, 8) * trained),
-        "gradients": float(master * trained if config.gradient_accumulation_steps > 1 else 0),
-    }
-    in_the_loss = {
-        "activations": kept + 4 * stream,
-        "logits": logits + head_gradient,
-        "workspace": workspace,
-    }
-    in_the_last_layer = {"activations": kept + backward * stream + again, "logits": head_gradient}
-    at_the_end = {
-        "gradients": float(master * trained),
-        "activations": 13.0 * stream,
+    always: dict[str, float] = {
+        "weights": master * parameters if full else number * parameters + 4 * trained,
+        "moments": MOMENT_BYTES.get(config.optimizer, 8) * trained,
+        "gradients": master * trained if config.gradient_accumulation_steps > 1 else 0,
         "logits": head_gradient,
     }
-    moments = [there | moment for moment in (in_the_loss, in_the_last_layer, at_the_end)]
-    peak = max(moments, key=lambda moment: sum(moment.values()))
+    moments: list[dict[str, float]] = [
+        {
+            "activations": (kept + 4) * stream,
+            "logits": head_gradient + logits,
+            "workspace": workspace,
+        },
+        {"activations": (kept + backward) * stream},
+        {"activations": 13 * stream, "gradients": master * trained},
+    ]
+    peak = max((always | moment for moment in moments), key=lambda kinds: sum(kinds.values()))
     if on_cpu:
         peak = {kind: CPU_GAPS * size for kind, size in peak.items()}
         peak["process"] = PROCESS_BYTES
     return peak
 
 
-def _kept_per_layer(shape: GPTConfig, config: TrainConfig, eager: bool, on_cpu: bool) -> int:
+def _kept_per_layer(shape: GPTConfig, config: TrainConfig, eager: bool, on_cpu: bool) -> float:
     """Return what a layer keeps for the backward pass, in (B, T, C) tensors."""
-    kept = KEPT[config.recompute]
+    kept = float(KEPT[config.recompute])
     if eager:
         kept += KEPT_UNCOMPILED[config.recompute]
     if config.lora_rank > 0:
@@ -145,13 +144,12 @@ def _kept_per_layer(shape: GPTConfig, config: TrainConfig, eager: bool, on_cpu: 
 # --------------------------------------------------------------------------------------------------
 # Memory of the machine
 
-CGROUPS = Path("/sys/fs/cgroup")  # where Linux shows a container its limits
+ROOT = Path("/")  # of the files in which Linux tells how much memory there is
 
 
 def needed_memory(shape: GPTConfig, config: TrainConfig, machine: Machine) -> float:
     """Return the predicted bytes at the peak of a step on this machine."""
-    on_cpu = machine.device.type == "cpu"
-    return sum(step_memory(shape, config, machine.compiled, on_cpu).values())
+    return sum(step_memory(shape, config, machine).values())
 
 
 def available_memory(machine: Machine) -> float:
@@ -169,8 +167,8 @@ def _own_memory(machine: Machine) -> float:
         share = torch.cuda.get_per_process_memory_fraction(machine.device)
         return min(free + torch.cuda.memory_reserved(machine.device), share * total)
     try:
-        free = 1024 * _read_number("/proc/meminfo", "MemAvailable")
-        held = 1024 * _read_number("/proc/self/status", "VmRSS")
+        free = 1024 * _read_number(ROOT / "proc/meminfo", "MemAvailable")
+        held = 1024 * _read_number(ROOT / "proc/self/status", "VmRSS")
     except OSError:  # not Linux
         return math.inf
     return held + min(free, _left_in_container())
@@ -183,9 +181,10 @@ def _left_in_container() -> float:
     before it kills a process, so these count as free.
     """
     left = math.inf
+    cgroups = ROOT / "sys/fs/cgroup"
     for folder, limit_file, used_file in (
-        (CGROUPS, "memory.max", "memory.current"),
-        (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        (cgroups, "memory.max", "memory.current"),
+        (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         try:
             limit = int((folder / limit_file).read_text())
@@ -197,9 +196,9 @@ def _left_in_container() -> float:
     return left
 
 
-def _read_number(file: str | Path, name: str) -> int:
+def _read_number(file: Path, name: str) -> int:
     """Return the number in a line `name: 123 kB` or `name 123` of a file of the kernel."""
-    for line in Path(file).read_text().splitlines():
+    for line in file.read_text().splitlines():
         words = line.split()
         if words[0].rstrip(":") == name:
             return int(words[1])
@@ -239,67 +238,58 @@ MOVED_BY_BIASES = 9  # their gradients, one for each of 9 outputs
 # Bytes that an update moves for each trained parameter: the gradient (for its norm, then for the
 # update) is read, the weight and two moments are read and written. Muon is counted like AdamW.
 UPDATE_BYTES = {"adamw8bit": 2 + 2 + 8}
+# Bytes that a micro-batch moves for each trained parameter: weights are cast to 16 bits, gradients
+# back; the head's gradient is set to zero, scaled and added to the embedding's.
+CAST_BYTES = 17
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The predicted memory and time of a compiled step on a card."""
+def predict(shape: GPTConfig, config: TrainConfig, card: Card) -> dict[str, Any]:
+    """Predict memory and time of a compiled step on a card, by the names in bench.json.
 
-    batch_size: int
-    recompute: Recompute
-    memory_gib: dict[str, float]  # by kind
-    gib: float
-    ms: float
-    tokens_per_s: float
-
-
-def predict(shape: GPTConfig, config: TrainConfig, card: Card) -> Prediction:
-    """Predict memory and time of a step on a card. config: batch_size and dtype are decided."""
+    config: batch_size and dtype are decided.
+    """
     micro_steps = config.gradient_accumulation_steps
     tokens = micro_steps * config.batch_size * config.block_size
     peak = card.tflops * 1e12
     if config.dtype == "float32":
         peak /= 2  # TF32
     is_geforce = card.tflops < 3 * card.fp32_tflops
-    products = product_flops(shape, config, tokens) / peak
-    moves = moved_bytes(shape, config, tokens) / (card.bandwidth_gbs * 1e9)
+    peak *= GEFORCE_PRODUCTS_SHARE if is_geforce else PRODUCTS_SHARE
     # Elements of attention matrices: forward, backward, perhaps forward again; causality halves.
     passes = 3 if config.recompute == "block" else 2
     elements = passes * tokens * config.block_size / 2 * shape.n_head * shape.n_layer
     seconds = (
-        products / (GEFORCE_PRODUCTS_SHARE if is_geforce else PRODUCTS_SHARE)
-        + moves / BANDWIDTH_SHARE
+        product_flops(shape, config, tokens) / peak
+        + moved_bytes(shape, config, tokens) / (BANDWIDTH_SHARE * card.bandwidth_gbs * 1e9)
         + elements * SOFTMAX_FLOPS / (card.fp32_tflops * 1e12)
         + micro_steps * shape.n_layer * SECONDS_PER_LAYER
     )
-    kinds = step_memory(shape, config, config.compile is not False)
-    return Prediction(
-        batch_size=config.batch_size,
-        recompute=config.recompute,
-        memory_gib={kind: size / GIB for kind, size in kinds.items()},
-        gib=sum(kinds.values()) / GIB,
-        ms=1e3 * seconds,
-        tokens_per_s=tokens / seconds,
-    )
+    kinds = step_memory(shape, config)
+    return {
+        "batch_size": config.batch_size,
+        "recompute": config.recompute,
+        "ms": 1e3 * seconds,
+        "tokens_per_s": tokens / seconds,
+        "peak_gib": sum(kinds.values()) / GIB,
+        "memory_gib": {kind: size / GIB for kind, size in kinds.items()},
+    }
 
 
 def product_flops(shape: GPTConfig, config: TrainConfig, tokens: int) -> float:
     """Count the operations of the matrix products of a step."""
     C = shape.n_embd
     L = shape.n_layer
-    layers = 12 * C * C * L
-    multiplied = layers + shape.padded_vocab_size * C
+    attention = L * C * config.block_size
+    weights = (flops_per_token(shape) - 12 * attention) / 6
     # A multiplication and an addition per weight, once in the forward pass and once in the backward
     # pass for the input's gradient; once more for the gradient of each weight that is trained.
-    if config.lora_rank == 0:
-        per_token = 6 * multiplied
-    else:
-        per_token = 4 * multiplied + 6 * trained_parameters(shape, config)
     # Attention: two products forward and five backward (Dao 2023, arXiv:2307.08691, section 3.1),
     # half of each because of causality.
-    per_token += 7 * config.block_size * C * L
+    per_token = 6 * weights + 7 * attention
+    if config.lora_rank > 0:
+        per_token += 6 * trained_parameters(shape, config) - 2 * weights
     if config.recompute == "block":  # all again but the layer's last product, which nothing needs
-        per_token += 2 * (layers - 4 * C * C * L) + 2 * config.block_size * C * L
+        per_token += 2 * 8 * C * C * L + 2 * attention
     update = 0
     if config.optimizer == "muon":
         # An iteration for X of m x n, m <= n, is X X^T, its square, and their sum times X:
@@ -311,41 +301,47 @@ def product_flops(shape: GPTConfig, config: TrainConfig, tokens: int) -> float:
 def moved_bytes(shape: GPTConfig, config: TrainConfig, tokens: int) -> float:
     """Count the bytes that everything but the matrix products reads and writes in a step."""
     C = shape.n_embd
-    layers = 12 * C * C * shape.n_layer
     head = shape.padded_vocab_size * C
-    parameters = layers + head + shape.block_size * C
+    trained = trained_parameters(shape, config)
     number = 4 if config.dtype == "float32" else 2  # bytes of an activation
-    micro_steps = config.gradient_accumulation_steps
-
     per_layer = MOVED_NUMBERS + MOVED_AGAIN[config.recompute]
     if shape.bias:
         per_layer += MOVED_BY_BIASES
     if config.lora_rank > 0:
         per_layer += MOVED_BY_ADAPTERS
     # The loss reads and writes logits.
-    outside_of_layers = 20 * C + 2 * shape.padded_vocab_size
-    per_token: float = number * (shape.n_layer * per_layer * C + outside_of_layers)
-    per_micro_batch = 0
-    trained = trained_parameters(shape, config)
-    if config.lora_rank == 0:
-        trained = parameters
-        # The head's gradient is read and written for each chunk of rows.
-        per_token += 8 * head / CHUNK_ROWS
-        # The head's gradient is set to zero, scaled and added to the embedding's.
-        per_micro_batch += 28 * head
-        if number == 2:
-            per_micro_batch += 12 * layers  # weights are cast to 16 bits, gradients back
-        if micro_steps > 1:
-            per_micro_batch += 12 * parameters  # gradients are added up
+    per_token = number * (shape.n_layer * per_layer * C + 20 * C + 2 * shape.padded_vocab_size)
     per_update = UPDATE_BYTES.get(config.optimizer, 4 + 4 + 24) * trained
-    return tokens * per_token + micro_steps * per_micro_batch + per_update
+    if config.lora_rank > 0:
+        return float(tokens * per_token + per_update)
+    micro_steps = config.gradient_accumulation_steps
+    per_micro_batch = CAST_BYTES * trained
+    if micro_steps > 1:
+        per_micro_batch += 12 * trained  # gradients are added up
+    # The head's gradient is read and written for each chunk of rows.
+    head_bytes = tokens * 8 * head / CHUNK_ROWS
+    return tokens * per_token + head_bytes + micro_steps * per_micro_batch + per_update
 
 
-def largest_batch(shape: GPTConfig, config: TrainConfig, room_gib: float) -> int:
-    """Return the largest micro-batch whose predicted memory fits into room_gib; 0 if none does."""
+def predict_sizes(
+    shape: GPTConfig, config: TrainConfig, room_gib: float, card: Card
+) -> list[dict[str, Any]]:
+    """Predict steps with micro-batches of 1, 4, 16 and 64 rows and with the largest that fits.
 
-    def needed(batch_size: int) -> float:
-        sized = replace(config, batch_size=batch_size)
-        return sum(step_memory(shape, sized, config.compile is not False).values())
+    They fit into room_gib; a list without rows means that none does.
+    """
 
-    return bisect_right(range(1, LARGEST_BATCH + 1), room_gib * GIB, key=needed)
+    def sized(batch_size: int) -> TrainConfig:
+        return replace(config, batch_size=batch_size)
+
+    largest = 0
+    while largest < LARGEST_BATCH:
+        if sum(step_memory(shape, sized(largest + 1)).values()) > room_gib * GIB:
+            break
+        largest += 1
+    rows = []
+    for size in sorted({1, 4, 16, 64, largest}):
+        if 0 < size <= largest:
+            label = f"--batch_size={size} --recompute={config.recompute}"
+            rows.append(predict(shape, sized(size), card) | {"label": label})
+    return rows

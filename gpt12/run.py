@@ -247,7 +247,7 @@ def build_run(request: Request) -> Run:
     loaded, tokenizer = load_start(request, checkpoint)
     if loaded is not None:
         config = with_shape(config, loaded.config)
-    dataset = _open_data(config, tokenizer)
+    dataset = open_data(config, tokenizer)
     if request.resumed and not config.eval_only:
         _forget_best_on_other_data(Path(config.out_dir), dataset, progress)
     model = model_for_data(loaded, tokenizer, dataset, config)
@@ -335,7 +335,7 @@ def _eval_iters(config: TrainConfig, request: Request) -> int:
     return min(portions, config.eval_iters)
 
 
-def _open_data(config: TrainConfig, tokenizer: Any) -> Dataset:
+def open_data(config: TrainConfig, tokenizer: Any = None) -> Dataset:
     """Open the data set, preparing it if it is not there yet. tokenizer: the loaded model's."""
     use_models = tokenizer is not None and config.tokenizer == "auto"
     with first_ranks_first():

@@ -339,9 +339,9 @@ class BenchConfig(TrainConfig):
     """
 
     sweep: Text | None = first_of("The keys that people use first", None)
-    """KEY:VALUE,VALUE measures the step at each value of a key; writes a table and bench.png."""
+    """KEY:VALUE,VALUE measures the step at each value of a key, as a table."""
     ladder: bool = False
-    """Show what each technique gains, from plain float32 on; a table and bench.png."""
+    """Show what each technique gains, from float32 on."""
     find_batch: bool = False
     """Find the batch size that is fastest in this memory."""
     sample: bool = False

@@ -31,11 +31,5 @@ def make(**keys: object) -> BenchConfig:
 
 def make_124m(**keys: object) -> BenchConfig:
     """Settings whose model is GPT-2 124M without biases, in bfloat16, or that of init_from."""
-    argv = ["--dtype=bfloat16", *(f"--{key}={value}" for key, value in keys.items())]
-    return bench.read(argv)[0]
-
-
-def fake_gpu_memory(monkeypatch, gib):
-    """torch sees a GPU with this much memory, 1 GiB of it in use."""
-    numbers = (int((gib - 1) * 2**30), int(gib * 2**30))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: numbers)
+    keys = {"dtype": "bfloat16", "n_layer": 12} | keys
+    return bench.read([f"--{key}={value}" for key, value in keys.items()])[0]

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,15 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt12 import memory
 from gpt12.cards import CARDS
-from gpt12.device import Machine
 from gpt12.log import RunLog
 from gpt12.lora import add_lora
 from gpt12.memory import (
+    COMPILED_GPU,
     CPU_GAPS,
     GIB,
     RECOMPUTE,
-    largest_batch,
     predict,
+    predict_sizes,
     product_flops,
     step_memory,
     trained_parameters,
@@ -32,7 +31,6 @@ from tests.bench_helpers import SHAPE, make, make_124m
 from tests.helpers import CPU, built, config
 
 pytestmark = pytest.mark.usefixtures("no_picture")
-GPU = Machine(torch.device("cuda"), torch.bfloat16, compiled=True)
 GPT2 = GPTConfig(bias=False)  # 124M
 RTX_4070_TI = CARDS["NVIDIA GeForce RTX 4070 Ti"]
 
@@ -56,9 +54,9 @@ def predicted_gib(options):
 # Memory. tests/test_gpu.py and test_bench.py compare it with the allocator's peak.
 
 
-def growth_per_layer(shape, options, **machine):
+def growth_per_layer(shape, options, machine=COMPILED_GPU):
     """Return the bytes of activations by which two layers need more than one."""
-    one, two = (step_memory(replace(shape, n_layer=n), options, **machine) for n in (1, 2))
+    one, two = (step_memory(replace(shape, n_layer=n), options, machine) for n in (1, 2))
     return two["activations"] - one["activations"]
 
 
@@ -114,7 +112,7 @@ def test_on_a_cpu_the_formula_counts_the_attention_matrices_that_dropout_keeps(d
     shape = GPTConfig(T, 13, 1, 2, C, dropout)
     [block] = GPT(shape).train().transformer.h
     kept = kept_bytes(block, torch.randn(B, T, C, requires_grad=True))
-    growth = growth_per_layer(shape, config(batch_size=B, block_size=T), on_cpu=True)
+    growth = growth_per_layer(shape, config(batch_size=B, block_size=T), machine=CPU)
     assert growth == pytest.approx(CPU_GAPS * kept)
 
 
@@ -126,7 +124,7 @@ def test_on_a_cpu_the_formula_predicts_what_runs_of_gpt2_took(batch_size, recomp
     """The largest resident memory of train.py config/finetune_gpt2.py --init_from=scratch."""
     shape = replace(GPT2, dropout=0.1)
     options = full_size(batch_size=batch_size, dtype="float32", recompute=recompute)
-    kinds = step_memory(shape, options, compiled=False, on_cpu=True)
+    kinds = step_memory(shape, options, machine=CPU)
     assert sum(kinds.values()) / GIB == pytest.approx(measured_gib, rel=0.1)
 
 
@@ -175,13 +173,17 @@ def test_weights_moments_and_gradients_take_the_bytes_of_their_formats():
         assert (kinds["weights"], kinds["moments"], kinds["gradients"]) == expected
 
 
-def test_the_largest_batch_is_the_last_that_fits():
+def test_the_sizes_of_a_plan_end_with_the_largest_that_fits():
     for recompute in RECOMPUTE:
         options = make_124m(recompute=recompute)
-        largest = largest_batch(shape_of(options), options, 11.0)
-        fits = predicted_gib(replace(options, batch_size=largest))
-        assert fits <= 11.0 < predicted_gib(replace(options, batch_size=largest + 1))
-        assert largest_batch(shape_of(options), options, 1.0) == 0
+        rows = predict_sizes(shape_of(options), options, 11.0, RTX_4070_TI)
+        largest = rows[-1]["batch_size"]
+        assert [row["batch_size"] for row in rows[:-1]] == [
+            n for n in (1, 4, 16, 64) if n < largest
+        ]
+        assert rows[-1]["peak_gib"] <= 11.0
+        assert predicted_gib(replace(options, batch_size=largest + 1)) > 11.0
+        assert predict_sizes(shape_of(options), options, 1.0, RTX_4070_TI) == []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,7 +210,8 @@ def test_the_work_is_counted_as_torch_counts_it(recompute, attention):
     products = counter.get_total_flops() - x.numel() * attention * T * C * L
     kernel = x.numel() * (9 if recompute == "block" else 7) * T * C * L
     counted = product_flops(shape_of(options), options, x.numel())
-    assert counted - kernel == pytest.approx(products, rel=1e-6)
+    # LayerNorm's weights are counted like those of matrices.
+    assert counted - kernel == pytest.approx(products, rel=0.01)
 
 
 def test_muons_products_are_counted_as_torch_counts_them():
@@ -236,7 +239,7 @@ def test_predicted_time_is_what_was_measured(batch_size, recompute, ms):
     """Measured on an H200: 124M, T=1024, bias=False, torch 2.11 (docs/results.md)."""
     options = make_124m(batch_size=batch_size, recompute=recompute)
     found = predict(shape_of(options), options, CARDS["NVIDIA H200"])
-    assert found.ms == pytest.approx(ms, rel=0.025)
+    assert found["ms"] == pytest.approx(ms, rel=0.025)
 
 
 def predicted(**keys):
@@ -247,13 +250,19 @@ def predicted(**keys):
 def test_methods_that_save_memory_do_and_those_that_cost_time_do():
     plain = predicted()
     lora = predicted(lora_rank=16)
-    muon = predicted(optimizer="muon")
-    assert lora.gib < predicted(optimizer="adamw8bit").gib < plain.gib
-    assert plain.ms < predicted(recompute="pointwise").ms < predicted(recompute="block").ms
-    assert lora.ms < plain.ms < muon.ms < predicted(dtype="float32").ms
-    assert predicted(bias=True).ms > plain.ms
-    assert predicted(gradient_accumulation_steps=8).tokens_per_s > plain.tokens_per_s
-    assert predicted(compile=False).gib > plain.gib
+    assert lora["peak_gib"] < predicted(optimizer="adamw8bit")["peak_gib"] < plain["peak_gib"]
+    slower = [
+        {"lora_rank": 16},
+        {},
+        {"bias": True},
+        {"recompute": "pointwise"},
+        {"optimizer": "muon"},
+        {"recompute": "block"},
+        {"dtype": "float32"},
+    ]
+    times = [predicted(**keys)["ms"] for keys in slower]
+    assert times == sorted(times)
+    assert predicted(gradient_accumulation_steps=8)["tokens_per_s"] > plain["tokens_per_s"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,48 +276,42 @@ def test_memory_that_this_process_holds_counts_as_free_and_a_cap_counts(monkeypa
         monkeypatch.setattr(
             torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share
         )
-        assert memory.available_memory(GPU) == usable * GIB
-
-
-def test_on_a_cpu_the_free_ram_and_what_the_process_holds_are_available(monkeypatch, tmp_path):
-    free = {("/proc/meminfo", "MemAvailable"): 3, ("/proc/self/status", "VmRSS"): 2}
-    monkeypatch.setattr(memory, "_read_number", lambda file, name: free[str(file), name])
-    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
-    assert memory.available_memory(CPU) == 5 * 1024
-    monkeypatch.undo()
-    if Path("/proc/meminfo").exists():
-        assert 0 < memory.available_memory(CPU) < 2**50
+        assert memory.available_memory(COMPILED_GPU) == usable * GIB
 
 
 @pytest.mark.parametrize(
-    ("names", "limit", "left"),
+    ("limit_file", "used_file", "limit", "available"),
     [
-        (("memory.max", "memory.current"), "1000", 450),
-        (("memory.max", "memory.current"), "max", math.inf),
-        (("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"), "1000", 450),
+        ("none", "none", "", 2 + 7),
+        ("memory.max", "memory.current", "1000000", 5),
+        ("memory.max", "memory.current", "max", 2 + 7),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "1000000", 5),
     ],
 )
-def test_a_containers_limit_counts_and_unused_pages_of_files_are_free(
-    monkeypatch, tmp_path, names, limit, left
+def test_free_ram_and_what_the_process_holds_are_available_up_to_a_containers_limit(
+    monkeypatch, tmp_path, limit_file, used_file, limit, available
 ):
-    """A folder that looks like /sys/fs/cgroup of version 2, and of version 1."""
-    for name, text in zip(names, (limit, "600")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
-    stat = (tmp_path / names[0]).parent / "memory.stat"
-    stat.write_text("anon 550\nfile 80\ninactive_file 50\nactive_file 30\n")
-    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
-    assert memory._left_in_container() == left
-    free = {"MemAvailable": 7, "VmRSS": 2}
-    monkeypatch.setattr(memory, "_read_number", lambda file, name: free.get(name, 50))
-    assert memory.available_memory(CPU) == 2048 + min(left, 7168)
+    """Files as Linux shows them, with cgroups of version 2 or 1. Unused pages of files are free."""
+    cgroups = tmp_path / "sys/fs/cgroup"
+    contents = {
+        tmp_path / "proc/meminfo": "MemTotal: 12 kB\nMemAvailable: 7 kB\n",
+        tmp_path / "proc/self/status": "VmRSS:\t2 kB\n",
+        cgroups / limit_file: limit,
+        cgroups / used_file: "997952",
+        (cgroups / limit_file).parent / "memory.stat": "file 9999\ninactive_file 1024\n",
+    }
+    for file, content in contents.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    monkeypatch.setattr(memory, "ROOT", tmp_path)
+    assert memory.available_memory(CPU) == available * 1024
 
 
 def test_a_system_that_does_not_tell_its_free_ram_counts_as_unlimited(monkeypatch, tmp_path):
-    (tmp_path / "meminfo").write_text("MemTotal: 12 kB\n")
-    with pytest.raises(OSError, match="MemAvailable"):
-        memory._read_number(str(tmp_path / "meminfo"), "MemAvailable")
-    monkeypatch.setattr(Path, "read_text", lambda self: (tmp_path / "none").open())
+    monkeypatch.setattr(memory, "ROOT", tmp_path)
+    assert memory.available_memory(CPU) == math.inf
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 12 kB\n")
     assert memory.available_memory(CPU) == math.inf
 
 
