@@ -581,7 +581,7 @@ def test_weights_that_cannot_be_started_from_are_refused(
     ("options", "words"),
     [
         (["--lora_rank=0", "--lora_alpha=8"], ["--lora_rank=0", "no adapters without a rank"]),
-        (["--lora_rank=-1"], ["--lora_rank=-1", "a whole number >= 0"]),
+        (["--lora_rank=-1"], ["--lora_rank=-1", "greater than or equal to 0"]),
         (["--lora_rank=33"], ["lora_rank=33", "between 1 and the layer's width, 32"]),
     ],
 )
