@@ -357,22 +357,18 @@ def test_a_signal_that_arrives_twice_at_once_still_lets_the_run_save(clock):
     assert stop.number == signal.SIGTERM
 
 
-def test_the_handlers_of_before_are_restored(monkeypatch):
-    """Windows has no SIGHUP, and a SIGHUP that nohup ignores stays ignored."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    before = {number: signal.getsignal(number) for number in STOPS}
+@pytest.mark.parametrize("of_hangup", [signal.SIG_DFL, signal.SIG_IGN])
+def test_the_handlers_of_before_are_restored(of_hangup):
+    """A SIGHUP that nohup ignores stays ignored."""
+    signal.signal(signal.SIGHUP, of_hangup)
+    before = [signal.getsignal(number) for number in STOPS]
     stop = StopSignal(CPU.device, lambda text: None)
+    ours = of_hangup if of_hangup == signal.SIG_IGN else stop.handle
     with stop.handling():
-        assert [signal.getsignal(number) for number in STOPS] == [stop.handle] * 3
-    assert {number: signal.getsignal(number) for number in STOPS} == before
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with stop.handling():
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        found = [signal.getsignal(number) for number in STOPS]
+        assert found == [stop.handle, stop.handle, ours]
+    assert [signal.getsignal(number) for number in STOPS] == before
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    with monkeypatch.context() as m:
-        m.delattr(signal, "SIGHUP")
-        with stop.handling():
-            assert signal.getsignal(STOPS[2]) == signal.SIG_DFL
 
 
 def test_all_ranks_stop_after_the_same_step(monkeypatch):
@@ -519,24 +515,8 @@ def test_a_run_saves_when_ctrl_c_also_ends_the_reader_of_its_log(dataset, tmp_pa
     assert trainer(tmp_path)["step"] >= 12
 
 
-@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
-@pytest.mark.parametrize(
-    ("streams", "status", "told"),
-    [
-        # A log on a full disk is reported after all is saved.
-        (">/dev/full", 2, "error: not all of the output could be written: No space left on dev"),
-        (">&- 2>&-", 0, ""),
-    ],
-)
-def test_a_run_whose_output_cannot_be_written_saves_all(dataset, tmp_path, streams, status, told):
+def test_a_run_without_output_saves_all(dataset, tmp_path):
     options = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=2"]
-    ended = subprocess.run(
-        f"{shlex.join(command('train.py', *options))} {streams}",
-        shell=True,
-        cwd=ROOT,
-        env=environment(PYTHONUNBUFFERED=""),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert (ended.returncode, ended.stderr[: len(told)]) == (status, told)
+    line = f"{shlex.join(command('train.py', *options))} >&- 2>&-"
+    assert subprocess.run(line, shell=True, cwd=ROOT, env=environment()).returncode == 0
     assert trainer(tmp_path)["step"] == 2
