@@ -312,18 +312,16 @@ def save_trainer_state(folder: Path, trainer: TrainerState) -> None:
 
 def trainer_tensors(trainer: TrainerState) -> dict[str, Tensor]:
     """Return all tensors of trainer.safetensors by name."""
-    tensors: dict[str, Tensor] = {}
-    names: dict[Tensor, str] = {p: name for name, p in trainer.model.named_parameters()}
-    for optimizer in trainer.optimizers:
-        for owner, state in optimizer.state.items():
-            for key, value in state.items():
-                name = f"optimizer.{names[owner]}.{key}"
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    for parameter_name, parameter in trainer.model.named_parameters():
+        for optimizer in trainer.optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                name = f"optimizer.{parameter_name}.{key}"
                 if optim8bit.is_8bit(value):
                     for part, tensor in optim8bit.parts(value).items():
                         tensors[f"{name}:{part}"] = tensor
                 elif value is not None:  # as a momentum that is switched off
                     tensors[name] = torch.as_tensor(value)
-    tensors["rng.cpu"] = torch.get_rng_state()
     if trainer.machine.on_gpu:
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     if trainer.scaler.is_enabled():

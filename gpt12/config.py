@@ -103,17 +103,15 @@ def check(
     problems: mistakes found so far. After one in a file, any value might be another.
     """
     values = {key: one.value for key, one in said.items()}
-    wrong: dict[str, list[str]] = {}
+    wrong: dict[str, str] = {}
     try:
         schema(**values)
     except ValidationError as error:
         for mistake in error.errors():
             key = str(mistake["loc"][0])
             unknown = mistake["type"] == "unexpected_keyword_argument"
-            reason = unknown_key(key, schema) if unknown else mistake["msg"]
-            wrong.setdefault(key, []).append(reason)
-    messages = list(problems)
-    messages += [f"{said[key].words}: {'; '.join(wrong[key])}" for key in said if key in wrong]
+            wrong[key] = unknown_key(key, schema) if unknown else mistake["msg"]
+    messages = [*problems, *(f"{said[key].words}: {wrong[key]}" for key in said if key in wrong)]
     config = schema(**{key: value for key, value in values.items() if key not in wrong})
     for keys, advice in config.contradictions(given):
         if not problems and wrong.keys().isdisjoint(keys):
@@ -143,7 +141,7 @@ def read_word(word: str, kinds: Mapping[str, Any], typed: dict[str, Said]) -> No
     name, equals, text = word.partition("=")
     key = name.lstrip("-").replace("-", "_")
     kind = kinds.get(key, {"type": "string"})
-    types = {part["type"] for part in kind.get("anyOf", [kind])}
+    types = {part.get("type") for part in kind.get("anyOf", [kind])}
     value: Any = text
     if not equals:
         value = True
@@ -156,11 +154,9 @@ def read_word(word: str, kinds: Mapping[str, Any], typed: dict[str, Said]) -> No
 
 
 def parse(text: str) -> Any:
-    """Return the Python value that a text stands for; none means None. Else the text itself."""
-    if text.lower() == "none":
-        return None
+    """Return the Python value that a text stands for, in any case of letters; else the text."""
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(text.capitalize())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
@@ -226,7 +222,7 @@ def help_page(schema: type[Schema]) -> str:
             lines += ["", kind["group"]]
         text = kind.get("description", "A field of GPTConfig in model.py.")
         if "enum" in kind:
-            text += f" One of: {' or '.join(kind['enum'])}."
+            text += f" One of: {' or '.join(map(str, kind['enum']))}."
         default = str(kind["default"]).replace("\n", r"\n")
         wrapped = textwrap.wrap(text, 62, break_on_hyphens=False)
         lines.append(f"  --{key}={default:<{32 - len(key)}} {wrapped[0]}")

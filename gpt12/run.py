@@ -36,7 +36,6 @@ from gpt12.optimizer import find_optimizer
 from gpt12.settings import (
     REPLACES,
     TrainConfig,
-    expand_home,
     model_shape,
     with_shape,
 )
@@ -139,7 +138,7 @@ def read_request(argv: list[str]) -> Request:
     start = values["init_from"]
     resumed = False
     if start in ("resume", "auto"):
-        out_dir = Path(expand_home(str(values["out_dir"])))
+        out_dir = Path(str(values["out_dir"])).expanduser()
         resumed = copy_from_rank_0(out_dir, resumable_files(out_dir)) or start == "resume"
     if resumed:
         request = _resume(files, typed, problems)

@@ -244,7 +244,7 @@ def test_text_on_the_command_line_of_sampling_becomes_a_typed_value(write):
         ("--n_layer", "Input should be a number"),
         ("--lr_decay_iters=never", "Input should be a valid integer, .*"),
         ("--eval_only=2", "Input should be a valid boolean, .*"),
-        ("--compile=maybe", "Input should be 'auto'; Input should be a valid boolean, .*"),
+        ("--compile=maybe", "Input should be 'auto', True or False"),
         ("--recompute=all", "Input should be 'none', 'pointwise' or 'block'"),
         ("--device=gpu", "String should match pattern .*"),
         ("--out_dir=", "String should have at least 1 character"),
@@ -317,7 +317,6 @@ def test_a_mistake_in_a_file_is_reported_with_its_line(text, problem, write):
         (TrainConfig, "--n_embd=100 --n_head=7", "n_embd n_head"),
         (TrainConfig, "--num_epochs=2 --max_iters=10", "max_iters num_epochs"),
         (TrainConfig, "--min_lr=1e-2", "min_lr learning_rate"),
-        (TrainConfig, "--lr_decay_iters=9 --warmup_iters=9", "lr_decay_iters warmup_iters"),
         (TrainConfig, "--lora_alpha=8", "lora_rank lora_alpha"),
         (
             TrainConfig,
@@ -336,7 +335,6 @@ def test_values_that_contradict_each_other_are_refused(schema, line, keys):
     "line",
     [
         "--lr_decay_iters=10 --max_iters=5",
-        "--lr_decay_iters=9 --warmup_iters=9 --decay_lr=False",
         "--warmup_iters=100 --max_iters=5",
         "--max_iters=0",
         "--min_lr=1e-3 --learning_rate=1e-4 --decay_lr=False",
@@ -388,8 +386,7 @@ def test_the_settings_have_every_field_of_gptconfig_but_the_vocabulary():
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_settings_that_are_saved_can_be_read_again(schema, write):
     path = write("seed = 3\nout_dir = 'b'\nstop = ('a', 'b')\nlr_decay_iters = 5000")
-    reading = read(schema, [path])
-    first = check(schema, reading.files, set())
+    first = check(schema, read(schema, [path])[0], set())
     assert schema(**json.loads(json.dumps(asdict(first), allow_nan=False))) == first
 
 
