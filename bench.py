@@ -136,8 +136,7 @@ class StepRunner:
         packed = tokens.mask is not None
         self.step = TrainStep(self.model.train(), self.config, self.machine, packed, cuda_graph)
         windows = TrainWindows(tokens, config.block_size, config.seed)
-        buffers = (self.step.x, self.step.y)
-        self.loader = Loader(windows, *buffers, self.machine, self.step.example_starts)
+        self.loader = Loader(windows, self.step.batch, self.machine)
         self.position = 0
         self.batch_targets = self.loader.load(self.position)
         self.warmup = self.step.warmup_calls + WARMUP_STEPS

@@ -16,8 +16,6 @@ import contextlib
 import math
 import os
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ from torch import Tensor, nn
 
 from data.windows import EvalWindows
 from gpt12.check import check_model, check_start
-from gpt12.checkpoint import Saver, TrainerState, load_trainer_state
+from gpt12.checkpoint import Saver, load_trainer_state
 from gpt12.cuda_graph import record, use_graph_for_training
 from gpt12.device import Machine, open_machine
 from gpt12.distributed import (
@@ -49,13 +47,14 @@ from gpt12.distributed import (
 )
 from gpt12.fit import ADVICE, fit, tenth_is_free
 from gpt12.loader import Loader
-from gpt12.log import Clock, RunLog, perplexity
+from gpt12.log import RunLog, perplexity
 from gpt12.loss import IGNORE_INDEX
 from gpt12.memory import ran_out_of_memory
 from gpt12.optimizer import find_optimizer
 from gpt12.run import (
     Run,
     build_run,
+    continued_schedule,
     is_complete,
     lock_out_dir,
     read_request,
@@ -131,31 +130,6 @@ def short_context_end(config: TrainConfig) -> int:
     return math.ceil(config.short_context_share * config.max_iters)
 
 
-def continued_schedule(run: Run) -> TrainConfig:
-    """Return the configuration of a run that may be resumed, and note what jumps in it.
-
-    A phase of short context that is over does not come back when the run gets longer.
-    """
-    config = run.config
-    before = run.request.before
-    step = run.progress.step
-    if before is None or step == 0:
-        return config
-    notes = run.request.notes
-    last_end = short_context_end(before)
-    end = short_context_end(config)
-    if last_end <= step < end:
-        notes.append("the phase of short context is over and stays so: short_context_share=0")
-        config = replace(config, short_context_share=0.0)
-    elif end != last_end and step < last_end:
-        notes.append(f"the short context ends at step {max(step, end)} and not at step {last_end}")
-    last_lr = f"{learning_rate(step, before):.3g}"
-    lr = f"{learning_rate(step, config):.3g}"
-    if lr != last_lr:
-        notes.append(f"the learning rate goes on at {lr} and not at {last_lr}: its keys changed")
-    return config
-
-
 def seed_of_step(seed: int, rank: int, step: int) -> int:
     """Return the seed of what a rank draws in the update that follows `step` updates."""
     return int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0])
@@ -195,12 +169,12 @@ class TrainStep:
         self.model = model
         self.config = config
         self.machine = machine
-        self.forward = data_parallel(model, machine.world, machine.device)
+        self.forward: Any = data_parallel(model, machine.world, machine.device)
         kind = find_optimizer(config.optimizer)
         self.on_device = kind.on_device and machine.device.type != "mps"
-        # A recorded step has no other way to the rate of its update than one tensor.
-        self.lr = torch.tensor(float(config.learning_rate), device=machine.device)
-        rate = self.lr if self.on_device else float(config.learning_rate)
+        rate: Tensor | float = float(config.learning_rate)
+        if self.on_device:  # a recorded step has no other way to the rate of its update
+            rate = torch.tensor(rate, device=machine.device)
         groups = parameter_groups(model, config.weight_decay)
         self.optimizers = kind.build(groups, rate, (config.beta1, config.beta2))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -209,17 +183,17 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=half)
 
         self.micro_steps = config.gradient_accumulation_steps // machine.world
-        shape = (self.micro_steps, int(config.batch_size), config.block_size)
-        self.x = torch.zeros(shape, dtype=torch.int64, device=machine.device)  # (micro-steps, B, T)
-        self.y = torch.zeros_like(self.x)
-        self.example_starts = torch.zeros_like(self.x) if packed else None
+        shape = (3 if packed else 2, self.micro_steps, config.batch_size, config.block_size)
+        # Inputs, targets, and which examples begin where: three of (micro-steps, B, T).
+        self.batch = torch.zeros(shape, dtype=torch.int64, device=machine.device)
+        self.x = self.batch[0]
+        self.y = self.batch[1]
+        self.example_starts = self.batch[2] if packed else None
         self.context_length = config.block_size  # tokens that attention sees at once
         self.divisor = torch.ones((), device=machine.device)
 
-        self.loss = torch.zeros((), device=machine.device)
-        self.grad_norm = torch.zeros((), device=machine.device)
-        self.bad = torch.zeros((), device=machine.device)
-        self.skipped = torch.zeros((), device=machine.device)
+        self.results = torch.zeros(4, device=machine.device)
+        self.loss, self.grad_norm, self.bad, self.skipped = self.results  # views
 
         self.calls = 0
         self.use_graph = cuda_graph and use_graph_for_training(
@@ -236,20 +210,16 @@ class TrainStep:
         self.set_learning_rate(lr)
         self.set_divisor(batch_targets)
         self.calls += 1
-        if self.graph is not None:
-            self.graph.replay()
-        elif self.use_graph and self.calls >= self.warmup_calls and batch_targets is None:
-            self.clear_gradients()
+        if self.use_graph and self.calls == self.warmup_calls and batch_targets is None:
+            self.model.zero_grad(set_to_none=True)  # their memory is for the graph
             self.graph = record(self.compute)
-            self.graph.replay()
-        else:
+        if self.graph is None:
             self.compute(batch_targets)
+        else:
+            self.graph.replay()
 
     def set_learning_rate(self, lr: float) -> None:
         """Set the rate of the next update."""
-        if self.on_device:
-            self.lr.fill_(lr)
-            return
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 if torch.is_tensor(group["lr"]):
@@ -289,15 +259,17 @@ class TrainStep:
         Gradient accumulation: backward() adds to the gradients, so several micro-batches act as
         one large batch.
         """
-        self.clear_gradients()
+        self.model.zero_grad()
         self.loss.zero_()
         for m in range(self.micro_steps):
             count = None if batch_targets is None else batch_targets[m]
             if count == 0 and self.machine.world == 1:
                 continue  # nothing to learn in this micro-batch
             starts = None if self.example_starts is None else self.example_starts[m]
-            last = m == self.micro_steps - 1
-            with self.gradients_stay_on_this_rank(not last):
+            averaging: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+            if self.machine.world > 1 and m < self.micro_steps - 1:
+                averaging = self.forward.no_sync()  # the ranks average their sums, at the end
+            with averaging:
                 with self.machine.autocast():  # mixed precision
                     _, loss = self.forward(
                         self.x[m], self.y[m], starts, self.divisor, count, self.context_length
@@ -351,32 +323,16 @@ class TrainStep:
                 optimizer.found_inf = skip  # type: ignore[attr-defined]
             optimizer.step()
 
-    def clear_gradients(self) -> None:
-        """Free all gradients."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def gradients_stay_on_this_rank(self, stay: bool) -> contextlib.AbstractContextManager[Any]:
-        """Keep DistributedDataParallel from averaging the gradients in this micro-batch."""
-        if stay and isinstance(self.forward, nn.parallel.DistributedDataParallel):
-            return self.forward.no_sync()
-        return contextlib.nullcontext()
-
-    def trainer_state(self) -> TrainerState:
-        """Return what a checkpoint saves beside the weights."""
-        return TrainerState(self.model, self.optimizers, self.scaler, self.machine)
-
 
 # --------------------------------------------------------------------------------------------------
 # Evaluation
 
 
 @torch.no_grad()
-def mean_loss(run: Run, windows: EvalWindows, stop: Callable[[], bool] | None = None) -> float:
+def mean_loss(run: Run, windows: EvalWindows) -> float:
     """Return the mean loss in nats per token over the run's fixed windows of a split.
 
     Dropout is off. No random number is drawn and the position in the training data does not move.
-    stop: asked before each batch; True ends the evaluation, and its result is useless.
     """
     model = run.model
     machine = run.machine
@@ -388,8 +344,6 @@ def mean_loss(run: Run, windows: EvalWindows, stop: Callable[[], bool] | None = 
     model.eval()
     with machine.autocast():
         for first in range(machine.rank * batch, len(chosen), machine.world * batch):
-            if stop is not None and stop():
-                break
             part = chosen[first : first + batch]
             # The last batch is filled up, so that there is one shape to compile.
             inputs, outputs, *starts = windows.batch(np.resize(part, batch))
@@ -420,22 +374,17 @@ class Trainer:
         self.run = run
         self.config = run.config
         self.progress = run.progress
-        self.model = run.model
-        self.machine = run.machine
-        windows = run.train_windows
-        packed = windows.tokens.mask is not None
-        step = TrainStep(run.model, run.config, run.machine, packed, cuda_graph)
-        self.train_step = step
-        self.loader = Loader(windows, step.x, step.y, run.machine, step.example_starts)
+        self.train_step = TrainStep(run.model, run.config, run.machine, run.packed, cuda_graph)
+        self.loader = Loader(run.train_windows, self.train_step.batch, run.machine)
         if run.checkpoint is not None:
-            load_trainer_state(run.checkpoint, self.train_step.trainer_state())
+            load_trainer_state(run.checkpoint, self.train_step)
         self.log = RunLog(run)
-        self.clock = Clock(run.machine, run.progress.elapsed_s)
+        self.clock = self.log.clock
         self.stop = StopSignal(run.machine.device, self.log.say)
         self.saver = Saver(
             run.out_dir,
             run.progress,
-            self.train_step.trainer_state(),
+            self.train_step,
             tokenizer=run.dataset.tokenizer,
             base=run.config.init_from,
             say=self.log.say,
@@ -446,10 +395,8 @@ class Trainer:
 
     def train(self) -> int:
         """Train, save what was trained, and return the exit status."""
-        self.log.introduce()
         self.log.open()
-        self.log.open_bar()
-        self.model.train()
+        self.run.model.train()
         with self.stop.handling():
             try:
                 status = self.loop()
@@ -467,15 +414,13 @@ class Trainer:
         batch_targets = self.load()
         while True:
             if self.evaluation_is_due():
-                finished = self.evaluate()
-                if not finished:  # a signal has cut it short
-                    return 128 + self.stop.number
+                self.evaluate()
                 if self.patience_is_over():
                     return 0
             if progress.step >= config.max_iters:
                 return 0
             # Dropout draws other masks on each rank and in each step, resumed or not.
-            torch.manual_seed(seed_of_step(config.seed, self.machine.rank, progress.step))
+            torch.manual_seed(seed_of_step(config.seed, self.run.machine.rank, progress.step))
             lr = learning_rate(progress.step, config)
             self.updating = True
             self.train_step(lr, batch_targets)
@@ -483,10 +428,9 @@ class Trainer:
             progress.position += self.run.windows_per_step
             progress.tokens += self.run.windows_per_step * config.block_size
             self.updating = False
-            self.clock.count_step()
             batch_targets = self.load()  # the host loads while the device still computes
-            self.log.bar.update()
-            self.log_step(lr)
+            if progress.step % config.log_interval == 0 or progress.step == config.max_iters:
+                self.log.log_step(lr, *self.train_step.results.tolist())
             if self.updates_keep_failing():
                 return 1
             if self.train_step.calls == self.train_step.warmup_calls:
@@ -494,39 +438,29 @@ class Trainer:
             if self.stop.agreed():
                 return 128 + self.stop.number
             if self.saver.is_due():
-                self.save("last")
+                with self.clock.stopped():
+                    self.saver.save("last")
 
     def load(self) -> list[int] | None:
-        """Load the next step's windows and set the context length, unless the run is over."""
-        step = self.progress.step
-        if step >= self.config.max_iters:
-            return None
-        length = context_length(step, self.config)
+        """Load the next step's windows and set the context length."""
+        length = context_length(self.progress.step, self.config)
         if length != self.train_step.context_length:
             self.clock.stop()  # compiling for another length is not training time
             self.train_step.set_context_length(length)
         return self.loader.load(self.progress.position)
 
-    def log_step(self, lr: float) -> None:
-        """Log every log_interval-th step and the last one. That waits for the device."""
-        number = self.progress.step
-        if number % self.config.log_interval != 0 and number != self.config.max_iters:
-            return
-        step = self.train_step
-        values = torch.stack([step.loss, step.grad_norm, step.bad, step.skipped])
-        loss, grad_norm, bad, skipped = values.tolist()
-        steps_per_s = self.clock.steps_per_second()
-        self.note_time()
-        self.log.log_step(loss, lr, grad_norm, bad, skipped, steps_per_s)
-
     def updates_keep_failing(self) -> bool:
         """Tell whether the last MAX_BAD_STEPS updates were skipped. Looks every so many steps."""
         if self.progress.step % MAX_BAD_STEPS != 0:
             return False  # looking waits for the device
-        bad = int(self.train_step.bad.item())
+        bad = int(self.train_step.bad)
         if bad < MAX_BAD_STEPS:
             return False
-        self.log.say_hopeless(bad)
+        self.log.say(
+            f"stopping at step {self.progress.step}: the last {bad} updates had a loss or gradient "
+            "that is not finite. The weights are as before the first of them. Try a lower "
+            "learning_rate or --dtype=float32"
+        )
         return True
 
     def evaluation_is_due(self) -> bool:
@@ -535,44 +469,27 @@ class Trainer:
         due = step % self.config.eval_interval == 0 or step >= self.config.max_iters
         return due and self.progress.evaluated_step != step
 
-    def evaluate(self) -> bool:
-        """Evaluate both splits, show a sample, and save the model if it is the best so far.
-
-        Returns False if a signal cut the evaluation short; nothing has changed then. With several
-        ranks a signal does not cut it short: to tell the others, a rank would have to wait for
-        them at every batch.
-        """
+    def evaluate(self) -> None:
+        """Evaluate both splits, and save the model if it is the best so far."""
         progress = self.progress
-        with self.clock_stopped():
-            stop = self.evaluation_is_cut_short
-            train_loss = mean_loss(self.run, self.run.train_eval_windows, stop)
-            val_loss = mean_loss(self.run, self.run.val_windows, stop)
-            if self.evaluation_is_cut_short():
-                return False
+        with self.clock.stopped():
+            train_loss = mean_loss(self.run, self.run.train_eval_windows)
+            val_loss = mean_loss(self.run, self.run.val_windows)
             progress.evaluated_step = progress.step
-            better = self.is_better(val_loss)
-            if better:
+            in_best = False
+            if self.is_better(val_loss):
                 progress.worse_evaluations = 0
+                in_best = self.save_best(val_loss)
             elif progress.step > 0:
                 progress.worse_evaluations += 1
-            in_best = better and self.save_best(val_loss)
             self.log.log_evaluation(train_loss, val_loss, in_best)
-            self.log.show_sample()
             if progress.step > 0 and self.config.always_save_checkpoint:
-                self.save("last")
-            self.log.draw()
-        return True
-
-    def evaluation_is_cut_short(self) -> bool:
-        """Tell whether a signal ends the evaluation."""
-        return self.machine.world == 1 and self.stop.number > 0
+                self.saver.save("last")
 
     def is_better(self, val_loss: float) -> bool:
-        """Tell whether this is the lowest validation loss after step 0."""
-        if self.progress.step == 0 or not math.isfinite(val_loss):
-            return False
+        """Tell whether this is the lowest validation loss after step 0. NaN never is."""
         best = self.progress.best_val_loss
-        return best is None or val_loss < best
+        return self.progress.step > 0 and val_loss < (math.inf if best is None else best)
 
     def patience_is_over(self) -> bool:
         """Tell whether there were too many evaluations without a new best."""
@@ -591,47 +508,23 @@ class Trainer:
         saved = False
         try:
             # Only rank 0 writes; on the others save() succeeds.
-            saved = least_of_ranks(self.save("best"), self.machine.device) > 0
+            saved = least_of_ranks(self.saver.save("best"), self.run.machine.device) > 0
         finally:
             if not saved:
                 progress.best_val_loss, progress.best_step = previous
         return saved
-
-    def save(self, name: str) -> bool:
-        """Write the checkpoint best/ or last/ and tell whether that worked."""
-        with self.clock_stopped():
-            began = time.perf_counter()
-            saved = self.saver.save(name)
-            self.log.saving_s += time.perf_counter() - began
-            return saved
 
     def finish(self, status: int, failed: bool = False) -> int:
         """Save what is not saved yet, say what came out, and return the exit status.
 
         failed: an exception ends the run.
         """
-        self.log.bar.close()
         self.clock.stop()
-        self.note_time()
-        saved = self.saver.is_saved() or self.save("last")
+        saved = self.saver.is_saved() or self.saver.save("last")
         if not saved:
             status = status or 1
-        self.log.close(status, saved, failed)
+        self.log.close(status, saved, self.saver.total_s, failed)
         return status
-
-    @contextlib.contextmanager
-    def clock_stopped(self) -> Any:
-        """Stop the clock of training time during the block."""
-        was_running = self.clock.running
-        self.clock.stop()
-        self.note_time()
-        yield
-        if was_running:
-            self.clock.start()
-
-    def note_time(self) -> None:
-        """Write the seconds of training into the progress."""
-        self.progress.elapsed_s = round(self.clock.total, 3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -656,15 +549,9 @@ def train(run: Run) -> int:
     if is_complete(run):
         return 0
     check_start(run.model.config)
-    run = replace(run, config=continued_schedule(run))
-    packed = run.train_windows.tokens.mask is not None
-
-    def make_step(config: TrainConfig, machine: Machine) -> TrainStep:
-        return TrainStep(run.model, config, machine, packed, cuda_graph=False)
-
-    keep = run.request.resumed and run.config.deterministic
-    config = fit(run.config, run.model, run.machine, make_step, may_change=not keep)
-    return Trainer(replace(run, config=config), cuda_graph=tenth_is_free(run.machine)).train()
+    run = replace(run, config=continued_schedule(run, learning_rate, short_context_end))
+    run = fit(run, TrainStep)
+    return Trainer(run, cuda_graph=tenth_is_free(run.machine)).train()
 
 
 def main(argv: list[str] | None = None) -> int:

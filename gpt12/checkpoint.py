@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from pydantic import TypeAdapter
@@ -293,9 +293,8 @@ def _read_progress(folder: Path) -> Progress:
 #                                          does not read them: each step has a seed of its own
 
 
-@dataclass(frozen=True)
-class TrainerState:
-    """The objects whose tensors are saved."""
+class TrainerState(Protocol):
+    """The objects whose tensors are saved: train.py's TrainStep holds them."""
 
     model: GPT
     optimizers: list[Optimizer]
@@ -406,6 +405,7 @@ class Saver:
     def __post_init__(self) -> None:
         self.model = self.state.model
         self.seconds = 0.0  # what the last save of last/ took
+        self.total_s = 0.0  # what all saves took
         self.saved_at = time.monotonic()
         self.last_holds = self._how_far() if self.progress.step > 0 else None
         self.is_lora = is_adapted(self.model)
@@ -439,9 +439,11 @@ class Saver:
         """
         began = time.monotonic()
         saved = self._save(name)
+        seconds = time.monotonic() - began
+        self.total_s += seconds
         if name == "last":
-            self.seconds = time.monotonic() - began
-            self.saved_at = began + self.seconds
+            self.seconds = seconds
+            self.saved_at = began + seconds
             if saved:
                 self.last_holds = self._how_far()
         return saved

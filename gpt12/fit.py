@@ -10,7 +10,6 @@ A GPU tries. A CPU compares an estimate with the free memory: the system would k
 from __future__ import annotations
 
 import gc
-import math
 import platform
 import sys
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from gpt12.device import Machine
 from gpt12.distributed import least_of_ranks
 from gpt12.errors import UserError, say
 from gpt12.memory import available_memory, needed_memory, ran_out_of_memory
+from gpt12.run import Run
 from gpt12.settings import TrainConfig
-from model import GPT
 
 # A micro-batch of so many tokens keeps a GPU busy. Recompute whole blocks before going below.
 SMALL_MICRO_BATCH = 4096
@@ -42,15 +41,16 @@ def ladder(config: TrainConfig) -> list[TrainConfig]:
     rungs = [config]
     if config.recompute == "none":
         rungs.append(replace(config, recompute="pointwise"))
-    while (smaller := divided(rungs[-1])) is not None:
-        if smaller.batch_size * smaller.block_size < SMALL_MICRO_BATCH:
-            break
-        rungs.append(smaller)
-    if config.recompute != "block":
-        rungs.append(replace(rungs[-1], recompute="block"))
-    while (smaller := divided(rungs[-1])) is not None:
-        rungs.append(smaller)
-    return rungs
+    while True:
+        rung = rungs[-1]
+        smaller = divided(rung)
+        is_small = smaller is None or smaller.batch_size * smaller.block_size < SMALL_MICRO_BATCH
+        if is_small and rung.recompute != "block":
+            rungs.append(replace(rung, recompute="block"))
+        elif smaller is not None:
+            rungs.append(smaller)
+        else:
+            return rungs
 
 
 def divided(config: TrainConfig) -> TrainConfig | None:
@@ -65,45 +65,40 @@ def divided(config: TrainConfig) -> TrainConfig | None:
     return None
 
 
-def fit(
-    config: TrainConfig,
-    model: GPT,
-    machine: Machine,
-    make_step: Callable[[TrainConfig, Machine], Any],
-    may_change: bool,
-) -> TrainConfig:
-    """Return the first settings of the ladder that fit on every rank.
+def fit(run: Run, make_step: Callable[..., Any]) -> Run:
+    """Return the run with the first settings of the ladder that fit on every rank.
 
-    make_step: builds train.py's TrainStep.
-    may_change: whether the settings may be others than those that were asked for.
+    make_step: train.py's TrainStep.
     Raises UserError if none fit.
     """
+    machine = run.machine
     if machine.on_gpu:
         cap_memory(machine)
-
-        def fits(rung: TrainConfig) -> bool:
-            return fits_in_a_trial(rung, model, machine, make_step)
-    elif machine.device.type == "cpu":
-        free = available_memory(machine)
-
-        def fits(rung: TrainConfig) -> bool:
-            return needed_memory(model.config, rung, machine) <= free
-    else:
-        return config
-    rungs = ladder(config) if may_change else [config]
+    keep = run.request.resumed and run.config.deterministic
+    rungs = [run.config] if keep else ladder(run.config)
     own = 0
-    while own < len(rungs) and not fits(rungs[own]):
+    while own < len(rungs) and not fits(rungs[own], run, make_step):
         own += 1
         if own < len(rungs):
             say(f"out of memory with {words(rungs[own - 1])}: trying {words(rungs[own])}")
     chosen = -int(least_of_ranks(-own, machine.device))
     if chosen == len(rungs):
-        reason = "" if may_change else " (deterministic=True keeps a resumed run as it is)"
+        reason = " (deterministic=True keeps a resumed run as it is)" if keep else ""
         raise UserError(f"out of memory with {words(rungs[-1])}{reason}: {ADVICE}")
     if chosen > own:
         say(f"another rank has less memory: {words(rungs[chosen])}")
-    model.set_recompute(rungs[chosen].recompute)
-    return rungs[chosen]
+    run.model.set_recompute(rungs[chosen].recompute)
+    return replace(run, config=rungs[chosen])
+
+
+def fits(config: TrainConfig, run: Run, make_step: Callable[..., Any]) -> bool:
+    """Tell whether a step with these settings fits into the memory."""
+    if run.machine.on_gpu:
+        return fits_in_a_trial(config, run, make_step)
+    if run.machine.device.type == "cpu":
+        needed = needed_memory(run.model.config, config, run.machine)
+        return needed <= available_memory(run.machine)
+    return True  # there is no estimate for a Mac's GPU
 
 
 def words(config: TrainConfig) -> str:
@@ -129,83 +124,60 @@ def cap_memory(machine: Machine) -> None:
         torch.cuda.set_per_process_memory_fraction(usable / total, machine.device)
 
 
-def fits_in_a_trial(
-    config: TrainConfig,
-    model: GPT,
-    machine: Machine,
-    make_step: Callable[[TrainConfig, Machine], Any],
-) -> bool:
+def fits_in_a_trial(config: TrainConfig, run: Run, make_step: Callable[..., Any]) -> bool:
     """Try the settings once and tell whether the memory sufficed.
 
     The weights and the random numbers are afterwards as before.
     """
     # Without other ranks nothing waits for them. DistributedDataParallel keeps all gradients as
     # long as it lives, as the second of two micro-batches finds them.
-    micro_steps = 1 if config.gradient_accumulation_steps == 1 else 2
-    alone = replace(machine, rank=0, world=1)
+    micro_steps = min(2, config.gradient_accumulation_steps)
+    alone = replace(run.machine, rank=0, world=1)
     small = replace(config, gradient_accumulation_steps=micro_steps)
-    devices = [machine.device] if machine.on_gpu else []
-    model.set_recompute(config.recompute)
-    if machine.on_gpu:
-        torch.cuda.reset_peak_memory_stats(machine.device)
+    devices = []
+    run.model.set_recompute(config.recompute)
+    if run.machine.on_gpu:
+        devices.append(run.machine.device)
+        torch.cuda.reset_peak_memory_stats(run.machine.device)
     fitted = True
     try:
         with torch.random.fork_rng(devices):
-            try_step(make_step(small, alone))
+            try_step(make_step(run.model, small, alone, run.packed, cuda_graph=False))
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise
         fitted = False
     # Not inside of `except`: there the error would still hold the tensors of the step.
-    for parameter in model.parameters():
-        parameter.grad = None
+    run.model.zero_grad()
     if not fitted:
         gc.collect()
         torch.compiler.reset()
-        if machine.on_gpu:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     return fitted
 
 
 def try_step(step: Any) -> None:
-    """Make a step whose update is skipped, and evaluate a batch. step: a TrainStep."""
-    allocate_state(step)
+    """Make the optimizers' state, then a step, and evaluate a batch. step: a TrainStep.
+
+    With a rate of 0 no update changes the weights.
+    """
+    step.set_learning_rate(0.0)
+    for parameter in step.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in step.optimizers:
+        optimizer.step()
     batch_targets = None
     if step.example_starts is not None:
         # All positions but one are targets: no other number takes more memory.
         batch_targets = [step.x[0].numel() - 1] * step.micro_steps
     step.model.train()
-    step.set_divisor(batch_targets)
-    step.accumulate_gradients(batch_targets)
-    step.loss.fill_(math.nan)
-    step.update_weights()
+    step(0.0, batch_targets)
     step.model.eval()
-    tensors = [step.x[0], step.y[0]]
-    if step.example_starts is not None:
-        tensors.append(step.example_starts[0])
+    arrays = step.batch[:, 0]
     with torch.no_grad(), step.machine.autocast():
-        step.model(*[torch.cat([tensor, tensor]) for tensor in tensors], divisor=1.0)
+        step.model(*[torch.cat([array, array]) for array in arrays], divisor=1.0)
     step.model.train()
     step.machine.synchronize()
-
-
-@torch.no_grad()
-def allocate_state(step: Any) -> None:
-    """Let the optimizers make their state as in their first update, and keep the weights."""
-    if step.on_device:  # an update can be skipped
-        for parameter in step.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        one = torch.ones((), device=step.machine.device)
-        step.step_optimizers([], divide_by=one, skip=one)
-        step.clear_gradients()
-        return
-    for parameter in step.parameters:
-        before = parameter.clone()
-        parameter.grad = torch.zeros_like(parameter)
-        for optimizer in step.optimizers:
-            optimizer.step()  # passes over parameters without a gradient
-        parameter.copy_(before)
-        parameter.grad = None
 
 
 def tenth_is_free(machine: Machine) -> bool:

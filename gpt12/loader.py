@@ -9,34 +9,22 @@ from data.windows import TrainWindows
 from gpt12.device import Machine
 from gpt12.loss import IGNORE_INDEX
 
-BUFFERS = 2  # the host fills one while the GPU copies from the other
-
 
 class Loader:
     """Loads the windows of a step. On a GPU the copy runs while the host goes on."""
 
-    def __init__(
-        self,
-        windows: TrainWindows,
-        x: Tensor,
-        y: Tensor,
-        machine: Machine,
-        example_starts: Tensor | None = None,
-    ):
-        """x, y, and example_starts for instruction data: the step's buffers on the device.
+    def __init__(self, windows: TrainWindows, batch: Tensor, machine: Machine):
+        """batch: the step's arrays on the device, (arrays, micro-steps, B, T) int64.
 
-        Each is (micro-steps, B, T) int64.
+        Inputs, targets, and for instruction data the starts of examples.
         """
         self.windows = windows
-        self.on_device = [x, y]
-        if example_starts is not None:
-            self.on_device.append(example_starts)
+        self.on_device = batch
         self.machine = machine
         # Page-locked memory, which the GPU can copy from without the host's help.
-        shape = (BUFFERS, len(self.on_device), *x.shape)
-        self.buffers = torch.zeros(shape, dtype=torch.int64, pin_memory=machine.on_gpu)
-        self.copied: list[torch.cuda.Event | None] = [None] * BUFFERS
-        self.turn = 0
+        self.on_host = torch.zeros(batch.shape, dtype=torch.int64, pin_memory=machine.on_gpu)
+        # Only CUDA has events that tell when a copy is over. Other devices finish it in copy_().
+        self.copied = torch.cuda.Event() if machine.on_gpu else None
 
     def load(self, position: int) -> list[int] | None:
         """Load the windows of the step that begins at `position`.
@@ -46,26 +34,17 @@ class Loader:
         The GPU may still be computing the previous step: the copy waits behind it in the stream.
         Returns the number of targets in each micro-batch, or None if every position is a target.
         """
-        self.turn = (self.turn + 1) % BUFFERS
-        event = self.copied[self.turn]
-        if event is not None:
-            event.synchronize()  # the GPU may still be reading this buffer
-        on_host = self.buffers[self.turn]  # (arrays, micro-steps, B, T)
-        _, micro_steps, batch_size, _ = on_host.shape
+        if self.copied is not None:
+            self.copied.synchronize()  # the GPU may still be reading the host's array
+        _, micro_steps, batch_size, _ = self.on_host.shape
         for m in range(micro_steps):
             micro_batch = m * self.machine.world + self.machine.rank
-            start = position + micro_batch * batch_size
-            batch = self.windows.batch(start, batch_size)
-            for buffer, array in zip(on_host, batch, strict=True):
-                buffer[m].copy_(torch.from_numpy(array))
-        # Only CUDA has events that tell when a copy is over. Other devices finish it in copy_().
-        for device_buffer, host_buffer in zip(self.on_device, on_host, strict=True):
-            device_buffer.copy_(host_buffer, non_blocking=self.machine.on_gpu)
-        if self.machine.on_gpu:
-            event = torch.cuda.Event()
-            event.record()
-            self.copied[self.turn] = event
+            arrays = self.windows.batch(position + micro_batch * batch_size, batch_size)
+            for buffer, array in zip(self.on_host[:, m], arrays, strict=True):
+                buffer.copy_(torch.from_numpy(array))
+        self.on_device.copy_(self.on_host, non_blocking=self.machine.on_gpu)
+        if self.copied is not None:
+            self.copied.record()
         if self.windows.tokens.mask is None:
             return None
-        targets = on_host[1]
-        return (targets != IGNORE_INDEX).sum((1, 2)).tolist()
+        return (self.on_host[1] != IGNORE_INDEX).sum((1, 2)).tolist()

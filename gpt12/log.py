@@ -6,6 +6,7 @@ Only rank 0 tells anything.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import shlex
@@ -14,17 +15,17 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from gpt12.checkpoint import describe_run, set_aside, write_json, write_text
+from gpt12.checkpoint import Progress, describe_run, set_aside, write_json, write_text
 from gpt12.device import Machine
 from gpt12.errors import UserError, one_line, printable
-from gpt12.files import remove_link
+from gpt12.files import write_atomically
 from gpt12.generate import Sampling, generate
 from gpt12.loss import IGNORE_INDEX
 from gpt12.memory import GIB, needed_memory
@@ -38,8 +39,8 @@ FEW_UPDATES = 30  # a run with fewer is warned of
 # repeat it.
 BY_HEART_PARAMETERS = 20
 BY_HEART_EPOCHS = 20
-NOTICEABLE_S = 1.0  # seconds of saving that are told at the end
-MAX_STEPS_DRAWN = 4000  # loss.png is 770 pixels wide; more points would only cost memory
+NOTICEABLE_S = 1.0  # seconds of training or saving that are told at the end
+MAX_DRAWN = 4000  # loss.png is 770 pixels wide; more points would only cost memory
 BLUE = "#0072B2"  # colours of Okabe and Ito's palette, which the colour-blind can tell apart
 ORANGE = "#D55E00"
 GREEN = "#009E73"
@@ -59,19 +60,17 @@ class RunLog:
         self.run = run
         self.active = run.machine.rank == 0
         self.progress = run.progress
-        self.told_time_left = False
+        self.clock = Clock(run.machine, run.progress)
         self.skipped = 0.0  # skipped updates that were reported
-        self.saving_s = 0.0  # seconds of saving so far
         self.start_loss: float | None = None  # validation loss at step 0
         self.wandb: Any = None
         self.bar: Any = None
-        self.metrics: Metrics | None = None
+        self.metrics: Any = None  # metrics.jsonl
+        self.complained = False  # that it cannot be written
         self.drawing: threading.Thread | None = None
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
-        from tqdm import tqdm
-
         if not self.active or sys.stdout is None:
             return
         # A reader that has gone, a full disk under a log file, or a signal in the middle of
@@ -82,6 +81,22 @@ class RunLog:
 
     # ---------------------------------------------------------------------------------------------
     # Beginning and end
+
+    def open(self) -> None:
+        """Introduce the run, open its files, and show a progress bar on a terminal.
+
+        A log file gets a line per logged step instead of the bar.
+        """
+        if not self.active:
+            return
+        self.introduce()
+        self._open_files()
+        config = self.run.config
+        step = self.progress.step
+        hidden = None if sys.stderr is not None else True  # None: where there is no terminal
+        self.bar = tqdm(total=config.max_iters, initial=step, unit="step", disable=hidden)
+        if step == 0:
+            self.say("evaluating before the first step")
 
     def introduce(self) -> None:
         """Say what will be trained, on what, and with which data."""
@@ -197,20 +212,15 @@ class RunLog:
                 "best/ keeps the model with the lowest validation loss"
             )
 
-    def open(self) -> None:
+    def _open_files(self) -> None:
         """Set an earlier run's files aside, write run.json, and open metrics.jsonl."""
-        if not self.active:
-            return
         run = self.run
         config = run.config
-        gib = run.machine.memory_gib()
         facts = describe_run(
             asdict(config),
             requested=run.request.asked,
             given=sorted(run.request.given),
             device=run.machine.name,
-            device_memory_gib=None if gib is None else round(gib, 1),
-            dtype=config.dtype,
             compile=run.machine.compiled,
             world_size=run.machine.world,
             data={
@@ -230,49 +240,34 @@ class RunLog:
                     f"({size / 1e6:,.1f} MB)"
                 )
         write_json(run.out_dir / "run.json", facts)
-        self.metrics = Metrics(
-            run.out_dir / "metrics.jsonl", self.progress.step, self.progress.evaluated_step
-        )
+        self.metrics = open_metrics(run.out_dir / "metrics.jsonl", self.progress)
 
-    def open_bar(self) -> None:
-        """Show a progress bar on a terminal. A log file gets a line per logged step instead."""
-        from tqdm import tqdm
+    def close(self, status: int, saved: bool, saving_s: float, failed: bool) -> None:
+        """Say what came out and what to type next.
 
-        self.bar = tqdm(
-            total=self.run.config.max_iters,
-            initial=self.progress.step,
-            unit="step",
-            disable=None if self.active and sys.stderr is not None else True,
-            smoothing=0.05,
-        )
-        if self.progress.step == 0:
-            self.say("evaluating before the first step")
-
-    def close(self, status: int, saved: bool, failed: bool = False) -> None:
-        """Say what came out and what to type next. failed: an exception ends the run."""
+        saving_s: seconds of saving. failed: an exception ends the run.
+        """
         if not self.active:
             return
-        assert self.metrics is not None
+        self.bar.close()
         self._wait_for_picture()
-        self.metrics.close()
+        with contextlib.suppress(OSError):  # _record() has already complained
+            self.metrics.close()
         if self.wandb:
             with self._going_on_without_wandb():
                 self.wandb.finish(exit_code=status)
         progress = self.progress
-        times = []
-        if progress.elapsed_s >= 0.05:  # the first step, which compiles, does not count
-            times.append(f"{progress.elapsed_s:.1f} s of training")
-        if self.saving_s >= NOTICEABLE_S:
-            times.append(f"{self.saving_s:.1f} s of saving")
-        spent = " and ".join(times)
+        told = ""
+        # A run of one step has no time of training: its only step compiles.
+        for seconds, what in ((progress.elapsed_s, "training"), (saving_s, "saving")):
+            if seconds >= NOTICEABLE_S:
+                told += f"{' and' if told else ' in'} {seconds:.1f} s of {what}"
         typed = shlex.quote(self.run.out_dir.as_posix())  # as a shell takes it
         if failed or status > 128:
-            after = f" after {spent}" if spent else ""
-            self.say(f"{'failed' if failed else 'stopped'} at step {progress.step:,}{after}")
+            self.say(f"{'failed' if failed else 'stopped'} at step {progress.step:,}{told}")
             if saved:
                 self.say(f"go on with: python train.py --init_from=resume --out_dir={typed}")
             return
-        told = f" in {spent}" if spent else ""
         best = progress.best_val_loss
         if best is not None:
             told += f", best val loss {best:.4f} at step {progress.best_step:,}"
@@ -290,13 +285,7 @@ class RunLog:
     # During training
 
     def log_step(
-        self,
-        loss: float,
-        lr: float,
-        grad_norm: float,
-        bad: float,
-        skipped: float,
-        steps_per_s: float | None,
+        self, lr: float, loss: float, grad_norm: float, bad: float, skipped: float
     ) -> None:
         """Record a step in the metrics and show it.
 
@@ -305,19 +294,17 @@ class RunLog:
         if not self.active:
             return
         step = self.progress.step
+        steps_per_s = self.clock.steps_per_second()
         tokens_per_s = None
-        if steps_per_s:
+        speed = ""
+        if steps_per_s is not None:
             tokens_per_s = round(steps_per_s * self._tokens_per_step())
+            speed = f", {tokens_per_s:,} tokens/s"
         self._record(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s)
-        speed = f", {tokens_per_s:,} tokens/s" if tokens_per_s else ""
         self.bar.set_postfix_str(f"loss {loss:.4f}{speed}", refresh=False)
+        self.bar.update(step - self.bar.n)
         if self.bar.disable:
             self.say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}{speed}")
-            if steps_per_s and not self.told_time_left:
-                self.told_time_left = True
-                seconds = (self.run.config.max_iters - step) / steps_per_s
-                if seconds > 60:
-                    self.say(f"about {timedelta(seconds=round(seconds))} to go")
         if skipped > self.skipped:
             self.say(
                 f"step {step}: loss or gradient not finite; skipped "
@@ -326,16 +313,11 @@ class RunLog:
             )
             self.skipped = skipped
 
-    def say_hopeless(self, bad: float) -> None:
-        """Explain why training stops after `bad` updates that were not finite."""
-        self.say(
-            f"stopping at step {self.progress.step}: the last {bad:.0f} updates had a loss or "
-            "gradient that is not finite. The weights are as before the first of them. Try a lower "
-            "learning_rate or --dtype=float32"
-        )
-
     def log_evaluation(self, train_loss: float, val_loss: float, better: bool) -> None:
-        """Record an evaluation and show it. better: it is the best so far, and in best/."""
+        """Record an evaluation and show it, with a text and the picture of all losses.
+
+        better: it is the best so far, and in best/.
+        """
         if not self.active:
             return
         if self.progress.step == 0:
@@ -346,16 +328,20 @@ class RunLog:
             f"(perplexity {perplexity(val_loss):.2f}){best}"
         )
         self._record(train_loss=train_loss, val_loss=val_loss)
+        self._show_sample()
+        self._draw()
 
     def _record(self, **values: float | None) -> None:
         """Write a row into metrics.jsonl and, under the same names, to Weights & Biases."""
-        assert self.metrics is not None
         row: Row = {"step": self.progress.step, "tokens": self.progress.tokens}
         row.update(values)
         row["elapsed_s"] = round(self.progress.elapsed_s, 3)
-        problem = self.metrics.append(row)
-        if problem is not None:
-            self.say(problem)
+        try:
+            self.metrics.write(json.dumps(without_infinities(row)) + "\n")
+        except OSError as error:  # if the disk is full, the row is lost
+            if not self.complained:
+                self.complained = True
+                self.say(f"could not write {self.metrics.name}: {error.strerror or error}")
         if self.wandb:
             del row["step"]  # Weights & Biases keeps it apart
             with self._going_on_without_wandb():
@@ -397,40 +383,31 @@ class RunLog:
                 f"goes on, and {self.run.out_dir}/metrics.jsonl holds all"
             )
 
-    def draw(self) -> None:
+    def _draw(self) -> None:
         """Draw loss.png anew, in a thread: importing the plotting library takes long."""
-        if not self.active:
-            return
         self._wait_for_picture()
-        folder = self.run.out_dir
         best = None
         if self.progress.best_val_loss is not None:
             best = (self.progress.best_val_loss, self.progress.best_step)
-        arguments = (folder / "metrics.jsonl", folder / "loss.png", best)
-        self.drawing = threading.Thread(target=draw_losses, args=arguments)
+        self.drawing = threading.Thread(target=draw_losses, args=(self.run.out_dir, best))
         self.drawing.start()
 
     def _wait_for_picture(self) -> None:
         if self.drawing is not None:
             self.drawing.join()
 
-    def show_sample(self) -> None:
+    def _show_sample(self) -> None:
         """Print a text that the model writes as it is now."""
-        if not self.active or self.run.dataset.tokenizer is None:
+        if self.run.dataset.tokenizer is None:
             return
-        model = self.run.model
-        was_training = model.training
-        model.eval()
         # Compiled layers would be compiled anew for a prompt, for a token, and for each layer.
         eagerly: Any = contextlib.nullcontext()
         if self.run.machine.compiled:
             eagerly = torch.compiler.set_stance("force_eager")
-        try:
-            with eagerly:
-                text = self._sample_text()
-        except torch.OutOfMemoryError:  # a sample must not end the run
-            text = "(no sample: too little memory beside the training step)"
-        model.train(was_training)
+        self.run.model.eval()
+        with eagerly:
+            text = self._sample_text()
+        self.run.model.train()
         self.say("".join(f"    | {line}\n" for line in text.splitlines()))
 
     def _sample_text(self) -> str:
@@ -471,60 +448,43 @@ def _count(number: int, noun: str) -> str:
 # metrics.jsonl and loss.png
 
 
-class Metrics:
-    """metrics.jsonl: one JSON object a line, for each logged step and each evaluation."""
+def open_metrics(file: Path, progress: Progress) -> TextIO:
+    """Open metrics.jsonl, with one JSON object a line for each logged step and each evaluation.
 
-    def __init__(self, file: Path, step: int, evaluated_step: int):
-        """Keep the steps up to `step` and the evaluations up to `evaluated_step`.
+    A run that was killed after its last checkpoint makes later ones again: their rows are dropped.
+    """
+    kept = []
+    for row in read_metrics(file):
+        last = progress.evaluated_step if "val_loss" in row else progress.step
+        if row["step"] <= last:
+            kept.append(json.dumps(row) + "\n")
+    write_text(file, "".join(kept))
+    return open(file, "a", encoding="utf-8", buffering=1)  # a line at a time
 
-        A run that was killed after its last checkpoint makes the later ones again.
-        """
-        kept = []
-        for row in read_metrics(file):
-            last = evaluated_step if "val_loss" in row else step
-            if row["step"] <= last:
-                kept.append(json.dumps(row) + "\n")
-        write_text(file, "".join(kept))
-        self._file: TextIO = open(file, "a", encoding="utf-8")
-        self._complained = False
 
-    def append(self, row: Row) -> str | None:
-        """Write one row. If the disk is full, the row is lost; return what to say, once."""
-        numbers = {}
-        for key, value in row.items():  # JSON has neither infinity nor NaN
-            finite = value is not None and math.isfinite(value)
-            numbers[key] = value if finite else None
-        try:
-            self._file.write(json.dumps(numbers) + "\n")
-            self._file.flush()
-        except OSError as error:
-            if not self._complained:
-                self._complained = True
-                return f"could not write {self._file.name}: {error.strerror or error}"
-        return None
-
-    def close(self) -> None:
-        """Close the file."""
-        with contextlib.suppress(OSError):  # append() has already complained
-            self._file.close()
+def without_infinities(row: Row) -> Row:
+    """Return the row with None for what JSON does not have: infinity and NaN."""
+    numbers = {}
+    for key, value in row.items():
+        finite = value is not None and math.isfinite(value)
+        numbers[key] = value if finite else None
+    return numbers
 
 
 def read_metrics(file: Path) -> list[Row]:
-    """Return the valid rows of a metrics.jsonl; a half line from a power cut is skipped."""
+    """Return the rows of a metrics.jsonl. What is no row, as half a line, is skipped."""
     rows: list[Row] = []
     if not file.is_file():
         return rows
     for line in file.read_text("utf-8", errors="replace").splitlines():
-        try:
+        with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
             row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
+            row["step"] = int(row["step"])
             rows.append(row)
     return rows
 
 
-def draw_losses(metrics: Path, picture: Path, best: tuple[float, int] | None = None) -> None:
+def draw_losses(out_dir: Path, best: tuple[float, int] | None) -> None:
     """Draw the losses of metrics.jsonl over the tokens seen, and the learning rate below them.
 
     best: the validation loss of the model in best/ and its step.
@@ -533,54 +493,41 @@ def draw_losses(metrics: Path, picture: Path, best: tuple[float, int] | None = N
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    rows = read_metrics(metrics)
+    rows = read_metrics(out_dir / "metrics.jsonl")
     figure = Figure(figsize=(7, 5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     losses, rates = figure.subplots(2, sharex=True, height_ratios=[4, 1])
-    steps = [row for row in rows if row.get("loss") is not None]
-    steps = steps[:: 1 + len(steps) // MAX_STEPS_DRAWN]
-    tokens = [row.get("tokens") for row in steps]
-    step_losses = [row["loss"] for row in steps]
-    losses.plot(tokens, step_losses, ".-", color="0.75", lw=1, ms=2, label="loss of each step")
-    _plot_evaluations(losses, rows, "train_loss", color=BLUE, marker="o", label="train")
-    _plot_evaluations(losses, rows, "val_loss", color=ORANGE, marker="s", label="validation")
+    _plot(losses, rows, "loss", label="loss of each step", color="0.75", lw=1)
+    _plot(losses, rows, "train_loss", label="train", color=BLUE, marker="o", ms=4)
+    _plot(losses, rows, "val_loss", label="validation", color=ORANGE, marker="s", ms=4)
     if best is not None:
         label = f"best {best[0]:.4f} at step {best[1]:,}"
         losses.axhline(best[0], color=ORANGE, lw=0.8, ls=":", label=label)
     losses.set_ylabel("loss (nats per token)")
     losses.legend(frameon=False)
-    rates.plot(tokens, [row.get("lr") for row in steps], ".-", color=GREEN, lw=1.5, ms=2)
+    _plot(rates, rows, "lr", color=GREEN)
     rates.set_ylabel("learning rate")
     rates.set_xlabel("tokens")
     rates.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250k, 1.5G
     for axes in (losses, rates):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    _save_figure(figure, picture)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    with contextlib.suppress(OSError):  # a full disk costs the picture, not the run
+        write_atomically(out_dir / "loss.png", content.getvalue())
 
 
-def _plot_evaluations(
-    axes: Any, rows: list[Row], key: str, color: str, marker: str, label: str
-) -> None:
-    """Draw one loss of the evaluations.
+def _plot(axes: Any, rows: list[Row], key: str, **style: Any) -> None:
+    """Draw one column of the metrics.
 
-    Step 0's is left out if there are others: a line from there would pass far above the curve of
-    the steps, and its height would flatten the rest.
+    Step 0's evaluation is left out if there are others: a line from there would pass far above the
+    curve of the steps, and its height would flatten the rest.
     """
     rows = [row for row in rows if row.get(key) is not None]
     rows = [row for row in rows if row["step"] > 0] or rows
-    tokens = [row.get("tokens") for row in rows]
-    axes.plot(
-        tokens, [row[key] for row in rows], color=color, marker=marker, ms=4, lw=1.5, label=label
-    )
-
-
-def _save_figure(figure: Any, file: Path) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    with contextlib.suppress(OSError):  # a full disk costs the picture, not the run
-        remove_link(temporary)
-        figure.savefig(temporary, format="png")
-        temporary.replace(file)
+    rows = rows[:: 1 + len(rows) // MAX_DRAWN]
+    axes.plot([row["tokens"] for row in rows], [row[key] for row in rows], **style)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -588,21 +535,21 @@ def _save_figure(figure: Any, file: Path) -> None:
 
 
 class Clock:
-    """Counts seconds and steps of training: evaluation, saving and compiling do not count."""
+    """Counts seconds of training: evaluation, saving and compiling do not count."""
 
-    def __init__(self, machine: Machine, total: float):
-        """total: seconds of training before this process, when a run is resumed."""
+    def __init__(self, machine: Machine, progress: Progress):
+        """progress: holds the seconds, those of a resumed run's earlier processes included."""
         self.machine = machine
-        self.total = total
+        self.progress = progress
         self.running = False
-        self._read_at = 0.0  # when `total` was last brought up to date
-        self._lap_began = total
-        self._lap_steps = 0
+        self._read_at = 0.0  # when the seconds were last brought up to date
+        self._lap_began = (0, 0.0)  # step and seconds
 
     def start(self) -> None:
         """Let time count from now on. Waits for the device."""
         self.machine.synchronize()
         self._read_at = time.perf_counter()
+        self._lap_began = (self.progress.step, self.progress.elapsed_s)
         self.running = True
 
     def stop(self) -> None:
@@ -612,26 +559,30 @@ class Clock:
             self._read()
             self.running = False
 
-    def count_step(self) -> None:
-        """Count a finished step, if the clock runs."""
-        if self.running:
-            self._lap_steps += 1
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Count no time during the block."""
+        was_running = self.running
+        self.stop()
+        yield
+        if was_running:
+            self.start()
 
     def steps_per_second(self) -> float | None:
-        """Return the speed since the last call, None if no step was counted.
+        """Return the speed since the last call, or since the start if that was later.
 
-        Call it after something has waited for the device; otherwise unfinished steps are
-        counted.
+        Call it after something has waited for the device; otherwise unfinished steps are counted.
+        None if the clock does not run.
         """
-        if self.running:
-            self._read()
-        seconds = self.total - self._lap_began
-        speed = self._lap_steps / seconds if self._lap_steps and seconds > 0 else None
-        self._lap_began = self.total
-        self._lap_steps = 0
-        return speed
+        if not self.running:
+            return None
+        self._read()
+        step, elapsed_s = self._lap_began
+        self._lap_began = (self.progress.step, self.progress.elapsed_s)
+        seconds = self.progress.elapsed_s - elapsed_s
+        return (self.progress.step - step) / seconds if seconds > 0 else None
 
     def _read(self) -> None:
         now = time.perf_counter()
-        self.total += now - self._read_at
+        self.progress.elapsed_s += now - self._read_at
         self._read_at = now

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,12 @@ class Run:
     def windows_per_step(self) -> int:
         """Return the number of windows in a step, over all micro-batches and ranks."""
         return self.config.batch_size * self.config.gradient_accumulation_steps
+
+    @property
+    def packed(self) -> bool:
+        """Tell whether a training window holds several examples."""
+        assert self.dataset.train is not None
+        return self.dataset.train.mask is not None
 
     @property
     def train_windows(self) -> TrainWindows:
@@ -387,6 +394,36 @@ def is_complete(run: Run) -> bool:
         longer = f"--num_epochs={progress.position // run.train_windows.per_epoch + 1}"
     say(f"this run is complete ({progress.step} of {config.max_iters} steps); go on with {longer}")
     return True
+
+
+def continued_schedule(
+    run: Run,
+    learning_rate: Callable[[int, TrainConfig], float],
+    short_context_end: Callable[[TrainConfig], int],
+) -> TrainConfig:
+    """Return the configuration of a run that may be resumed, and note what jumps in it.
+
+    A phase of short context that is over does not come back when the run gets longer.
+    learning_rate, short_context_end: train.py's.
+    """
+    config = run.config
+    before = run.request.before
+    step = run.progress.step
+    if before is None or step == 0:
+        return config
+    notes = run.request.notes
+    last_end = short_context_end(before)
+    end = short_context_end(config)
+    if last_end <= step < end:
+        notes.append("the phase of short context is over and stays so: short_context_share=0")
+        config = replace(config, short_context_share=0.0)
+    elif end != last_end and step < last_end:
+        notes.append(f"the short context ends at step {max(step, end)} and not at step {last_end}")
+    last_lr = f"{learning_rate(step, before):.3g}"
+    lr = f"{learning_rate(step, config):.3g}"
+    if lr != last_lr:
+        notes.append(f"the learning rate goes on at {lr} and not at {last_lr}: its keys changed")
+    return config
 
 
 # --------------------------------------------------------------------------------------------------

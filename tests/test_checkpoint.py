@@ -28,6 +28,7 @@ from gpt12.checkpoint import (
 )
 from gpt12.device import Machine
 from gpt12.errors import UserError, run_main
+from gpt12.log import RunLog
 from tests.helpers import (
     CPU,
     ROOT,
@@ -357,10 +358,10 @@ def test_a_saved_state_continues_as_the_unbroken_step_does(tmp_path, optimizer):
         whole(1e-2, fill(whole, x, y))
     for x, y in batches[:2]:
         first(1e-2, fill(first, x, y))
-    save_trainer_state(tmp_path, first.trainer_state())
+    save_trainer_state(tmp_path, first)
     second = small_step(optimizer=optimizer)
     second.model.load_state_dict(first.model.state_dict())
-    load_trainer_state(tmp_path, second.trainer_state())
+    load_trainer_state(tmp_path, second)
     for x, y in batches[2:]:
         second(1e-2, fill(second, x, y))
     assert same_weights(second.model, [p.detach() for p in whole.model.parameters()])
@@ -374,7 +375,7 @@ def test_the_names_of_the_tensors_are_those_that_the_format_says(tmp_path):
         for key in ("step", "exp_avg", "exp_avg_sq"):
             expected.add(f"optimizer.{name}.{key}")
     (tmp_path / "last").mkdir()
-    save_trainer_state(tmp_path / "last", step.trainer_state())
+    save_trainer_state(tmp_path / "last", step)
     assert set(weights(tmp_path, file="trainer")) == expected
 
 
@@ -385,8 +386,8 @@ def test_resuming_restores_the_loss_scale(tmp_path):
     first.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     for step in (first, second):
         step(1e-2, fill(step, *random_rows()))
-    save_trainer_state(tmp_path, first.trainer_state())
-    load_trainer_state(tmp_path, second.trainer_state())
+    save_trainer_state(tmp_path, first)
+    load_trainer_state(tmp_path, second)
     state = second.scaler.state_dict()
     assert (state["scale"], state["_growth_tracker"]) == (256.0, 1)
     assert state == first.scaler.state_dict()
@@ -539,14 +540,14 @@ def test_a_best_that_could_not_be_saved_does_not_count_as_the_best(
 def test_a_signal_whose_save_fails_prints_no_line_to_resume_with(
     dataset, tmp_path, monkeypatch, capsys
 ):
-    log_step = Trainer.log_step
+    log_step = RunLog.log_step
 
-    def interrupted(self, lr):
+    def interrupted(self, *values):
         if self.progress.step == 2:
             signal.raise_signal(signal.SIGTERM)
-        return log_step(self, lr)
+        return log_step(self, *values)
 
-    monkeypatch.setattr(Trainer, "log_step", interrupted)
+    monkeypatch.setattr(RunLog, "log_step", interrupted)
     monkeypatch.setattr("gpt12.checkpoint.save_checkpoint", fail_to_save)
     assert run(dataset, tmp_path, "--max_iters=9") == 143
     out = capsys.readouterr().out

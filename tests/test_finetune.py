@@ -350,7 +350,7 @@ def test_targets_of_prompts_change_no_bit_of_any_gradient(start, instructions, m
         monkeypatch.setattr(Tokens, "gather", altered)
         step = train.TrainStep(from_pretrained(start), config, machine, packed=masked)
         windows = TrainWindows(tokens, 32, seed=0)
-        rows = Loader(windows, step.x, step.y, machine, step.example_starts).load(0)
+        rows = Loader(windows, step.batch, machine).load(0)
         step(0.0, rows)
         assert (rows is None) != masked
         assert rows is None or 0 < sum(rows) < step.y.numel() / 2

@@ -1,7 +1,9 @@
 """gpt12/fit.py: the ladder, what a trial leaves behind, and runs that had to go down."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from gpt12 import fit
 from gpt12.device import Machine
 from gpt12.errors import UserError
 from gpt12.optimizer import OPTIMIZERS, Entry
+from gpt12.run import Run
 from model import GPT
 from tests.helpers import (
     CPU,
@@ -96,17 +99,28 @@ def acted_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)
     fork_rng = torch.random.fork_rng
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices, **more: fork_rng([], **more))
-    return CPU
 
 
-def fit_small(machine, model=None, may_change=True, **changes):
-    model = model or small_gpt()
+def small_run(model=None, resumed=False, packed=False, **changes) -> Run:
+    """Return a run of the small model with what fit() asks of it."""
+    parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(Run))
+    parts["request"] = SimpleNamespace(resumed=resumed)
+    parts["config"] = config(**changes)
+    parts["machine"] = replace(CPU, rank=1, world=2)
+    parts["model"] = model or small_gpt()
+    parts["dataset"] = SimpleNamespace(train=SimpleNamespace(mask=packed or None))
+    return Run(**parts)
 
-    def make_step(changed, alone):
-        assert (alone.rank, alone.world) == (0, 1)
-        return train.TrainStep(model, changed, alone, cuda_graph=False)
 
-    return fit.fit(config(**changes), model, machine, make_step, may_change)
+def fit_small(model=None, **changes):
+    """Return the settings that fit() finds for a rank of two, which tries alone."""
+
+    def make_step(model, config, machine, packed, cuda_graph):
+        assert (machine.rank, machine.world) == (0, 1)
+        assert not cuda_graph
+        return train.TrainStep(model, config, machine, packed, cuda_graph)
+
+    return fit.fit(small_run(model, **changes), make_step).config
 
 
 @pytest.mark.parametrize(
@@ -120,12 +134,13 @@ def fit_small(machine, model=None, may_change=True, **changes):
         (12, "block", ("block", 6, 8)),
     ],
 )
+@pytest.mark.usefixtures("acted_gpu")
 def test_the_first_rung_that_fits_is_taken_and_the_lines_say_so(
-    acted_gpu, capsys, batch_size, recompute, expected
+    capsys, batch_size, recompute, expected
 ):
     model = small_gpt()
     asked = {"batch_size": batch_size, "recompute": recompute, "gradient_accumulation_steps": 4}
-    found = fit_small(acted_gpu, model, **asked)
+    found = fit_small(model, **asked)
     assert (found.recompute, found.batch_size, found.gradient_accumulation_steps) == expected
     assert model.transformer.h[0].recompute == found.recompute
     said = capsys.readouterr().out.splitlines()
@@ -134,33 +149,36 @@ def test_the_first_rung_that_fits_is_taken_and_the_lines_say_so(
         assert said[-1].endswith(f": trying {fit.words(found)}")
 
 
-@pytest.mark.parametrize("may_change", [True, False])
-def test_a_step_that_never_fits_is_a_users_mistake(acted_gpu, monkeypatch, may_change):
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.usefixtures("acted_gpu")
+def test_a_step_that_never_fits_is_a_users_mistake(monkeypatch, keep):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train.TrainStep, "accumulate_gradients", full)
-    last = "block, batch_size=1" if may_change else "none, batch_size=2.*deterministic=True keeps"
+    last = "none, batch_size=2.*deterministic=True keeps" if keep else "block, batch_size=1"
     with pytest.raises(UserError, match=f"out of memory with recompute={last}.*--lora_rank=16"):
-        fit_small(acted_gpu, may_change=may_change)
+        fit_small(resumed=keep, deterministic=True)
 
 
-def test_another_error_is_no_lack_of_memory(acted_gpu, monkeypatch):
+@pytest.mark.usefixtures("acted_gpu")
+def test_another_error_is_no_lack_of_memory(monkeypatch):
     def broken(*args):
         raise RuntimeError("a bug about memory")
 
     monkeypatch.setattr(train.TrainStep, "accumulate_gradients", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        fit_small(acted_gpu)
+        fit_small()
 
 
-def test_ranks_take_the_lowest_rung_of_all(acted_gpu, monkeypatch, capsys):
+@pytest.mark.usefixtures("acted_gpu")
+def test_ranks_take_the_lowest_rung_of_all(monkeypatch, capsys):
     monkeypatch.setattr(fit, "least_of_ranks", lambda value, device: min(value, -3))
-    found = fit_small(acted_gpu, batch_size=14)  # this one's own rung is the last
+    found = fit_small(batch_size=14)  # this one's own rung is the last
     assert (found.recompute, found.batch_size) == ("block", 1)
     assert "another rank" not in capsys.readouterr().out
     model = small_gpt()
-    found = fit_small(acted_gpu, model, batch_size=2)  # the first
+    found = fit_small(model, batch_size=2)  # the first
     assert (found.recompute, found.batch_size) == ("block", 1)
     assert model.transformer.h[0].recompute == "block"
     assert "another rank has less memory: recompute=block, batch_size=1" in capsys.readouterr().out
@@ -187,12 +205,9 @@ def test_a_trial_changes_nothing(monkeypatch, optimizer, fitting, packed):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train.TrainStep, "accumulate_gradients", noted)
-
-    def make_step(changed, alone):
-        return train.TrainStep(model, changed, alone, packed=packed)
-
-    asked = config(optimizer=optimizer, gradient_accumulation_steps=8, dropout=0.3)
-    assert fit.fits_in_a_trial(asked, model, CPU, make_step) == fitting
+    asked = {"optimizer": optimizer, "gradient_accumulation_steps": 8, "dropout": 0.3}
+    run = small_run(model, packed=packed, **asked)
+    assert fit.fits_in_a_trial(run.config, run, train.TrainStep) == fitting
     assert made == [(2, True, [15, 15] if packed else None)]
     assert same_weights(model, before)
     assert torch.equal(torch.get_rng_state(), state)

@@ -344,15 +344,11 @@ def test_deterministic_training_resumes_bit_for_bit(letters, tmp_path, monkeypat
 
 def reserved_by_rung(found) -> list[tuple[Any, int]]:
     """Return each rung of a run's ladder with the most memory that it reserves."""
-
-    def make_step(changed, machine):
-        return train.TrainStep(found.model, changed, machine, cuda_graph=False)
-
     reserved = []
     for rung in fit.ladder(found.config):
         gc.collect()
         torch.cuda.empty_cache()
-        assert fit.fits_in_a_trial(rung, found.model, found.machine, make_step)
+        assert fit.fits_in_a_trial(rung, found, train.TrainStep)
         reserved.append((rung, torch.cuda.max_memory_reserved()))
     return reserved
 
@@ -400,7 +396,7 @@ def test_a_save_of_a_run_with_a_recorded_step_holds_the_weights_after_the_replay
     assert found.train_step.graph is not None
     saver: Saver = found.saver
     assert saver.is_saved()
-    now = found.model.transformer.wpe.weight.cpu()
+    now = found.run.model.transformer.wpe.weight.cpu()
     assert torch.equal(weights(tmp_path)["transformer.wpe.weight"], now)
     counts = {t.item() for name, t in weights(tmp_path, file="trainer").items() if ".step" in name}
     assert counts == {12.0}

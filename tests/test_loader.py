@@ -20,21 +20,19 @@ def test_ranks_together_draw_every_window_of_an_epoch_once(tmp_path, world):
     windows = TrainWindows(Tokens.open(tmp_path, "train"), 5, seed=3)
     assert windows.per_epoch == 48
     loaders = []
-    buffers = []
     for rank in range(world):
-        x = torch.zeros(4 // world, 2, 5, dtype=torch.int64)  # 4 micro-batches of 2 in all
-        y = torch.zeros_like(x)
         machine = Machine(CPU.device, CPU.dtype, compiled=False, rank=rank, world=world)
-        loaders.append(Loader(windows, x, y, machine))
-        buffers.append((x, y))
+        batch = torch.zeros(2, 4 // world, 2, 5, dtype=torch.int64)  # 4 micro-batches of 2 in all
+        loaders.append(Loader(windows, batch, machine))
     for epoch in range(3):
         drawn: list[int] = []
         for position in range(epoch * 48, (epoch + 1) * 48, 8):
-            for loader, (x, y) in zip(loaders, buffers, strict=True):
-                assert loader.load(position) is None  # every position is a target
-                assert torch.equal(y, x + 1)
+            # Every position is a target.
+            assert {loader.load(position) for loader in loaders} == {None}
             # Micro-batch m belongs to rank m % world.
-            step = torch.stack([x for x, _ in buffers], dim=1).flatten()[::5].tolist()
+            x, y = torch.stack([loader.on_device for loader in loaders], dim=2)
+            assert torch.equal(y, x + 1)
+            step = x.flatten()[::5].tolist()
             assert step == windows.starts(np.arange(position, position + 8)).tolist()
             drawn += step
         assert sorted(drawn) == [min(drawn) + i * 5 for i in range(48)]
@@ -48,58 +46,49 @@ def test_of_masked_data_the_examples_are_loaded_and_the_targets_of_a_micro_batch
     write_shard(tmp_path / "train_000000.bin", tokens)
     write_shard(tmp_path / "train_mask_000000.bin", mask)
     windows = TrainWindows(Tokens.open(tmp_path, "train"), 5, seed=3)
-    x = torch.zeros(4, 1, 5, dtype=torch.int64)  # each row is a micro-batch
-    y = torch.zeros_like(x)
-    starts = torch.zeros_like(x)
-    counts = Loader(windows, x, y, CPU, starts).load(0)
+    batch = torch.zeros(3, 4, 1, 5, dtype=torch.int64)  # each row is a micro-batch
+    counts = Loader(windows, batch, CPU).load(0)
     assert sorted(counts) == [0, 0, 0, 3]
     second = counts.index(3)
+    _, y, starts = batch
     assert y[second].tolist() == [[6, -1, 8, 9, -1]]
     assert starts[second].tolist() == [[0, 0, 2, 2, 2]]
     assert not starts[:second].any() and not starts[second + 1 :].any()
 
 
-def test_a_batch_is_copied_without_waiting_only_on_cuda_where_an_event_marks_its_end(dataset):
-    """A Mac's GPU would copy after the host has filled the buffer anew."""
-    waits = []
-
-    def copy(source, non_blocking):
-        waits.append(not non_blocking)
-
-    buffer = SimpleNamespace(shape=(1, 2, 8), copy_=copy)
-    windows = TrainWindows(Tokens.open(dataset, "train"), 8, seed=3)
-    Loader(windows, buffer, buffer, CPU).load(0)
-    assert waits == [True, True]
-
-
-def test_a_buffer_is_filled_again_only_after_the_gpu_has_copied_it(dataset, monkeypatch):
-    """With two buffers, the third load waits for the copy of the first."""
-    events = []
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_host_waits_for_a_copy_and_on_cuda_only_before_it_fills_the_array_anew(
+    dataset, monkeypatch, on_gpu
+):
+    """A Mac's GPU would copy after the host has filled the array: its copies are waited for."""
+    calls = []
 
     class Event:
-        def __init__(self):
-            self.waited = False
-            events.append(self)
-
         def record(self):
-            pass
+            calls.append("record")
 
         def synchronize(self):
-            self.waited = True
+            calls.append("wait")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Machine, "on_gpu", on_gpu)
     zeros = torch.zeros
 
-    def unpinned_zeros(*shape, pin_memory=False, **more):  # pinning needs a GPU
+    def unpinned_zeros(*shape, pin_memory, **more):  # pinning needs a GPU
         return zeros(*shape, **more)
 
     monkeypatch.setattr(torch, "zeros", unpinned_zeros)
-    gpu = Machine(torch.device("cuda"), torch.bfloat16, compiled=False)
     windows = TrainWindows(Tokens.open(dataset, "train"), 8, seed=3)
-    x = torch.zeros(1, 2, 8, dtype=torch.int64)
-    loader = Loader(windows, x, torch.zeros_like(x), gpu)
+    batch = windows.batch
+    monkeypatch.setattr(windows, "batch", lambda *at: calls.append("fill") or batch(*at))
+    device = SimpleNamespace(
+        shape=(2, 1, 2, 8),
+        copy_=lambda source, non_blocking: calls.append(("copy", non_blocking)),
+    )
+    loader = Loader(windows, device, CPU)
     loader.load(0)
     loader.load(2)
-    assert [event.waited for event in events] == [False, False]
-    loader.load(4)
-    assert [event.waited for event in events] == [True, False, False]
+    if on_gpu:
+        assert calls == ["wait", "fill", ("copy", True), "record"] * 2
+    else:
+        assert calls == ["fill", ("copy", False)] * 2

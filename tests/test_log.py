@@ -15,10 +15,10 @@ from matplotlib.image import imread
 
 import train
 from data.tokenizers import CharTokenizer
-from gpt12.checkpoint import Saver
+from gpt12.checkpoint import Progress, Saver
 from gpt12.device import Machine
 from gpt12.errors import UserError
-from gpt12.log import Clock, Metrics, RunLog, draw_losses
+from gpt12.log import Clock, RunLog, draw_losses, open_metrics
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig, parameter_count
 from tests.helpers import (
@@ -203,22 +203,6 @@ def test_the_wait_before_the_first_step_is_explained_once(dataset, tmp_path, cap
     assert "evaluating before" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("max_iters", "told"), [(101, []), (100 + 60 * 100, ["1:40:00"]), (220, ["0:02:00"])]
-)
-def test_without_a_progress_bar_the_time_to_go_is_told_once(
-    dataset, tmp_path, capsys, max_iters, told
-):
-    found = built(dataset, tmp_path, f"--max_iters={max_iters}")
-    found.progress.step = 100
-    log = RunLog(found)
-    log.bar = SimpleNamespace(disable=True, set_postfix_str=lambda *args, **options: None)
-    log._record = lambda **values: None
-    for steps_per_s in (None, 1.0, 1.0):  # no speed is known at the first step
-        log.log_step(2.0, 0.1, 1.0, bad=0, skipped=0, steps_per_s=steps_per_s)
-    assert re.findall("about (.*) to go", capsys.readouterr().out) == told
-
-
 def test_metrics_hold_the_promised_columns(dataset, tmp_path):
     assert run(dataset, tmp_path, "--max_iters=1") == 0
     evaluation, step, _ = read_rows(tmp_path)
@@ -238,17 +222,6 @@ def test_a_line_that_cannot_be_written_costs_no_run(dataset, tmp_path, monkeypat
         sys, "stdout", SimpleNamespace(write=write, flush=lambda: None, encoding="utf-8")
     )
     assert run(dataset, tmp_path, "--max_iters=2") == 0
-
-
-def test_too_little_memory_for_a_sample_does_not_end_the_run(
-    dataset, tmp_path, monkeypatch, capsys
-):
-    def exhausted(*args, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr("gpt12.log.generate", exhausted)
-    assert run(dataset, tmp_path, "--max_iters=3") == 0
-    assert capsys.readouterr().out.count("too little memory beside the training step") == 2
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -271,22 +244,15 @@ def test_a_sample_compiles_nothing(dataset, tmp_path):
     for layer in found.model.transformer.h:
         layer.compile(backend=backend)
     log = RunLog(replace(found, machine=replace(found.machine, compiled=True)))
-    log.show_sample()
+    log._show_sample()
     assert not compiled
     found.model(torch.zeros(1, 4, dtype=torch.int64))
     assert compiled  # as it is in training
 
 
-def test_training_goes_on_in_training_mode_after_a_sample(dataset, tmp_path, monkeypatch):
-    trainer = Trainer(built(dataset, tmp_path))
-    trainer.model.train()
-    trainer.log.show_sample()
-    assert trainer.model.training
-
-
 def test_the_picture_names_the_model_in_best(dataset, tmp_path, monkeypatch):
     bests = []
-    monkeypatch.setattr("gpt12.log.draw_losses", lambda metrics, picture, best: bests.append(best))
+    monkeypatch.setattr("gpt12.log.draw_losses", lambda out_dir, best: bests.append(best))
     assert run(dataset, tmp_path, "--max_iters=2") == 0
     assert bests == [None, (trainer(tmp_path, "best")["best_val_loss"], 2)]
 
@@ -310,23 +276,8 @@ def test_a_run_of_one_step_claims_no_time_and_slow_saving_is_told(
 ):
     """Its only step compiles, which does not count."""
     monkeypatch.setattr(Saver, "_save", time.taking(7, Saver._save))
-    monkeypatch.setattr(train, "time", sys.modules["gpt12.log"].time)
     assert run(dataset, tmp_path, "--max_iters=1", "--always_save_checkpoint=False") == 0
     assert "\n1 step in 14.0 s of saving, best val" in capsys.readouterr().out  # best/ and last/
-
-
-def test_a_run_whose_loss_was_lost_does_not_invite_to_sample(
-    dataset, tmp_path, monkeypatch, capsys
-):
-    def hopeless(self):
-        self.log.say_hopeless(20)
-        return True
-
-    monkeypatch.setattr(Trainer, "updates_keep_failing", hopeless)
-    assert run(dataset, tmp_path, "--max_iters=2") == 1
-    said = capsys.readouterr().out
-    assert "stopping at step 1: the last 20 updates had a loss or gradient that is not fi" in said
-    assert "sample.py" not in said
 
 
 @pytest.mark.parametrize(("after", "told"), [(1.9, False), (2.1, True)])
@@ -381,9 +332,8 @@ def fail_at_step(monkeypatch, name: str, step: int) -> None:
 @pytest.mark.parametrize(
     ("name", "best_step"),
     [
-        ("gpt12.log.Metrics.append", 2),
-        ("gpt12.log.RunLog.draw", 4),
-        ("gpt12.log.RunLog.show_sample", 4),
+        ("gpt12.log.RunLog.log_step", 2),
+        ("gpt12.log.RunLog._draw", 4),
         ("data.windows.EvalWindows.batch", 2),
         ("gpt12.loader.Loader.load", 2),
         ("gpt12.checkpoint.Saver._write_best", 2),
@@ -429,67 +379,59 @@ def test_an_update_that_fails_half_way_leaves_the_older_last(dataset, tmp_path, 
 
 def test_metrics_are_read_up_to_a_torn_line_and_continued(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    metrics = Metrics(file, -1, -1)
-    for step in range(1, 6):
-        metrics.append({"step": step, "tokens": 10 * step, "loss": 1 / step})
-    metrics.close()
-    whole = file.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    for cut in range(len(lines[-1])):  # every way in which the last line can be torn
-        file.write_bytes(whole[: len(whole) - cut])
-        again = Metrics(file, 5, -1)
-        again.append({"step": 6, "tokens": 60, "loss": 0.1})
-        again.close()
+    rows = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 6)]
+    whole = "".join(rows)
+    for cut in range(len(rows[-1])):  # every way in which the last line can be torn
+        file.write_text(whole[: len(whole) - cut])
+        with open_metrics(file, Progress(step=5)) as again:
+            again.write('{"step": 6, "loss": 0.1}\n')
         assert list(losses(tmp_path)) == ([1, 2, 3, 4, 6] if cut > 1 else [1, 2, 3, 4, 5, 6])
-    file.write_bytes(whole + b'\x00\xff\n[1]\n{"step": "x"}\n"torn')
-    Metrics(file, 3, -1).close()
-    assert file.read_bytes() == b"".join(lines[:3])  # what is past the resumed step is dropped
-    Metrics(file, -1, -1).close()
-    assert file.read_bytes() == b""
+    file.write_bytes(whole.encode() + b'\x00\xff\n[1]\n{"step": "x"}\n{}\n"torn')
+    open_metrics(file, Progress(step=3)).close()
+    assert file.read_text() == "".join(rows[:3])  # what is past the resumed step is dropped
 
 
 def test_an_evaluation_made_again_after_a_kill_is_written_once(tmp_path):
+    """The checkpoint of step 5 was written before that step's evaluation."""
     file = tmp_path / "metrics.jsonl"
-    first = Metrics(file, -1, -1)
-    first.append({"step": 5, "loss": 1.0})
-    first.append({"step": 5, "train_loss": 1.0, "val_loss": 2.0})
-    first.close()  # killed here, with a checkpoint of step 5 that was written before its evaluation
-    again = Metrics(file, 5, -1)
-    again.append({"step": 5, "train_loss": 1.0, "val_loss": 2.0})
-    again.append({"step": 6, "loss": 1.0})
-    again.append({"step": 6, "train_loss": 1.0, "val_loss": 2.0})
-    again.close()
-    found = [(row["step"], "val_loss" in row) for row in read_rows(tmp_path)]
-    assert found == [(5, False), (5, True), (6, False), (6, True)]
+    file.write_text('{"step": 5, "loss": 1.0}\n{"step": 5, "val_loss": 2.0}\n')
+    open_metrics(file, Progress(step=5, evaluated_step=0)).close()
+    assert file.read_text() == '{"step": 5, "loss": 1.0}\n'
 
 
-def test_a_metric_that_is_not_finite_is_written_as_null(tmp_path):
-    metrics = Metrics(tmp_path / "metrics.jsonl", -1, -1)
-    values = {"loss": math.nan, "grad_norm": math.inf, "lr": -math.inf, "tokens_per_s": None}
-    metrics.append({"step": 1, **values})
-    metrics.close()
-    row = json.loads(
-        (tmp_path / "metrics.jsonl").read_text(),
-        parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"),
-    )
-    assert row == {"step": 1, **dict.fromkeys(values)}
+def test_a_metric_that_is_not_finite_is_written_as_null(dataset, tmp_path, monkeypatch):
+    bad = [math.nan, math.inf, 0.0, 0.0]
+    results = SimpleNamespace(tolist=lambda: bad)
+    begin = Trainer.__init__
+
+    def with_bad_results(self, *args, **options):
+        begin(self, *args, **options)
+        self.train_step.results = results
+
+    monkeypatch.setattr(Trainer, "__init__", with_bad_results)
+    assert run(dataset, tmp_path, "--max_iters=1") == 0
+    _, row, _ = read_rows(tmp_path)
+    assert [row[key] for key in ("loss", "grad_norm", "tokens_per_s")] == [None] * 3
 
 
-def test_a_full_disk_costs_rows_of_metrics_and_neither_the_run_nor_later_rows(tmp_path):
+def test_a_full_disk_costs_rows_of_metrics_and_neither_the_run_nor_later_rows(
+    dataset, tmp_path, capsys, monkeypatch
+):
     resource = pytest.importorskip("resource")  # a limit of a file's size is POSIX
     file = tmp_path / "metrics.jsonl"
-    metrics = Metrics(file, -1, -1)
-    assert metrics.append({"step": 1, "loss": 2.0}) is None
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 7, limits[1]))
-        told = metrics.append({"step": 2, "loss": 1.5})
-        assert told == f"could not write {file}: File too large"
-        assert metrics.append({"step": 3, "loss": 1.25}) is None  # it is told once
-    finally:
+    record = RunLog._record
+
+    def on_a_small_disk(self, **values):
+        step = self.progress.step
+        size = file.stat().st_size + 7 if step in (2, 3) else limits[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        record(self, **values)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert metrics.append({"step": 4, "loss": 1.0}) is None
-    metrics.close()
+
+    monkeypatch.setattr(RunLog, "_record", on_a_small_disk)
+    assert run(dataset, tmp_path, "--max_iters=4") == 0
+    assert capsys.readouterr().out.count(f"could not write {file}: File too large") == 1
     assert list(losses(tmp_path)) == [1, 2, 3, 4]
 
 
@@ -514,7 +456,7 @@ def coloured_pixels(file: Path) -> int:
 def draw(folder: Path, rows: list[dict], best: tuple[float, int] | None = None) -> None:
     """Draw loss.png from a metrics.jsonl with these rows."""
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    draw_losses(folder / "metrics.jsonl", folder / "loss.png", best)
+    draw_losses(folder, best)
 
 
 @pytest.mark.picture
@@ -526,8 +468,6 @@ def test_the_picture_can_be_drawn_from_none_one_and_many_rows(tmp_path):
         "one evaluation": [evaluation_row(0, 4.0)],
         "not finite": [step_row(1, None), evaluation_row(1, None)],
         "many": [step_row(i, 4 / i) for i in numbers] + [evaluation_row(i, 4 / i) for i in numbers],
-        # A stranger's file may lack anything.
-        "lacking": [{"step": 1, "loss": 2.0}, {"step": 2, "val_loss": 3}],
     }
     drawn = {}
     for name, rows in cases.items():
@@ -542,8 +482,10 @@ def test_the_picture_can_be_drawn_from_none_one_and_many_rows(tmp_path):
 def test_the_lines_of_a_picture(tmp_path, monkeypatch):
     """Evaluations begin after step 0 if there are others; of the steps some are left out."""
     figures = []
-    monkeypatch.setattr("gpt12.log._save_figure", lambda figure, file: figures.append(figure))
-    monkeypatch.setattr("gpt12.log.MAX_STEPS_DRAWN", 40)
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, *args, **options: figures.append(figure)
+    )
+    monkeypatch.setattr("gpt12.log.MAX_DRAWN", 40)
     rows = [evaluation_row(step, 4.0 - step) for step in range(3)]
     of_steps = [step_row(step, 3.5) for step in range(1, 100)]
     for evaluations in (rows, rows[:1]):
@@ -676,36 +618,39 @@ def time(monkeypatch) -> Time:
     return found
 
 
-def test_seconds_and_steps_count_only_while_the_clock_runs(time):
-    clock = Clock(CPU, total=5.0)
-    clock.count_step()
-    time.now += 1
+def test_seconds_count_only_while_the_clock_runs(time):
+    progress = Progress(elapsed_s=5.0)
+    clock = Clock(CPU, progress)
+
+    def make_a_step(seconds):
+        time.now += seconds
+        progress.step += 1
+
+    make_a_step(1)
     assert clock.steps_per_second() is None
     clock.start()
-    assert clock.running
     for _ in range(3):
-        time.now += 2
-        clock.count_step()
+        make_a_step(2)
     assert clock.steps_per_second() == 0.5
-    assert clock.steps_per_second() is None  # no step since then
-    time.now += 1
-    clock.count_step()
-    clock.stop()
-    time.now += 100
-    clock.stop()
-    assert not clock.running
-    clock.start()
-    time.now += 1
-    clock.count_step()
+    make_a_step(1)
+    with clock.stopped():
+        time.now += 100
+    assert clock.running
+    make_a_step(1)
     assert clock.steps_per_second() == 1.0  # the 100 seconds in between do not count
-    assert clock.total == 13.0
+    clock.stop()
+    make_a_step(10)
+    with clock.stopped():
+        time.now += 100
+    assert not clock.running
+    assert progress.elapsed_s == 13.0
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_starting_and_stopping_wait_for_the_device(time, monkeypatch, kind):
     waited = []
     monkeypatch.setattr(f"torch.{kind}.synchronize", lambda: waited.append(kind))
-    clock = Clock(Machine(torch.device(kind), torch.float32, compiled=False), total=0.0)
+    clock = Clock(Machine(torch.device(kind), torch.float32, compiled=False), Progress())
     clock.start()
     clock.stop()
     assert waited == [kind, kind]

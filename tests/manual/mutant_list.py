@@ -172,7 +172,7 @@ UPDATE = [
     Mutant(
         "the learning rate of the first step stays",
         file="train.py",
-        before="self.lr.fill_(lr)",
+        before='group["lr"].fill_(lr)',
         after="pass",
         test_file="test_train.py",
         test="test_all_optimizers_of_a_step_read_one_learning_rate",
@@ -227,7 +227,7 @@ UPDATE = [
     Mutant(
         "gradients of the step before are added",
         file="train.py",
-        before="parameter.grad = None",
+        before="self.model.zero_grad()",
         after="pass",
         test_file="test_train.py",
         test="test_ten_training_steps_give_the_golden_losses_and_those_of_the_reference",
@@ -270,16 +270,16 @@ LOOP = [
     Mutant(
         "the model of step 0 is saved as the best",
         file="train.py",
-        before="if self.progress.step == 0 or not math.isfinite(val_loss):",
-        after="if not math.isfinite(val_loss):",
+        before="return self.progress.step > 0 and val_loss < (math.inf if best is None else best)",
+        after="return val_loss < (math.inf if best is None else best)",
         test_file="test_train.py",
         test="test_patience_counts_the_evaluations_since_the_best",
     ),
     Mutant(
         "a worse model replaces the best",
         file="train.py",
-        before="return best is None or val_loss < best",
-        after="return True",
+        before="return self.progress.step > 0 and val_loss < (math.inf if best is None else best)",
+        after="return self.progress.step > 0",
         test_file="test_train.py",
         test="test_patience_counts_the_evaluations_since_the_best",
     ),
@@ -293,7 +293,7 @@ LOOP = [
     Mutant(
         "a resumed run starts with a new optimizer",
         file="train.py",
-        before="load_trainer_state(run.checkpoint, self.train_step.trainer_state())",
+        before="load_trainer_state(run.checkpoint, self.train_step)",
         after="pass",
         test_file="test_train.py",
         test="test_a_killed_run_that_is_resumed_equals_the_unbroken_run_bit_for_bit",
@@ -635,8 +635,8 @@ PROCESSES = [
     Mutant(
         "the gradients of the last micro-batch stay on their rank",
         file="train.py",
-        before="with self.gradients_stay_on_this_rank(not last):",
-        after="with self.gradients_stay_on_this_rank(last):",
+        before="if self.machine.world > 1 and m < self.micro_steps - 1:",
+        after="if self.machine.world > 1:",
         test_file="test_distributed.py",
         test="test_two_ranks_prepare_a_text_once_and_train_like_one_process",
     ),
