@@ -561,7 +561,7 @@ CHECKPOINTS = [
     Mutant(
         "the timer of saves is never reset",
         file="gpt12/checkpoint.py",
-        before="self.saved_at = began + self.seconds",
+        before="self.saved_at = began + seconds",
         after="pass",
         test_file="test_checkpoint.py",
     ),
@@ -953,7 +953,7 @@ CONFIGURATION = [
     Mutant(
         "all ranks drop out the same numbers",
         file="train.py",
-        before="torch.manual_seed(seed_of_step(config.seed, self.machine.rank, progress.step))",
+        before="torch.manual_seed(seed_of_step(config.seed, self.run.machine.rank, progress.step))",
         after="torch.manual_seed(seed_of_step(config.seed, 0, progress.step))",
         test_file="test_distributed.py",
         test="test_what_a_rank_draws_in_a_step_is_its_own_also_after_resuming",
