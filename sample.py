@@ -30,7 +30,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data.tokenizers import GPT2_VOCAB_SIZE, from_meta, get_tokenizer, load_tokenizer
+from data.tokenizers import GPT2_VOCAB_SIZE, get_tokenizer, load_tokenizer
 from gpt12.checkpoint import find_checkpoint, is_run
 from gpt12.config import load_config, unescape
 from gpt12.device import open_machine
@@ -133,11 +133,10 @@ def nanogpt_tokenizer(file: Path) -> Any:
     if vocab_size == GPT2_VOCAB_SIZE:
         return get_tokenizer("gpt2")
     folder = DATA / str(checkpoint.dataset)
-    meta = folder / "meta.json"
     # The name comes from the file, so it must not be allowed to lead out of data/.
-    if folder.parent != DATA or not meta.is_file():
+    if folder.parent != DATA:
         return None
-    tokenizer = from_meta(json.loads(meta.read_bytes()), folder)
+    tokenizer = load_tokenizer(folder)
     return tokenizer if tokenizer is not None and tokenizer.vocab_size == vocab_size else None
 
 

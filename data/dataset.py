@@ -11,20 +11,14 @@ import importlib
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data.prepare import (
-    FORMAT,
-    characters_of,
-    check_characters,
-    prepare_texts,
-)
+from data.prepare import FORMAT, prepare_texts
 from data.readers import SUFFIXES
 from data.shards import UINT16, Tokens, find_shards
-from data.texts import Documents, chat_template
-from data.tokenizers import CharTokenizer, Tokenizer, from_meta, get_tokenizer
+from data.texts import Documents
+from data.tokenizers import CharTokenizer, Tokenizer, get_tokenizer, load_tokenizer
 from gpt12.errors import UserError
 from gpt12.files import exists, sha256
 
@@ -36,35 +30,27 @@ SMALL = ("shakespeare", "shakespeare_char")  # data sets of ours that are prepar
 class Dataset:
     """A data set that is ready to be trained on.
 
-    meta: the content of meta.json, empty if there is none (nanoGPT's data sets have none).
     tokenizer: None if it is not known.
     train: None if the folder holds only val shards.
     warnings: what the user should know about the data.
+    documents: their number, or None if it is not known.
+    val_sha256: the hash of the first val shard, or None for shards that were not made here.
     """
 
     name: str
     folder: Path
-    meta: dict[str, Any]
     tokenizer: Tokenizer | None
     vocab_size: int
     train: Tokens | None
     val: Tokens
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
+    documents: int | None
+    val_sha256: str | None
 
     @property
-    def kind(self) -> str:
-        """What the data are: "text", "prompt" (prompts and completions) or "messages"."""
-        return self.meta.get("kind", "text")
-
-    @property
-    def documents(self) -> int | None:
-        """The number of documents, or None if it is not known."""
-        return self.meta.get("documents")
-
-    @property
-    def source_sha256(self) -> str | None:
-        """The hash of the text that the shards were made from, or None if it is not known."""
-        return self.meta.get("source_sha256")
+    def tokenizer_name(self) -> str | None:
+        """The name of the tokenizer, or None if it is not known."""
+        return self.tokenizer.name if self.tokenizer else None
 
 
 def open_dataset(
@@ -101,12 +87,7 @@ def open_dataset(
             f"{name} could not be prepared: {error}. "
             "What is done so far is kept: run the command again to continue."
         ) from error
-    dataset = _read_dataset(name, folder)
-    _check_tokenizer(dataset, tokenizer)
-    row = dataset.meta.get("row", block_size)
-    if row != block_size:
-        raise UserError(f"{folder} holds rows of {row} tokens. Use --block_size={row}.")
-    return dataset
+    return _read_dataset(name, folder, tokenizer, block_size)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -117,12 +98,10 @@ def check_exists(name: str) -> None:
     """Raise UserError if there is no data set of this name. This takes no time."""
     if _is_named(name) or name.startswith("hf:") or exists(os.path.expanduser(name)):  # noqa: PTH111
         return
-    shown = repr(name[:200])
     known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
-    near = difflib.get_close_matches(name, known, 1)
-    problem = f"There is no data set {shown}: no such file or folder exists."
-    if near:
-        problem += f" Did you mean {near[0]}?"
+    problem = f"There is no data set {name[:200]!r}: no such file or folder exists."
+    for near in difflib.get_close_matches(name, known, 1):
+        problem += f" Did you mean {near}?"
     raise UserError(
         f"{problem} It may be one of {', '.join(known)}, a file ({', '.join(SUFFIXES)}), a folder "
         "of such files, or hf:owner/name."
@@ -140,23 +119,12 @@ def _is_named(name: str) -> bool:
 
 def _prepare_named(folder: Path) -> None:
     """Prepare a data set in data/, if it is one of our small ones."""
-    if folder.name in SMALL:
-        importlib.import_module(f"data.{folder.name}.prepare").prepare(folder)
-        return
-    raise UserError(
-        f"The data set {folder.name} is not prepared. Run: python {folder / 'prepare.py'} (its "
-        f"first lines say what that takes)\n{_other_data()}"
-    )
-
-
-def _other_data() -> str:
-    import torch
-
-    preset = "char" if torch.cuda.is_available() else "cpu"
-    return (
-        "Or choose other data, for example --dataset=my.txt, or a preset that brings its own: "
-        f"config/train_shakespeare_{preset}.py"
-    )
+    if folder.name not in SMALL:
+        raise UserError(
+            f"The data set {folder.name} is not prepared. Run: python {folder / 'prepare.py'} (its "
+            "first lines say what that takes). Or name other data: --dataset=my.txt"
+        )
+    importlib.import_module(f"data.{folder.name}.prepare").prepare(folder)
 
 
 def _prepare_text(
@@ -174,7 +142,7 @@ def _prepare_text(
     """
     name = arguments[0]
     documents = None
-    content: Any = name
+    content: object = name
     if not name.startswith("hf:"):  # the hub is asked only for what is not there yet
         documents = Documents(*arguments)
         content = [(file.name, sha256(file)) for file in documents.files]
@@ -182,122 +150,100 @@ def _prepare_text(
     if isinstance(tokenizer, Tokenizer):
         # By name, so that a resumed run, which brings its model's tokenizer, finds its data again.
         made_with = tokenizer.name if tokenizer.name in ("gpt2", "bytes") else tokenizer.sha256
-    made_by = [FORMAT, content, *arguments[1:], made_with, val_fraction]
+    made_by = json.dumps([FORMAT, content, *arguments[1:], made_with, val_fraction])
+    digest = hashlib.sha256(made_by.encode()).hexdigest()[:12]
     stem = re.sub(r"[^\w.-]+", "-", Path(name).stem)[:50] or "texts"  # as all systems allow
-    folders = {}
-    for kind, row in (("text", None), ("rows", block_size)):
-        digest = hashlib.sha256(json.dumps([*made_by, row]).encode()).hexdigest()
-        folders[kind] = DATA / "cache" / f"{stem}-{digest[:12]}"
-        if folders[kind].exists():
-            return folders[kind]
+    texts = DATA / "cache" / f"{stem}-{digest}"
+    rows = texts.with_name(f"{texts.name}-{block_size}")
+    for folder in (texts, rows):
+        if folder.exists():
+            return folder
     documents = documents or Documents(*arguments)
-    finished = folders["text" if documents.kind == "text" else "rows"]
+    finished = texts if documents.kind == "text" else rows
     building = finished.with_name(f"{finished.name}.tmp")
-    own = _tokenizer_for(documents, tokenizer)
-    prepare_texts(name, documents, own, building, val_fraction, block_size=block_size)
+    if tokenizer == "char":
+        tokenizer = _characters_of(documents)
+    elif isinstance(tokenizer, str):
+        tokenizer = get_tokenizer(tokenizer)
+    prepare_texts(name, documents, tokenizer, building, val_fraction, block_size=block_size)
     return building.rename(finished)
 
 
-def _tokenizer_for(documents: Documents, tokenizer: str | Tokenizer) -> Tokenizer:
-    """Return the tokenizer for some documents; "char" is made from their characters."""
-    if isinstance(tokenizer, CharTokenizer):
-        check_characters(documents, tokenizer)
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    if tokenizer != "char":
-        return get_tokenizer(tokenizer)
-    characters = characters_of(documents)
-    if not documents.is_one_text:
-        characters.add("\n")  # a line end keeps documents apart
-    return CharTokenizer("".join(sorted(characters)))
+def _characters_of(documents: Documents) -> CharTokenizer:
+    """Return a tokenizer that knows the characters of some documents."""
+    found: set[str] = set()
+    for _, piece in documents:
+        found.update(piece.text)
+    if len(documents.first) > 1:
+        found.add("\n")  # a line end keeps documents apart
+    return CharTokenizer("".join(sorted(found)))
 
 
 # ----------------------------------------------------------------------------------------------
 # Reading
 
 
-def _read_dataset(name: str, folder: Path) -> Dataset:
-    """Read a data set from a folder with shards."""
+def _read_dataset(name: str, folder: Path, asked: str | Tokenizer, block_size: int) -> Dataset:
+    """Read a data set from a folder with shards, and check that it is as it was asked for."""
     if (folder / "progress.json").exists():
         raise UserError(
             f"The preparation of {folder} is not finished. Start it again to continue it."
         )
+    meta_file = folder / "meta.json"
+    meta = json.loads(meta_file.read_bytes()) if meta_file.exists() else {}
+    row = meta.get("row") or block_size
+    if row != block_size:
+        raise UserError(f"{folder} holds rows of {row} tokens. Use --block_size={row}.")
     val = Tokens.open(folder, "val")
     train = Tokens.open(folder, "train") if find_shards(folder, "train") else None
     splits = [val] if train is None else [val, train]
-    meta: dict[str, Any] = {}
-    tokenizer = None
-    warnings = []
-    if (folder / "meta.json").exists():
-        meta = json.loads((folder / "meta.json").read_bytes())
-        tokenizer = from_meta(meta, folder)
-        vocab_size = meta["vocab_size"]
-        warnings = _warnings_about_texts(meta, tokenizer)
-        if tokenizer is not None and "kind" in meta:
-            tokenizer.chat_template = chat_template(
-                meta["kind"],
-                has_end_token=tokenizer.eot is not None,
-                ending=meta.get("prompt_ending", ""),
-                system=meta.get("system"),
-            )
-    elif (folder / "meta.pkl").exists() or val.dtype != UINT16:
+    warnings = list(meta.get("notes", ()))
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None and not meta and not (folder / "meta.pkl").exists():
+        if val.dtype == UINT16:
+            tokenizer = get_tokenizer("gpt2")  # as in nanoGPT
+    if tokenizer is not None:
+        vocab_size = tokenizer.text_ids
+    else:
         vocab_size = max(split.max_id() for split in splits) + 1
         warnings.append(
-            f"{folder} has no meta.json (a meta.pkl is never opened, because it can run programs). "
+            f"{folder} has no tokenizer (a meta.pkl is never opened, because it can run programs). "
             f"The vocabulary is assumed to have {vocab_size:,} ids, the largest one plus one. The "
             "ids cannot be turned into text."
         )
-    else:
-        tokenizer = get_tokenizer("gpt2")  # as in nanoGPT
-        vocab_size = tokenizer.vocab_size
     for split in splits:
         split.check_vocab(vocab_size)
-    return Dataset(name, folder, meta, tokenizer, vocab_size, train, val, warnings)
+    if asked != "auto":
+        tokenizer = _as_asked(folder, tokenizer, asked, is_text=val.mask is None)
+    return Dataset(
+        name=name,
+        folder=folder,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        train=train,
+        val=val,
+        warnings=warnings,
+        documents=meta.get("documents"),
+        val_sha256=meta.get("val_sha256"),
+    )
 
 
-def _warnings_about_texts(meta: dict[str, Any], tokenizer: Tokenizer | None) -> list[str]:
-    """Return what the user should know about the texts that were prepared."""
-    warnings = list(meta.get("notes", ()))
-    if tokenizer is not None and tokenizer.eot is None and "row" in meta:
-        warning = "This tokenizer has no end-of-text token, so answers will not end by themselves."
-        if "\n" in tokenizer.names:
-            warning += " Sample with --stop='\\n'."
-        warnings.append(warning)
-    if meta.get("kind") == "prompt" and meta.get("prompt_ending") == "":
-        warnings.append(
-            "The prompts have no common ending, so the model cannot see where a question ends and "
-            "its answer begins. End every prompt in the same way, for example with a line end."
-        )
-    if meta.get("blank"):
-        warnings.append(f"{meta['blank']:,} blank texts or answers were left out.")
-    if meta.get("cut"):
-        warnings.append(
-            f"{meta['cut']:,} of {meta['documents']:,} examples were longer than a row of "
-            f"{meta['row']} tokens and were cut; {meta['left_out']:,} were left out, because "
-            "nothing of the answer remained."
-        )
-    return warnings
+def _as_asked(
+    folder: Path, own: Tokenizer | None, asked: str | Tokenizer, is_text: bool
+) -> Tokenizer:
+    """Return the tokenizer for a data set. Raises UserError if another one than its own is asked.
 
-
-def _check_tokenizer(dataset: Dataset, tokenizer: str | Tokenizer) -> None:
-    """Raise UserError if a data set was made with another tokenizer than the given one."""
-    if tokenizer == "auto":
-        return
-    own = dataset.tokenizer
-    if isinstance(tokenizer, Tokenizer):
-        asked = "that of the model"
-        same = own is not None and own.sha256 == tokenizer.sha256
-    else:
-        asked = tokenizer
-        same = own is not None and own.name == tokenizer
-    if not same:
-        made_with = "an unknown tokenizer" if own is None else f"the tokenizer {own.name}"
-        raise UserError(
-            f"{dataset.folder} was made with {made_with}, not with {asked}. "
-            "Pass the text itself: --dataset=FILE."
-        )
-    if isinstance(tokenizer, Tokenizer) and own is not None:
-        # The model's may have more tokens, and its files go back as they came.
-        dataset.tokenizer = tokenizer
-        if dataset.kind != "text":
-            tokenizer.chat_template = own.chat_template
+    asked: a name, or a model's tokenizer.
+    """
+    if own is not None and isinstance(asked, Tokenizer) and own.sha256 == asked.sha256:
+        if not is_text:
+            asked.chat_template = own.chat_template
+        return asked  # it may have more tokens, and its files go back as they came
+    if own is not None and own.name == asked:
+        return own
+    made_with = "an unknown tokenizer" if own is None else f"the tokenizer {own.name}"
+    wanted = "that of the model" if isinstance(asked, Tokenizer) else asked
+    raise UserError(
+        f"{folder} was made with {made_with}, not with {wanted}. "
+        "Pass the text itself: --dataset=FILE."
+    )

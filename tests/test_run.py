@@ -426,7 +426,7 @@ def test_a_run_on_other_data_says_so_and_forgets_its_best(dataset, finished, tmp
     out_dir = shutil.copytree(finished, tmp_path / "out")
     argv = ["--init_from=resume", f"--out_dir={out_dir}", f"--dataset={folder}"]
     for digit, other in (("0", False), ("1", True)):
-        meta = json.loads((folder / "meta.json").read_text()) | {"source_sha256": digit * 64}
+        meta = json.loads((folder / "meta.json").read_text()) | {"val_sha256": digit * 64}
         (folder / "meta.json").write_text(json.dumps(meta))
         capsys.readouterr()
         found = built_from([*argv, "--max_iters=9"])

@@ -475,8 +475,7 @@ def test_nanogpts_checkpoint_of_gpt2s_vocabulary_has_gpt2s_tokenizer(start, tmp_
 
 def prepare(folder: Path, chars: str) -> None:
     folder.mkdir()
-    meta = {"tokenizer": "char", "vocab_size": len(chars), "chars": chars}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    CharTokenizer(chars).save(folder)
 
 
 def test_nanogpts_checkpoint_takes_the_tokenizer_of_its_data_set(

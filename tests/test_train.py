@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from data.prepare import RowWriter
+from data.prepare import write_rows
 from data.shards import UINT16, Tokens
 from data.windows import EvalWindows
 from gpt12.checkpoint import Progress, Saver, trainer_tensors
@@ -456,20 +456,20 @@ def test_an_evaluation_is_the_mean_over_every_target_once(dataset):
 def test_an_evaluation_of_packed_rows_is_the_mean_over_examples_computed_alone(tmp_path):
     model = small_gpt()
     generator = np.random.default_rng(0)
-    writer = RowWriter(tmp_path, "val", UINT16, size=8, padding=0)
+    examples = []
     total = 0.0
     targets = 0
     for length in generator.integers(2, 9, 30).tolist():
         ids = generator.integers(0, 13, length)
         mask = generator.integers(0, 2, length).astype(np.uint8)
-        writer.add(ids, mask)
+        examples.append((ids, mask))
         with torch.no_grad():
             log_probs = model(torch.from_numpy(ids)[None])[0][0].log_softmax(1)
         for t in range(1, length):
             if mask[t] == 1:
                 total -= log_probs[t - 1, ids[t]].item()
                 targets += 1
-    writer.close()
+    write_rows(tmp_path, "val", examples, 8, UINT16, padding=0)
     windows = EvalWindows(Tokens.open(tmp_path, "val"), 8)
     assert windows.count < 25  # packed
     assert loss_over(model, windows) == pytest.approx(total / targets, rel=1e-5)

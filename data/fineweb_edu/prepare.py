@@ -23,18 +23,18 @@ from gpt12.errors import run_main
 
 HERE = Path(__file__).parent
 SOURCE = "hf:HuggingFaceFW/fineweb-edu:sample-10BT"
-TOKENS = 9_950_000_000  # of GPT-2's tokenizer
 VAL_FRACTION = 0.001
 
 
 def main() -> None:
-    """Write the shards and meta.json beside this file."""
+    """Write the shards, and what belongs to them, beside this file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=float, help="stop after about this many (default: all)")
-    limit = parser.parse_args().tokens
-    prepare_corpus(HERE, SOURCE, TOKENS, VAL_FRACTION, limit=limit and int(limit))
+    parser.add_argument(
+        "--tokens", type=float, default=float("inf"), help="stop after about this many of 10e9"
+    )
+    prepare_corpus(HERE, SOURCE, VAL_FRACTION, parser.parse_args().tokens)
 
 
 if __name__ == "__main__":

@@ -23,23 +23,19 @@ from gpt12.errors import UserError, run_main
 
 HERE = Path(__file__).parent
 SOURCE = "hf:Skylion007/openwebtext"
-TOKENS = 9_040_000_000
-BYTES_PER_TOKEN = 4.5  # of English text, about
 VAL_FRACTION = 0.0005  # nanoGPT's
 
 
 def prepare() -> None:
-    """Write the shards and meta.json beside this file."""
-    prepare_corpus(HERE, SOURCE, TOKENS, VAL_FRACTION)
+    """Write the shards, and what belongs to them, beside this file."""
+    prepare_corpus(HERE, SOURCE, VAL_FRACTION)
 
 
 def prepare_corpus(
-    folder: Path, source: str, tokens: int, val_fraction: float, limit: int | None = None
+    folder: Path, source: str, val_fraction: float, max_tokens: float = float("inf")
 ) -> None:
     """Tokenize a hub data set with GPT-2's tokenizer into a folder.
 
-    tokens: about how many the data set has.
-    limit: stop after this many tokens.
     Raises UserError if it is prepared already.
     """
     if (folder / "meta.json").exists() and not (folder / "progress.json").exists():
@@ -47,15 +43,9 @@ def prepare_corpus(
             f"{folder} is prepared already. To prepare it again, delete meta.json and the .bin "
             "files in it."
         )
-    prepare_texts(
-        folder.name,
-        Documents(source),
-        get_tokenizer("gpt2"),
-        folder,
-        val_fraction,
-        max_tokens=limit,
-        text_bytes=int(BYTES_PER_TOKEN * (limit or tokens)),
-    )
+    documents = Documents(source)
+    tokenizer = get_tokenizer("gpt2")
+    prepare_texts(folder.name, documents, tokenizer, folder, val_fraction, max_tokens=max_tokens)
 
 
 if __name__ == "__main__":

