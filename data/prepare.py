@@ -307,7 +307,7 @@ def _write_examples(
         documents.notes.append(
             f"{cut:,} of {progress.documents:,} examples were longer than a row of {block_size} "
             f"tokens and were cut; {left_out:,} were left out, because nothing of the answer "
-            "remained."
+            "remained. A larger --block_size= keeps more."
         )
     return progress
 

@@ -168,7 +168,9 @@ def _explain_encoding(file: Path, encoding: str) -> str:
         return f"{message} To go on with U+FFFD in the place of such bytes: --encoding={REPLACE}"
     strange = line[0 if start < 40 else start :][:80]
     matches = charset_normalizer.from_bytes(sample, cp_isolation=ENCODINGS)
-    guesses = [match.encoding for match in matches]
+    guesses = []
+    for match in matches:  # each stands for all encodings in which the sample is the same text
+        guesses.append("cp1252" if "cp1252" in match.could_be_from_charset else match.encoding)
     if b"\0" in strange:  # every other byte of Latin text in UTF-16 is 0
         guesses = ["utf_16_be" if strange[:1] == b"\0" else "utf_16_le"]
     message += " Pass the encoding in which this line is right:"

@@ -238,7 +238,8 @@ class CharTokenizer(Tokenizer):
                 f"{', '.join(shown[:SHOWN_CHARACTERS])}.\n"
                 "Remove them, or train a new model that knows them: "
                 "python train.py config/train_shakespeare_cpu.py --dataset=my.txt --tokenizer=char "
-                "(--tokenizer=bytes knows every character)."
+                "(--tokenizer=bytes knows every character). Conversations get the chat template's "
+                "headings, like '### Assistant:'; prompt and completion are taken as they are."
             )
         return ids.astype(np.uint32)
 

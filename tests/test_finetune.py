@@ -416,7 +416,7 @@ def refused(capsys, out_dir, *options) -> str:
         (
             "long.jsonl",
             (json.dumps({"prompt": "ada asks " * 9, "completion": "bob"}) + "\n").encode() * 40,
-            ["40 of 40 examples were left out, because a row of 32 tokens", "--block_size="],
+            ["40 of 40 examples were longer than a row of 32 tokens", "--block_size="],
         ),
         ("foreign.txt", "ada asks Ørsted. ".encode() * 99, ["'Ø'"]),
     ],
@@ -495,11 +495,9 @@ def test_a_chat_template_that_the_models_characters_cannot_write_is_refused(
     (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 40)
     options = [f"--init_from={tmp_path / 'model'}", f"--dataset={tmp_path / 'chat.jsonl'}"]
     message = refused(capsys, tmp_path / "out", *options)
-    assert ("'### Assistant:'" if of_the_template else "'\u00d8'") in message
-    assert (
-        "chat template's" in message and '"prompt" and "completion"' in message
-    ) == of_the_template
-    assert ("--tokenizer=bytes" in message) != of_the_template
+    assert ("'#' (U+0023)" if of_the_template else "'\u00d8'") in message
+    for advice in ("'### Assistant:'", "prompt and completion", "--tokenizer=bytes"):
+        assert advice in message
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "char"])
