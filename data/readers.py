@@ -26,8 +26,8 @@ END_OF_TEXT = "<|endoftext|>"  # separates the documents of a text file
 START_OF_TEXT = "<|startoftext|>"  # begins them in files made for gpt-2-simple, and says nothing
 REPLACE = "utf-8-replace"  # the encoding in which bytes that are not UTF-8 become U+FFFD
 # The common ones besides UTF-8, of which the likeliest are shown.
-ENCODINGS = [f"cp125{number}" for number in (2, 1, 0, 3, 4, 5, 6)]
-ENCODINGS += ["cp932", "euc_jp", "gb18030", "big5", "cp949", "koi8_r"]
+ENCODINGS = """cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 koi8_r cp932 euc_jp cp949
+    gb18030 big5""".split()
 BLOCK_CHARACTERS = 1 << 16  # read at once from a text file
 SAMPLE_BYTES = 1 << 18  # what a file's encoding is guessed from
 ROWS_AT_ONCE = 1000  # from parquet files and the hub; row by row takes three times as long
