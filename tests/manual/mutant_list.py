@@ -459,8 +459,8 @@ PREPARATION = [
     Mutant(
         "a long text is cut inside its words",
         file="data/texts.py",
-        before="(match := LAST_CUT.match(held)):",
-        after='(match := re.match("(?s).*", held)):',
+        before="if len(held) > PIECE_CHARACTERS and (match := LAST_CUT.match(held)):",
+        after='if len(held) > PIECE_CHARACTERS and (match := re.match("(?s).*.", held)):',
         test_file="test_texts.py",
         test="test_pieces_have_the_ids_of_the_whole",
     ),
