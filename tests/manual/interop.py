@@ -1,34 +1,33 @@
-r"""Open what train.py writes in other programs, open here what they write, and print a table.
+r"""Open what train.py writes in other programs, and open here what they write.
 
     python -m tests.manual.interop
-    python -m tests.manual.interop --only=GGUF --llama_cpp=../llama.cpp --work=/tmp/interop
+    LLAMA_CPP=../llama.cpp INTEROP_RUNS=/tmp/interop python -m tests.manual.interop -k gguf
 
-It trains four tiny models on the CPU first. A tool that is not installed is skipped. The converters
-to ONNX and GGUF pin older packages than requirements.txt does, so each needs an environment of its
-own; --work keeps the models, so that several environments check the same ones:
+It trains four tiny models on the CPU first, then pytest runs the checks, with options of its own
+like -k. A tool that is not installed is skipped. The converters to ONNX and GGUF pin older packages
+than requirements.txt does, so each needs an environment of its own; INTEROP_RUNS, a folder, keeps
+the models, so that several environments check the same ones:
 
-    pip install -r requirements.txt transformers accelerate peft trl "lm_eval[hf]" onnx onnxscript \
-        onnxruntime
-    pip install torch==2.13.0 safetensors filelock tiktoken tqdm "optimum-onnx[onnxruntime]"
-    pip install torch==2.13.0 safetensors filelock tiktoken tqdm "transformers<4.58" \
-        sentencepiece gguf llama-cpp-python
+    pip install -r requirements.txt pytest hypothesis transformers accelerate peft trl \
+        "lm_eval[hf]" onnx onnxscript onnxruntime
+    pip install -r requirements.txt pytest hypothesis "optimum-onnx[onnxruntime]"
+    pip install -r requirements.txt pytest hypothesis "transformers<4.58" sentencepiece gguf \
+        llama-cpp-python
 
-The exit status is 1 if a check failed.
+LLAMA_CPP is a checkout of llama.cpp, for GGUF; the source archive of llama-cpp-python has one in
+vendor/llama.cpp.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
+import os
 import sys
-import tempfile
-import warnings
-from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -41,8 +40,6 @@ from tests.manual.interop_models import (
     PROMPT,
     Runs,
     batch,
-    check_close,
-    check_equal,
     largest_difference,
     our_conversation,
     our_logits,
@@ -55,32 +52,41 @@ from tests.manual.interop_models import (
     train_runs,
 )
 
+CLOSE = 1e-4  # the largest difference of two results that are the same
 
-class SkippedError(Exception):
-    """A check cannot be made here; the text says why."""
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Return the models, trained now unless the folder has them."""
+    pytest.importorskip("transformers")
+    kept = os.environ.get("INTEROP_RUNS")
+    return train_runs(Path(kept).resolve() if kept else tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def gpt2_runs(runs: Runs) -> Runs:
+    """Return the models if they have GPT-2's tokenizer."""
+    if runs.tokenizer != "gpt2":
+        pytest.skip("GPT-2's tokenizer is not here")
+    return runs
 
 
 # --------------------------------------------------------------------------------------------------
 # transformers
 
 
-def check_logits(runs: Runs) -> str:
+def test_logits(runs: Runs) -> None:
     from transformers import AutoModelForCausalLM
 
-    differences = []
     for folder in (runs.text, runs.char, runs.lora, runs.chat):
         ids = batch(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
-        difference = largest_difference(our_logits(folder, ids), theirs(ids).logits)
-        check_close(f"logits of {folder.parent.name}", difference)
-        differences.append(difference)
-    return f"logits of 4 models, largest difference {max(differences):.1e}"
+        assert largest_difference(our_logits(folder, ids), theirs(ids).logits) <= CLOSE
 
 
-def check_greedy_text(runs: Runs) -> str:
+def test_greedy_text(runs: Runs) -> None:
     for folder in (runs.text, runs.char, runs.lora, runs.chat):
-        check_equal(f"texts of {folder.parent.name}", our_text(folder), their_text(folder))
-    return f"{NEW_TOKENS} greedy tokens of 4 models, equal to sample.py's"
+        assert our_text(folder) == their_text(folder)
 
 
 def their_text(folder: Path) -> str:
@@ -102,56 +108,52 @@ def their_text(folder: Path) -> str:
     return tokenizer.decode(ids[0, inputs["input_ids"].size(1) :], skip_special_tokens=True)
 
 
-def check_pipeline(runs: Runs) -> str:
+def test_pipeline(runs: Runs) -> None:
     from transformers import pipeline
 
     write: Any
     for folder in (runs.text, runs.char):
         write = pipeline("text-generation", model=str(folder), device="cpu")
         (said,) = write(PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False)
-        check_equal("texts", PROMPT + our_text(folder), said["generated_text"])
+        assert PROMPT + our_text(folder) == said["generated_text"]
     write = pipeline("text-generation", model=str(runs.chat), device="cpu")
     question = [{"role": "user", "content": "say eve"}]
     (said,) = write(question, max_new_tokens=NEW_TOKENS, do_sample=False)
-    answer = said["generated_text"][-1]["content"]
-    check_equal("answers", our_text(runs.chat, "say eve"), answer)
-    return "pipeline: 2 greedy texts and the answer to a message, equal to sample.py's"
+    assert our_text(runs.chat, "say eve") == said["generated_text"][-1]["content"]
 
 
-def check_chat_template(runs: Runs) -> str:
+def test_chat_template(runs: Runs) -> None:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(runs.chat)
     ours = ""
     for piece in chat_pieces(MESSAGES):
         ours += piece.text + (END_OF_TEXT if piece.end else "")
-    check_equal("texts", ours, tokenizer.apply_chat_template(MESSAGES, tokenize=False))
+    assert ours == tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     ids, trained = our_conversation(runs.chat, MESSAGES)
     theirs = tokenizer.apply_chat_template(
         MESSAGES, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    check_equal("ids", ids, list(theirs["input_ids"]))
-    mask = [int(token >= 0) for token in trained]
-    check_equal("masks of the answers", mask, list(theirs["assistant_masks"]))
-    return "chat template: text, ids and mask of the answers equal to what train.py trains"
+    assert ids == list(theirs["input_ids"])
+    assert [int(token >= 0) for token in trained] == list(theirs["assistant_masks"])
 
 
-def check_char_tokenizer(runs: Runs) -> str:
+def test_char_tokenizer(runs: Runs) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(runs.char)
     encoded = tokenizer(PROMPT)
-    check_equal("inputs", ["attention_mask", "input_ids"], sorted(encoded))
-    check_equal("ids", our_tokenizer(runs.char).encode(PROMPT).tolist(), encoded["input_ids"])
-    check_equal("texts", PROMPT, tokenizer.decode(encoded["input_ids"]))
-    return "character tokenizer: the same ids and text, no token_type_ids"
+    assert sorted(encoded) == ["attention_mask", "input_ids"]
+    assert our_tokenizer(runs.char).encode(PROMPT).tolist() == encoded["input_ids"]
+    assert PROMPT == tokenizer.decode(encoded["input_ids"])
 
 
 # --------------------------------------------------------------------------------------------------
 # Training elsewhere
 
 
-def check_trainer(runs: Runs) -> str:
+def test_trainer(runs: Runs) -> None:
+    pytest.importorskip("accelerate")
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,
@@ -174,7 +176,6 @@ def check_trainer(runs: Runs) -> str:
     trainer.train()
     trainer.save_model(str(runs.work / "trainer"))
     check_came_home(runs, runs.work / "trainer", model)
-    return "one step on best/, save_model; back here biases are kept, sample.py and train.py go on"
 
 
 def training_options(folder: Path) -> dict[str, Any]:
@@ -199,33 +200,31 @@ def check_came_home(runs: Runs, folder: Path, model: Any) -> None:
     """
     model = model.eval()
     ours = from_pretrained(folder).eval()
-    check_equal("biases", True, ours.config.bias)
+    assert ours.config.bias
     ids = batch(folder)
     with torch.no_grad():
-        difference = largest_difference(ours(ids)[0], model(ids).logits)
-        start = largest_difference(our_logits(runs.text, ids), model(ids).logits)
-    check_close("logits", difference)
-    assert start > 0.01, "the other program trained nothing"
-    check_equal("texts", our_text(folder), their_text(folder))
+        theirs = model(ids).logits
+        assert largest_difference(ours(ids)[0], theirs) <= CLOSE
+        assert largest_difference(our_logits(runs.text, ids), theirs) > 0.01  # it was trained
+    assert our_text(folder) == their_text(folder)
     again = ["--max_iters=1", "--batch_size=2", "--gradient_accumulation_steps=1", "--device=cpu"]
     out_dir = f"--out_dir={folder}-again"
     dataset = f"--dataset={runs.work / 'sentences.txt'}"
     run_script("train.py", f"--init_from={folder}", dataset, out_dir, *again, folder=runs.work)
 
 
-def check_trl(runs: Runs) -> str:
+def test_trl(gpt2_runs: Runs) -> None:
+    pytest.importorskip("trl")
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    if runs.tokenizer != "gpt2":
-        raise SkippedError("GPT-2's tokenizer is not here, and in bytes a conversation is too long")
-    tokenizer = AutoTokenizer.from_pretrained(runs.chat)
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_runs.chat)
     tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(runs.chat)
-    with (runs.work / "chat.jsonl").open(encoding="utf-8") as stream:
+    model = AutoModelForCausalLM.from_pretrained(gpt2_runs.chat)
+    with (gpt2_runs.work / "chat.jsonl").open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream][:16]
-    options = training_options(runs.work / "trl") | {"per_device_eval_batch_size": 1}
+    options = training_options(gpt2_runs.work / "trl") | {"per_device_eval_batch_size": 1}
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**options, assistant_only_loss=True),
@@ -234,31 +233,26 @@ def check_trl(runs: Runs) -> str:
         processing_class=tokenizer,
     )
     theirs = trainer.evaluate()["eval_loss"]
-    ours = our_loss(runs.chat, MESSAGES)
-    check_close(f"losses on the answers, ours {ours:.5f}, theirs {theirs:.5f},", abs(ours - theirs))
+    assert our_loss(gpt2_runs.chat, MESSAGES) == pytest.approx(theirs, abs=CLOSE)
     trainer.train()
-    trainer.save_model(str(runs.work / "trl"))
-    check_came_home(runs, runs.work / "trl", model)
-    template = our_tokenizer(runs.work / "trl").chat_template
-    assert template.strip() == CHAT_TEMPLATE, f"the chat template came back as {template!r:.200}"
-    return "SFTTrainer, assistant_only_loss: loss equal to ours, one step, back here with template"
+    trainer.save_model(str(gpt2_runs.work / "trl"))
+    check_came_home(gpt2_runs, gpt2_runs.work / "trl", model)
+    template = our_tokenizer(gpt2_runs.work / "trl").chat_template
+    assert template.strip() == CHAT_TEMPLATE
 
 
-def check_peft(runs: Runs) -> str:
+def test_peft(runs: Runs) -> None:
+    pytest.importorskip("peft")
     from peft import AutoPeftModelForCausalLM
 
     ids = batch(runs.lora)
     theirs = AutoPeftModelForCausalLM.from_pretrained(runs.lora / "adapter").eval()
     ours = our_logits(runs.lora, ids)
-    difference = largest_difference(ours, theirs(ids).logits)
-    check_close("logits of best/ and best/adapter/", difference)
-    change = largest_difference(ours, our_logits(runs.text, ids))
-    assert change > 0.01, f"the adapter changes the logits by {change:.1e} only"
+    assert largest_difference(ours, theirs(ids).logits) <= CLOSE
+    assert largest_difference(ours, our_logits(runs.text, ids)) > 0.01
     merged = theirs.merge_and_unload()
     merged.save_pretrained(runs.work / "peft")
-    back = largest_difference(our_logits(runs.work / "peft", ids), ours)
-    check_close("logits of the model that PEFT merged", back)
-    return f"best/adapter/ from another folder: merged logits within {max(difference, back):.1e}"
+    assert largest_difference(our_logits(runs.work / "peft", ids), ours) <= CLOSE
 
 
 # --------------------------------------------------------------------------------------------------
@@ -278,7 +272,8 @@ metric_list:
 """
 
 
-def check_lm_eval(runs: Runs) -> str:
+def test_lm_eval(runs: Runs) -> None:
+    pytest.importorskip("lm_eval")
     folder = runs.work / "lm_eval"
     folder.mkdir(exist_ok=True)
     texts = [sentences(3, " "), "eve asks dan again.", "bob again"]
@@ -291,15 +286,9 @@ def check_lm_eval(runs: Runs) -> str:
     command += ["--tasks", "gpt12_local", "--include_path", str(folder)]
     command += ["--output_path", str(folder / "results")]
     run_command(command, folder)
-    newest = max(folder.rglob("results_*.json"), key=_modified)
+    newest = max(folder.rglob("results_*.json"))  # its name has the time
     theirs = json.loads(newest.read_text("utf-8"))["results"]["gpt12_local"]["bits_per_byte,none"]
-    ours = our_bits_per_byte(runs.text, texts)
-    check_close(f"bits per byte, ours {ours:.5f}, theirs {theirs:.5f},", abs(ours - theirs))
-    return f"lm_eval --model hf, a task of local texts: {theirs:.4f} bits per byte, as ours"
-
-
-def _modified(file: Path) -> float:
-    return file.stat().st_mtime
+    assert our_bits_per_byte(runs.text, texts) == pytest.approx(theirs, abs=CLOSE)
 
 
 def our_bits_per_byte(folder: Path, texts: list[str]) -> float:
@@ -320,7 +309,8 @@ def our_bits_per_byte(folder: Path, texts: list[str]) -> float:
 # Converters
 
 
-def check_optimum(runs: Runs) -> str:
+def test_optimum(runs: Runs) -> None:
+    pytest.importorskip("optimum.onnxruntime")
     folder = runs.work / "onnx"
     command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model"]
     command += [str(runs.text), "--task", "text-generation-with-past", str(folder)]
@@ -331,18 +321,17 @@ def check_optimum(runs: Runs) -> str:
     model = ORTModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = batch(runs.text)
-    difference = largest_difference(
-        our_logits(runs.text, ids), model(ids, attention_mask=torch.ones_like(ids)).logits
-    )
-    check_close("logits", difference)
+    theirs = model(ids, attention_mask=torch.ones_like(ids)).logits
+    assert largest_difference(our_logits(runs.text, ids), theirs) <= CLOSE
     inputs = tokenizer(PROMPT, return_tensors="pt")
     said = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     text = tokenizer.decode(said[0], skip_special_tokens=True)
-    check_equal("texts", PROMPT + our_text(runs.text), text)
-    return f"text-generation-with-past: logits within {difference:.1e}, greedy text equal"
+    assert PROMPT + our_text(runs.text) == text
 
 
-def check_torch_onnx(runs: Runs) -> str:
+def test_torch_onnx(runs: Runs) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     import onnxruntime
     from transformers import AutoModelForCausalLM
 
@@ -364,145 +353,40 @@ def check_torch_onnx(runs: Runs) -> str:
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     ids = ids.view(3, 16)
     logits = session.run(["logits"], {"input_ids": ids.numpy()})[0]
-    difference = largest_difference(our_logits(runs.text, ids), torch.tensor(logits))
-    check_close("logits", difference)
-    return f"torch.onnx.export(dynamo=True), run by onnxruntime: logits within {difference:.1e}"
+    assert largest_difference(our_logits(runs.text, ids), torch.tensor(logits)) <= CLOSE
 
 
-def check_gguf(runs: Runs) -> str:
-    if runs.llama_cpp is None:
-        raise SkippedError(
-            "convert_hf_to_gguf.py is needed: --llama_cpp=FOLDER, with llama.cpp in it"
-        )
-    if runs.tokenizer != "gpt2":
-        raise SkippedError("GPT-2's tokenizer is not here, and the others have no GGUF form")
+def test_gguf(gpt2_runs: Runs) -> None:
+    if "LLAMA_CPP" not in os.environ:
+        pytest.skip("LLAMA_CPP, llama.cpp's folder, is not set")
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
     from llama_cpp import Llama
 
-    tokens = our_tokenizer(runs.text).encode(PROMPT).tolist()
-    expected = our_text(runs.text)
-    types = ("f32", "f16")
-    for kind in types:
-        file = convert_to_gguf(runs, runs.text, kind)
+    tokens = our_tokenizer(gpt2_runs.text).encode(PROMPT).tolist()
+    expected = our_text(gpt2_runs.text)
+    for kind in ("f32", "f16"):
+        file = convert_to_gguf(gpt2_runs, gpt2_runs.text, kind)
         model = Llama(str(file), n_ctx=64, n_threads=1, verbose=False)
-        check_equal("ids of the prompt", tokens, model.tokenize(PROMPT.encode(), add_bos=False))
+        assert tokens == model.tokenize(PROMPT.encode(), add_bos=False)
         said = model(PROMPT, max_tokens=NEW_TOKENS, temperature=0, repeat_penalty=1.0)
-        check_equal(f"texts in {kind}", expected, said["choices"][0]["text"])
-    file = convert_to_gguf(runs, runs.chat, "f32")
+        assert expected == said["choices"][0]["text"]
+    file = convert_to_gguf(gpt2_runs, gpt2_runs.chat, "f32")
     model = Llama(str(file), n_ctx=64, n_threads=1, verbose=False)
     question = [{"role": "user", "content": "say eve"}]
     said = model.create_chat_completion(
         question, max_tokens=NEW_TOKENS, temperature=0, repeat_penalty=1.0
     )
-    answer = said["choices"][0]["message"]["content"]
-    check_equal("answers", our_text(runs.chat, "say eve"), answer)
-    return f"{', '.join(types)}: ids of the prompt, greedy text and a chat's answer equal"
+    assert our_text(gpt2_runs.chat, "say eve") == said["choices"][0]["message"]["content"]
 
 
 def convert_to_gguf(runs: Runs, folder: Path, kind: str) -> Path:
-    assert runs.llama_cpp is not None
     file = runs.work / f"{folder.parent.name}-{kind}.gguf"
-    script = str(runs.llama_cpp / "convert_hf_to_gguf.py")
+    script = f"{Path(os.environ['LLAMA_CPP']).resolve()}/convert_hf_to_gguf.py"
     command = [sys.executable, script, str(folder), "--outfile", str(file), "--outtype", kind]
     run_command(command, runs.work)
     return file
 
 
-# --------------------------------------------------------------------------------------------------
-# The table
-
-
-class Check(NamedTuple):
-    """A row of the table. packages: what has to be installed; the first one's version is shown."""
-
-    tool: str
-    packages: tuple[str, ...]
-    function: Callable[[Runs], str]
-
-
-CHECKS = [
-    Check("transformers", ("transformers",), check_logits),
-    Check("transformers", ("transformers",), check_greedy_text),
-    Check("transformers", ("transformers",), check_pipeline),
-    Check("transformers", ("transformers",), check_chat_template),
-    Check("transformers", ("transformers",), check_char_tokenizer),
-    Check("Trainer", ("transformers", "accelerate"), check_trainer),
-    Check("PEFT", ("peft",), check_peft),
-    Check("TRL", ("trl",), check_trl),
-    Check("lm_eval", ("lm_eval",), check_lm_eval),
-    Check("ONNX (optimum)", ("optimum-onnx", "onnxruntime"), check_optimum),
-    Check("ONNX (torch)", ("onnxruntime", "onnxscript", "transformers"), check_torch_onnx),
-    Check("GGUF", ("llama-cpp-python", "gguf"), check_gguf),
-]
-
-
-class Row(NamedTuple):
-    tool: str
-    version: str
-    what: str
-    result: str
-
-
-def make_row(check: Check, runs: Runs) -> Row:
-    """Run one check; whatever it raises becomes its result."""
-    name = check.function.__name__.removeprefix("check_").replace("_", " ")
-    versions = {package: installed_version(package) for package in check.packages}
-    missing = [package for package, version in versions.items() if version is None]
-    version = versions[check.packages[0]] or ""
-    if missing:
-        return Row(check.tool, version, name, f"skipped: {', '.join(missing)} not installed")
-    try:
-        return Row(check.tool, version, check.function(runs), "ok")
-    except SkippedError as reason:
-        return Row(check.tool, version, name, f"skipped: {reason}")
-    except Exception as error:
-        return Row(check.tool, version, name, f"FAILED: {type(error).__name__}: {error}")
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def print_table(rows: list[Row]) -> None:
-    """Print the rows as a Markdown table."""
-    print(f"\nPython {sys.version.split()[0]}, torch {torch.__version__}\n")
-    print("| tool | version | what was done | result |")
-    print("|---|---|---|---|")
-    for row in rows:
-        cells = [" ".join(cell.split()).replace("|", "/") for cell in row]
-        print(f"| {' | '.join(cells)} |")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", default="", help="check only tools whose name begins so")
-    parser.add_argument("--work", type=Path, help="keep models here; those that are there are used")
-    parser.add_argument(
-        "--llama_cpp",
-        type=Path,
-        help="a checkout of llama.cpp, for GGUF; the source archive of llama-cpp-python has one in "
-        "vendor/llama.cpp",
-    )
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as temporary:
-        runs = train_runs((options.work or Path(temporary)).resolve())
-        if options.llama_cpp is not None:
-            runs.llama_cpp = options.llama_cpp.resolve()
-        rows = []
-        for check in CHECKS:
-            if check.tool.lower().startswith(options.only.lower()):
-                row = make_row(check, runs)
-                print(f"{row.tool}: {row.what}: {row.result}", file=sys.stderr, flush=True)
-                rows.append(row)
-    print_table(rows)
-    failed = any(row.result.startswith("FAILED") for row in rows)
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pytest.main([__file__, "-v", "-rs", "-p", "no:cacheprovider", *sys.argv[1:]]))

@@ -47,7 +47,6 @@ class Runs:
     of `text`. chat: conversations, on top of `text`.
     tokenizer: "gpt2", or "bytes" if GPT-2's files are neither cached nor reachable.
     work: a folder for what the checks write.
-    llama_cpp: a checkout of llama.cpp, or None.
     """
 
     text: Path
@@ -56,7 +55,6 @@ class Runs:
     chat: Path
     tokenizer: str
     work: Path
-    llama_cpp: Path | None = None
 
 
 def train_runs(work: Path) -> Runs:
@@ -187,15 +185,3 @@ def batch(folder: Path) -> Tensor:
 
 def largest_difference(ours: Tensor, theirs: Tensor) -> float:
     return (ours - theirs.detach()).abs().max().item()
-
-
-def check_equal(what: str, ours: object, theirs: object) -> None:
-    """Raise AssertionError that shows both, if they differ."""
-    if ours != theirs:
-        raise AssertionError(f"{what} differ: ours {ours!r:.150}, theirs {theirs!r:.150}")
-
-
-def check_close(what: str, difference: float, limit: float = 1e-4) -> None:
-    """Raise AssertionError if two results are further apart than `limit`."""
-    if not difference <= limit:
-        raise AssertionError(f"{what} differ by {difference:.1e}, more than {limit:.0e}")

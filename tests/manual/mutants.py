@@ -4,9 +4,9 @@
     python -m tests.manual.mutants --only=12            # one, by its number
     python -m tests.manual.mutants --only="causal mask" # those whose description holds this text
 
-The working tree is copied into a temporary folder for each process. First the named tests run
-unchanged and have to pass. Then each mutant's line is changed, its tests run, and the line is put
-back. A mutant is killed if a test fails, and survives if all pass.
+The working tree is copied into a temporary folder. First the named tests run unchanged and have to
+pass. Then each mutant's line is changed, its tests run, and the line is put back. A mutant is
+killed if a test fails, and survives if all pass.
 
 Exit status 0 if every mutant was killed. 1 if one survived, if its tests could not be run, or if
 its line is not in its file exactly once.
@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import queue
 import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tests.helpers import ROOT
@@ -33,37 +31,36 @@ RESULTS = {0: "survived", 1: "killed"}  # pytest's exit status; others mean that
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="a mutant's number, or a part of its description")
-    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--only", default="", help="a number, or a part of a description")
+    parser.add_argument("--part", default="1/1", help="2/3: the second third")
     options = parser.parse_args()
-    chosen = choose(options.only)
+    only = options.only.lower()
+    part, parts = map(int, options.part.split("/"))
+    chosen = {
+        number: mutant
+        for number, mutant in list(enumerate(MUTANTS, start=1))[part - 1 :: parts]
+        if only == str(number) or (not only.isdecimal() and only in mutant.broken.lower())
+    }
     problems = [problem for mutant in chosen.values() for problem in problems_of(mutant)]
-    if not chosen:
-        problems.append(f"no mutant is called {options.only!r}")
-    if problems:
-        print("\n".join(problems))
+    if problems or not chosen:
+        print("\n".join(problems) or f"no mutant is called {only!r}")
         return 1
+    killed = 0
     with tempfile.TemporaryDirectory() as temporary:
-        trees: queue.Queue[Path] = queue.Queue()
-        for i in range(options.processes):
-            trees.put(copy_tree(Path(temporary) / f"tree-{i}"))
-        if not tests_pass_unchanged(trees, chosen, options.processes):
+        folder = copy_tree(Path(temporary))
+        status, output = run_tests(folder, {name_of_test(mutant) for mutant in chosen.values()})
+        if status != 0:
+            print(f"{output}\nthe tests fail without any change")
             return 1
-        return try_all(trees, chosen, options.processes)
-
-
-def choose(only: str | None) -> dict[int, Mutant]:
-    """Return the mutants that were asked for by their number, which counts from 1."""
-    numbered = dict(enumerate(MUTANTS, start=1))
-    if only is None:
-        return numbered
-    if only.isdecimal():
-        return {n: mutant for n, mutant in numbered.items() if n == int(only)}
-    return {n: mutant for n, mutant in numbered.items() if only.lower() in mutant.broken.lower()}
-
-
-# --------------------------------------------------------------------------------------------------
-# The tree
+        for number, mutant in chosen.items():
+            result, output = try_mutant(folder, mutant)
+            print(f"{number:3}  {result:11}  {mutant.file:24}  {mutant.broken}", flush=True)
+            if result == "killed":
+                killed += 1
+            else:
+                print(output[-4000:])
+    print(f"{killed} of {len(chosen)} mutants were killed")
+    return 0 if killed == len(chosen) else 1
 
 
 def code_of(line: str) -> str:
@@ -91,94 +88,41 @@ def copy_tree(folder: Path) -> Path:
     return folder
 
 
-def change_line(text: str, before: str, after: str) -> str:
-    """Return the text of a file with the code of one line replaced; its indentation stays."""
-    changed = []
-    for line in text.splitlines():
-        if code_of(line) == before:
-            indentation = line[: len(line) - len(line.lstrip())]
-            line = indentation + after
-        changed.append(line)
-    return "\n".join(changed) + "\n"
-
-
-# --------------------------------------------------------------------------------------------------
-# Running
-
-
 def name_of_test(mutant: Mutant) -> str:
     """Return what pytest is given: a file, or one test of it."""
-    if mutant.test:
-        return f"tests/{mutant.test_file}::{mutant.test}"
-    return f"tests/{mutant.test_file}"
+    return "::".join(part for part in (f"tests/{mutant.test_file}", mutant.test) if part)
 
 
-def run_tests(folder: Path, tests: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run tests in a copy of the tree until one fails."""
+def run_tests(folder: Path, tests: set[str], limit_s: float | None = None) -> tuple[int, str]:
+    """Run tests in a copy of the tree until one fails. Returns pytest's exit status and output."""
     environment = dict(os.environ)
     environment.pop("PYTHONPATH", None)  # it might name the original tree
     # Python takes a compiled file for current if only the content of the source has changed.
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(
-        argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
+    argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *sorted(tests)]
+    done = subprocess.run(
+        argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit_s
     )
+    return done.returncode, done.stdout + done.stderr
 
 
-def tests_pass_unchanged(
-    trees: queue.Queue[Path], chosen: dict[int, Mutant], processes: int
-) -> bool:
-    """Run every test that is named, in each process a part of them, and tell whether all pass."""
-    names = sorted({name_of_test(mutant) for mutant in chosen.values()})
-
-    def run_part(part: list[str]) -> subprocess.CompletedProcess[str]:
-        folder = trees.get()
-        try:
-            return run_tests(folder, part)
-        finally:
-            trees.put(folder)
-
-    parts = [names[i::processes] for i in range(min(processes, len(names)))]
-    with ThreadPoolExecutor(processes) as pool:
-        results = list(pool.map(run_part, parts))
-    for done in results:
-        if done.returncode != 0:
-            print(f"{done.stdout}{done.stderr}\nthe tests fail without any change")
-    return all(done.returncode == 0 for done in results)
-
-
-def try_mutant(trees: queue.Queue[Path], mutant: Mutant) -> tuple[str, str]:
-    """Return what became of a mutant, and what pytest printed if it was not killed."""
-    folder = trees.get()
+def try_mutant(folder: Path, mutant: Mutant) -> tuple[str, str]:
+    """Return what became of a mutant, and what pytest printed."""
     file = folder / mutant.file
-    original = file.read_bytes()
+    original = file.read_text("utf-8")
+    lines = []
+    for line in original.splitlines():
+        if code_of(line) == mutant.before:
+            line = line[: len(line) - len(line.lstrip())] + mutant.after
+        lines.append(line)
+    file.write_text("\n".join(lines) + "\n", "utf-8")
     try:
-        changed = change_line(original.decode(), mutant.before, mutant.after)
-        file.write_bytes(changed.encode())
-        done = run_tests(folder, [name_of_test(mutant)])
+        status, output = run_tests(folder, {name_of_test(mutant)}, LIMIT_SECONDS)
     except subprocess.TimeoutExpired:
         return "did not end", ""
     finally:
-        file.write_bytes(original)
-        trees.put(folder)
-    result = RESULTS.get(done.returncode, "did not run")
-    return result, "" if result == "killed" else done.stdout[-2000:] + done.stderr[-2000:]
-
-
-def try_all(trees: queue.Queue[Path], chosen: dict[int, Mutant], processes: int) -> int:
-    """Try mutants, print a line for each as it is done, and return the exit status."""
-    failed = 0
-    with ThreadPoolExecutor(processes) as pool:
-        numbers = {pool.submit(try_mutant, trees, mutant): n for n, mutant in chosen.items()}
-        for future in as_completed(numbers):
-            n = numbers[future]
-            result, output = future.result()
-            print(f"{n:3}  {result:11}  {chosen[n].file:24}  {chosen[n].broken}", flush=True)
-            if result != "killed":
-                failed += 1
-                print(output)
-    print(f"{len(chosen) - failed} of {len(chosen)} mutants were killed")
-    return 1 if failed else 0
+        file.write_text(original, "utf-8")
+    return RESULTS.get(status, "did not run"), output
 
 
 if __name__ == "__main__":
