@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,18 +184,13 @@ def test_a_checkpoint_with_half_a_file_is_refused_by_its_name(finished, tmp_path
 
 
 def test_trainer_json_gives_back_the_progress_and_newer_formats_are_refused(tmp_path):
-    progress = Progress(
-        step=3, position=24, tokens=384, elapsed_s=1.5, best_val_loss=2.5, best_step=2,
-        worse_evaluations=1, evaluated_step=3, wandb_id="abc",
-    )  # fmt: skip
+    values = {field.name: number for number, field in enumerate(fields(Progress), start=3)}
+    progress = Progress(**values | {"format": FORMAT, "wandb_id": "abc"})
     save_checkpoint(tmp_path / "last", lambda folder: None, progress)
     assert find_checkpoint(tmp_path, ("last",))[1] == progress
-    file = tmp_path / "last" / "trainer.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(content | {"format": FORMAT + 1}))
-    with pytest.raises(
-        UserError, match=rf"format {FORMAT + 1}, written by a newer version.*update"
-    ):
+    (tmp_path / "last" / "trainer.json").write_text(json.dumps({"format": FORMAT + 1}))
+    message = rf"format {FORMAT + 1}, written by a newer version.*update"
+    with pytest.raises(UserError, match=message):
         find_checkpoint(tmp_path, ("last",))
 
 
@@ -266,8 +262,6 @@ def test_run_json_explains_the_run_and_no_file_holds_a_secret(
     assert "s3cret" not in told
     facts = json.loads((tmp_path / "run.json").read_text())
     assert {"config", "requested", "commit", "versions", "platform", "device"} < set(facts)
-    assert facts["config"]["learning_rate"] == 1e-2
-    assert facts["versions"]["torch"]
     assert facts["data"] == {"name": str(dataset), "sha256": "0" * 64, "tokens": 2600}
 
 

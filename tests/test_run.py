@@ -453,31 +453,20 @@ def test_a_data_set_without_a_training_split_can_only_be_evaluated(dataset, tmp_
 
 
 def test_nanogpts_checkpoint_starts_with_the_tokenizer_beside_it(finished, tmp_path):
-    file = tmp_path / "ckpt.pt"
     model = from_pretrained(finished / "best")
-    save_nanogpt(file, model, model.config.vocab_size)
-    request = read_request([f"--init_from={file}"])
+    save_nanogpt(tmp_path / "ckpt.pt", model, model.config.vocab_size)
+    request = read_request([f"--init_from={tmp_path / 'ckpt.pt'}"])
     assert load_start(request, None)[1] is None
-    letters = "".join(chr(97 + i) for i in range(model.config.vocab_size))
-    CharTokenizer(letters).save(tmp_path)
-    _, tokenizer = load_start(request, None)
-    assert tokenizer.name == "char"
-
-
-@pytest.mark.parametrize("argv", [[], ["--eval_only"]])
-def test_a_start_with_a_name_that_no_file_can_have_does_not_exist(argv):
-    with pytest.raises(UserError, match="a{300}"):
-        built_from([f"--init_from={'a' * 300}", "--dataset=shakespeare_char", *argv])
+    CharTokenizer("abcdefghijklm").save(tmp_path)
+    assert load_start(request, None)[1].name == "char"
 
 
 def test_a_run_as_start_means_its_best_and_else_its_last(finished, tmp_path):
     out_dir = shutil.copytree(finished, tmp_path / "out")
     # A step so long that the model becomes worse: best/ stays as it is.
     assert resume(out_dir, "--max_iters=5", "--learning_rate=1", "--decay_lr=False") == 0
-    assert (trainer(out_dir, "best")["step"], trainer(out_dir, "last")["step"]) == (4, 5)
     for name in ("best", "last"):
-        request = read_request([*TINY, f"--init_from={out_dir}"])
-        model, tokenizer = load_start(request, None)
+        model, tokenizer = load_start(read_request([*TINY, f"--init_from={out_dir}"]), None)
         wpe = weights(out_dir, name)["transformer.wpe.weight"]
         assert torch.equal(model.transformer.wpe.weight, wpe)
         assert tokenizer.vocab_size == 13
@@ -489,10 +478,9 @@ def test_adapters_on_an_untrained_model_are_refused():
         load_start(read_request([*TINY, "--lora_rank=2"]), None)
 
 
-@pytest.mark.parametrize("inside", ["", "best"])
-def test_adapters_on_a_model_that_the_run_replaces_are_refused(finished, inside):
+def test_adapters_on_a_model_that_the_run_replaces_are_refused(finished):
     """Resuming would put them a second time on the model into which best/ has merged them."""
-    argv = [*TINY, f"--init_from={finished / inside}", "--lora_rank=4"]
+    argv = [*TINY, f"--init_from={finished / 'best'}", "--lora_rank=4"]
     with pytest.raises(UserError, match="choose another --out_dir="):
         load_start(read_request([*argv, f"--out_dir={finished}"]), None)
     model, _ = load_start(read_request([*argv, f"--out_dir={finished}-2"]), None)
@@ -510,10 +498,8 @@ def test_data_of_another_tokenizer_than_the_models_are_refused(dataset, tmp_path
 
 
 def test_8_bit_adamw_is_refused_unless_weights_may_be_bfloat16():
-    for dtype in (torch.float32, torch.float16):
-        machine = Machine(CPU.device, dtype, compiled=False)
-        with pytest.raises(UserError, match=r"adamw8bit keeps the weights in bfloat16.*--dtype="):
-            prepare_model(small_gpt(), config(optimizer="adamw8bit"), machine)
+    with pytest.raises(UserError, match=r"adamw8bit keeps the weights in bfloat16.*--dtype="):
+        prepare_model(small_gpt(), config(optimizer="adamw8bit"), CPU)
     model = small_gpt()
     machine = Machine(CPU.device, torch.bfloat16, compiled=False)
     prepare_model(model, config(optimizer="adamw8bit"), machine)
