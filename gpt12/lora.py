@@ -137,7 +137,7 @@ def read_adapter_config(folder: Path) -> Adapter | None:
         content = json.loads(file.read_text("utf-8"))
         scale = float(content["lora_alpha"]) / int(content["r"])
         return Adapter(str(content["base_model_name_or_path"]), scale)
-    except (OSError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{file} is damaged: {error!r:.200}") from None
 
 

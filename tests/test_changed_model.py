@@ -3,6 +3,7 @@
 import json
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -106,14 +107,8 @@ def test_what_somebody_adds_is_saved_and_a_resumed_run_is_the_unbroken_one(
     assert same_tensors(after, weights(tmp_path / "whole"))
     name = CHANGES[change]
     assert not torch.equal(before[name], after[name])
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_model_does_not_call_itself_gpt2(tmp_path, monkeypatch, change):
-    change(monkeypatch)
-    save_pretrained(new_model(SHAPE), tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt12"
-    assert from_pretrained(tmp_path).config == SHAPE
+    content = json.loads((tmp_path / "whole/last/config.json").read_text())
+    assert content["model_type"] == "gpt12"
 
 
 def test_a_run_says_once_that_its_model_is_not_gpt2(dataset, tmp_path, monkeypatch, capsys):
@@ -121,10 +116,6 @@ def test_a_run_says_once_that_its_model_is_not_gpt2(dataset, tmp_path, monkeypat
     monkeypatch.setattr(model.MLP, "forward", lambda mlp, x: mlp.c_proj(mlp.c_fc(x).relu()))
     assert run(dataset, tmp_path, "--max_iters=2", "--eval_interval=1") == 0
     assert capsys.readouterr().out.count("model.py does not compute what GPT-2 computes") == 1
-    for name in ("best", "last"):
-        content = json.loads((tmp_path / name / "config.json").read_text())
-        assert content["model_type"] == "gpt12"
-    assert resume(tmp_path, "--max_iters=4") == 0
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -150,7 +141,7 @@ def use_exact_gelu(monkeypatch):
     monkeypatch.setattr(model, "F", changed)
 
 
-@pytest.mark.parametrize("how", ["resume", "eval_only", "sample", "lora"])
+@pytest.mark.parametrize("how", ["resume", "sample", "lora"])
 def test_a_checkpoint_of_another_model_py_is_refused(dataset, tmp_path, monkeypatch, how):
     assert run(dataset, tmp_path / "old", "--max_iters=1", "--eval_iters=1") == 0
     if how == "lora":
@@ -164,8 +155,6 @@ def test_a_checkpoint_of_another_model_py_is_refused(dataset, tmp_path, monkeypa
                 resume(tmp_path / "old", "--max_iters=2")
             elif how == "lora":
                 resume(tmp_path / "adapters", "--max_iters=2")
-            elif how == "eval_only":
-                run(dataset, tmp_path / "x", "--eval_only", f"--init_from={tmp_path / 'old'}")
             else:
                 m.setattr("sys.argv", ["sample.py", f"--out_dir={tmp_path / 'old'}"])
                 sample.main()
@@ -193,24 +182,21 @@ def test_a_new_run_from_other_code_and_from_a_foreign_gpt2_is_warned(
 
 
 def test_a_shape_key_that_the_model_does_not_read_is_refused(dataset, tmp_path, monkeypatch):
-    def refuse():
-        return run(dataset, tmp_path / "out", "--max_iters=1", "--n_head=1")
-
-    assert refuse() == 0
-    monkeypatch.setattr("gpt12.run.unread_fields", lambda shape: unread_fields(shape) | {"n_head"})
+    monkeypatch.setattr("gpt12.run.unread_fields", lambda shape: {"n_head"})
     with pytest.raises(UserError, match="n_head=1 would change nothing"):
-        refuse()
+        run(dataset, tmp_path / "out", "--max_iters=1", "--n_head=1")
+
+
+@dataclass(frozen=True)
+class Wider(GPTConfig):
+    """With a field that nobody reads."""
+
+    base: float = 1e4
 
 
 def test_fields_that_nobody_reads_are_found():
-    from dataclasses import dataclass
-
-    @dataclass(frozen=True)
-    class Wider(GPTConfig):
-        n_kv_head: int = 1
-
     assert unread_fields(SHAPE) == set()
-    assert unread_fields(Wider(**vars(SHAPE))) == {"n_kv_head"}
+    assert unread_fields(Wider(**vars(SHAPE))) == {"base"}
 
 
 def test_a_parameter_that_nobody_initializes_is_named_before_training(
@@ -243,15 +229,8 @@ def test_a_new_model_draws_each_weight_once_in_the_order_of_the_layers():
 
 
 def test_a_field_that_somebody_adds_to_the_configuration_comes_back(tmp_path, monkeypatch):
-    from dataclasses import dataclass
-
-    @dataclass(frozen=True)
-    class Wider(GPTConfig):
-        window: int = 0
-        base: float = 1e4
-
     monkeypatch.setattr("gpt12.weights.GPTConfig", Wider)
-    shape = Wider(block_size=16, vocab_size=13, n_layer=1, n_head=2, n_embd=16, window=4, base=9.0)
+    shape = Wider(**vars(SHAPE), base=9.0)
     save_pretrained(GPT(shape), tmp_path)
     assert from_pretrained(tmp_path).config == shape
 

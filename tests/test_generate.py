@@ -1,7 +1,6 @@
 """gpt12/generate.py against `transformers`, recomputation, and distributions in plain Python."""
 
 import copy
-import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process as theirs_process
 
@@ -23,7 +21,7 @@ from gpt12.generate import (
     store_by_columns,
 )
 from gpt12.weights import from_pretrained, save_pretrained
-from model import GPT, CausalSelfAttention, GPTConfig, Transformer
+from model import GPT, GPTConfig, Transformer
 from tests.helpers import ROOT
 from tests.texts import GREEDY, PROMPTS, VOCAB, random_theirs, recomputed, with_loud_padding
 
@@ -39,7 +37,7 @@ def both(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def greedy(both):
-    return [recomputed(both[1], prompt, 200) for prompt in PROMPTS]
+    return [recomputed(both[1], prompt, 100) for prompt in PROMPTS]
 
 
 def test_greedy_with_the_cache_is_full_recomputation_and_transformers(both, greedy):
@@ -47,14 +45,14 @@ def test_greedy_with_the_cache_is_full_recomputation_and_transformers(both, gree
     assert len({tuple(text[-20:]) for text in greedy}) > 1  # else any cache would do
     for prompt, expected in zip(PROMPTS, greedy, strict=True):
         idx = torch.tensor([prompt])
-        options = {"max_new_tokens": 200, "do_sample": False, "pad_token_id": 0}
+        options = {"max_new_tokens": 100, "do_sample": False, "pad_token_id": 0}
         [text] = theirs.generate(idx, attention_mask=torch.ones_like(idx), **options).tolist()
         assert text == prompt + expected
-        assert generate(ours, [prompt], 200, sampling=GREEDY) == [expected]
-    assert generate(ours, PROMPTS, 200, sampling=GREEDY) == greedy
+        assert generate(ours, [prompt], 100, sampling=GREEDY) == [expected]
+    assert generate(ours, PROMPTS, 100, sampling=GREEDY) == greedy
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 7, 16, 41])
+@pytest.mark.parametrize("block_size", [1, 2, 16, 41])
 def test_past_block_size_the_last_half_is_computed_anew(both, tmp_path, block_size):
     both[0].save_pretrained(tmp_path)
     model = with_loud_padding(from_pretrained(tmp_path, block_size).eval())
@@ -63,42 +61,20 @@ def test_past_block_size_the_last_half_is_computed_anew(both, tmp_path, block_si
     assert generate(model, prompts, 100, sampling=GREEDY) == expected
 
 
-class OneKeyHead(CausalSelfAttention):
-    """All heads share one head of keys and values (Shazeer 2019, arXiv:1911.02150)."""
-
-    def forward(self, x, shared):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).transpose(1, 3).unbind(2)
-        k, v = k[:, :1].transpose(1, 2), v[:, :1].transpose(1, 2)
-        if shared.cache is not None:
-            k = shared.cache.extend(k)  # (B, S, 1, D)
-            v = shared.cache.extend(v)
-        k, v = (t.transpose(1, 2).expand(-1, self.n_head, -1, -1) for t in (k, v))
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=shared.mask, is_causal=shared.mask is None
-        )
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-
-
 def window_of_five(self, query, key, example=None):
     distance = query[:, :, None] - key[:, None, :]
     return (distance >= 0) & (distance < 5)
 
 
-@pytest.mark.parametrize("changed", ["one head of keys", "sliding window"])
-def test_a_changed_model_writes_with_the_cache_what_it_writes_without(both, monkeypatch, changed):
-    """The cache takes its shapes from the model, and training and decoding see the same tokens."""
+def test_a_changed_model_writes_with_the_cache_what_it_writes_without(both, monkeypatch):
+    """Training and decoding see the same tokens. docs/changes has models with other caches."""
     model = copy.deepcopy(both[1])
     before = recomputed(model, PROMPTS[3], 20)
-    if changed == "sliding window":
-        monkeypatch.setattr(Transformer, "sees", window_of_five)
-        del model.transformer.is_causal  # it was asked for before sees() was changed
-    else:
-        for block in model.transformer.h:
-            block.attn.__class__ = OneKeyHead
-    expected = [recomputed(model, prompt, 260) for prompt in PROMPTS]
+    monkeypatch.setattr(Transformer, "sees", window_of_five)
+    del model.transformer.is_causal  # it was asked for before sees() was changed
+    expected = [recomputed(model, prompt, 40) for prompt in PROMPTS]
     assert expected[3][:20] != before
-    assert generate(model, PROMPTS, 260, sampling=GREEDY) == expected
+    assert generate(model, PROMPTS, 40, sampling=GREEDY) == expected
 
 
 def test_a_text_does_not_depend_on_its_neighbours(both):
@@ -108,24 +84,17 @@ def test_a_text_does_not_depend_on_its_neighbours(both):
     together = generate(model, PROMPTS, 60, sampling=how, seeds=seeds)
     for i in range(4):
         assert generate(model, [PROMPTS[i]], 60, sampling=how, seeds=[seeds[i]]) == [together[i]]
-    pair = generate(model, [PROMPTS[2], PROMPTS[0]], 60, sampling=how, seeds=[seeds[2], seeds[0]])
-    assert pair == [together[2], together[0]]
     assert together[0] != generate(model, [PROMPTS[0]], 60, sampling=how, seeds=[4])[0]
     longer = generate(model, [PROMPTS[0]], 80, sampling=how, seeds=[3])[0]
     assert longer[:60] == together[0]  # nor on how long it may become
 
 
-def test_weights_stored_by_columns_are_the_same_model(both, greedy, tmp_path):
+def test_weights_stored_by_columns_are_the_same_model(both, greedy):
     model = copy.deepcopy(both[1])
     store_by_columns(model)
     assert {m.weight.stride(0) for m in model.modules() if isinstance(m, torch.nn.Linear)} == {1}
     assert model.lm_head.weight is model.transformer.wte.weight
-    assert generate(model, PROMPTS, 200, sampling=GREEDY) == greedy
-    for name, m in (("rows", both[1]), ("columns", model)):
-        save_pretrained(m, tmp_path / name)
-    assert (tmp_path / "rows/model.safetensors").read_bytes() == (
-        tmp_path / "columns/model.safetensors"
-    ).read_bytes()
+    assert generate(model, PROMPTS, 100, sampling=GREEDY) == greedy
 
 
 class CountOperations(TorchDispatchMode):
@@ -197,17 +166,12 @@ def transformers_probabilities(logits: torch.Tensor, how: Sampling, seen: set[in
     "how",
     [
         Sampling(),
-        Sampling(0.5),
         Sampling(2.0),
-        Sampling(top_k=1),
         Sampling(top_k=7),
         Sampling(top_k=1000),
         Sampling(top_p=0.5),
-        Sampling(top_p=0.9),
         Sampling(top_p=1e-6),
         Sampling(min_p=0.1),
-        Sampling(min_p=0.9),
-        Sampling(repetition_penalty=1.7),
         Sampling(repetition_penalty=0.6),
         Sampling(0.7, 12, 0.8, 0.15, 1.3),
     ],
@@ -218,15 +182,14 @@ def test_tokens_are_drawn_with_exactly_their_probabilities(how):
     n = 4000
     seen = {0, 3, 4, 11}
     draws = (torch.arange(n) + 0.5) / n
-    for seed in range(3):
-        logits = 3 * torch.randn(30, generator=torch.Generator().manual_seed(seed))
-        expected = transformers_probabilities(logits, how, seen)
-        mask = torch.zeros(30, dtype=torch.bool)
-        mask[list(seen)] = True
-        chosen = sample_token(logits.expand(n, -1), draws, how, mask.expand(n, -1))
-        count = np.bincount(chosen.numpy(), minlength=30)
-        assert np.abs(count - n * np.array(expected)).max() <= 1.01
-        assert not count[np.array(expected) == 0].any()
+    logits = 3 * torch.randn(30)
+    expected = np.array(transformers_probabilities(logits, how, seen))
+    mask = torch.zeros(30, dtype=torch.bool)
+    mask[list(seen)] = True
+    chosen = sample_token(logits.expand(n, -1), draws, how, mask.expand(n, -1))
+    count = np.bincount(chosen.numpy(), minlength=30)
+    assert np.abs(count - n * expected).max() <= 1.01
+    assert not count[expected == 0].any()
 
 
 @pytest.mark.parametrize(
@@ -252,17 +215,7 @@ def test_the_nucleus_ends_with_the_token_that_reaches_top_p():
 
 
 def test_the_repetition_penalty_counts_prompt_and_text(both):
-    """With a penalty that forbids what was seen, all other tokens follow before any comes again."""
-    how = Sampling(temperature=0, repetition_penalty=1e9)
-    logits = torch.ones(1, VOCAB)  # all positive, so that dividing forbids
     _, model = both
-    ids = generate(model, [PROMPTS[3]], 1, sampling=how)[0]
-    assert ids[0] not in PROMPTS[3]
-    seen = torch.zeros(1, VOCAB, dtype=torch.bool)
-    for _ in range(VOCAB):
-        token = sample_token(logits, torch.zeros(1), how, seen)
-        assert not seen[0, token]
-        seen[0, token] = True
     prompt = PROMPTS[2]
     [written] = generate(model, [prompt], 30, sampling=Sampling(0, repetition_penalty=1.5))
     text = prompt + written
@@ -270,25 +223,6 @@ def test_the_repetition_penalty_counts_prompt_and_text(both):
         row = model(torch.tensor([text[:end]]))[0][0, -1].tolist()
         row = [(x / 1.5 if x > 0 else x * 1.5) if i in text[:end] else x for i, x in enumerate(row)]
         assert text[end] == int(np.argmax(row))
-
-
-def test_sampled_tokens_follow_the_models_distribution(both):
-    _, model = both
-    n = 6000
-    prompt = [1, 2, 3]
-    texts = generate(model, [prompt] * n, 1, sampling=Sampling(6.0), seeds=range(n))
-    tokens = [text[0] for text in texts]
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt]))[0][0, -1]
-    expected = n * (logits / 6).double().softmax(0).numpy()
-    count = np.bincount(tokens, minlength=VOCAB)
-    common = expected >= 5
-    count = np.append(count[common], count[~common].sum())
-    expected = np.append(expected[common], expected[~common].sum() + 1e-9)
-    statistic = ((count - expected) ** 2 / expected).sum()
-    freedom = common.sum() - 1
-    assert freedom > 20
-    assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
 
 
 def test_a_prompt_of_one_token_works_under_autocast(both):
@@ -316,37 +250,25 @@ def shown(tokens: list[str | bytes], *stops: str) -> tuple[list[str], str | None
     return steps, reason
 
 
+E_ACUTE = "\u00e9".encode()
+EURO = "\u20ac".encode()
+SMILE = "\U0001f642".encode()
+
+
 @pytest.mark.parametrize(
     ("tokens", "stops", "steps", "reason"),
     [
         (["ab", "c"], (), ["ab", "c", ""], None),
         (["ab\n\ncd", "e"], ("\n\n",), ["ab", "", ""], "stop"),  # inside a token
-        (
-            ["ab\n", "\ncd"],
-            ("\n\n",),
-            ["ab", "", ""],
-            "stop",
-        ),  # over two, and the first newline never shown
-        (["ab\n", "cd", "\n"], ("\n\n",), ["ab", "\ncd", "", "\n"], None),  # held back until known
-        (["x", "a", "a", "b", "z"], ("aab",), ["x", "", "", "", "", ""], "stop"),
-        (
-            ["a", "a", "a", "b"],
-            ("aab",),
-            ["", "", "a", "", ""],
-            "stop",
-        ),  # a beginning inside a beginning
+        (["ab\n", "\ncd"], ("\n\n",), ["ab", "", ""], "stop"),  # over two tokens
+        (["ab\n", "cd", "\n"], ("\n\n",), ["ab", "\ncd", "", "\n"], None),  # held back
+        (["a", "a", "a", "b"], ("aab",), ["", "", "a", "", ""], "stop"),
         (["one END two STOP"], ("STOP", "END"), ["one ", ""], "stop"),  # the first in the text
         (["EN", "D"], ("ENDING", "XY"), ["", "", "END"], None),
-        (["\u00e9".encode()[:1], "\u00e9".encode()[1:]], (), ["", "\u00e9", ""], None),
-        ([b"a\xf0\x9f", b"\x99", b"\x82b"], (), ["a", "", "\U0001f642b", ""], None),
-        ([b"a\xf0\x9f", b"b"], (), ["a", "\ufffdb", ""], None),  # half a character that stays one
-        ([b"a\xf0\x9f"], (), ["a", "\ufffd"], None),
-        (
-            [b"\xe2\x82", b"\xac!"],
-            ("\u20ac",),
-            ["", "", ""],
-            "stop",
-        ),  # a stop string of bytes over two tokens
+        ([E_ACUTE[:1], E_ACUTE[1:]], (), ["", "\u00e9", ""], None),
+        ([b"a" + SMILE[:2], b"b"], (), ["a", "\ufffdb", ""], None),  # half of it stays one
+        ([b"a" + SMILE[:2]], (), ["a", "\ufffd"], None),
+        ([EURO[:2], EURO[2:] + b"!"], ("\u20ac",), ["", "", ""], "stop"),
     ],
 )
 def test_stop_strings_and_whole_characters(tokens, stops, steps, reason):

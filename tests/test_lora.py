@@ -6,14 +6,14 @@ import weakref
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM
 from transformers import GPT2LMHeadModel
 
 from gpt12.errors import UserError
 from gpt12.lora import LoRALinear, add_lora, load_adapter, save_adapter
 from gpt12.weights import from_pretrained, save_config, save_pretrained
 from model import GPT, GPTConfig
-from tests.models import small_model
+from tests.models import relative, small_model
 
 
 def test_an_adapter_computes_the_formula_of_the_lora_paper():
@@ -81,26 +81,18 @@ def adapted(tmp_path, monkeypatch):
 def test_peft_opens_the_adapter_and_finds_its_base_from_anywhere(adapted, tmp_path, monkeypatch):
     save_adapter(adapted, tmp_path / "best/adapter", "base")
     save_pretrained(adapted, tmp_path / "best")
+    config = json.loads((tmp_path / "best/adapter/adapter_config.json").read_text())
+    assert config["target_modules"] == ["c_attn", "c_fc", "c_proj"]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "best/adapter").eval()
     x = torch.randint(0, 13, (2, 8))
     ours = adapted(x)[0]
-    assert (theirs(x).logits - ours).abs().max() < 1e-5 * ours.abs().max()
+    assert relative(theirs(x).logits, ours) < 1e-5
     merged = GPT2LMHeadModel.from_pretrained(tmp_path / "best").eval()
-    assert (merged(x).logits - ours).abs().max() < 1e-5 * ours.abs().max()
+    assert relative(merged(x).logits, ours) < 1e-5
     base = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
-    assert (base(x).logits - ours).abs().max() > 0.01 * ours.abs().max()
-    theirs = PeftModel.from_pretrained(base, tmp_path / "best/adapter").eval()
-    assert (theirs(x).logits - ours).abs().max() < 1e-5 * ours.abs().max()
-
-
-def test_the_adapters_configuration_says_what_was_trained(adapted, tmp_path):
-    save_adapter(adapted, tmp_path / "adapter", "owner/name")
-    content = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert content["base_model_name_or_path"] == "owner/name"  # a name on the hub stays as it is
-    assert (content["r"], content["lora_alpha"]) == (2, 4.0)
-    assert content["target_modules"] == ["c_attn", "c_fc", "c_proj"]
+    assert relative(base(x).logits, ours) > 0.01
 
 
 def test_adapters_are_added_to_the_weights_of_their_base_wherever_they_are_loaded(
@@ -112,7 +104,7 @@ def test_adapters_are_added_to_the_weights_of_their_base_wherever_they_are_loade
     x = torch.randint(0, 13, (2, 8))
     ours = adapted(x)[0]
     loaded = from_pretrained(tmp_path / "last").eval()
-    assert (loaded(x)[0] - ours).abs().max() < 1e-5 * ours.abs().max()
+    assert relative(loaded(x)[0], ours) < 1e-5
     assert all(p.requires_grad for p in loaded.parameters())
     again = from_pretrained("base")
     add_lora(again, 2, 4.0)
@@ -120,11 +112,10 @@ def test_adapters_are_added_to_the_weights_of_their_base_wherever_they_are_loade
     assert torch.equal(again.eval()(x)[0], ours)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_adapters_know_their_base_in_any_precision_and_no_other_model(tmp_path, dtype):
+def test_adapters_know_their_base_in_any_precision_and_no_other_model(tmp_path):
     save_pretrained(small_model(), tmp_path / "base")
     model = from_pretrained(tmp_path / "base")
-    add_lora(model, 2, 4.0, dtype)
+    add_lora(model, 2, 4.0, torch.bfloat16)
     save_adapter(model, tmp_path / "last", str(tmp_path / "base"))
     save_config(model, tmp_path / "last", None)
     from_pretrained(tmp_path / "last")
@@ -140,19 +131,17 @@ def test_adapters_know_their_base_in_any_precision_and_no_other_model(tmp_path, 
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
-@pytest.mark.parametrize("damage", [b"", b"[]", b"{}"])
-def test_damaged_adapters_are_refused_by_the_files_name(adapted, tmp_path, file, damage):
+def test_damaged_adapters_are_refused_by_the_files_name(adapted, tmp_path, file):
     save_adapter(adapted, tmp_path / "last", "base")
     save_config(adapted, tmp_path / "last", None)
-    (tmp_path / "last" / file).write_bytes(damage)
+    (tmp_path / "last" / file).write_bytes(b"{}")
     with pytest.raises(UserError, match=f"{file} is damaged"):
         from_pretrained(tmp_path / "last")
 
 
-@pytest.mark.parametrize("rank", [-1, 0, 9])
-def test_a_rank_that_the_layers_cannot_have_is_refused(rank):
-    with pytest.raises(UserError, match=f"lora_rank={rank} must lie between 1 and .* 8"):
-        add_lora(small_model(), rank, 1.0)
+def test_a_rank_that_the_layers_cannot_have_is_refused():
+    with pytest.raises(UserError, match=r"lora_rank=9 must lie between 1 and .* 8"):
+        add_lora(small_model(), 9, 1.0)
 
 
 def test_adapters_are_drawn_as_before():

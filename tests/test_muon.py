@@ -25,14 +25,6 @@ def test_orthogonalize_brings_all_singular_values_near_one_and_keeps_the_singula
         assert torch.allclose(inner, diagonal, atol=1e-4)
 
 
-def test_after_four_iterations_singular_values_lie_where_the_docstring_says():
-    values = torch.linspace(0.006, 1.0, 2000)
-    others = (1 - values.square()).sqrt()  # so that each matrix has norm 1
-    out = orthogonalize(torch.diag_embed(torch.stack([values, others], dim=1)))
-    assert 0.67 < out[:, 0, 0].min()
-    assert out[:, 0, 0].max() < 1.21
-
-
 def matrices(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Return the parameters of an optimizer."""
     return [p for group in optimizer.param_groups for p in group["params"]]
@@ -43,12 +35,6 @@ def make_step(optimizer: Muon, divide_by: float = 1.0, skip: float = 0.0) -> Non
     optimizer.grad_scale = torch.tensor(divide_by)
     optimizer.found_inf = torch.tensor(skip)
     optimizer.step()
-
-
-def of_one(parameter: nn.Parameter, stacked: int = 3) -> Muon:
-    """Return a Muon of one stacked parameter."""
-    group = {"params": [parameter], "weight_decay": 0.1, "stacked": stacked}
-    return Muon([group], torch.tensor(1e-2), momentum=0.9)
 
 
 def split(matrix: torch.Tensor) -> list[torch.Tensor]:
@@ -154,25 +140,12 @@ def test_adapters_are_left_to_adamw():
     assert isinstance(optimizer, AdamW)
 
 
-def test_the_result_is_near_the_polar_factor_in_float64_and_in_bfloat16():
-    """The factor comes from the singular value decomposition (Higham 2008, section 8.1)."""
-    g = torch.randn(2, 48, 80, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    u, _, vh = torch.linalg.svd(g, full_matrices=False)
-    polar = u @ vh
-    exact = orthogonalize(g)
-    rounded = orthogonalize(g.bfloat16()).double()
-    # The iteration leaves singular values between 0.67 and 1.21: about 0.2 of the norm is apart.
-    assert (exact - polar).norm() < 0.25 * polar.norm()
-    assert (rounded - exact).norm() < 0.1 * polar.norm()
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_a_skipped_update_leaves_weights_and_state_bit_by_bit(first):
+def test_a_skipped_update_leaves_weights_and_state_bit_by_bit():
     parameter = nn.Parameter(torch.randn(24, 8))
-    muon = of_one(parameter)
-    if not first:
-        parameter.grad = torch.randn(24, 8)
-        make_step(muon)
+    group = {"params": [parameter], "weight_decay": 0.1, "stacked": 3}
+    muon = Muon([group], torch.tensor(1e-2), momentum=0.9)
+    # As older versions saved it, before neurons were scaled.
+    muon.state[parameter] = {"momentum": torch.randn(3, 8, 8)}
     weights = parameter.detach().clone()
     state = {key: value.clone() for key, value in muon.state[parameter].items()}
     for value in (float("nan"), float("inf"), 1.0):
@@ -181,17 +154,3 @@ def test_a_skipped_update_leaves_weights_and_state_bit_by_bit(first):
         assert torch.equal(parameter, weights)
         for key, now in muon.state[parameter].items():
             assert torch.equal(now, state.get(key, torch.zeros_like(now)))
-
-
-def test_a_run_from_before_neurons_were_scaled_goes_on_with_its_momentum():
-    parameter = nn.Parameter(torch.randn(24, 8))
-    muon = of_one(parameter)
-    momentum = torch.randn(3, 8, 8)
-    muon.state[parameter] = {"momentum": momentum.clone()}
-    parameter.grad = torch.randn(24, 8)
-    make_step(muon, divide_by=4.0)
-    expected = 0.9 * momentum + 0.1 * parameter.grad.view(3, 8, 8) / 4
-    found = muon.state[parameter]["momentum"]
-    assert torch.allclose(found, expected, atol=1e-6)
-    assert found.shape == (3, 8, 8)
-    assert parameter.isfinite().all()

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 
@@ -39,8 +38,7 @@ def test_the_reference_is_transformers_gpt2(bias):
 
 
 @pytest.mark.gpt2
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("n_head", [1, 5])
+@pytest.mark.parametrize(("bias", "n_head"), [(True, 1), (False, 5)])
 def test_the_model_as_it_is_is_gpt2(bias, n_head):
     assert twin.is_gpt2(replace(CONFIG, bias=bias, n_head=n_head, n_embd=8 * n_head))
 
@@ -62,27 +60,7 @@ def window_of_256(monkeypatch):
     monkeypatch.setattr(model, "F", changed)
 
 
-def other_norm(monkeypatch):
-    class RMSNorm(nn.RMSNorm):
-        def __init__(self, size, bias):
-            super().__init__(size, eps=1e-5)
-
-    monkeypatch.setattr(model, "LayerNorm", RMSNorm)
-
-
-def gain_of_one(monkeypatch):
-    init = model.MLP.__init__
-    forward = model.MLP.forward
-
-    def init_with_gain(self, config):
-        init(self, config)
-        self.gain = nn.Parameter(torch.ones(1))
-
-    monkeypatch.setattr(model.MLP, "__init__", init_with_gain)
-    monkeypatch.setattr(model.MLP, "forward", lambda self, x: self.gain * forward(self, x))
-
-
-@pytest.mark.parametrize("change", [exact_gelu, window_of_256, other_norm, gain_of_one])
+@pytest.mark.parametrize("change", [exact_gelu, window_of_256])
 def test_a_changed_model_is_not_gpt2_and_has_another_fingerprint(change, monkeypatch):
     before = torch.tensor(twin.fingerprint(CONFIG))
     twin.is_gpt2.cache_clear()

@@ -165,15 +165,18 @@ def test_biases_that_another_program_trained_are_read_whatever_the_configuration
     assert relative(again(x)[0], theirs(x).logits) < 1e-5
 
 
-def test_a_causal_mask_is_not_taken_for_a_bias(tmp_path):
-    """Older uploads hold it as h.N.attn.bias."""
-    save_pretrained(GPT(GPTConfig(block_size=32, bias=False, **SHAPE)), tmp_path)
+def test_openais_upload_has_no_prefix_and_causal_masks_that_are_no_biases(tmp_path, batch):
+    ours = GPT(GPTConfig(block_size=32, bias=False, **SHAPE))
+    save_pretrained(ours, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     for i in range(SHAPE["n_layer"]):
-        tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
-        tensors[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+        tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert not from_pretrained(tmp_path).config.bias
+    read = from_pretrained(tmp_path)
+    assert not read.config.bias
+    assert torch.equal(read(batch[0])[0], ours(batch[0])[0])
 
 
 @pytest.mark.gpt2
