@@ -246,7 +246,7 @@ def test_a_run_on_a_read_only_file_system_is_refused(dataset, disk):
 
 def test_a_run_that_is_killed_four_times_ends_like_the_unbroken_run():
     """The short form of tests/manual/kill_loop.py: two kills at random calls, two inside a save."""
-    argv = [sys.executable, "-m", "tests.manual.kill_loop", "--kills=4", "--seed=6", "--by_calls"]
+    argv = [sys.executable, "-m", "tests.manual.kill_loop", "--kills=4", "--seed=6"]
     result = subprocess.run([*argv, "--presets=0"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "kills 4 (2 inside" in result.stdout

@@ -1,6 +1,7 @@
 """The layout of the shipped code: who may import what, and what no file may do."""
 
 import ast
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ SCRIPTS = ["model.py", "train.py", "sample.py", "bench.py"]
 FOLDERS = ["gpt12", "data"]
 # A house that one can walk through: files in gpt12/, arrows between files, floors.
 MOST_FILES = 26
-MOST_IMPORTS = 182
+MOST_IMPORTS = 180
 LONGEST_CHAIN = 9
 
 
@@ -32,60 +33,35 @@ def parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text("utf-8"))
 
 
-def is_type_checking(node: ast.AST) -> bool:
-    """Tell whether a node is `if TYPE_CHECKING:`, whose imports never happen."""
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-
-
-def walk(node: ast.AST, into_functions: bool = True):
-    """Yield a node and all below it, but nothing below `if TYPE_CHECKING:`."""
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if is_type_checking(child):
-            continue
-        if isinstance(child, ast.FunctionDef) and not into_functions:
-            continue
-        yield from walk(child, into_functions)
-
-
-def imported_modules(tree: ast.AST, into_functions: bool = True) -> set[str]:
-    """Return the full names of the modules that a file imports, `a.b` for `from a import b` too."""
+def imported_modules(nodes: Iterable[ast.AST]) -> set[str]:
+    """Return the full names of the modules that are imported, `a.b` for `from a import b` too."""
     found = set()
-    for node in walk(tree, into_functions):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.module is not None, "a relative import"
             assert node.level == 0, "a relative import"
-            found.add(node.module)
+            found.add(str(node.module))
             found |= {f"{node.module}.{name.name}" for name in node.names}
     return found
 
 
+def imports_of(file: Path) -> set[str]:
+    """Return the modules that a file imports, inside functions too."""
+    return imported_modules(ast.walk(parse(file)))
+
+
 def module_name(file: Path) -> str:
-    parts = file.relative_to(ROOT).with_suffix("").parts
-    if parts[-1] == "__init__":
-        parts = parts[:-1]
-    return ".".join(parts)
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 OURS = {module_name(file): file for file in FILES}
 
 
-def ours_among(modules: set[str]) -> set[str]:
-    """Return those modules that are files of ours."""
-    return {module for module in modules if module in OURS and module not in FOLDERS}
-
-
 def imports_of_our_files() -> dict[str, set[str]]:
-    """Return which files each file imports, inside functions and for types, too."""
-    graph: dict[str, set[str]] = {}
-    for name, file in OURS.items():
-        graph[name] = set()
-        for node in ast.walk(parse(file)):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                graph[name] |= ours_among(imported_modules(node)) - {name}
-    return graph
+    """Return which files of ours each file imports. The packages' __init__ are empty."""
+    modules = OURS.keys() - set(FOLDERS)
+    return {name: imports_of(file) & modules - {name} for name, file in OURS.items()}
 
 
 def test_imports_form_no_cycle_and_no_long_chain():
@@ -106,7 +82,7 @@ def test_imports_form_no_cycle_and_no_long_chain():
 
 def test_model_py_imports_only_torch_the_loss_the_errors_and_recomputation():
     allowed = {"gpt12.loss", "gpt12.errors", "gpt12.recompute"}
-    for module in imported_modules(parse(ROOT / "model.py")):
+    for module in imports_of(ROOT / "model.py"):
         top = module.split(".")[0]
         if top == "gpt12":
             assert any(f"{module}.".startswith(f"{name}.") for name in allowed), module
@@ -118,19 +94,17 @@ def test_model_py_imports_only_torch_the_loss_the_errors_and_recomputation():
 
 def test_the_data_pipeline_imports_of_gpt12_only_errors_and_files():
     allowed = {"gpt12.errors", "gpt12.files"}
-    for file in FILES:
-        if file.is_relative_to(ROOT / "data"):
-            modules = ours_among(imported_modules(parse(file)))
+    for name, modules in imports_of_our_files().items():
+        if name.startswith("data."):
             outside = {module for module in modules if not module.startswith("data.")}
-            assert outside <= allowed, f"{file.name} imports {outside - allowed}"
+            assert outside <= allowed, f"{name} imports {outside - allowed}"
 
 
 def test_the_technique_files_do_not_import_the_scripts():
-    """gpt12/ is what the scripts are built from, except for bench.py's measuring of train.py."""
-    for name, file in OURS.items():
+    """gpt12/ is what the scripts are built from."""
+    for name, modules in imports_of_our_files().items():
         if name.startswith("gpt12."):
-            scripts = imported_modules(parse(file)) & {"sample", "bench"}
-            assert not scripts, f"{name} imports {scripts}"
+            assert not modules & {"sample", "bench"}, name
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -145,9 +119,13 @@ HEAVY = {"datasets", "wandb", "matplotlib", "transformers", "torchao", "torch._d
 
 @pytest.mark.parametrize("name", NAMES)
 def test_heavy_libraries_are_imported_only_where_they_are_needed(name):
-    at_import = imported_modules(parse(ROOT / name), into_functions=False)
-    heavy = {module for module in at_import if module in HEAVY or module.split(".")[0] in HEAVY}
-    assert not heavy
+    tree = parse(ROOT / name)
+    inside: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            inside |= set(ast.walk(node))
+    at_import = imported_modules(node for node in ast.walk(tree) if node not in inside)
+    assert not {module for module in at_import if HEAVY & {module, module.split(".")[0]}}
 
 
 # What may stand at a file's top level. Besides it: the settings that must be made before torch is
@@ -157,30 +135,24 @@ DEFINITIONS = (
     ast.Assign,
     ast.AnnAssign,
 )
-ALLOWED_CALLS = {
+ALLOWED = {
     "os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')",
     "require_packages()",  # names a missing package before anything imports it
 }
 
 
-def runs_at_import(node: ast.stmt) -> bool:
+def runs_at_import(node: ast.AST) -> bool:
     """Tell whether a statement at the top level does more than define something."""
-    if isinstance(node, DEFINITIONS):
+    if isinstance(node, DEFINITIONS) or ast.unparse(node) in ALLOWED:
         return False
     if isinstance(node, ast.Expr):
-        is_docstring = isinstance(node.value, ast.Constant)
-        return not is_docstring and ast.unparse(node.value) not in ALLOWED_CALLS
-    if isinstance(node, ast.If):
-        test = ast.unparse(node.test)
-        if test == "__name__ == '__main__'" or is_type_checking(node):
-            return False
-        # A definition that exists only under a condition, as the Triton kernel does.
-        return any(runs_at_import(child) for child in [*node.body, *node.orelse])
-    if isinstance(node, ast.Try):  # an optional library
-        statements = [*node.body, *node.orelse, *node.finalbody]
-        for handler in node.handlers:
-            statements += handler.body
-        return any(runs_at_import(child) for child in statements)
+        return not isinstance(node.value, ast.Constant)  # a docstring
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+        return False
+    # A definition under a condition, as of the Triton kernel, or an optional library.
+    if isinstance(node, ast.If | ast.Try | ast.ExceptHandler):
+        parts = [part for part in ast.iter_child_nodes(node) if not isinstance(part, ast.expr)]
+        return any(runs_at_import(part) for part in parts)
     return True
 
 
@@ -191,6 +163,7 @@ def test_only_definitions_imports_and_constants_run_at_import(name):
 
 
 FORBIDDEN = [
+    "TYPE_CHECKING",  # an import for a type alone is an import, too
     "__wrapped__",
     "object.__new__",
     "_compiled_call_impl",
@@ -214,15 +187,13 @@ def test_no_file_contains_a_forbidden_hack(name):
 def test_no_file_assigns_to_an_attribute_of_an_imported_library(name):
     """Patching a library changes it for everybody who uses it."""
     tree = parse(ROOT / name)
-    libraries = {module.split(".")[0] for module in imported_modules(tree)} - set(OURS)
+    libraries = {module.split(".")[0] for module in imports_of(ROOT / name)} - set(OURS)
     allowed = ("torch.backends.", "sys.stdout", "sys.argv")
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign | ast.AugAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in targets:
-                words = ast.unparse(target)
-                if isinstance(target, ast.Attribute) and words.split(".")[0] in libraries:
-                    assert words.startswith(allowed), f"line {node.lineno}: {words} is replaced"
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            words = ast.unparse(node)
+            replaced = words.split(".")[0] in libraries and not words.startswith(allowed)
+            assert not replaced, f"line {node.lineno}: {words} is replaced"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,19 +2,18 @@
 
     python -m tests.manual.kill_loop --kills=200
 
-A tiny run on the CPU is killed by SIGKILL: half of the times at a random moment, half inside the
-write of a checkpoint, at a random one of its operations and also with half a file written. After
-each kill the newest checkpoint must load, be no older than the one before, and resume. When a run
-reaches its end, its weights, moments and losses must equal those of an unbroken run bit for bit.
-Then the next run begins, until the kills are used up.
+A tiny run on the CPU is killed by SIGKILL: half of the times at a random call of a function, half
+inside the write of a checkpoint, at a random one of its operations and also with half a file
+written. Calls are counted by Python, so that the same seed kills at the same places on any machine,
+however busy it is. After each kill the newest checkpoint must load, be no older than the one
+before, and resume. When a run reaches its end, its weights, moments and losses must equal those of
+an unbroken run bit for bit. Then the next run begins, until the kills are used up.
 
 Then a shipped preset, config/train_shakespeare_cpu.py, runs as it is, and is killed by SIGKILL
 every time that it has saved: it must resume, and end like the unbroken run. Leave it out with
 --presets=0.
 
-With --by_calls a random moment is a random call of a function, counted by Python, and not a random
-time. The same seed then kills at the same places on any machine, however busy it is. The test suite
-runs this form. With --lora the runs train adapters.
+With --lora the runs train adapters.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ import hashlib
 import json
 import os
 import random
-import select
 import shutil
 import signal
 import subprocess
@@ -50,7 +48,7 @@ import train
 from gpt12 import checkpoint
 from gpt12.checkpoint import find_checkpoint
 from gpt12.errors import UserError
-from tests.helpers import OPTIONS, ROOT, make_dataset
+from tests.helpers import OPTIONS, ROOT, command, make_dataset
 
 SAVES = 16 + 8  # about as many checkpoints as a run writes: last/ and best/
 PAUSES = 43  # and about as many pauses as each has
@@ -159,11 +157,6 @@ class Life:
         os.close(self.go)
         return status
 
-    def until_time(self, seconds: float) -> int:
-        """Let it live so long. The pipe becomes readable when the process ends by itself."""
-        ended, _, _ = select.select([self.told], [], [], seconds)
-        return self.end(kill=not ended)
-
     def until_operation(self, count: int) -> int:
         """Let it make this many operations inside saves."""
         for _ in range(count - 1):
@@ -208,28 +201,25 @@ def without(values: dict, *keys: str) -> dict:
 
 @dataclass
 class Whole:
-    """The unbroken run: what it leaves, and how long it is in seconds and in calls."""
+    """The unbroken run: what it leaves, and how many calls it makes."""
 
     outcome: dict
-    seconds: float
     calls: int
 
 
 def run_whole(argv: list[str], out_dir: Path) -> Whole:
     log = out_dir.with_suffix(".log")
-    started = time.perf_counter()
     assert Life(argv, log).end(kill=False) == 0, log.read_text()
-    seconds = time.perf_counter() - started
     expected = outcome(out_dir)
     assert Life(argv, log, counter=CallCounter(None)).end(kill=False) == 0
     assert outcome(out_dir) == expected, "two unbroken runs differ"
-    return Whole(expected, seconds, int(log.with_suffix(".calls").read_text()))
+    return Whole(expected, int(log.with_suffix(".calls").read_text()))
 
 
 def live(argv: list[str], out_dir: Path, chance: random.Random, how: str, whole: Whole) -> int:
     """Let a run live once until it is killed. Return the exit status.
 
-    how: it is killed "inside" a save, after a random "time", at a random "call", or not ("peace").
+    how: it is killed "inside" a save, at a random "call", or not ("peace").
     Raises AssertionError that says what was lost.
     """
     before = newest(out_dir)
@@ -241,8 +231,6 @@ def live(argv: list[str], out_dir: Path, chance: random.Random, how: str, whole:
     if how == "inside":
         count = chance.randint(1, 1 + round(left * SAVES * PAUSES))
         status = Life(argv, log, paused=True).until_operation(count)
-    elif how == "time":
-        status = Life(argv, log).until_time(share * whole.seconds)
     elif how == "call":
         counter = CallCounter(1 + round(share * whole.calls))
         status = Life(argv, log, counter=counter).end(kill=False)
@@ -279,7 +267,7 @@ def options_of_runs(folder: Path, lora: bool) -> list[str]:
     return [*options, f"--init_from={base}", "--lora_rank=2"]
 
 
-def kill_loop(options: list[str], kills: int, seed: int, folder: Path, by_calls: bool) -> Tally:
+def kill_loop(options: list[str], kills: int, seed: int, folder: Path) -> Tally:
     """Kill runs with these options so many times."""
     chance = random.Random(seed)
     whole = run_whole([*options, f"--out_dir={folder / 'whole'}"], folder / "whole")
@@ -294,7 +282,7 @@ def kill_loop(options: list[str], kills: int, seed: int, folder: Path, by_calls:
         elif tally.inside * 2 < tally.kills or tally.kills == 0:
             how = "inside"
         else:
-            how = "call" if by_calls else "time"
+            how = "call"
         try:
             ended = live([*options, f"--out_dir={out_dir}"], out_dir, chance, how, whole) == 0
             if not ended:
@@ -317,13 +305,9 @@ def kill_loop(options: list[str], kills: int, seed: int, folder: Path, by_calls:
 
 def start_train(*options: str) -> subprocess.Popen:
     """Start train.py as a user types it, with one line a logged step."""
-    return subprocess.Popen(
-        [sys.executable, "train.py", *options],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    pipe = subprocess.PIPE
+    argv = command("train.py", *options)
+    return subprocess.Popen(argv, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
 def kill_preset(folder: Path, chance: random.Random) -> int:
@@ -369,14 +353,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--presets", type=int, default=1, help="times to kill a shipped preset")
-    parser.add_argument("--by_calls", action="store_true", help="a random call, not a random time")
     parser.add_argument("--lora", action="store_true", help="kill runs that train adapters")
     options = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runs = options_of_runs(folder, options.lora)
-        tally = kill_loop(runs, options.kills, options.seed, folder, options.by_calls)
+        tally = kill_loop(runs, options.kills, options.seed, folder)
         for number in range(options.presets):
             place = folder / f"preset{number}"
             place.mkdir()
