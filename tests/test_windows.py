@@ -20,7 +20,7 @@ def split(folder, size, shard=100, mask=None):
     return Tokens.open(folder, "train")
 
 
-@pytest.mark.parametrize("size", [*range(1, 70), 255, 256, 257, 1000, 4097, 99991])
+@pytest.mark.parametrize("size", [*range(1, 20), 255, 256, 257, 99991])
 def test_permute_sends_every_index_to_another_place(size):
     for key in (0, 1, 2**64 - 1):
         image = permute(np.arange(size), size, key)
@@ -42,7 +42,7 @@ def test_permute_looks_random():
 
 @pytest.mark.parametrize(
     "size, block",
-    [(9, 8), (16, 8), (17, 8), (23, 8), (24, 8), (25, 8), (1000, 8), (1003, 8), (640, 1)],
+    [(9, 8), (16, 8), (17, 8), (24, 8), (1003, 8), (640, 1)],
 )
 def test_an_epoch_draws_every_window_once(tmp_path, size, block):
     windows = TrainWindows(split(tmp_path, size), block, seed=1)
@@ -108,7 +108,7 @@ def test_a_packed_rows_tokens_know_where_their_example_starts(tmp_path):
                 assert y[t] == (x[t] + 1 if mask[x[t] + 1] == 1 else -1)
 
 
-@pytest.mark.parametrize("size", [2, 3, 8, 9, 10, 16, 17, 100, 101])
+@pytest.mark.parametrize("size", [2, 8, 9, 10, 101])
 def test_evaluation_covers_every_target_once(tmp_path, size):
     windows = EvalWindows(split(tmp_path, size), 8)
     everything = list(range(windows.count))
