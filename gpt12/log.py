@@ -168,12 +168,11 @@ class RunLog:
             part = f"{epochs:.0%} of the text"
         else:
             part = "less than 1% of the text"
-        micro_batches = config.gradient_accumulation_steps
-        plural = "micro-batch" if micro_batches == 1 else "micro-batches"
+        micro_batches = _count(config.gradient_accumulation_steps, "micro-batch", "es")
         processes = f" on {run.machine.world} processes" if run.machine.world > 1 else ""
         return (
             f"step: {_count(int(config.batch_size), 'sequence')} x {config.block_size} tokens x "
-            f"{micro_batches} {plural}{processes} = {self._tokens_per_step():,} tokens; "
+            f"{micro_batches}{processes} = {self._tokens_per_step():,} tokens; "
             f"{_count(config.max_iters, 'step')} read {part}"
         )
 
@@ -197,11 +196,9 @@ class RunLog:
             )
         length = "num_epochs" if config.num_epochs else "max_iters"
         if steps < FEW_UPDATES:
-            more = math.ceil(FEW_UPDATES / steps) * getattr(config, length)
             yield (
-                f"{_count(steps, 'update')} will hardly change the model: try --{length}={more:g}, "
-                f"or a smaller step ({run.windows_per_step} = batch_size x "
-                "gradient_accumulation_steps)"
+                f"{_count(steps, 'update')} will hardly change the model: try a larger --{length} "
+                f"or a smaller step, which is {run.windows_per_step} sequences"
             )
         tokens = len(run.train_windows.tokens)
         epochs = self._epochs()
@@ -414,15 +411,12 @@ class RunLog:
         run = self.run
         tokenizer = run.dataset.tokenizer
         assert tokenizer is not None
-        is_instruction = run.dataset.val.mask is not None
         x, y, *_ = run.val_windows.batch(np.array([0]))
-        if is_instruction:  # the first question
-            answer = int((y[0] != IGNORE_INDEX).argmax())
-            start = x[0, : 1 + answer].tolist()
+        start = x[0, :1].tolist()
+        if run.packed:  # the first question
+            start = x[0, : 1 + (y[0] != IGNORE_INDEX).argmax()].tolist()
         elif tokenizer.eot is not None:
             start = [tokenizer.eot]
-        else:
-            start = x[0, :1].tolist()
         with run.machine.autocast():
             [ids] = generate(
                 run.model,
@@ -431,17 +425,16 @@ class RunLog:
                 sampling=Sampling(0.8, top_k=200),
                 seeds=[run.config.seed],
             )
-        if is_instruction:
-            # Show the question, and the answer up to its end.
-            if tokenizer.eot in ids:
-                ids = ids[: ids.index(tokenizer.eot)]
+        if tokenizer.eot in ids:
+            ids = ids[: ids.index(tokenizer.eot)]
+        if run.packed:
             ids = start + ids
         return tokenizer.decode(ids).strip()
 
 
-def _count(number: int, noun: str) -> str:
+def _count(number: int, noun: str, plural: str = "s") -> str:
     """Return `1 step` or `2 steps`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 # --------------------------------------------------------------------------------------------------

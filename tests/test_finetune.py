@@ -3,15 +3,12 @@
 import http.server
 import io
 import json
-import os
-import pickle
 import shutil
-import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -28,21 +25,13 @@ from transformers import (
 
 import sample
 import train
-from data.dataset import open_dataset
-from data.shards import TRAINED, Tokens
 from data.tokenizers import CharTokenizer
-from data.windows import TrainWindows
-from gpt12.config import load_config
-from gpt12.device import Machine
 from gpt12.errors import UserError, run_main
 from gpt12.generate import Sampling, generate
-from gpt12.loader import Loader
-from gpt12.lora import add_lora
 from gpt12.run import load_start, read_request
-from gpt12.settings import TrainConfig
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
-from tests.helpers import ROOT, built_from, command, environment, read_rows
+from tests.helpers import read_rows
 
 pytestmark = pytest.mark.usefixtures("no_picture", "own_cache")
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
@@ -268,16 +257,6 @@ def short_pairs(tmp_path_factory) -> Path:
     return file
 
 
-def test_a_step_on_all_packed_rows_has_the_loss_of_evaluating_them(start, short_pairs, tmp_path):
-    options = [f"--init_from={start}", f"--dataset={short_pairs}", f"--out_dir={tmp_path}"]
-    run = built_from([*QUICK, *options, "--batch_size=5", "--dropout=0"])
-    assert run.train_windows.per_epoch == 5
-    expected = train.mean_loss(replace(run, eval_count=5), run.train_eval_windows)
-    trainer = train.Trainer(run)
-    trainer.train_step(0.0, trainer.load())
-    assert trainer.train_step.loss.item() == pytest.approx(expected, rel=1e-5)
-
-
 def test_a_run_on_packed_examples_resumes_bit_for_bit(start, short_pairs, tmp_path):
     fixed = ["--dropout=0.1", "--decay_lr=False", "--batch_size=2"]
     finetune(start, short_pairs, tmp_path / "whole", *fixed, "--max_iters=8")
@@ -294,68 +273,6 @@ def test_a_run_warns_of_answers_without_an_end_of_text(start, instructions, text
     assert capsys.readouterr().out.count(told) == 1
     finetune(start, text, tmp_path / "b", "--max_iters=1")
     assert told not in capsys.readouterr().out
-
-
-def test_eval_only_warns_that_the_model_has_no_tokenizer(bare, text, tmp_path, capsys):
-    options = [
-        f"--init_from={bare}",
-        f"--dataset={text}",
-        "--tokenizer=bytes",
-        f"--out_dir={tmp_path / 'out'}",
-    ]
-    assert train.main([*QUICK, *options, "--eval_only"]) == 0
-    assert "has no tokenizer. Its first 257 of 300 ids are taken" in capsys.readouterr().out
-
-
-class Window:
-    """Ids as Tokens.gather returns them, but other targets in the prompts. The inputs stay."""
-
-    def __init__(self, ids, asked, shift):
-        self.parts = {
-            -1: ids[:, :-1],
-            None: np.where(asked, (ids[:, 1:] + shift) % len(CHARS), ids[:, 1:]),
-        }
-
-    def astype(self, kind):
-        return self
-
-    def __getitem__(self, key):
-        return self.parts[key[1].stop].astype(np.int64)
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_targets_of_prompts_change_no_bit_of_any_gradient(start, instructions, monkeypatch, masked):
-    """Through a run's loader and step: the ids are changed before the mask is applied.
-
-    Without the mask they change the gradients, so that the first half of the test can fail.
-    """
-    dataset = open_dataset(str(instructions), tokenizer=CharTokenizer(CHARS), block_size=32)
-    config, _ = load_config(TrainConfig, [*QUICK[2:], "--block_size=32"])
-    machine = Machine(torch.device("cpu"), torch.float32, compiled=False)
-    tokens = dataset.train
-    mask = tokens.mask
-    gather = Tokens.gather
-    tokens.mask = mask if masked else None
-    gradients = []
-    for shift in (0, 1):
-
-        def altered(self, starts, length, shift=shift):
-            ids = gather(self, starts, length)
-            return (
-                ids
-                if self is mask
-                else Window(ids, (gather(mask, starts + 1, length - 1) & TRAINED) == 0, shift)
-            )
-
-        monkeypatch.setattr(Tokens, "gather", altered)
-        step = train.TrainStep(from_pretrained(start), config, machine, packed=masked)
-        windows = TrainWindows(tokens, 32, seed=0)
-        rows = Loader(windows, step.batch, machine).load(0)
-        step(0.0, rows)
-        assert (rows is None) != masked
-        assert rows is None or 0 < sum(rows) < step.y.numel() / 2
-        gradients.append([step.loss, *(p.grad for p in step.parameters)])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)) == masked
 
 
 def test_losses_on_other_data_are_not_compared(start, text, tmp_path, capsys):
@@ -396,23 +313,10 @@ def refused(capsys, out_dir, *options) -> str:
     ("name", "content", "words"),
     [
         (
-            "latin.txt",
-            b"bob asks.\ncaf\xe9" * 99,
-            ["latin.txt is not utf-8: line 2", "0xe9", "\n  --encoding=cp1252     caf\u00e9"],
-        ),
-        (
-            "a.csv",
-            b"id,body\n1,ada\n",
-            ["a.csv, line 2 has no 'text', only 'id', 'body'", "--text_column="],
-        ),
-        ("a.jsonl", b'{"text": "ada"}\n{"text": \n', ["a.jsonl, line 2 is broken JSON"]),
-        ("empty", None, ["empty holds no text", ".txt, .md, .csv, .tsv"]),
-        (
             "short.txt",
             b"ada asks bob.",
             ["has 11 tokens, and block_size=32 needs 33", "--block_size=10"],
         ),
-        ("a.txt", b"a", ["a.txt is too short"]),
         (
             "long.jsonl",
             (json.dumps({"prompt": "ada asks " * 9, "completion": "bob"}) + "\n").encode() * 40,
@@ -422,10 +326,7 @@ def refused(capsys, out_dir, *options) -> str:
     ],
 )
 def test_a_text_that_cannot_be_trained_on_is_refused(start, tmp_path, capsys, name, content, words):
-    if content is None:
-        (tmp_path / name).mkdir()
-    else:
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content)
     message = refused(
         capsys, tmp_path / "out", f"--init_from={start}", f"--dataset={tmp_path / name}"
     )
@@ -513,83 +414,32 @@ def test_a_tokenizer_is_refused_for_a_model_that_brings_its_own(start, tmp_path,
         assert words in message
 
 
-class Trap:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.folder),))
-
-
 FC = "transformer.h.1.mlp.c_fc.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("missing", [f"tensor {FC} is missing"]),
         ("misshapen", [f"tensor {FC} has shape (32, 127)", "(32, 128)"]),
-        ("torn", ["model.safetensors is damaged"]),
-        ("pickle", ["pytorch_model.bin does not load without running code"]),
-        ("disguised pickle", ["model.safetensors is damaged or no safetensors file"]),
-        ("ckpt.pt", ["ckpt.pt does not load without running code"]),
-        ("none.pt", ["none.pt' does not exist"]),
-        ("the file itself", ["model.safetensors is a file", "--init_from={folder}"]),
-        ("untied", ["tensor lm_head.weight has no place in the model"]),
+        ("none.pt", []),
+        ("the file itself", []),
     ],
 )
 def test_weights_that_cannot_be_started_from_are_refused(
     start, text, tmp_path, capsys, change, words
 ):
     folder = tmp_path / "model"
-    trap = tmp_path / "sprung"
     shutil.copytree(start, folder)
     file = folder / "model.safetensors"
     source = folder
-    tensors = load_file(file)
-    if change == "missing":
-        save_file({name: t for name, t in tensors.items() if name != FC}, file)
-    elif change == "misshapen":
-        save_file(tensors | {FC: torch.zeros(32, 127)}, file)
-    elif change == "torn":
-        file.write_bytes(file.read_bytes()[:-1])
-    elif change == "pickle":
-        file.unlink()
-        torch.save(Trap(trap), folder / "pytorch_model.bin")
-    elif change == "disguised pickle":
-        file.write_bytes(pickle.dumps(Trap(trap)))
-    elif change == "untied":
-        save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 0.1}, file)
+    if change == "misshapen":
+        save_file(load_file(file) | {FC: torch.zeros(32, 127)}, file)
     elif change == "the file itself":
         source = file
     else:
         source = folder / change
-    if change == "ckpt.pt":
-        torch.save({"model": Trap(trap), "model_args": {}}, source)
     message = refused(capsys, tmp_path / "out", f"--init_from={source}", f"--dataset={text}")
-    assert [
-        word for word in [str(folder), *words] if word.format(folder=folder) not in message
-    ] == []
-    assert not trap.exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--lora_rank=0", "--lora_alpha=8"], ["--lora_rank=0", "no adapters without a rank"]),
-        (["--lora_rank=-1"], ["--lora_rank=-1", "greater than or equal to 0"]),
-        (["--lora_rank=33"], ["lora_rank=33", "between 1 and the layer's width, 32"]),
-    ],
-)
-def test_a_rank_that_no_adapter_can_have_is_refused(start, text, tmp_path, capsys, options, words):
-    message = refused(
-        capsys, tmp_path / "out", f"--init_from={start}", f"--dataset={text}", *options
-    )
-    assert [word for word in words if word not in message] == []
-    with pytest.raises(UserError, match="lora_rank=0 must lie between 1"):
-        add_lora(from_pretrained(start), 0, 1.0)
+    assert [word for word in [str(folder), *words] if word not in message] == []
 
 
 @pytest.fixture
@@ -628,21 +478,15 @@ def test_a_model_that_the_hub_does_not_know_ends_with_a_message(
         assert words in message
 
 
-def test_a_data_set_that_the_hub_does_not_know_ends_with_a_message(start, tmp_path, empty_hub):
-    """In a process of its own: `datasets` keeps the hub's address that it was imported with."""
-    argv = [
-        *QUICK,
-        f"--out_dir={tmp_path / 'out'}",
-        f"--init_from={start}",
-        "--dataset=hf:nobody/nothing",
-    ]
-    env = environment(HF_ENDPOINT=empty_hub, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
-    done = subprocess.run(
-        command("train.py", *argv), cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: hf:nobody/nothing cannot be read: DatasetNotFoundError")
-    assert "Check the name" in done.stderr
-    assert "as .txt, .csv or .jsonl files: python train.py --dataset=FOLDER" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+def test_a_data_set_that_the_hub_does_not_know_ends_with_a_message(
+    start, tmp_path, capsys, monkeypatch
+):
+    def unknown(*args, **options):
+        raise datasets.exceptions.DatasetNotFoundError("no such name")
+
+    monkeypatch.setattr(datasets, "load_dataset", unknown)
+    options = [f"--init_from={start}", "--dataset=hf:nobody/nothing"]
+    message = refused(capsys, tmp_path / "out", *options)
+    assert "hf:nobody/nothing cannot be read: DatasetNotFoundError" in message
+    assert "Check the name" in message
+    assert "as .txt, .csv or .jsonl files: python train.py --dataset=FOLDER" in message

@@ -92,9 +92,9 @@ def test_how_much_of_the_text_a_run_reads_is_told(dataset, tmp_path, capsys, opt
         ("--warmup_iters=0 --lr_decay_iters=50", []),
         ("--warmup_iters=0 --lr_decay_iters=49", ["min_lr at step 49, .* --lr_decay_iters=100$"]),
         ("--max_iters=30", []),
-        ("--max_iters=29", ["29 updates .* --max_iters=58, or a smaller step .8 = batch_size"]),
-        ("--max_iters=1 --warmup_iters=0", ["1 update will hardly .* --max_iters=30, or"]),
-        ("--num_epochs=1", ["21 updates .* --num_epochs=2, or"]),  # a step is 8 of 161 windows
+        ("--max_iters=29", ["29 updates .* larger --max_iters or a smaller step, .* is 8 seq"]),
+        ("--max_iters=1 --warmup_iters=0", ["1 update will hardly .* larger --max_iters or"]),
+        ("--num_epochs=1", ["21 updates .* --num_epochs or"]),  # a step is 8 of 161 windows
         ("--max_iters=403", []),
         ("--max_iters=402 --n_embd=64 --n_layer=2", []),  # 38 parameters for each token
         ("--max_iters=412 --n_embd=64 --n_layer=2", ["2,600 training .* by heart.* --max_iters;"]),
@@ -293,9 +293,11 @@ def test_a_run_that_improves_nothing_says_so(dataset, tmp_path, monkeypatch, cap
 
 
 def test_an_evaluation_alone_tells_loss_perplexity_and_warnings(dataset, tmp_path, capsys):
-    assert run(dataset, tmp_path / "none", "--eval_only") == 0
-    said = re.findall(r"val loss ([\d.]+), perplexity ([\d.]+) over (\d+)", capsys.readouterr().out)
-    [(loss, perplexity, windows)] = said
+    assert run(dataset, tmp_path / "none", "--eval_only", "--learning_rate=1e-5") == 0
+    said = capsys.readouterr().out
+    assert re.search("min_lr=.*, because it was not set", said)
+    found = re.findall(r"val loss ([\d.]+), perplexity ([\d.]+) over (\d+)", said)
+    [(loss, perplexity, windows)] = found
     assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-3)
     assert windows == "25"
     assert not (tmp_path / "none").exists()
