@@ -151,10 +151,7 @@ class StepRunner:
 def decide(config: BenchConfig) -> tuple[BenchConfig, Machine]:
     """Return the configuration with "auto" decided as train.py does for a long run."""
     machine = open_machine(
-        config.device,
-        config.dtype,
-        config.compile,
-        deterministic=config.deterministic,
+        config.device, config.dtype, config.compile, deterministic=config.deterministic
     )
     decided = replace(
         config,
@@ -367,7 +364,7 @@ def sample(config: BenchConfig, machine: Machine) -> list[Row]:
 
 
 # --------------------------------------------------------------------------------------------------
-# What is shown and written
+# The commands
 
 
 def finish(config: BenchConfig, device: str, results: dict[str, Any]) -> None:
@@ -385,10 +382,6 @@ def finish(config: BenchConfig, device: str, results: dict[str, Any]) -> None:
     file = "plan.json" if config.plan else "bench.json"
     write_json(Path(file), content)
     say(f"wrote {file}: all figures, with versions and settings (--json prints them instead)")
-
-
-# --------------------------------------------------------------------------------------------------
-# The commands
 
 
 def prepare(config: BenchConfig) -> Machine:
