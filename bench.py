@@ -350,7 +350,7 @@ def sample(config: BenchConfig, machine: Machine) -> list[Row]:
     model.to(machine.device, machine.dtype)
     if not machine.on_gpu:
         store_by_columns(model)
-    sampling = Sampling(temperature=defaults.temperature, top_k=defaults.top_k or 0)
+    sampling = Sampling(temperature=defaults.temperature, top_k=defaults.top_k)
     length = max(1, config.block_size // 4)
     new_tokens = min(config.max_new_tokens, config.block_size - length)
     say(f"prompts of {length} tokens, {new_tokens} new tokens, {config.n_layer} layers")

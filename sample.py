@@ -289,7 +289,7 @@ class Writer:
         config = self.config
         sampling = Sampling(
             temperature=config.temperature,
-            top_k=config.top_k or 0,
+            top_k=config.top_k,
             top_p=config.top_p,
             min_p=config.min_p,
             repetition_penalty=config.repetition_penalty,

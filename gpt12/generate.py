@@ -37,8 +37,8 @@ class Sampling:
 
     # Divide the logits by this. 0: always take the most likely token (greedy).
     temperature: float = 1.0
-    # Only the k most likely tokens. 0: all.
-    top_k: int = 0
+    # Only the k most likely tokens. None or 0: all.
+    top_k: int | None = None
     # Only the most likely tokens that together have this probability (nucleus sampling, Holtzman et
     # al. 2019, arXiv:1904.09751, section 3.1). 1: all.
     top_p: float = 1.0

@@ -47,7 +47,7 @@ def test_only_adapters_are_trained():
 
 def test_adapters_are_merged_one_layer_at_a_time(tmp_path, monkeypatch):
     """Saving may need no second model beside the one that fills the card."""
-    model = GPT(GPTConfig(16, 65, 3, 2, 32))
+    model = GPT(GPTConfig(16, 65, 3, 2, 32)).bfloat16()
     alive = []
     most = []
     add_lora(model, 4, 8.0)
@@ -63,6 +63,8 @@ def test_adapters_are_merged_one_layer_at_a_time(tmp_path, monkeypatch):
     save_pretrained(model, tmp_path)
     assert len(most) == 12
     assert max(most) <= 2
+    # The merged weights are float32, whatever the model is.
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, GPT2LMHeadModel
 
 from gpt12.errors import UserError
-from gpt12.lora import add_lora
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 from tests.models import SHAPE, random_batch, relative, save_nanogpt
@@ -189,13 +188,6 @@ def test_transformers_learns_the_dtype_and_the_end_of_a_text(tmp_path, dtype, eo
     assert (written.bos_token_id, written.eos_token_id) == (eot, eot)
     # GGUF's converter reads the length of the context by its old name.
     assert json.loads((tmp_path / "config.json").read_text())["n_ctx"] == 32
-
-
-def test_merged_adapters_are_float32_and_the_configuration_says_so(tmp_path):
-    model = GPT(GPTConfig(block_size=32, **SHAPE)).bfloat16()
-    add_lora(model, 2, 4.0)
-    save_pretrained(model, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
 
 
 @pytest.mark.gpt2
