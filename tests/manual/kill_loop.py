@@ -113,6 +113,7 @@ class Life:
 
     paused: it waits at each operation inside a save. counter: counts its calls, and kills it at the
     fatal one; a process that ends by itself leaves the number of calls in a file beside the log.
+    prepare: is called in the process before it trains.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Life:
         log: Path,
         paused: bool = False,
         counter: CallCounter | None = None,
+        prepare: Callable[[], object] = lambda: None,
     ):
         self.told, tell = os.pipe()
         wait, self.go = os.pipe()
@@ -134,6 +136,7 @@ class Life:
             os.close(self.told)
             os.close(self.go)
             sys.stdout = sys.stderr = open(log, "w")
+            prepare()
             if paused:
                 pause_in_saves(lambda: [os.write(tell, b"."), os.read(wait, 1)])
             if counter is not None:

@@ -1,0 +1,250 @@
+"""Let each write, fsync and rename of a run fail once, in turn, and see that nothing is lost.
+
+    python -m tests.manual.faulty_disk               # all calls: some minutes
+    python -m tests.manual.faulty_disk --every=10    # every tenth
+
+A tiny run of 20 steps on the CPU saves after 10 and after 20 of them. The calls to the kernel that
+change something below out_dir are counted, and then the run is made again and again, and in each of
+them another call fails: once, with the disk as before afterwards, and once with all later calls
+failing, too. After that the newest checkpoint must load, and be the old one or the new one. The run
+goes on from it with --init_from=resume, or from its beginning where nothing had been saved, and
+must end with the losses, weights and moments of the run without a fault, bit for bit.
+
+That is done with a run from its start, with one that is resumed, and with one that is started in
+the folder of another run, which must still be there afterwards; with AdamW and with LoRA.
+
+tests/manual/faulty_disk.c makes the faults. It needs Linux on x86-64 and a C compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads would not survive a fork
+
+import safetensors
+import torch._dynamo  # noqa: F401  # AdamW's constructor imports it, in each forked process
+
+import gpt12.log
+from gpt12.errors import UserError
+from gpt12.log import RunLog, read_metrics
+from tests.helpers import losses, trainer, weights
+from tests.manual.kill_loop import Life, newest, options_of_runs
+
+STEPS = 20
+# Two checkpoints of each name, and the same learning rates if the run is made in two halves.
+RUN = "--max_iters=20 --lr_decay_iters=20 --eval_interval=10 --save_interval_s=1e9".split()
+EARLIER_STEPS = 4  # of the run in whose folder another one is started
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: its command line, and what lies in its folder before."""
+
+    name: str
+    argv: list[str]
+    before: Path | None
+
+
+class FaultyDisk:
+    """The calls to the kernel below a folder, of which some fail. See faulty_disk.c."""
+
+    def __init__(self, folder: Path):
+        """folder: where the library is built. Raises OSError or CalledProcessError."""
+        source = Path(__file__).with_suffix(".c")
+        file = folder / "faulty_disk.so"
+        subprocess.run(["cc", "-O1", "-shared", "-fPIC", source, "-o", file], check=True)
+        self.library = ctypes.CDLL(str(file))
+        self.library.fail.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_long]
+        self.library.failed.restype = ctypes.c_char_p
+        self.library.calls.restype = ctypes.c_long
+
+    def run(self, argv: list[str], out_dir: Path, first: int = 0, last: int = 0) -> int:
+        """Train with the calls from `first` to `last` failing. Return the exit status.
+
+        Only a run that begins with AdamW draws its losses.
+        """
+
+        def prepare() -> None:
+            if "--lora_rank" in " ".join(argv) or "--init_from=resume" in argv:
+                draw_nothing()
+            if self.library.trap() != 0:
+                raise OSError("the kernel does not allow seccomp filters")
+
+        self.library.fail(str(out_dir).encode(), first, last)
+        return Life(argv, out_dir.with_suffix(".log"), prepare=prepare).end(kill=False)
+
+    def calls(self) -> int:
+        """Return how many calls the last run made."""
+        return self.library.calls()
+
+    def failed(self) -> str:
+        """Return the first call of the last run that failed, as "write /path"."""
+        return self.library.failed().decode()
+
+
+def make_repeatable() -> None:
+    """Let the calls of all runs come in the same order: the thread that draws is waited for.
+
+    No sample is written, which would take most of the time.
+    """
+    RunLog.show_sample = lambda log: None  # type: ignore[method-assign]
+    start = threading.Thread.start
+
+    def start_and_wait(self) -> None:
+        start(self)
+        if not self.daemon:
+            self.join()
+
+    threading.Thread.start = start_and_wait  # type: ignore[method-assign]
+
+
+def draw_nothing() -> None:
+    """Let this process draw no loss.png, which takes as long as all the rest."""
+    gpt12.log.draw_losses = lambda *arguments: None
+
+
+def outcome(out_dir: Path) -> dict:
+    """Return what a fault must not change. Rows of metrics.jsonl and best/ may be lost by one."""
+    result: dict = {key: trainer(out_dir)[key] for key in ("step", "position", "tokens")}
+    for file in sorted((out_dir / "last").glob("*.safetensors")):
+        tensors = weights(out_dir, "last", file.stem)
+        result[file.name] = {name: tensor.tolist() for name, tensor in tensors.items()}
+    return result
+
+
+def starts(options: list[str], folder: Path) -> list[Start]:
+    """Make the folders that runs start from."""
+    half = folder / "half"
+    earlier = folder / "earlier"
+    for out_dir, steps in ((half, STEPS // 2), (earlier, EARLIER_STEPS)):
+        argv = [*options, *RUN, f"--max_iters={steps}", f"--out_dir={out_dir}"]
+        log = out_dir.with_suffix(".log")
+        assert Life(argv, log).end(kill=False) == 0, log.read_text()
+    return [
+        Start("from its start", [*options, *RUN], None),
+        Start("resumed", ["--init_from=resume", f"--max_iters={STEPS}"], half),
+        Start("over another run", [*options, *RUN], earlier),
+    ]
+
+
+def set_up(start: Start, out_dir: Path) -> list[str]:
+    """Put into out_dir what the run finds there. Return its command line."""
+    shutil.rmtree(out_dir, ignore_errors=True)
+    if start.before is not None:
+        shutil.copytree(start.before, out_dir)
+    return [*start.argv, f"--out_dir={out_dir}"]
+
+
+def earlier_run_is_there(out_dir: Path) -> bool:
+    """Tell whether the run that another was started over can still be found."""
+    for name in ("previous", "previous.tmp", "."):
+        folder = out_dir / name
+        if (folder / "last").exists() and newest(folder) == EARLIER_STEPS:
+            return True
+    return False
+
+
+def check(start: Start, out_dir: Path, status: int, whole: dict) -> None:
+    """See that nothing was lost by the fault, and that the run goes on to the same end.
+
+    Raises AssertionError that says what was lost.
+    """
+    log = out_dir.with_suffix(".log")
+    said = log.read_text()
+    assert status >= 0, f"signal {-status}: {said}"
+    told = "could not save" in said or "gpt12.errors.UserError: " in said
+    assert status == 0 or told, f"it does not say what is wrong: {said}"
+    try:
+        step = newest(out_dir)
+        if start.name == "over another run":
+            assert earlier_run_is_there(out_dir), "the earlier run is lost"
+            if step == EARLIER_STEPS:
+                step = None  # the new run has not begun
+    except (UserError, safetensors.SafetensorError) as error:
+        raise AssertionError(f"the checkpoint does not load: {error}") from None
+    assert step in (None, STEPS // 2, STEPS), f"step {step} was never saved"
+    assert step is not None or start.name != "resumed", "the checkpoint is lost"
+    assert step == STEPS or status != 0, f"it ended well, but saved only step {step}"
+    argv = start.argv
+    # Started anew, a run that has a best/ already takes the place of the earlier one in previous/.
+    takes_place = step is None and (out_dir / "best").exists() and (out_dir / "previous").exists()
+    if step is not None:
+        argv = ["--init_from=resume", f"--max_iters={STEPS}"]
+    if status != 0 or step != STEPS:
+        argv = [*argv, f"--out_dir={out_dir}"]
+        status = Life(argv, log, prepare=draw_nothing).end(kill=False)
+    assert status == 0, f"it cannot go on: {log.read_text()}\nbefore: {said}"
+    assert outcome(out_dir) == whole["outcome"], "other weights or moments"
+    # The row of a step may have been lost to the fault; if it is there, it is right.
+    for row in read_metrics(out_dir / "metrics.jsonl"):
+        for key in ("loss", "val_loss"):
+            step = row["step"]
+            assert row.get(key) in (None, whole[key].get(step)), f"another {key} in step {step}"
+    if start.name == "over another run" and not takes_place:
+        assert earlier_run_is_there(out_dir), "the earlier run is lost after going on"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--every", type=int, default=1, help="let only every so many calls fail")
+    parser.add_argument("--only", choices=("adamw", "lora"))
+    options = parser.parse_args()
+    if platform.system() != "Linux" or platform.machine() != "x86_64" or not shutil.which("cc"):
+        print("skipped: the faults need Linux on x86-64 and a C compiler")
+        return 0
+    began = time.perf_counter()
+    failed: collections.Counter[str] = collections.Counter()
+    lost = 0
+    make_repeatable()
+    memory = Path("/dev/shm")  # no real fsync is needed
+    with tempfile.TemporaryDirectory(dir=memory if memory.exists() else None) as name:
+        disk = FaultyDisk(Path(name))
+        for method in ("adamw", "lora"):
+            if options.only not in (None, method):
+                continue
+            folder = Path(name) / method
+            folder.mkdir()
+            out_dir = folder / "out"
+            whole: dict = {}
+            for start in starts(options_of_runs(folder, method == "lora"), folder):
+                status = disk.run(set_up(start, out_dir), out_dir)
+                assert status == 0, out_dir.with_suffix(".log").read_text()
+                calls = disk.calls()
+                print(f"{method}, {start.name}: {calls} calls", flush=True)
+                if not whole:
+                    whole = {key: losses(out_dir, key) for key in ("loss", "val_loss")}
+                    whole["outcome"] = outcome(out_dir)
+                assert outcome(out_dir) == whole["outcome"], "two runs differ without a fault"
+                for first in range(1, calls + 1, options.every):
+                    for last in (first, sys.maxsize):
+                        status = disk.run(set_up(start, out_dir), out_dir, first, last)
+                        where = disk.failed()
+                        assert where, f"call {first} was not made again"
+                        failed[where.split()[0]] += 1
+                        try:
+                            check(start, out_dir, status, whole)
+                        except AssertionError as error:
+                            also = "" if last == first else " and all that follow"
+                            print(f"LOST at call {first}{also}, {where}: {error}", flush=True)
+                            lost += 1
+    kinds = ", ".join(f"{count} {name}" for name, count in failed.most_common())
+    seconds = time.perf_counter() - began
+    print(f"calls failed {failed.total()} ({kinds}), runs lost {lost}, seconds {seconds:.0f}")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
