@@ -18,6 +18,7 @@ Ctrl-C before the loop begins.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import shlex
@@ -87,12 +88,10 @@ def process_group(device: str, backend: str, before: bool = False) -> Iterator[N
         )
     if on_gpu:
         torch.cuda.set_device(ranks.local)
-    if before:
-        store, rank, world = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore("before", store)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    else:
-        dist.init_process_group(backend if on_gpu else "gloo")
+    store = dist.PrefixStore("before" if before else "run", _meeting_place())
+    dist.init_process_group(
+        backend if on_gpu else "gloo", store=store, rank=ranks.rank, world_size=ranks.world
+    )
     try:
         yield
     finally:
@@ -100,6 +99,20 @@ def process_group(device: str, backend: str, before: bool = False) -> Iterator[N
         # group, gloo's threads can abort Python at exit.
         gc.collect()
         dist.destroy_process_group()
+
+
+@functools.cache
+def _meeting_place() -> dist.Store:
+    """Return the store in which the ranks find each other.
+
+    It is kept: where rank 0 serves it, a rank that still talks to the first group's store while
+    rank 0 opens the second one's would lose the connection. Where torchrun serves it, it still
+    holds the addresses of the processes that torchrun has started again.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    return store
 
 
 @contextlib.contextmanager
@@ -205,11 +218,20 @@ def least_of_ranks(value: float, device: torch.device) -> float:
 
 
 def lost_rank_advice(out_dir: Path) -> str:
-    """Say that another process has ended, and how to continue."""
-    return (
-        "rank 0 has lost the others: one of them has ended. torchrun names it below; if it printed "
-        "an error message, look for it above. Continue from the last checkpoint with the same "
-        f"torchrun line and --init_from=resume --out_dir={shlex.quote(out_dir.as_posix())}"
+    """Say that another process has ended, and how the run goes on."""
+    told = (
+        f"rank {torchrun_ranks().rank} has lost the others: one of them has ended. torchrun names "
+        "it below; if it printed an error message, look for it above. "
+    )
+    started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if started_again < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        return told + (
+            "torchrun starts all of them again: with --init_from=auto they go on from the last "
+            "checkpoint"
+        )
+    return told + (
+        "Continue from the last checkpoint with the same torchrun line and --init_from=resume "
+        f"--out_dir={shlex.quote(out_dir.as_posix())}"
     )
 
 

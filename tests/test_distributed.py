@@ -112,7 +112,19 @@ def test_only_the_end_of_another_process_counts_as_a_lost_rank():
     assert is_lost_rank(dist.DistBackendError("NCCL error"))
     assert is_lost_rank(RuntimeError("Connection closed by peer [127.0.0.1]:1234"))
     assert not is_lost_rank(RuntimeError("a bug"))
-    assert lost_rank_advice(Path("my run")).endswith("--init_from=resume --out_dir='my run'")
+
+
+def test_a_lost_rank_is_told_how_the_run_goes_on(monkeypatch):
+    """torchrun starts all again as often as --max_restarts says. The rank is the one that speaks."""
+    again = "with --init_from=auto they go on from the last checkpoint"
+    by_hand = "torchrun line and --init_from=resume --out_dir='my run'"
+    monkeypatch.setenv("RANK", "1")
+    for restarts, advice in (("0", by_hand), ("1", by_hand), ("2", again)):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        said = lost_rank_advice(Path("my run"))
+        assert said.startswith("rank 1 has lost the others")
+        assert said.endswith(advice)
 
 
 def test_what_a_rank_draws_in_a_step_is_its_own_also_after_resuming(dataset, tmp_path, monkeypatch):
@@ -287,10 +299,18 @@ def process_of_rank(process: subprocess.Popen, rank: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
-def test_a_rank_that_dies_ends_the_run_and_a_checkpoint_is_left(dataset, tmp_path):
-    places = [f"--dataset={dataset}", f"--out_dir={tmp_path}"]
-    process = torchrun("train.py", *TINY, *ENDLESS, *places, "--save_interval_s=0")
+def test_a_rank_that_dies_is_started_again_with_all_and_else_a_checkpoint_is_left(
+    dataset, tmp_path
+):
+    """The run goes on from last/, as often as torchrun may start it again."""
+    places = [f"--dataset={dataset}", f"--out_dir={tmp_path}", "--init_from=auto"]
+    options = [*TINY, *ENDLESS, *places, "--save_interval_s=0"]
+    process = torchrun("--max_restarts=1", "train.py", *options)
     assert any(line.startswith("step 12:") for line in process.stdout), "it ended before"
+    os.kill(process_of_rank(process, 1), signal.SIGKILL)
+    told = next((line for line in process.stdout if line.startswith("resuming at step")), "")
+    assert int(told.split()[-1]) >= 11, "it was not started again"
+    assert any(line.startswith("step ") for line in process.stdout), "it did not go on"
     os.kill(process_of_rank(process, 1), signal.SIGKILL)
     said, _ = process.communicate()
     assert process.returncode == 1
@@ -300,7 +320,6 @@ def test_a_rank_that_dies_ends_the_run_and_a_checkpoint_is_left(dataset, tmp_pat
     assert said.count("rank 0 has lost the others") <= 1
     assert "[rank0]: Traceback" not in said
     step = trainer(tmp_path)["step"]
-    assert step >= 11
     assert resume(tmp_path, f"--max_iters={step + 2}") == 0
     assert list(losses(tmp_path)) == list(range(1, step + 3))
 
