@@ -66,6 +66,24 @@ def make_dataset(folder: Path) -> Path:
     return folder
 
 
+def make_answers(folder: Path) -> Path:
+    """Write shards of 40 rows of which few tokens are answers; some rows have none."""
+    from data.shards import EXAMPLE_START
+
+    folder.mkdir()
+    generator = np.random.default_rng(8)
+    tokens = (np.cumsum(generator.integers(1, 4, 40 * 16 + 1)) % 13).astype(np.uint16)
+    shares = generator.choice([0, 0, 0, 0.2, 1], (40, 1))
+    mask = np.append(generator.random((40, 16)) < shares, False).astype(np.uint8)
+    mask[generator.random(len(mask)) < 0.2] = EXAMPLE_START
+    for split in ("train", "val"):
+        write_shard(folder / f"{split}_000000.bin", tokens)
+        write_shard(folder / f"{split}_mask_000000.bin", mask)
+    meta = {"vocab_size": 13, "kind": "prompt", "row": 16}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
 CHANGES = ROOT / "docs" / "changes"
 
 

@@ -1,6 +1,5 @@
 """gpt12/distributed.py: several processes train as one and end together; signals end a run."""
 
-import json
 import os
 import shlex
 import shutil
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from data.shards import EXAMPLE_START, Tokens
+from data.shards import Tokens
 from data.windows import TrainWindows
 from gpt12.distributed import (
     Ranks,
@@ -39,11 +38,11 @@ from tests.helpers import (
     command,
     environment,
     losses,
+    make_answers,
     resume,
     run,
     trainer,
     weights,
-    write_shard,
 )
 from train import TrainStep
 
@@ -115,7 +114,7 @@ def test_only_the_end_of_another_process_counts_as_a_lost_rank():
 
 
 def test_a_lost_rank_is_told_how_the_run_goes_on(monkeypatch):
-    """torchrun starts all again as often as --max_restarts says. The rank is the one that speaks."""
+    """torchrun starts all again as often as --max_restarts says."""
     again = "with --init_from=auto they go on from the last checkpoint"
     by_hand = "torchrun line and --init_from=resume --out_dir='my run'"
     monkeypatch.setenv("RANK", "1")
@@ -259,18 +258,7 @@ def test_two_machines_prepare_their_own_data_and_resume_the_run_of_the_first(tmp
 
 def test_two_ranks_resume_the_run_of_one_although_they_share_the_targets_unevenly(tmp_path):
     """Rows with few targets, and steps in which one rank has none, count as in one process."""
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    generator = np.random.default_rng(8)
-    tokens = (np.cumsum(generator.integers(1, 4, 40 * 16 + 1)) % 13).astype(np.uint16)
-    shares = generator.choice([0, 0, 0, 0.2, 1], (40, 1))
-    mask = np.append(generator.random((40, 16)) < shares, False).astype(np.uint8)
-    mask[generator.random(len(mask)) < 0.2] = EXAMPLE_START
-    for split in ("train", "val"):
-        write_shard(folder / f"{split}_000000.bin", tokens)
-        write_shard(folder / f"{split}_mask_000000.bin", mask)
-    meta = {"vocab_size": 13, "kind": "prompt", "row": 16}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    folder = make_answers(tmp_path / "rows")
     windows = TrainWindows(Tokens.open(folder, "train"), 16, 1337)
     _, y, _ = windows.batch(24, 24)  # of the three steps after resuming
     targets = (y.reshape(3, 2, -1) != IGNORE_INDEX).sum(2)  # by step and rank

@@ -38,7 +38,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads would not survive a
 
 import safetensors
 import torch._dynamo  # noqa: F401  # AdamW's constructor imports it, in each forked process
-
 from matplotlib.figure import Figure
 
 import train
@@ -48,6 +47,7 @@ from tests.helpers import losses, trainer, weights
 from tests.manual.kill_loop import Life, newest, options_of_runs
 
 STEPS = 20
+PRESETS = {"adamw": None, "lora": "config/finetune_gpt2_xl_lora.py"}
 # Two checkpoints of each name, and the same learning rates if the run is made in two halves.
 RUN = "--max_iters=20 --lr_decay_iters=20 --eval_interval=10 --save_interval_s=1e9".split()
 EARLIER_STEPS = 4  # of the run in whose folder another one is started
@@ -105,13 +105,18 @@ class FaultyDisk:
         return self.library.failed().decode()
 
 
+def save_nothing(figure: Figure, file: Path, **options: object) -> None:
+    """Write a file that is no picture, in place of matplotlib's."""
+    file.write_bytes(b"a picture")
+
+
 def make_repeatable() -> None:
     """Let the calls of all runs come in the same order: the thread that draws is waited for.
 
     No sample is written and nothing is drawn in loss.png, which would take most of the time.
     """
-    RunLog.show_sample = lambda log: None  # type: ignore[method-assign]
-    Figure.savefig = lambda figure, file, format: file.write_bytes(b"a picture")  # type: ignore
+    RunLog.show_sample = lambda self: None  # type: ignore[method-assign]
+    Figure.savefig = save_nothing  # type: ignore[assignment,method-assign]
     start = threading.Thread.start
 
     def start_and_wait(self) -> None:
@@ -211,7 +216,7 @@ def check(start: Start, out_dir: Path, status: int, whole: dict) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int, default=1, help="let only every so many calls fail")
-    parser.add_argument("--only", choices=("adamw", "lora"))
+    parser.add_argument("--only", choices=PRESETS)
     options = parser.parse_args()
     if platform.system() != "Linux" or platform.machine() != "x86_64" or not shutil.which("cc"):
         print("skipped: the faults need Linux on x86-64 and a C compiler")
@@ -223,14 +228,14 @@ def main() -> int:
     memory = Path("/dev/shm")  # no real fsync is needed
     with tempfile.TemporaryDirectory(dir=memory if memory.exists() else None) as name:
         disk = FaultyDisk(Path(name))
-        for method in ("adamw", "lora"):
+        for method, preset in PRESETS.items():
             if options.only not in (None, method):
                 continue
             folder = Path(name) / method
             folder.mkdir()
             out_dir = folder / "out"
             whole: dict = {}
-            for start in starts(options_of_runs(folder, method == "lora"), folder):
+            for start in starts(options_of_runs(folder, preset), folder):
                 status = disk.run(set_up(start, out_dir), out_dir)
                 assert status == 0, out_dir.with_suffix(".log").read_text()
                 if not whole:

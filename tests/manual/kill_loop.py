@@ -13,7 +13,9 @@ Then a shipped preset, config/train_shakespeare_cpu.py, runs as it is, and is ki
 every time that it has saved: it must resume, and end like the unbroken run. Leave it out with
 --presets=0.
 
-With --lora the runs train adapters.
+With --preset=config/NAME.py the tiny runs have the other keys of a shipped preset: its optimizer,
+schedule, adapters. One that starts from GPT-2 starts from a tiny model instead, and one for
+questions and answers trains on those.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import hashlib
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -48,7 +51,7 @@ import train
 from gpt12 import checkpoint
 from gpt12.checkpoint import find_checkpoint
 from gpt12.errors import UserError
-from tests.helpers import OPTIONS, ROOT, command, make_dataset
+from tests.helpers import OPTIONS, ROOT, command, make_answers, make_dataset
 
 SAVES = 16 + 8  # about as many checkpoints as a run writes: last/ and best/
 PAUSES = 43  # and about as many pauses as each has
@@ -258,16 +261,24 @@ class Tally:
     losses: int = 0
 
 
-def options_of_runs(folder: Path, lora: bool) -> list[str]:
-    """Return the options of a tiny run. lora: it trains adapters of a model that is trained now."""
-    options = [*OPTIONS, f"--dataset={make_dataset(folder / 'letters')}"]
-    if not lora:
+def options_of_runs(folder: Path, preset: str | None) -> list[str]:
+    """Return the options of a tiny run, with those of a preset that are not the run's size."""
+    if preset is None:
+        return [*OPTIONS, f"--dataset={make_dataset(folder / 'letters')}"]
+    keys = runpy.run_path(str(ROOT / preset))
+    if keys["dataset"].endswith(".jsonl"):
+        dataset = make_answers(folder / "answers")
+    else:
+        dataset = make_dataset(folder / "letters")
+    options = [preset, *OPTIONS, f"--dataset={dataset}", "--num_epochs=0", "--log_interval=1"]
+    options = [key for key in options if not key.startswith("--learning_rate")]
+    if keys.get("init_from", "scratch") == "scratch":
         return options
     base = folder / "base"
     log = folder / "base.log"
-    argv = [*options, "--max_iters=4", f"--out_dir={base}"]
+    argv = [*OPTIONS, f"--dataset={dataset}", "--max_iters=4", f"--out_dir={base}"]
     assert Life(argv, log).end(kill=False) == 0, log.read_text()
-    return [*options, f"--init_from={base}", "--lora_rank=2"]
+    return [*options, f"--init_from={base}"]
 
 
 def kill_loop(options: list[str], kills: int, seed: int, folder: Path) -> Tally:
@@ -356,12 +367,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--presets", type=int, default=1, help="times to kill a shipped preset")
-    parser.add_argument("--lora", action="store_true", help="kill runs that train adapters")
+    parser.add_argument("--preset", help="a shipped preset, whose keys the tiny runs have")
     options = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        runs = options_of_runs(folder, options.lora)
+        runs = options_of_runs(folder, options.preset)
         tally = kill_loop(runs, options.kills, options.seed, folder)
         for number in range(options.presets):
             place = folder / f"preset{number}"

@@ -32,8 +32,8 @@ from tests.helpers import TINY, changed_copy, environment, losses, trainer
 
 OPTIONS = [
     *TINY,
-    *"--dataset=letters.txt --tokenizer=char --out_dir=out --init_from=auto --max_iters=150".split(),
-    *"--eval_interval=50 --save_interval_s=0".split(),
+    *"--dataset=letters.txt --tokenizer=char --out_dir=out --init_from=auto".split(),
+    *"--max_iters=150 --eval_interval=50 --save_interval_s=0".split(),
 ]
 LIMIT_S = 300  # for all that is waited for
 
