@@ -16,6 +16,7 @@ import contextlib
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -329,10 +330,11 @@ class TrainStep:
 
 
 @torch.no_grad()
-def mean_loss(run: Run, windows: EvalWindows) -> float:
+def mean_loss(run: Run, windows: EvalWindows, stop: Callable[[], bool] | None = None) -> float:
     """Return the mean loss in nats per token over the run's fixed windows of a split.
 
     Dropout is off. No random number is drawn and the position in the training data does not move.
+    stop: asked before each batch; True ends the evaluation, and its result is useless.
     """
     model = run.model
     machine = run.machine
@@ -344,6 +346,8 @@ def mean_loss(run: Run, windows: EvalWindows) -> float:
     model.eval()
     with machine.autocast():
         for first in range(machine.rank * batch, len(chosen), machine.world * batch):
+            if stop is not None and stop():
+                break
             part = chosen[first : first + batch]
             # The last batch is filled up, so that there is one shape to compile.
             inputs, outputs, *starts = windows.batch(np.resize(part, batch))
@@ -415,6 +419,8 @@ class Trainer:
         while True:
             if self.evaluation_is_due():
                 self.evaluate()
+                if self.evaluation_is_due():  # a signal has cut it short
+                    return 128 + self.stop.number
                 if self.patience_is_over():
                     return 0
             if progress.step >= config.max_iters:
@@ -429,7 +435,7 @@ class Trainer:
             progress.tokens += self.run.windows_per_step * config.block_size
             self.updating = False
             batch_targets = self.load()  # the host loads while the device still computes
-            if progress.step % config.log_interval == 0 or progress.step == config.max_iters:
+            if self.log_is_due():
                 self.log.log_step(lr, *self.train_step.results.tolist())
             if self.updates_keep_failing():
                 return 1
@@ -448,6 +454,11 @@ class Trainer:
             self.clock.stop()  # compiling for another length is not training time
             self.train_step.set_context_length(length)
         return self.loader.load(self.progress.position)
+
+    def log_is_due(self) -> bool:
+        """Tell whether to log now: at every log_interval, and at the end."""
+        step = self.progress.step
+        return step % self.config.log_interval == 0 or step == self.config.max_iters
 
     def updates_keep_failing(self) -> bool:
         """Tell whether the last MAX_BAD_STEPS updates were skipped. Looks every so many steps."""
@@ -470,11 +481,18 @@ class Trainer:
         return due and self.progress.evaluated_step != step
 
     def evaluate(self) -> None:
-        """Evaluate both splits, and save the model if it is the best so far."""
+        """Evaluate both splits, and save the model if it is the best so far.
+
+        A signal cuts it short, and then nothing has changed. It does not with several ranks: to
+        tell the others, a rank would have to wait for them at every batch.
+        """
         progress = self.progress
         with self.clock.stopped():
-            train_loss = mean_loss(self.run, self.run.train_eval_windows)
-            val_loss = mean_loss(self.run, self.run.val_windows)
+            stop = self.evaluation_is_cut_short
+            train_loss = mean_loss(self.run, self.run.train_eval_windows, stop)
+            val_loss = mean_loss(self.run, self.run.val_windows, stop)
+            if stop():
+                return
             progress.evaluated_step = progress.step
             in_best = False
             if self.is_better(val_loss):
@@ -485,6 +503,10 @@ class Trainer:
             self.log.log_evaluation(train_loss, val_loss, in_best)
             if progress.step > 0 and self.config.always_save_checkpoint:
                 self.saver.save("last")
+
+    def evaluation_is_cut_short(self) -> bool:
+        """Tell whether a signal ends the evaluation."""
+        return self.run.machine.world == 1 and self.stop.number > 0
 
     def is_better(self, val_loss: float) -> bool:
         """Tell whether this is the lowest validation loss after step 0. NaN never is."""

@@ -79,8 +79,9 @@ def read(
                 problems.append(str(problem))
         else:
             problems.append(
-                f"{word} is neither --key=value nor a config file, whose name ends with .py; "
-                "see --help"
+                f"{word}: a key is set by --key={word}, a config file ends with .py, and your own "
+                f"text is given by {'--start=FILE:' if schema is SampleConfig else '--dataset='}"
+                f"{word}"
             )
     return files, typed, problems
 
@@ -178,7 +179,10 @@ def execute(name: str, present: Mapping[str, Any]) -> dict[str, Said]:
     Raises UserError if there is no such file or if it raises an exception.
     """
     if not exists(name):
-        raise UserError(f"{name}: there is no such file; --help lists the presets")
+        presets = [f"config/{path.name}" for path in (REPOSITORY / "config").glob("*.py")]
+        near = difflib.get_close_matches(name, presets, n=1)
+        advice = f"did you mean {near[0]}?" if near else "--help lists the presets"
+        raise UserError(f"{name}: there is no such file; {advice}")
     names = {**present, "__file__": name, "__name__": "__main__"}
     try:
         tree = ast.parse(Path(name).read_bytes(), name)

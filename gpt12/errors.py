@@ -72,12 +72,23 @@ def run_main(main: Callable[[], int | None], help_page: str | None = None) -> No
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
+        if not _is_output_closed():  # another pipe
+            raise
         status = 141
     except SystemExit as stop:  # --help ends this way
         status = stop.code
     finally:
         status = _flush_output(status or 0)
     sys.exit(status)
+
+
+def _is_output_closed() -> bool:
+    """Tell whether nobody reads standard output any more. If somebody does, print a line end."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _print_error(message: str) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -222,7 +223,7 @@ class RunLog:
             world_size=run.machine.world,
             data={
                 "name": run.dataset.name,
-                "sha256": run.dataset.val_sha256,
+                "val_sha256": run.dataset.val_sha256,
                 "tokens": len(run.train_windows.tokens),
             },
         )
@@ -301,7 +302,11 @@ class RunLog:
         self.bar.set_postfix_str(f"loss {loss:.4f}{speed}", refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable:
-            self.say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}{speed}")
+            left = ""
+            if steps_per_s is not None:
+                seconds = (self.run.config.max_iters - step) / steps_per_s
+                left = f", {timedelta(seconds=round(seconds))} left"
+            self.say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}{speed}{left}")
         if skipped > self.skipped:
             self.say(
                 f"step {step}: loss or gradient not finite; skipped "

@@ -99,7 +99,7 @@ class Run:
         for key in ("warmup_iters", "eval_iters", "min_lr"):
             value = getattr(self.config, key)
             if value != getattr(asked, key):
-                decided.append(f"{key}={value}, because it was not set (see --help)")
+                decided.append(f"{key}={value:.6g}, because it was not set (see --help)")
         return [*self.request.notes, *decided, *self.machine.notes, *self.dataset.warnings]
 
     @property
@@ -161,10 +161,21 @@ def read_request(argv: list[str]) -> Request:
                 "no preset given: nanoGPT's defaults hold, GPT-2 124M on openwebtext. For a small "
                 f"model, name its preset: python train.py {preset} ..."
             )
+        config = _with_data_of_the_run(config, set(said))
         request = Request(config, asdict(config), frozenset(said))
     check_ranks(request.config)
     find_optimizer(request.config.optimizer)  # or UserError
     return request
+
+
+def _with_data_of_the_run(config: TrainConfig, given: set[str]) -> TrainConfig:
+    """Let --eval_only measure a run on its own data set, unless another one is given."""
+    folder = Path(config.init_from)
+    if not config.eval_only or "dataset" in given or not is_run(folder):
+        return config
+    saved = read_run(folder).config
+    keys = {"dataset", "tokenizer", "val_fraction", "text_column", "encoding"} - given
+    return replace(config, **{key: saved[key] for key in keys & saved.keys()})
 
 
 def check_ranks(config: TrainConfig) -> None:
@@ -224,7 +235,16 @@ def _resume(files: dict[str, Said], typed: dict[str, Said], problems: list[str])
 
 
 def _refuse_fixed_keys(now: TrainConfig, typed: set[str], saved: dict[str, Any]) -> None:
-    """Refuse typed keys that would need other weights or another state of the optimizer."""
+    """Refuse typed keys that would need other weights or another state of the optimizer.
+
+    Raises UserError for a run of an earlier version that this one cannot train, too.
+    """
+    for key, neutral in (("lora_dropout", 0), ("lora_targets", "all")):
+        if saved.get(key, neutral) != neutral:
+            raise UserError(
+                f"the run in {now.out_dir} has {key}={saved[key]}, which this version cannot "
+                f"train: start a new run from its model, --init_from={now.out_dir}/best"
+            )
     fixed = set(FIXED_ON_RESUME)
     if saved.get("optimizer") == "adamw8bit":
         fixed.add("block_size")  # an 8-bit state cannot be cut to fewer positions
@@ -362,7 +382,7 @@ def open_data(config: TrainConfig, tokenizer: Any = None) -> Dataset:
 
 def _forget_best_on_other_data(out_dir: Path, dataset: Dataset, progress: Progress) -> None:
     """Reset the best loss if a resumed run gets other data: its losses cannot be compared."""
-    if read_run(out_dir).data.get("sha256") == dataset.val_sha256:
+    if read_run(out_dir).data.get("val_sha256", dataset.val_sha256) == dataset.val_sha256:
         return
     progress.best_val_loss = None
     progress.best_step = 0

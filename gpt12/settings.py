@@ -238,6 +238,13 @@ class TrainConfig:
                 f"the first steps cut a sequence into {CONTEXT_PARTS} parts; choose a multiple",
             ),
             (
+                self.decay_lr
+                and {"lr_decay_iters", "warmup_iters"} <= set(given)
+                and (self.lr_decay_iters or self.max_iters) <= self.warmup_iters,
+                ("lr_decay_iters", "warmup_iters"),
+                "the rate would fall before it has risen; raise lr_decay_iters",
+            ),
+            (
                 self.decay_lr and "min_lr" in given and self.min_lr > self.learning_rate,
                 ("min_lr", "learning_rate"),
                 "the lowest rate is above the highest; lower min_lr or add --decay_lr=False",

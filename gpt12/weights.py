@@ -46,6 +46,7 @@ SUPPORTED = {
 # OpenAI's upload holds the causal masks under names that look like biases.
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
 VOCABULARY = ("transformer.wte.weight", "lm_head.weight")  # with a row for each id
+MAX_SIZE = 2**29  # the product of two such sizes in bytes is still a number for torch
 NANOGPT_PADDED_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
 
 
@@ -117,6 +118,9 @@ def from_pretrained(
             f"the model in {source} has a context of {config.block_size} tokens: "
             f"pass --block_size={config.block_size} or less"
         )
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    if config.n_layer > len(tensors) or config.vocab_size * config.n_embd > elements:
+        raise UserError(f"{source}: its configuration asks for more than its tensors hold")
     model = uninitialized_model(replace(config, dropout=dropout))
     _load_tensors(model, tensors, source, is_conv1d=not is_nanogpt)
     if block_size is not None:
@@ -338,10 +342,14 @@ def find_pretrained(path_or_name: str | Path) -> Path:
 def _make_config(values: dict[str, Any], file: Path) -> GPTConfig:
     """Build a configuration from a file's values, with whatever somebody has added to GPTConfig."""
     try:
-        return TypeAdapter(GPTConfig).validate_python(values)
+        config = TypeAdapter(GPTConfig).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{file}: {first['loc'][0]}: {first['msg']}") from None
+    sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
+    if not all(1 <= size < MAX_SIZE for size in sizes) or config.n_embd % config.n_head != 0:
+        raise UserError(f"{file}: impossible shape {config}")
+    return config
 
 
 def _read_config(content: dict[str, Any], file: Path) -> GPTConfig:

@@ -270,8 +270,9 @@ def test_all_mistakes_are_reported_at_once(write):
     [
         ("--qqqq=3", ": unknown key; see --help"),
         ("-", ": unknown key; see --help"),
-        ("my.txt", " is neither --key=value nor a config file, whose name ends with .py; .*"),
+        ("my.txt", ": .* your own text is given by --dataset=my.txt"),
         ("qqqq.py", ": there is no such file; --help lists the presets"),
+        ("config/train_gtp2.py", ": there is no such file; did you mean config/train_gpt2.py\\?"),
     ],
 )
 def test_a_mistake_on_the_command_line_gets_advice(word, advice):
@@ -306,6 +307,7 @@ def test_a_mistake_in_a_file_is_reported_with_its_line(text, problem, write):
         (TrainConfig, "--n_embd=100 --n_head=7", "n_embd n_head"),
         (TrainConfig, "--num_epochs=2 --max_iters=10", "max_iters num_epochs"),
         (TrainConfig, "--min_lr=1e-2", "min_lr learning_rate"),
+        (TrainConfig, "--lr_decay_iters=9 --warmup_iters=9", "lr_decay_iters warmup_iters"),
         (TrainConfig, "--lora_alpha=8", "lora_rank lora_alpha"),
         (
             TrainConfig,
@@ -324,6 +326,7 @@ def test_values_that_contradict_each_other_are_refused(schema, line, keys):
     "line",
     [
         "--lr_decay_iters=10 --max_iters=5",
+        "--lr_decay_iters=9 --warmup_iters=9 --decay_lr=False",
         "--warmup_iters=100 --max_iters=5",
         "--max_iters=0",
         "--min_lr=1e-3 --learning_rate=1e-4 --decay_lr=False",

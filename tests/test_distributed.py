@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import train
 from data.shards import Tokens
-from data.windows import TrainWindows
+from data.windows import EvalWindows, TrainWindows
 from gpt12.distributed import (
     Ranks,
     StopSignal,
@@ -37,6 +37,7 @@ from tests.helpers import (
     TINY,
     command,
     environment,
+    evaluations,
     losses,
     make_answers,
     resume,
@@ -395,6 +396,36 @@ def test_all_ranks_stop_after_the_same_step(monkeypatch):
     assert stop_of([0, signal.SIGTERM]) == [False, False]
     assert stop_of([0, signal.SIGTERM]) == [True, True]
     assert [stop.number for stop in stops] == [signal.SIGTERM, signal.SIGTERM]
+
+
+@pytest.mark.parametrize("step", [0, 20, 30])
+def test_a_signal_ends_a_long_evaluation_early(dataset, tmp_path, monkeypatch, step):
+    """At the start, on the way and at the end: no result of half a split is kept.
+
+    A resumed run evaluates again.
+    """
+    batch = EvalWindows.batch
+    sent = []
+
+    def interrupted(self, indices):
+        if (step == 0 or step in losses(tmp_path)) and not sent:
+            sent.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return batch(self, indices)
+
+    options = ["--max_iters=30", "--eval_iters=0", "--always_save_checkpoint=False"]
+    with monkeypatch.context() as m:
+        m.setattr(EvalWindows, "batch", interrupted)
+        assert run(dataset, tmp_path, *options) == 130
+    assert sent
+    evaluated = [*range(0, step, 10)]
+    assert evaluations(tmp_path) == evaluated
+    state = trainer(tmp_path)
+    assert state["step"] == step
+    assert state["evaluated_step"] == (evaluated[-1] if evaluated else -1)
+    assert state["best_step"] < max(step, 1)
+    assert resume(tmp_path) == 0
+    assert evaluations(tmp_path) == [0, 10, 20, 30]
 
 
 # --------------------------------------------------------------------------------------------------

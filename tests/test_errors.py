@@ -112,6 +112,15 @@ def test_output_that_nobody_reads_prints_no_traceback_of_its_own(
     assert done.stderr.count("Traceback") == (status == 1)
 
 
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_another_broken_pipe_than_standard_output_is_a_bug(tmp_path, unbuffered):
+    body = "    print('x')\n    raise BrokenPipeError(32, 'another pipe')"
+    with (tmp_path / "out").open("w") as stdout:
+        done = run_script(body, stdout, unbuffered=unbuffered)
+    assert done.returncode == 1
+    assert "BrokenPipeError: [Errno 32] another pipe" in done.stderr
+
+
 def test_a_mistake_keeps_its_status_if_nobody_reads_the_messages(unread_pipe):
     assert run_script("    raise UserError('x')", subprocess.DEVNULL, unread_pipe).returncode == 2
 

@@ -63,13 +63,18 @@ def splice(content: bytes, cut: tuple[float, int, bytes]) -> bytes:
     "change",
     [
         "[" * 100_000,
+        {"n_layer": 10**7},
         {"n_layer": 2**70},
+        {"n_embd": 2**40},
+        {"n_positions": 2**33},
+        {"vocab_size": 2**62},
         {"n_layer": math.inf},
         {"n_layer": [1]},
+        {"n_head": 0},
     ],
     ids=lambda change: str(change)[:30],
 )
-def test_a_config_that_is_none_is_refused(tiny_model, tmp_path, change):
+def test_a_config_that_lies_is_refused_before_memory_is_asked_for(tiny_model, tmp_path, change):
     shutil.copytree(tiny_model, tmp_path / "m")
     known = json.loads((tiny_model / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(
@@ -100,8 +105,9 @@ def test_an_index_that_lies_is_refused(tiny_model, tmp_path, names):
         {"transformer.wte.weight": torch.ones(11, 8)},
     ],
 )
-def test_a_ckpt_that_lies_is_refused(tmp_path, weights):
-    args = {"block_size": 8, "vocab_size": 11, "n_layer": 1, "n_head": 2, "n_embd": 8}
+@pytest.mark.parametrize("shape", [{}, {"n_head": 0}, {"n_layer": 10**7}, {"block_size": -8}])
+def test_a_ckpt_that_lies_is_refused(tmp_path, weights, shape):
+    args = {"block_size": 8, "vocab_size": 11, "n_layer": 1, "n_head": 2, "n_embd": 8} | shape
     torch.save({"model": weights, "model_args": args}, tmp_path / "ckpt.pt")
     with harmless("/nowhere"), pytest.raises(UserError, match=r"ckpt\.pt"):
         from_pretrained(tmp_path / "ckpt.pt")

@@ -64,6 +64,15 @@ def test_without_arguments_the_preset_that_suits_the_machine_is_used(
     assert f"using config/train_shakespeare_{preset}.py" in capsys.readouterr().out
 
 
+def test_evaluating_a_run_takes_its_own_data_unless_others_are_given(finished, dataset):
+    own = read_request([f"--init_from={finished}", "--eval_only"]).config
+    assert own.dataset == str(dataset)
+    other = read_request([f"--init_from={finished}", "--eval_only", "--dataset=x.txt"]).config
+    assert other.dataset == "x.txt"
+    fine_tuned = read_request([f"--init_from={finished}"]).config
+    assert fine_tuned.dataset == TrainConfig().dataset
+
+
 @pytest.mark.parametrize(("micro_batches", "near"), [(1, 2), (3, 4)])
 def test_micro_batches_that_the_ranks_cannot_share_are_refused(monkeypatch, micro_batches, near):
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -541,3 +550,10 @@ def test_a_run_of_hours_on_a_cpu_is_warned_of_and_the_small_preset_named():
         warnings.append(warn_of_long_run(shape, length, steps, cores=2))
     assert warnings[0] is None
     assert "about 5 hours on this CPU. config/train_shakespeare_cpu.py" in warnings[1]
+
+
+@pytest.mark.parametrize(("key", "value"), [("lora_dropout", 0.1), ("lora_targets", "c_attn")])
+def test_a_run_with_adapters_that_are_gone_is_refused_by_name(tmp_path, key, value):
+    write_run(tmp_path, {key: value})
+    with pytest.raises(UserError, match=f"{key}={value}, which this version cannot train"):
+        read_request(["--init_from=resume", f"--out_dir={tmp_path}"])
