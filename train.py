@@ -435,7 +435,7 @@ class Trainer:
             progress.tokens += self.run.windows_per_step * config.block_size
             self.updating = False
             batch_targets = self.load()  # the host loads while the device still computes
-            if self.log_is_due():
+            if progress.step % config.log_interval == 0 or progress.step == config.max_iters:
                 self.log.log_step(lr, *self.train_step.results.tolist())
             if self.updates_keep_failing():
                 return 1
@@ -443,9 +443,7 @@ class Trainer:
                 self.clock.start()  # all is compiled and recorded from now on
             if self.stop.agreed():
                 return 128 + self.stop.number
-            if self.saver.is_due():
-                with self.clock.stopped():
-                    self.saver.save("last")
+            self.save_if_due()
 
     def load(self) -> list[int] | None:
         """Load the next step's windows and set the context length."""
@@ -455,10 +453,11 @@ class Trainer:
             self.train_step.set_context_length(length)
         return self.loader.load(self.progress.position)
 
-    def log_is_due(self) -> bool:
-        """Tell whether to log now: at every log_interval, and at the end."""
-        step = self.progress.step
-        return step % self.config.log_interval == 0 or step == self.config.max_iters
+    def save_if_due(self) -> None:
+        """Write last/ from time to time."""
+        if self.saver.is_due():
+            with self.clock.stopped():
+                self.saver.save("last")
 
     def updates_keep_failing(self) -> bool:
         """Tell whether the last MAX_BAD_STEPS updates were skipped. Looks every so many steps."""
