@@ -164,8 +164,8 @@ def try_step(step: Any) -> None:
     step.set_learning_rate(0.0)
     for parameter in step.parameters:
         parameter.grad = torch.zeros_like(parameter)
-    for optimizer in step.optimizers:
-        optimizer.step()
+    one = torch.ones((), device=step.machine.device)
+    step.step_optimizers([], divide_by=one, skip=1 - one)
     batch_targets = None
     if step.example_starts is not None:
         # All positions but one are targets: no other number takes more memory.

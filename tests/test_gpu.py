@@ -353,6 +353,15 @@ def reserved_by_rung(found) -> list[tuple[Any, int]]:
     return reserved
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_trial_moves_no_weight(optimizer):
+    step = make_step(compiled=False, optimizer=optimizer)
+    before = [parameter.clone() for parameter in step.model.parameters()]
+    fit.try_step(step)
+    assert same_weights(step.model, before)
+    assert all(optimizer.state for optimizer in step.optimizers)
+
+
 def test_less_memory_leads_down_the_ladder_to_the_same_losses(letters, tmp_path):
     """The allocator is capped between what a rung takes and what the rung before it takes."""
     options = [*ON_GPU, "--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=1024"]
