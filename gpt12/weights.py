@@ -347,7 +347,7 @@ def _make_config(values: dict[str, Any], file: Path) -> GPTConfig:
         first = error.errors()[0]
         raise UserError(f"{file}: {first['loc'][0]}: {first['msg']}") from None
     sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
-    if not all(1 <= size < MAX_SIZE for size in sizes) or config.n_embd % config.n_head != 0:
+    if not all(1 <= size < MAX_SIZE for size in sizes):
         raise UserError(f"{file}: impossible shape {config}")
     return config
 

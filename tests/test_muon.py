@@ -66,7 +66,7 @@ def test_without_scaled_neurons_the_update_is_that_of_torchs_muon_on_each_matrix
         ns_steps=4,
         eps=1e-7,
     )
-    step.lr.fill_(1e-2)
+    step.set_learning_rate(1e-2)
     for seed in (1, 2):
         torch.manual_seed(seed)
         for p in matrices(muon):

@@ -561,7 +561,7 @@ def test_too_many_bad_updates_stop_the_run_and_last_stays_finite(
 def test_patience_counts_the_evaluations_since_the_best(dataset, tmp_path, monkeypatch, capsys):
     values = iter((1.0, 4.0, 5.0, 3.0, 4.0, 3.5, 3.4))  # every five steps; step 0 does not count
 
-    def acted(run, windows):
+    def acted(run, windows, stop):
         is_training_split = len(windows.tokens) == 2600
         return 0.0 if is_training_split else next(values)
 
