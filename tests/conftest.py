@@ -35,6 +35,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
+    for item in marked:
+        item.add_marker(pytest.mark.xdist_group("gpu"))
     import torch  # slow to import, so only where a test asks for it
 
     if not torch.cuda.is_available():

@@ -389,4 +389,6 @@ def convert_to_gguf(runs: Runs, folder: Path, kind: str) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-v", "-rs", "-p", "no:cacheprovider", *sys.argv[1:]]))
+    sys.exit(
+        pytest.main([__file__, "-v", "-rs", "-oaddopts=", "-p", "no:cacheprovider", *sys.argv[1:]])
+    )

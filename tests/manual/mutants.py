@@ -99,7 +99,17 @@ def run_tests(folder: Path, tests: set[str], limit_s: float | None = None) -> tu
     environment.pop("PYTHONPATH", None)  # it might name the original tree
     # Python takes a compiled file for current if only the content of the source has changed.
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *sorted(tests)]
+    argv = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-oaddopts=",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *sorted(tests),
+    ]
     done = subprocess.run(
         argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit_s
     )
