@@ -230,7 +230,7 @@ COLUMNS = {
     "tokens_per_s": ("tokens/s", ",.0f"),
     "times_first": ("times first", ".2f"),
     "mfu": ("MFU", ".1%"),
-    "peak_gib": ("peak GiB", ".2f"),
+    "peak_gib": ("peak GiB", ".3g"),
 }
 
 
@@ -252,8 +252,12 @@ def show_step(row: Row) -> None:
     """Print everything about one measured step."""
     show_rows([row])
     for name, value in row.items():
-        if name not in COLUMNS:
-            say(f"{name:16} {value:,.2f}" if isinstance(value, float) else f"{name:16} {value}")
+        if name in COLUMNS:
+            continue
+        shown = value
+        if isinstance(value, float):  # a few MB are not 0.00 GiB
+            shown = f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
+        say(f"{name:16} {shown}")
 
 
 def show_fastest(rows: Sequence[Row]) -> Row:

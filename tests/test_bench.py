@@ -281,15 +281,15 @@ def test_rungs_that_do_not_fit_are_rows_and_speeds_are_multiples_of_the_first(ca
     rows = [
         {"label": "a", "error": "out of memory"},
         {"label": "b", "tokens_per_s": 4.0, "peak_gib": 2.0},
-        {"label": "c", "tokens_per_s": 10.0, "mfu": 0.5, "peak_gib": 3.0},
+        {"label": "c", "tokens_per_s": 10.0, "mfu": 0.5, "peak_gib": 0.00391},
     ]
     show_rows(rows)
     titles, *lines = capsys.readouterr().out.splitlines()
     assert titles.split() == ["tokens/s", "times", "first", "MFU", "peak", "GiB"]
     assert [line.split() for line in lines] == [
         ["a", "out", "of", "memory"],
-        ["b", "4", "2.00"],
-        ["c", "10", "2.50", "50.0%", "3.00"],
+        ["b", "4", "2"],
+        ["c", "10", "2.50", "50.0%", "0.00391"],  # 4 MB are not 0.00 GiB
     ]
 
 
@@ -421,9 +421,11 @@ def test_the_other_prediction_in_the_results_is_that_of_the_program():
 
 def test_a_step_on_a_known_card_is_told_with_its_limits(capsys):
     row = {"label": "a", "ms": 1, "mfu": 0.5, "peak_gib": 4.25, "total_gib": 11.7}
+    row["reserved_gib"] = 0.00195  # a tiny model's
     show_step(row | {"predicted_ms": 60.0, "warnings": ["hot"]})
     text = capsys.readouterr().out
-    for part in ("50.0%", "4.25", "total_gib        11.70", "predicted_ms     60.00", "hot"):
+    told = ("total_gib        11.70", "reserved_gib     0.00195", "predicted_ms     60.00")
+    for part in ("50.0%", "4.25", *told, "hot"):
         assert part in text
 
 
