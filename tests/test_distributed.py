@@ -49,6 +49,7 @@ from train import TrainStep
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
+LIMIT_S = 180  # ranks that go on from different steps wait for each other
 STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
@@ -243,9 +244,13 @@ def test_two_machines_prepare_their_own_data_and_resume_the_run_of_the_first(tmp
             started.append(
                 subprocess.Popen(start, cwd=machine, env=env, stderr=subprocess.PIPE, text=True)
             )
-        for process in started:
-            _, said = process.communicate()
-            assert process.returncode == 0, said
+        try:
+            for process in started:
+                _, said = process.communicate(timeout=LIMIT_S)
+                assert process.returncode == 0, said
+        finally:
+            for process in started:
+                process.terminate()
     monkeypatch.chdir(tmp_path)
     assert run(machines[0] / "letters.txt", tmp_path / "one", *options[:-3], "--max_iters=6") == 0
     one, two = losses(tmp_path / "one"), losses(machines[0] / "out")
