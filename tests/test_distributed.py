@@ -49,7 +49,7 @@ from train import TrainStep
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
-LIMIT_S = 180  # ranks that go on from different steps wait for each other
+LIMIT_S = 180  # ranks that do not agree wait for each other
 STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
@@ -155,9 +155,9 @@ def test_what_a_rank_draws_in_a_step_is_its_own_also_after_resuming(dataset, tmp
 
 
 def torchrun(*argv: str) -> subprocess.Popen:
-    """Start two ranks of a script, on a port that torchrun finds."""
+    """Start two ranks of a script, on a port that torchrun finds. They end after LIMIT_S."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*start, *argv],
         cwd=ROOT,
         env=environment(PYTHONPATH=str(ROOT)),
@@ -165,6 +165,10 @@ def torchrun(*argv: str) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
     )
+    limit = threading.Timer(LIMIT_S, process.terminate)
+    limit.daemon = True
+    limit.start()
+    return process
 
 
 def torchrun_succeeds(*argv: str) -> str:
@@ -178,6 +182,7 @@ def torchrun_succeeds(*argv: str) -> str:
 # train.py that prepares texts in the folder that comes first on its command line.
 ELSEWHERE = """
 import sys
+import threading
 from pathlib import Path
 
 import data.dataset
