@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,6 +183,7 @@ def torchrun_succeeds(*argv: str) -> str:
 # train.py that prepares texts in the folder that comes first on its command line.
 ELSEWHERE = """
 import sys
+import threading
 import threading
 from pathlib import Path
 
@@ -450,6 +452,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import termios
 
 import train
