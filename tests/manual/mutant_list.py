@@ -643,8 +643,8 @@ PROCESSES = [
     Mutant(
         "what torchrun does next is not said after the last restart",
         file="gpt12/distributed.py",
-        before="if started_again <",
-        after="if started_again <=",
+        before='if started_again < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):',
+        after='if started_again <= int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):',
         test_file="test_distributed.py",
         test="test_a_lost_rank_is_told_how_the_run_goes_on",
     ),
