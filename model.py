@@ -165,14 +165,17 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
-        self.has_dropout = config.dropout > 0
         self.recompute = "none"
 
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.layer(x, shared)
-        draws = self.training and self.has_dropout
+        draws = self.training and self.has_dropout()
         return recompute(self.layer, self.recompute, draws, x, shared)
+
+    def has_dropout(self) -> bool:
+        """Tell whether anything in this layer drops values."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
 
     def layer(self, x: Tensor, shared: Shared) -> Tensor:
         x = x + self.attn(self.ln_1(x), shared)  # (B, T, C)

@@ -315,8 +315,9 @@ class TrainStep:
         if not self.on_device:
             if skip > 0:  # waits for the device
                 return
+            divisor = divide_by.item()
             for gradient in gradients:
-                gradient.div_(divide_by.item())
+                gradient.div_(divisor)
         for optimizer in self.optimizers:
             if self.on_device:
                 # It divides as it reads the gradients: clipping costs no pass.

@@ -289,8 +289,7 @@ def _read_progress(folder: Path) -> Progress:
 #     optimizer.<parameter>.<key>          state of the optimizer, for example exp_avg
 #     optimizer.<parameter>.<key>:<part>   a part of an 8-bit state (codes, scale, table)
 #     scaler                               loss scale and growth counter, with float16
-#     rng.cpu, rng.cuda                    states of torch's random generators on rank 0. Training
-#                                          does not read them: each step has a seed of its own
+#     rng.cpu, rng.cuda                    states of torch's random generators on rank 0
 
 
 class TrainerState(Protocol):
@@ -332,7 +331,7 @@ def trainer_tensors(trainer: TrainerState) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_trainer_state(folder: Path, trainer: TrainerState) -> None:
-    """Read the checkpoint's state back into model, optimizers and loss scale.
+    """Read the checkpoint's state back into model, optimizers, loss scale and random generators.
 
     The file is memory-mapped and copied tensor by tensor, so resuming needs no more memory than
     training. Nothing keeps the map: Windows could not replace the checkpoint then.
@@ -358,6 +357,10 @@ def _load_tensor(trainer: TrainerState, name: str, tensor: Tensor) -> None:
         _load_optimizer_tensor(trainer, rest, tensor)
     elif kind == "adapter":  # of format 1
         trainer.model.get_parameter(rest).copy_(tensor)
+    elif name == "rng.cpu" and trainer.machine.rank == 0:  # the others keep that of their start
+        torch.set_rng_state(tensor)
+    elif name == "rng.cuda" and trainer.machine.rank == 0 and trainer.machine.on_gpu:
+        torch.cuda.set_rng_state(tensor)
     elif kind == "scaler" and trainer.scaler.is_enabled():
         scale = {"scale": tensor[0].item(), "_growth_tracker": int(tensor[1])}
         trainer.scaler.load_state_dict(trainer.scaler.state_dict() | scale)

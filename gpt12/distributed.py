@@ -286,5 +286,7 @@ class StopSignal:
         self.flag = torch.full_like(self.flag, self.number)
         dist.all_reduce(self.flag, dist.ReduceOp.MAX)
         agreed = int(previous)
-        self.number = max(self.number, agreed)
+        if agreed > self.number:
+            self.number = agreed
+            self.arrived_at = time.monotonic()  # the signal itself may be on its way to this rank
         return agreed > 0

@@ -377,6 +377,19 @@ def test_a_signal_that_arrives_twice_at_once_still_lets_the_run_save(clock):
     assert stop.number == signal.SIGTERM
 
 
+def test_a_signal_that_another_rank_got_first_still_lets_this_one_save(clock, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "all_reduce", lambda flag, operation: flag.fill_(signal.SIGTERM))
+    stop = StopSignal(CPU.device, lambda text: None)
+    assert not stop.agreed()
+    assert stop.agreed()
+    clock.now += 0.2
+    stop.handle(signal.SIGTERM, None)
+    clock.now += 0.5
+    with pytest.raises(KeyboardInterrupt):
+        stop.handle(signal.SIGTERM, None)
+
+
 @pytest.mark.parametrize("of_hangup", [signal.SIG_DFL, signal.SIG_IGN])
 def test_the_handlers_of_before_are_restored(of_hangup):
     """A SIGHUP that nohup ignores stays ignored."""
