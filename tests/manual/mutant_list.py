@@ -137,7 +137,7 @@ MODEL = [
     Mutant(
         "dropout draws other numbers when a layer is computed again",
         file="model.py",
-        before="draws = self.training and self.has_dropout",
+        before="draws = self.training and self.has_dropout()",
         after="draws = False",
         test_file="test_model.py",
         test="test_dropout_lies_where_transformers_has_it",
