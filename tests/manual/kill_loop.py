@@ -53,8 +53,6 @@ from gpt12.checkpoint import find_checkpoint
 from gpt12.errors import UserError
 from tests.helpers import OPTIONS, ROOT, command, make_answers, make_dataset
 
-SAVES = 16 + 8  # about as many checkpoints as a run writes: last/ and best/
-PAUSES = 43  # and about as many pauses as each has
 PRESET = "config/train_shakespeare_cpu.py"
 
 
@@ -165,7 +163,7 @@ class Life:
 
     def until_operation(self, count: int) -> int:
         """Let it make this many operations inside saves."""
-        for _ in range(count - 1):
+        for self.operations in range(count - 1):
             if not os.read(self.told, 1):
                 return self.end(kill=False)
             os.write(self.go, b".")
@@ -207,10 +205,11 @@ def without(values: dict, *keys: str) -> dict:
 
 @dataclass
 class Whole:
-    """The unbroken run: what it leaves, and how many calls it makes."""
+    """The unbroken run: what it leaves, how many calls it makes, and how many operations in saves."""
 
     outcome: dict
     calls: int
+    operations: int
 
 
 def run_whole(argv: list[str], out_dir: Path) -> Whole:
@@ -219,7 +218,9 @@ def run_whole(argv: list[str], out_dir: Path) -> Whole:
     expected = outcome(out_dir)
     assert Life(argv, log, counter=CallCounter(None)).end(kill=False) == 0
     assert outcome(out_dir) == expected, "two unbroken runs differ"
-    return Whole(expected, int(log.with_suffix(".calls").read_text()))
+    paused = Life(argv, log, paused=True)
+    assert paused.until_operation(sys.maxsize) == 0
+    return Whole(expected, int(log.with_suffix(".calls").read_text()), paused.operations)
 
 
 def live(argv: list[str], out_dir: Path, chance: random.Random, how: str, whole: Whole) -> int:
@@ -232,13 +233,11 @@ def live(argv: list[str], out_dir: Path, chance: random.Random, how: str, whole:
     if before is not None:
         argv = ["--init_from=resume", f"--out_dir={out_dir}"]
     log = out_dir.with_suffix(".log")
-    left = (16 - (before or 0)) / 16
-    share = chance.uniform(0, 0.4 + left)  # of the whole run; 0.4 is what starting takes
-    if how == "inside":
-        count = chance.randint(1, 1 + round(left * SAVES * PAUSES))
+    if how == "inside":  # so early that a run takes some lives
+        count = chance.randint(1, whole.operations // 3)
         status = Life(argv, log, paused=True).until_operation(count)
     elif how == "call":
-        counter = CallCounter(1 + round(share * whole.calls))
+        counter = CallCounter(chance.randint(1, whole.calls))
         status = Life(argv, log, counter=counter).end(kill=False)
     else:
         status = Life(argv, log).end(kill=False)
