@@ -125,6 +125,7 @@ class Life:
         counter: CallCounter | None = None,
         prepare: Callable[[], object] = lambda: None,
     ):
+        self.operations = 0  # that until_operation has seen
         self.told, tell = os.pipe()
         wait, self.go = os.pipe()
         self.pid = os.fork()
@@ -163,9 +164,10 @@ class Life:
 
     def until_operation(self, count: int) -> int:
         """Let it make this many operations inside saves."""
-        for self.operations in range(count - 1):
+        for _ in range(count - 1):
             if not os.read(self.told, 1):
                 return self.end(kill=False)
+            self.operations += 1
             os.write(self.go, b".")
         return self.end(kill=bool(os.read(self.told, 1)))
 
@@ -205,7 +207,7 @@ def without(values: dict, *keys: str) -> dict:
 
 @dataclass
 class Whole:
-    """The unbroken run: what it leaves, how many calls it makes, and how many operations in saves."""
+    """The unbroken run: what it leaves, its calls, and its operations inside saves."""
 
     outcome: dict
     calls: int
