@@ -539,11 +539,13 @@ class Trainer:
     def finish(self, status: int, failed: bool = False) -> int:
         """Save what is not saved yet, say what came out, and return the exit status.
 
+        Where nothing was trained there is nothing to save.
         failed: an exception ends the run.
         """
         self.clock.stop()
-        saved = self.saver.is_saved() or self.saver.save("last")
-        if not saved:
+        trained = self.progress.step > 0
+        saved = trained and (self.saver.is_saved() or self.saver.save("last"))
+        if trained and not saved:
             status = status or 1
         self.log.close(status, saved, self.saver.total_s, failed)
         return status

@@ -46,7 +46,7 @@ from torch.optim import Optimizer
 from gpt12 import optim8bit
 from gpt12.device import Machine
 from gpt12.errors import UserError, one_line
-from gpt12.files import exists, lock_folder, remove_link, sync, write_atomically
+from gpt12.files import exists, lock_folder, remove, remove_link, sync, write_atomically
 from gpt12.lora import is_adapted, load_adapter, save_adapter
 from gpt12.twin import is_gpt2
 from gpt12.weights import save_config, save_pretrained
@@ -168,24 +168,30 @@ def _read_json(file: Path, kind: type[Kind]) -> Kind:
         raise UserError(f"{file} is damaged ({one_line(error)}): restore it") from None
 
 
-def set_aside(out_dir: Path) -> Path | None:
-    """Move an earlier run's files into out_dir/previous if it has a checkpoint; return the folder.
+def set_aside(out_dir: Path) -> str | None:
+    """Move an earlier run's files into out_dir/previous if it has a checkpoint; say so.
 
     They replace those of a still earlier run. run.json is moved first: where it is gone, a move was
     cut short and goes on.
+    Raises UserError if a run is going on in out_dir/previous.
     """
     previous = out_dir / "previous"
     found = [out_dir / name for name in RUN_FILES if exists(out_dir / name)]
     if not any(path.is_dir() for path in found):
         return None
+    replaced = ""
     with _user_error_if_unwritable(previous):
         remove_link(previous)
         if is_run(out_dir) and exists(previous):
-            shutil.rmtree(previous)
+            with lock_run(previous):
+                replaced = ", in place of a still earlier run" if is_run(previous) else ""
+            if exists(previous):  # the lock's folder is gone if it held nothing else
+                shutil.rmtree(previous)
         previous.mkdir(exist_ok=True)
         for path in found:
             path.rename(previous / path.name)
-    return previous
+    size = sum(file.stat().st_size for file in previous.rglob("*"))
+    return f"the earlier run in {out_dir} was moved to {previous} ({size / 1e6:,.1f} MB){replaced}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,9 +224,7 @@ def save_checkpoint(folder: Path, write: Callable[[Path], None], progress: Progr
 
     temporary = folder.with_name(folder.name + ".tmp")
     previous = folder.with_name(folder.name + ".prev")
-    remove_link(temporary)
-    remove_link(previous)
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     try:
         temporary.mkdir()
         write(temporary)
@@ -232,11 +236,11 @@ def save_checkpoint(folder: Path, write: Callable[[Path], None], progress: Progr
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(str(error)) from None
     if exists(folder):
-        shutil.rmtree(previous, ignore_errors=True)
+        remove(previous)
         folder.rename(previous)
     temporary.rename(folder)
     sync(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+    remove(previous)
 
 
 def _force_to_disk(folder: Path) -> None:

@@ -20,10 +20,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a crash at any moment leaves the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    remove_link(temporary)
-    temporary.write_bytes(content)
-    sync(temporary)
-    temporary.replace(path)
+    temporary.unlink(missing_ok=True)  # it may be a link
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        temporary.replace(path)
+    except OSError:  # half a file would take the space that is missing
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def exists(path: str | Path) -> bool:
@@ -60,13 +64,21 @@ def sync(path: Path) -> None:
 
 
 def remove_link(path: Path) -> None:
-    """Remove `path` if it is a symbolic link.
+    """Remove `path` if it is a symbolic link, or a file that has another name, too.
 
     A run folder from a stranger may contain links that lead out of it; we must not write through
     them.
     """
-    if path.is_symlink():
+    if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
         path.unlink()
+
+
+def remove(path: Path) -> None:
+    """Remove a link, a file or, as far as that is possible, a folder."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -199,7 +199,7 @@ class RunLog:
         if steps < FEW_UPDATES:
             yield (
                 f"{_count(steps, 'update')} will hardly change the model: try a larger --{length} "
-                f"or a smaller step, which is {run.windows_per_step} sequences"
+                f"or a smaller step, which is {_count(run.windows_per_step, 'sequence')}"
             )
         tokens = len(run.train_windows.tokens)
         epochs = self._epochs()
@@ -230,13 +230,9 @@ class RunLog:
         if config.wandb_log:
             self._start_wandb(facts)
         if not run.request.resumed:
-            previous = set_aside(run.out_dir)
-            if previous is not None:
-                size = sum(file.stat().st_size for file in previous.rglob("*"))
-                self.say(
-                    f"the earlier run in {run.out_dir} was moved to {previous} "
-                    f"({size / 1e6:,.1f} MB)"
-                )
+            told = set_aside(run.out_dir)
+            if told is not None:
+                self.say(told)
         write_json(run.out_dir / "run.json", facts)
         self.metrics = open_metrics(run.out_dir / "metrics.jsonl", self.progress)
 
@@ -259,7 +255,7 @@ class RunLog:
         # A run of one step has no time of training: its only step compiles.
         for seconds, what in ((progress.elapsed_s, "training"), (saving_s, "saving")):
             if seconds >= NOTICEABLE_S:
-                told += f"{' and' if told else ' in'} {seconds:.1f} s of {what}"
+                told += f", {seconds:.1f} s of {what}"
         typed = shlex.quote(self.run.out_dir.as_posix())  # as a shell takes it
         if failed or status > 128:
             self.say(f"{'failed' if failed else 'stopped'} at step {progress.step:,}{told}")
@@ -276,7 +272,7 @@ class RunLog:
                 f"no better than at the start, val loss {self.start_loss:.4f}: try a lower "
                 "learning_rate"
             )
-        if status == 0 and self.run.dataset.tokenizer is not None:
+        if status == 0 and saved and self.run.dataset.tokenizer is not None:
             self.say(f"read what it writes: python sample.py --out_dir={typed}")
 
     # ---------------------------------------------------------------------------------------------

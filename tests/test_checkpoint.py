@@ -241,6 +241,18 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(dataset, tmp_pa
     assert f"error: {out_dir} cannot be written" in capsys.readouterr().err
 
 
+def test_a_file_that_the_disk_does_not_take_leaves_no_half_of_it(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise FULL
+
+    (tmp_path / "a.json").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="cannot be written"):
+        write_json(tmp_path / "a.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
 def test_a_run_that_cannot_write_its_first_files_says_so(dataset, tmp_path, name):
     (tmp_path / f"{name}.tmp").mkdir()  # stands for a disk that takes no file
@@ -307,12 +319,36 @@ def test_an_earlier_run_replaces_the_one_before_it_and_the_users_files_stay(tmp_
     (tmp_path / "notes.txt").write_text("the user's own")
     for version in (1, 2):
         make_run(tmp_path, version)
-        assert set_aside(tmp_path) == tmp_path / "previous"
+        told = f"the earlier run in {tmp_path} was moved to {tmp_path / 'previous'} (0.0 MB)"
+        assert set_aside(tmp_path) == told + (", in place of a still earlier run" * (version - 1))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "previous"]
         assert version_of(tmp_path / "previous") == version
     (tmp_path / "run.json").write_text("{}")  # a run without a checkpoint
     assert set_aside(tmp_path) is None
     assert version_of(tmp_path / "previous") == 2
+
+
+def test_a_run_that_goes_on_in_previous_is_not_replaced(tmp_path):
+    make_run(tmp_path, 1)
+    set_aside(tmp_path)
+    make_run(tmp_path, 2)
+    with (
+        lock_run(tmp_path / "previous"),
+        pytest.raises(UserError, match="another run is writing to .*previous"),
+    ):
+        set_aside(tmp_path)
+    assert version_of(tmp_path / "previous") == 1
+    assert version_of(tmp_path) == 2
+
+
+def test_a_run_without_a_step_displaces_no_trained_one(dataset, tmp_path, monkeypatch, capsys):
+    assert run(dataset, tmp_path, "--max_iters=2") == 0
+    monkeypatch.setattr(Trainer, "loop", lambda trainer: 130)
+    for _ in range(2):
+        assert run(dataset, tmp_path, "--max_iters=2") == 130
+    assert "go on with" not in capsys.readouterr().out.split("stopped at step 0")[1]
+    assert trainer(tmp_path / "previous")["step"] == 2
+    assert not (tmp_path / "last").exists()
 
 
 @pytest.mark.parametrize("kill_at", range(1, 8))

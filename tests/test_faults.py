@@ -156,7 +156,8 @@ def test_any_run_folder_is_read_or_refused(finished, tmp_path_factory, state, fa
     assert all(row["step"] <= 10 for row in read_rows(out_dir))
 
 
-def test_links_in_a_strangers_run_are_not_written_through(finished, dataset, tmp_path):
+@pytest.mark.parametrize("hard", [False, True])
+def test_links_in_a_strangers_run_are_not_written_through(finished, dataset, tmp_path, hard):
     """Any name that we write, also the temporary ones, may be a link out of the folder."""
     out_dir = tmp_path / "out"
     outside = tmp_path / "outside"
@@ -165,13 +166,19 @@ def test_links_in_a_strangers_run_are_not_written_through(finished, dataset, tmp
     names = [".lock", *(f"{name}.tmp" for name in ("run.json", "metrics.jsonl", "loss.png"))]
     for name in names:
         (out_dir / name).unlink(missing_ok=True)
-        (out_dir / name).symlink_to(outside / f"made-{name}")
+        if hard:
+            (outside / f"made-{name}").write_text("theirs")
+            (out_dir / name).hardlink_to(outside / f"made-{name}")
+        else:
+            (out_dir / name).symlink_to(outside / f"made-{name}")
     for name in ("last.tmp", "last.prev", "best.tmp", "previous.tmp", "previous"):
         (out_dir / name).symlink_to(outside / "folder")
     assert resume(out_dir, "--max_iters=6") == 0
     (out_dir / "previous").unlink()  # it would be refused
     assert run(dataset, out_dir, "--max_iters=2") == 0
-    assert [path.name for path in outside.rglob("*")] == ["folder"]
+    left = [path.read_text() for path in outside.rglob("*") if path.is_file()]
+    assert left == ["theirs"] * 4 * hard
+    assert not list((outside / "folder").iterdir())
 
 
 # --------------------------------------------------------------------------------------------------

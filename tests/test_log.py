@@ -277,7 +277,7 @@ def test_a_run_of_one_step_claims_no_time_and_slow_saving_is_told(
     """Its only step compiles, which does not count."""
     monkeypatch.setattr(Saver, "_save", time.taking(7, Saver._save))
     assert run(dataset, tmp_path, "--max_iters=1", "--always_save_checkpoint=False") == 0
-    assert "\n1 step in 14.0 s of saving, best val" in capsys.readouterr().out  # best/ and last/
+    assert "\n1 step, 14.0 s of saving, best val" in capsys.readouterr().out  # best/ and last/
 
 
 @pytest.mark.parametrize(("after", "told"), [(1.9, False), (2.1, True)])

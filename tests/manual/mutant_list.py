@@ -553,7 +553,7 @@ CHECKPOINTS = [
     Mutant(
         "a link in a stranger's run is written through",
         file="gpt12/checkpoint.py",
-        before="remove_link(temporary)",
+        before="remove(temporary)",
         after="pass",
         test_file="test_faults.py",
         test="test_links_in_a_strangers_run_are_not_written_through",
