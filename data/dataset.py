@@ -190,7 +190,10 @@ def _read_dataset(name: str, folder: Path, asked: str | Tokenizer, block_size: i
             f"The preparation of {folder} is not finished. Start it again to continue it."
         )
     meta_file = folder / "meta.json"
-    meta = json.loads(meta_file.read_bytes()) if meta_file.exists() else {}
+    try:
+        meta = {**json.loads(meta_file.read_bytes())} if meta_file.exists() else {}
+    except (ValueError, TypeError):
+        raise UserError(f"{meta_file} is no JSON object. Prepare the data again.") from None
     row = meta.get("row") or block_size
     if row != block_size:
         raise UserError(f"{folder} holds rows of {row} tokens. Use --block_size={row}.")

@@ -38,7 +38,7 @@ BATCH_CHARACTERS = 500_000  # a thread's share at a time: handing it over then c
 SAVE_TOKENS = 20_000_000  # tokens between two saves of the progress
 OPEN_ROWS = 64  # rows that wait for an example that still fits
 # Version of what is made of texts. What an older version prepared in data/cache is prepared again.
-FORMAT = 5
+FORMAT = 6
 
 
 def prepare_texts(

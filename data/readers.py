@@ -7,11 +7,13 @@ messages. Line ends (CR, LF, CRLF) become LF.
 from __future__ import annotations
 
 import codecs
+import collections
 import csv
 import gzip
 import io
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +22,8 @@ from typing import Any, BinaryIO
 from gpt12.errors import UserError
 from gpt12.files import exists
 
-SUFFIXES = (".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".parquet")  # each also as .gz
+ROW_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".md", *ROW_SUFFIXES)  # each also as .gz
 DELIMITERS = (",", ";", "\t", "|")
 END_OF_TEXT = "<|endoftext|>"  # separates the documents of a text file
 START_OF_TEXT = "<|startoftext|>"  # begins them in files made for gpt-2-simple, and says nothing
@@ -30,7 +33,10 @@ ENCODINGS = """cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 koi8_r cp932 euc
     gb18030 big5""".split()
 BLOCK_CHARACTERS = 1 << 16  # read at once from a text file
 SAMPLE_BYTES = 1 << 18  # what a file's encoding is guessed from
+SAMPLE_LINES = 100  # before the bad one
+BINARY = bytes({*range(32)} - {*b"\b\t\n\v\f\r\x1b"})  # in no text of one byte a character
 ROWS_AT_ONCE = 1000  # from parquet files and the hub; row by row takes three times as long
+BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 UNREADABLE = (OSError, EOFError, zlib.error)  # what reading a file may raise
 
 Row = Mapping[str, Any]
@@ -40,8 +46,8 @@ Rows = Iterator[tuple[str, Row]]
 def find_files(path: Path, encoding: str) -> tuple[list[Path], list[Path]]:
     """Return the files to read for a data set, and the files that are no text, sorted.
 
-    path: a file, or a folder, whose subfolders are searched, too. Hidden files and folders are
-    neither read nor counted.
+    path: a file, or a folder, whose subfolders are searched, too. Hidden files and folders, and
+        node_modules, are neither read nor counted.
     Raises UserError if there is nothing to read.
     """
     if not exists(path):
@@ -50,7 +56,8 @@ def find_files(path: Path, encoding: str) -> tuple[list[Path], list[Path]]:
     if path.is_dir():
         candidates = []
         for file in sorted(path.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            parts = file.relative_to(path).parts
+            hidden = any(part.startswith(".") or part == "node_modules" for part in parts)
             if file.is_file() and not hidden:
                 candidates.append(file)
     files: list[Path] = []
@@ -114,7 +121,7 @@ def _decode(file: Path, encoding: str) -> Iterator[list[str]]:
         begin = stream.read(2)
         stream.seek(0)
         codec = "utf-8-sig" if encoding in ("utf-8", REPLACE) else encoding
-        if begin in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if begin in BOMS:
             codec = "utf-16"
         errors = "replace" if encoding == REPLACE else "strict"
         text = io.TextIOWrapper(stream, codec, errors)  # makes every line end a \n
@@ -127,12 +134,26 @@ def _decode(file: Path, encoding: str) -> Iterator[list[str]]:
 
 
 def _is_text(file: Path, encoding: str) -> bool:
-    """Tell whether a file of unknown ending begins as text."""
+    """Tell whether a file of unknown ending begins as text, in this encoding or another one."""
     try:
-        next(_decode(file, encoding), None)
+        with _open(file) as stream:
+            begin = stream.read(BLOCK_CHARACTERS)
+        if encoding != REPLACE:  # in which everything can be decoded
+            next(_decode(file, encoding), None)
+            return True
+    except UnicodeError:
+        pass
+    except UNREADABLE:
+        return False
+    return begin.startswith(BOMS) or begin == begin.translate(None, BINARY)
+
+
+def is_utf8(file: Path) -> bool:
+    """Tell whether a file is UTF-8 and has characters that show it."""
+    try:
+        return any([not line.isascii() for lines in _decode(file, "utf-8") for line in lines])
     except (*UNREADABLE, UnicodeError):
         return False
-    return True
 
 
 def _blocks(file: Path, encoding: str) -> Iterator[list[str]]:
@@ -150,17 +171,19 @@ def _explain_encoding(file: Path, encoding: str) -> str:
     import charset_normalizer
 
     number = 0
+    lines: collections.deque[bytes] = collections.deque(maxlen=SAMPLE_LINES)
     with _open(file) as stream:
         for line in stream:
             number += 1
+            lines.append(line)
             try:
                 start = line.decode("utf-8" if encoding == REPLACE else encoding).find("\0")
             except UnicodeDecodeError as error:
                 start = error.start
             if start >= 0:
                 break
-        stream.seek(max(0, stream.tell() - SAMPLE_BYTES // 2))
-        sample = stream.read(SAMPLE_BYTES)
+        # Whole lines, because no encoding fits to the half of a character.
+        sample = b"".join([*lines, *stream.readlines(SAMPLE_BYTES)])
     message = f"{file} is not {encoding}: line {number} holds the byte 0x{line[start]:02x}."
     decoded = sample.decode("utf-8", "replace")
     bad = decoded.count("\ufffd") + decoded.count("\0")
@@ -173,11 +196,20 @@ def _explain_encoding(file: Path, encoding: str) -> str:
         guesses.append("cp1252" if "cp1252" in match.could_be_from_charset else match.encoding)
     if b"\0" in strange:  # every other byte of Latin text in UTF-16 is 0
         guesses = ["utf_16_be" if strange[:1] == b"\0" else "utf_16_le"]
+    guesses = guesses[:3] or [name for name in ENCODINGS if _decodes(line, name)] or ENCODINGS
     message += " Pass the encoding in which this line is right:"
-    for guess in guesses[:3]:
+    for guess in guesses:
         shown = strange.decode(guess, "replace").splitlines()[0]
         message += f"\n  --encoding={guess:10} {shown}"
     return message
+
+
+def _decodes(line: bytes, encoding: str) -> bool:
+    try:
+        line.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,6 +238,11 @@ def _json_rows(file: Path, lines: Iterator[str]) -> Rows:
     numbered = enumerate(lines, 1)
     for number, line in numbered:
         where = f"{file}, line {number}"
+        if line.rstrip().endswith(("{", ",")) and not line.lstrip().startswith("["):
+            raise UserError(
+                f"{where} begins an object of several lines. Make it a list of rows, "
+                '[{"text": "..."}, ...], or write each row on a line of its own.'
+            )
         if line.lstrip().startswith("["):
             array = _parse(where, line + "".join(line for _, line in numbered))
             for element, row in enumerate(array, 1):
@@ -227,30 +264,30 @@ def _table_rows(file: Path, lines: Iterator[str]) -> Rows:
     header = next(lines, "")
     before = 0  # lines before the header
     delimiter = max(DELIMITERS, key=header.count)
-    if header.lower().startswith("sep="):  # Excel's
-        delimiter = header[4]
+    if match := re.match(r'(?i)sep=([^"\n])', header):  # Excel's
+        delimiter = match[1]
         header = next(lines, "")
         before = 1
     # strict, because else a quotation mark that is never closed swallows the rest of the file.
     reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
     end = before + 1  # of what was read
+    advice = f"A text with {delimiter!r} or a quotation mark in it should stand in quotation marks"
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         for row in reader:
             end = before + reader.line_num
             where = f"{file}, line {end}"
             if any(row.pop(None, ())):
-                raise UserError(
-                    f"{where} has more fields than the header. A text with {delimiter!r} in it "
-                    "should stand in quotation marks."
-                )
+                raise UserError(f"{where} has more fields than the header. {advice}.")
             yield where, row
     except csv.Error as error:
-        raise UserError(f"{file}, line {end + 1} begins a row of broken CSV: {error}.") from None
+        raise UserError(
+            f"{file}, line {end + 1} begins a row of broken CSV: {error}. {advice}, and each mark "
+            "in the text twice."
+        ) from None
 
 
 def _parquet_rows(file: Path) -> Rows:
-    import pyarrow
     from pyarrow import parquet
 
     number = 0
@@ -260,7 +297,7 @@ def _parquet_rows(file: Path) -> Rows:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}, row {number}", row
-    except (pyarrow.ArrowException, *UNREADABLE) as error:
+    except Exception as error:  # the library raises many kinds of exceptions
         raise UserError(f"{file} cannot be read: {error}.") from None
 
 

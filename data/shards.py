@@ -267,7 +267,7 @@ def _inspect(path: Path) -> Shard:
             size = file.seek(0, os.SEEK_END)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    magic, version, count = struct.unpack("<3i", header)
+    magic, version, count = struct.unpack("<2iI", header)
     for dtype, form in FORMATS.items():
         is_mask = "_mask_" in path.name
         whole = size == HEADER_BYTES + count * dtype.itemsize

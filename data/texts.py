@@ -16,11 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.readers import (
+    END_OF_TEXT,
     REPLACE,
+    ROW_SUFFIXES,
+    START_OF_TEXT,
+    SUFFIXES,
     Row,
+    Rows,
     file_rows,
     find_files,
     hub_rows,
+    is_utf8,
     replace_surrogates,
     suffix_of,
 )
@@ -59,7 +65,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '### ' + message['role'] | capitalize + ':\n' }}"
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] | trim }}{{ eos_token }}{% endgeneration %}"
+    "{% generation %}"
+    "{{ message['content'].rstrip().lstrip('\n') }}{{ eos_token }}"
+    "{% endgeneration %}"
     "{% else %}"
     "{{ message['content'] | trim + '\n\n' }}"
     "{% endif %}"
@@ -93,6 +101,11 @@ PROMPT_TEMPLATE = (
 )
 # Prompts as different as this share words at their ends by intention, and not by chance.
 MANY_PROMPTS = 20
+ENDING_CHARACTERS = 1000  # a prompt's common ending is looked for in so many at its end
+MARKS = ".?!…。？！"  # end a sentence
+# Letters of scripts without spaces: Thai and Lao, Burmese, Khmer, kana and Han.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+FILES_NAMED = 8  # in a note
 FEW_DOCUMENTS = 20  # fewer texts are split by tokens: one of them may be most of the data
 
 
@@ -115,6 +128,8 @@ def chat_pieces(messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
     prompt = ""
     for message in messages:
         content = message["content"].strip()
+        if message["role"] == "assistant":
+            content = message["content"].rstrip().lstrip("\n")  # code may begin with blanks
         prompt += f"### {message['role'].capitalize()}:\n"
         if message["role"] == "assistant":
             trained = message.get("weight") != 0 and content != ""
@@ -150,7 +165,8 @@ class CommonEnding:
 
     It begins at the first line end that all prompts share, if they share one. Otherwise it is what
     follows the sentence: " ->", but not "?". Words before it belong to it only if many different
-    prompts have them (" A:"); few may share a word by chance.
+    prompts have them (" A:"); few may share a word by chance. In scripts without spaces, where the
+    answer's sign is the next sentence ("？答："), the ending begins at the last sentence mark.
     """
 
     def __init__(self) -> None:
@@ -160,7 +176,7 @@ class CommonEnding:
     def add(self, prompt: str) -> None:
         """Take a prompt into account."""
         if self._longest is None:
-            self._longest = prompt
+            self._longest = prompt[-ENDING_CHARACTERS:]
         while not prompt.endswith(self._longest):
             self._longest = self._longest[1:]
         if len(self._different) < MANY_PROMPTS:
@@ -171,9 +187,13 @@ class CommonEnding:
         longest = self._longest or ""
         if "\n" in longest:
             return longest[longest.index("\n") :]
-        between = "." if len(self._different) >= MANY_PROMPTS else r"\W"
-        found = re.search(rf"(?s)[^\w.?!…。？！]{between}*(?<![\w.?!…。？！])$", longest)
-        return found[0] if found else ""
+        first, between = rf"[^\w{MARKS}]", r"\W"
+        if len(self._different) >= MANY_PROMPTS:
+            first, between = rf"(?:{first}|[{UNSPACED}])", "."
+        for begin in (rf"[{MARKS}][{UNSPACED}][^{MARKS}]", first + between):
+            if found := re.search(rf"{begin}*(?<![\w{MARKS}])$", longest):
+                return found[0]
+        return ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,6 +213,7 @@ class Documents:
     kind: "text"; "prompt" for prompts and completions, which are taken as they are; "messages" for
         conversations.
     files: the files that are read, in this order; none for the hub.
+    utf8: those of them that are UTF-8 and are read as such, although another encoding is given.
     notes: what the user should know about the files and their form.
     skip: leave out this many documents at the beginning.
     rows: how many documents the iteration has read so far, with those that it leaves out.
@@ -206,6 +227,7 @@ class Documents:
         self.text_column = text_column
         self.encoding = encoding
         self.files: list[Path] = []
+        self.utf8: set[Path] = set()
         self.notes: list[str] = []
         self.skip = 0
         self.rows = 0
@@ -219,14 +241,29 @@ class Documents:
             if len(forms) > 1:
                 names = [" and ".join(columns) for columns, _ in forms]
                 self.notes.append(f"{self.source}: of {', or '.join(names)} the first is used.")
+            known = {*REFUSED, *itertools.chain.from_iterable(columns for columns, _ in forms)}
+            if self.kind == "messages":
+                known.add("system")
+            if forms[0][0] == ("instruction", "output"):
+                known.add("input")
+            unused = [repr(column) for column in row if column not in known]
+            if self.kind != "text" and unused:
+                self.notes.append(f"{self.source}: columns not used: {', '.join(unused)}.")
 
     def _find_files(self) -> None:
         try:
-            codecs.lookup("utf-8" if self.encoding == REPLACE else self.encoding)
+            if self.encoding != REPLACE:
+                "?".encode(self.encoding)  # fails also for what encodes no text, like base64
+                self.encoding = codecs.lookup(self.encoding).name
         except LookupError:
             raise UserError(f"There is no encoding {self.encoding!r}. utf-8 is one.") from None
         path = Path(self.source).expanduser()
         self.files, skipped = find_files(path, self.encoding)
+        if self.encoding not in ("utf-8", REPLACE):
+            self.utf8 = set(filter(is_utf8, self.files))
+            self._note("read as utf-8, which they are", self.utf8)
+        if any(suffix_of(file) not in ("", *SUFFIXES) for file in self.files):
+            self._leave_out_tables()
         if path.is_dir():
             note = (
                 f"{self.source}: {len(self.files):,} files are read, {_count_endings(self.files)}"
@@ -234,6 +271,25 @@ class Documents:
             if skipped:
                 note += f"; {len(skipped):,} that are no text are not, {_count_endings(skipped)}"
             self.notes.append(f"{note}.")
+
+    def _leave_out_tables(self) -> None:
+        """Leave out what lies beside source code and has no text, such as a package.json."""
+        left_out = set()
+        for file in self.files:
+            try:
+                if suffix_of(file) in ROW_SUFFIXES:
+                    for where, row in itertools.islice(self._file_rows(file), 1):
+                        self._forms(where, row)
+            except UserError:
+                left_out.add(file)
+        self.files = [file for file in self.files if file not in left_out]
+        self._note("not read, because their first row cannot be used", left_out)
+
+    def _note(self, what: str, files: set[Path]) -> None:
+        """Note what is done with some files."""
+        if files:
+            names = ", ".join(map(str, sorted(files)[:FILES_NAMED]))
+            self.notes.append(f"{what}: {names}{', ...' if len(files) > FILES_NAMED else ''}.")
 
     @functools.cached_property
     def first(self) -> list[int]:
@@ -259,9 +315,10 @@ class Documents:
                 )
             if kind == "text":
                 text = row[self.text_column]
-                if not isinstance(text, Iterator):
-                    text = iter([_text(where, row, self.text_column)])
-                pieces = split_document(text)
+                if isinstance(text, Iterator):
+                    pieces = split_document(text)
+                else:
+                    pieces = _split_cell(_text(where, row, self.text_column))
             else:
                 pieces = iter(self._example(where, row, columns))
             first = next(pieces, None)
@@ -275,8 +332,12 @@ class Documents:
         """Yield the place and the content of each document."""
         if self.source.startswith("hf:"):
             return hub_rows(self.source, self.skip)
-        rows = (file_rows(file, self.text_column, self.encoding) for file in self.files)
-        return itertools.islice(itertools.chain.from_iterable(rows), self.skip, None)
+        rows = itertools.chain.from_iterable(map(self._file_rows, self.files))
+        return itertools.islice(rows, self.skip, None)
+
+    def _file_rows(self, file: Path) -> Rows:
+        encoding = "utf-8" if file in self.utf8 else self.encoding
+        return file_rows(file, self.text_column, encoding)
 
     def _forms(self, where: str, row: Row) -> list[tuple[tuple[str, ...], str]]:
         """Return the forms that a row has, each with its kind; the first one is used."""
@@ -303,6 +364,7 @@ class Documents:
             messages = _read_messages(where, row[columns[0]])
         else:
             question, answer = (_text(where, row, column) for column in columns)
+            answer = _without_end(answer)
             if self.kind == "prompt":
                 if not answer.strip():
                     return []
@@ -366,17 +428,43 @@ def _read_messages(where: str, given: Any) -> list[dict[str, Any]]:
                 f'{where}: a message should be {{"role": ..., "content": a text}}, where a role is '
                 f"system, user or assistant, and is {message or given!r:.100}."
             )
-        text = _text(where, {"content": content}, "content")
+        text = _without_end(_text(where, {"content": content}, "content"))
         messages.append({"role": role, "content": text, "weight": message.get("weight")})
     return messages
 
 
+def _without_end(answer: str) -> str:
+    """Return an answer without END_OF_TEXT at its end, which the tokenizer puts there."""
+    while answer.rstrip().endswith(END_OF_TEXT):
+        answer = answer.rstrip().removesuffix(END_OF_TEXT)
+    return answer
+
+
+def _split_cell(text: str) -> Iterator[Piece]:
+    """Yield the pieces of a row's text, in which END_OF_TEXT stands as in a text file.
+
+    What it separates stays one document, because rows are counted and split as they are.
+    """
+    parts = re.split(re.escape(END_OF_TEXT) + "\n?", text.replace(START_OF_TEXT, ""))
+    parts = [part for part in parts if part.strip()]
+    for number, part in enumerate(parts, 1):
+        for piece in split_document(iter([part])):
+            yield piece._replace(last=piece.last and number == len(parts))
+
+
 def split_document(blocks: Iterator[str]) -> Iterator[Piece]:
     """Yield a text, given in blocks, in pieces that are tokenized as in the whole."""
-    held = ""
+    held: list[str] = []
+    length = 0
+    before = ""  # the character before the block, because a cut may lie between them
     for block in blocks:
-        held += block
-        if len(held) > PIECE_CHARACTERS and (match := LAST_CUT.match(held)):
-            yield Piece(match[0], end=False, last=False)
-            held = held[match.end() :]
-    yield Piece(held)
+        length += len(block)
+        if length > PIECE_CHARACTERS and (match := LAST_CUT.match(before + block)):
+            cut = match.end() - len(before)
+            yield Piece("".join([*held, block[:cut]]), end=False, last=False)
+            held = []
+            block = block[cut:]
+            length = len(block)
+        held.append(block)
+        before = block[-1:] or before
+    yield Piece("".join(held))

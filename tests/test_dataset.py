@@ -305,6 +305,14 @@ def test_an_unfinished_data_set_is_not_opened(house):
         open_bytes(house)
 
 
+@pytest.mark.parametrize("content", [b"[", b"[]", b"5", b"\xff\xfe\0"])
+def test_a_meta_json_that_is_no_object_is_refused(house, content):
+    shards(house / "x", tokenizer=ByteTokenizer())
+    (house / "x/meta.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"meta\.json is no JSON object\. Prepare"):
+        open_bytes(house / "x")
+
+
 def test_a_locked_folder_is_reported_as_data_preparation(house):
     (house / "a.txt").write_text("long enough to be split in two")
     folder = open_bytes("a.txt").folder

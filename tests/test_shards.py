@@ -107,7 +107,8 @@ def test_a_header_that_contradicts_the_file_is_refused(tmp_path, lie):
     path = tmp_path / "train_000000.bin"
     whole = llm_c_shard(range(500))
     shorter = [whole[:size] for size in (0, 1, 11, 1023, 1024, 1025, len(whole) - 1)]
-    for content in (llm_c_shard([1, 2, 3, 4], **lie), whole + b"!", *shorter):
+    negative = llm_c_shard([], count=-1)[:-2]  # as long as its header says
+    for content in (llm_c_shard([1, 2, 3, 4], **lie), whole + b"!", negative, *shorter):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"train_000000\.bin is not a whole token shard"):
             Tokens.open(tmp_path, "train")

@@ -6,6 +6,7 @@ Conversations are compared with what transformers renders.
 import csv
 import gzip
 import json
+import time
 import tracemalloc
 
 import pyarrow
@@ -35,7 +36,7 @@ CHAT = [
     {"role": "user", "content": "  Hi\n\nthere "},
     {"role": "assistant", "content": "\nHello  you. "},
     {"role": "user", "content": "Bye"},
-    {"role": "assistant", "content": "Bye!"},
+    {"role": "assistant", "content": "\n    Bye!\n    "},
 ]
 
 
@@ -115,6 +116,14 @@ def test_end_of_text_separates_the_documents_of_a_text_file(tmp_path):
     documents = Documents(file)
     assert [piece.text for _, piece in documents] == ["one\n", "two", "3"]
     assert (len(documents.first), documents.rows) == (3, 3)  # nothing counts as blank
+    rows = [{"text": file.read_text()}, {"text": "<|endoftext|>"}]
+    pieces = list(Documents(write_jsonl(tmp_path / "a.jsonl", rows)))
+    assert pieces == [
+        (0, Piece("one\n", last=False)),
+        (0, Piece("two", last=False)),
+        (0, Piece("3")),
+    ]
+    assert read(file, "line") == ["one", "two", "3"]
     file.write_text(("x" * 99_999 + "\n") * 20 + "<|endoftext|>" + "y")
     assert sum(piece.last for _, piece in Documents(file)) == 2
     assert len("".join(read(file))) == 2_000_001
@@ -126,15 +135,48 @@ def test_a_folder_of_source_code_is_read_and_described(tmp_path):
     for name in ("a.py", "b.py", "sub/Makefile", "notes.md", ".hidden.txt", ".git/config"):
         (tmp_path / name).write_text(f"text of {name}")
     (tmp_path / "logo.png").write_bytes(b"\x89PNG\0\0")
-    (tmp_path / "old.c").write_bytes("caf\xe9".encode("latin-1"))
-    names = ["a.py", "b.py", "notes.md", "sub/Makefile"]
-    assert read(tmp_path) == [f"text of {name}" for name in names]
-    assert Documents(tmp_path).notes == [
-        f"{tmp_path}: 4 files are read, 2 .py, 1 .md, 1 Makefile; 2 that are no text are not, "
-        "1 .png, 1 .c."
-    ]
-    assert len(Documents(tmp_path, "text", "latin-1").files) == 5
+    (tmp_path / "node_modules").mkdir()
+    (tmp_path / "node_modules/a.js").write_text("theirs")
+    (tmp_path / "sub/package.json").write_text(json.dumps({"name": "x"}, indent=1))
+    (tmp_path / "rows.csv").write_text("id,name\n1,x\n")
+    (tmp_path / "text.csv").write_text("text\na row\n")
+    names = ["a.py", "b.py", "notes.md", "sub/Makefile", "text.csv"]
+    texts = [f"text of {name}" for name in names[:-1]]
+    for encoding in ("utf-8", "utf-8-replace"):
+        assert read(tmp_path, "text", encoding) == [*texts, "a row"]
+        assert Documents(tmp_path, "text", encoding).notes == [
+            f"not read, because their first row cannot be used: {tmp_path}/rows.csv, "
+            f"{tmp_path}/sub/package.json.",
+            f"{tmp_path}: 5 files are read, 2 .py, 1 .md, 1 Makefile, 1 .csv; 1 that are no text "
+            "are not, 1 .png.",
+        ]
     assert read(tmp_path / "a.py") == ["text of a.py"]
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=r"rows\.csv, line 2 has no 'text', only"):
+        read(tmp_path)  # without source code a table without text is a mistake
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.c", "a.csv"])
+def test_another_encoding_holds_for_the_files_of_a_folder_that_are_not_utf8(tmp_path, name):
+    line = "Le café était fermé l’été à l’île"
+    old = f"text\n{line}\n"
+    (tmp_path / name).write_bytes(old.encode("cp1252"))
+    for other in ("b.txt", "b.py"):
+        (tmp_path / other).write_text(old, "utf-8")
+    (tmp_path / "plain.txt").write_text("plain\n")
+    if name != "a.csv":  # which is not read beside source code if it is broken
+        with pytest.raises(
+            UserError, match=rf"{name} is not utf-8: line 2 (.*\n)+.*g=cp1252 +Le café"
+        ):
+            read(tmp_path)
+    documents = Documents(tmp_path, "text", "cp1252")
+    pieces = [piece.text for _, piece in documents]
+    first = line if name == "a.csv" else old
+    assert pieces == [first, old, old, "plain\n"]
+    assert f"read as utf-8, which they are: {tmp_path}/b.py, {tmp_path}/b.txt." in documents.notes
+    for encoding in ("utf-8", "UTF8"):
+        assert len(Documents(tmp_path / "b.txt", "text", encoding).notes) == 0
 
 
 def test_a_data_set_in_the_hubs_form_is_read_and_skipped_through(tmp_path):
@@ -166,10 +208,12 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("encoding", LINES)
-def test_a_file_in_another_encoding_is_shown_in_the_likely_ones(tmp_path, encoding):
+UNLIKELY = "他说：“这本书要 20€ 呢”，我说“好贵”。"  # the library has no guess
+
+
+@pytest.mark.parametrize(("encoding", "line"), [*LINES.items(), ("gb18030", UNLIKELY)])
+def test_a_file_in_another_encoding_is_shown_in_the_likely_ones(tmp_path, encoding, line):
     file = tmp_path / "a.txt"
-    line = LINES[encoding]
     first = "" if "16" in encoding else "plain\n"
     content = first + f"{line}\n" * 30
     file.write_bytes(content.encode(encoding))
@@ -209,8 +253,8 @@ ONE = [
 ]
 FORMS = {
     "Alpaca": {"instruction": "Hi?", "input": "", "output": "Ho."},
-    "question": {"question": "Hi?", "answer": " Ho."},
-    "response": {"prompt": " Hi?\n", "response": "Ho."},
+    "question": {"question": "Hi?", "answer": "\nHo. "},
+    "response": {"prompt": " Hi?\n", "response": "Ho.<|endoftext|>\n<|endoftext|>"},
     "messages": {
         "messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]
     },
@@ -245,7 +289,8 @@ def test_a_row_with_two_forms_says_which_is_used(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [row])
     assert pieces_of(file) == ONE
     assert Documents(file).notes == [
-        f"{file}: of conversations, or instruction and output, or text the first is used."
+        f"{file}: of conversations, or instruction and output, or text the first is used.",
+        f"{file}: columns not used: 'input'.",
     ]
     write_jsonl(file, [row | {"body": "asked for"}])
     assert read(file, "body") == ["asked for"]
@@ -257,6 +302,24 @@ def test_prompts_and_completions_are_read_verbatim(tmp_path):
     assert documents.kind == "prompt"
     question = Piece(" Q: \n", trained=False, end=False, last=False)
     assert list(documents) == [(0, question), (0, Piece(" A "))]  # a blank answer is no example
+    rows[0]["completion"] += "<|endoftext|>\n"
+    assert list(Documents(write_jsonl(tmp_path / "a.jsonl", rows))) == list(documents)
+
+
+@pytest.mark.parametrize(
+    ("columns", "unused"),
+    [
+        (("question", "answer", "context", "id"), "'context', 'id'"),
+        (("system_prompt", "prompt", "response", "system"), "'system_prompt'"),
+        (("prompt", "completion", "input"), "'input'"),
+        (("instruction", "input", "output", "tools"), None),
+        (("text", "id"), None),
+    ],
+)
+def test_columns_that_questions_and_answers_do_not_use_are_named(tmp_path, columns, unused):
+    row = dict.fromkeys(columns, "x") | ({"tools": []} if "tools" in columns else {})
+    notes = Documents(write_jsonl(tmp_path / "a.jsonl", [row])).notes
+    assert notes == ([f"{tmp_path}/a.jsonl: columns not used: {unused}."] if unused else [])
 
 
 def test_conversations_are_read_as_questions_and_trained_answers(tmp_path):
@@ -266,7 +329,7 @@ def test_conversations_are_read_as_questions_and_trained_answers(tmp_path):
         Piece(first, trained=False, end=False, last=False),
         Piece("Hello  you.", trained=True, end=True, last=False),
         Piece("### User:\nBye\n\n### Assistant:\n", trained=False, end=False, last=False),
-        Piece("Bye!", trained=True, end=True, last=True),
+        Piece("    Bye!", trained=True, end=True, last=True),
     ]
     assert pieces_of(write_jsonl(tmp_path / "a.jsonl", [row, row])) == 2 * expected
     # A message of weight 0 is read and not trained; a blank answer neither.
@@ -306,7 +369,7 @@ def test_transformers_renders_a_conversation_to_the_ids_that_are_trained(name, t
     assert encoded["input_ids"] == ids
     assert encoded["assistant_masks"] == trained
     asked = theirs.apply_chat_template(CHAT[:-1], tokenize=False, add_generation_prompt=True)
-    assert asked == theirs.apply_chat_template(CHAT, tokenize=False).rpartition("Bye!")[0]
+    assert asked == theirs.apply_chat_template(CHAT, tokenize=False).rpartition("    Bye!")[0]
 
 
 def test_the_commonest_system_message_is_the_default_of_the_template(tmp_path):
@@ -344,6 +407,10 @@ MANY = [f"{word} no. {i}" for i in range(9) for word in ("one", "two", "three")]
         (["Tell me of a frog", "Describe a frog"], ""),
         ([f"{q}?" for q in MANY], ""),
         ([f"{q}。" for q in MANY], ""),
+        ([f"问：马吃什么{q}？答：" for q in MANY], "？答："),
+        (["问：马吃什么？答：", "问：它是什么？答："], "？答："),
+        ([f"马吃{q}吗答：" for q in MANY], "吗答："),
+        ([f"{i}\n" + "long " * 100 + "\n" for i in range(9)], "\n" + "long " * 100 + "\n"),
         (["a\n", "b ->", "c"], ""),
         ([], ""),
     ],
@@ -401,6 +468,31 @@ def test_reading_a_long_text_takes_constant_memory(tmp_path):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("block", ["\n" * 50_000, "x" * 50_000])
+def test_a_text_without_words_takes_time_in_proportion(block):
+    """What holds no place to cut is looked at once, and not again with each block."""
+    looked_at = 0
+
+    class Counting:
+        def match(self, text):
+            nonlocal looked_at
+            looked_at += len(text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "LAST_CUT", Counting())
+        assert len(list(split_document(iter([block] * 100)))) == 1
+    assert looked_at < 1.1 * 100 * len(block)
+
+
+def test_long_prompts_are_compared_at_their_ends_only():
+    common = CommonEnding()
+    started = time.perf_counter()
+    for beginning in ("ab" * 100_000, "ba" * 100_000, "c" * 200_000):
+        common.add(beginning + " ->")
+    assert common.text() == " ->"
+    assert time.perf_counter() - started < 1  # 0.01 s; 5 s if the whole prompts were compared
+
+
 # Broken input
 
 
@@ -408,7 +500,15 @@ def test_reading_a_long_text_takes_constant_memory(tmp_path):
     ("name", "content", "message"),
     [
         ("a.csv", "id,body\n1,x\n", r"line 2 has no 'text', only 'id', 'body'\..*--text_column="),
-        ("a.csv", 'text\n"never closed\n', "line 2 begins a row of broken CSV: unexpected end"),
+        (
+            "a.csv",
+            'text\n"never closed\n',
+            "line 2 begins a row of broken CSV: unexpected end.* each mark in the text twice",
+        ),
+        ("a.csv", "sep=\nx\n", "line 2 has no 'text', only 'sep='"),
+        ("a.csv", 'sep="\nx\n', "line 2 has no 'text', only"),
+        ("a.json", '{\n "text": "a"\n}', r"line 1 begins an object of several lines.* list of"),
+        ("a.json", '{"a": 1,\n "text": "a"}', "line 1 begins an object of several lines"),
         ("a.csv", "id,text\n1,x\n2,well, then\n", r"line 3 has more fields than the header.* ','"),
         ("a.csv", "sep=;\nid;text\n1;x;y\n", "line 3 has more fields than the header.* ';'"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is broken JSON: Expecting value"),
@@ -477,3 +577,18 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, suffix, head, body):
             assert all(isinstance(piece.text, str) for _, piece in Documents(file))
     except UserError as error:
         assert str(file) in str(error)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([10**9], pyarrow.date32()),
+        pyarrow.array([0], pyarrow.timestamp("s", "Klingon/City")),
+        pyarrow.array([b"\xff"]).view(pyarrow.string()),
+    ],
+)
+def test_parquet_values_that_python_cannot_hold_are_reported(tmp_path, column):
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a"], "value": column}), file)
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read: "):
+        read(file)

@@ -459,8 +459,8 @@ PREPARATION = [
     Mutant(
         "a long text is cut inside its words",
         file="data/texts.py",
-        before="if len(held) > PIECE_CHARACTERS and (match := LAST_CUT.match(held)):",
-        after='if len(held) > PIECE_CHARACTERS and (match := re.match("(?s).*.", held)):',
+        before="if length > PIECE_CHARACTERS and (match := LAST_CUT.match(before + block)):",
+        after='if length > PIECE_CHARACTERS and (match := re.match("(?s).*.", before + block)):',
         test_file="test_texts.py",
         test="test_pieces_have_the_ids_of_the_whole",
     ),
@@ -483,8 +483,8 @@ PREPARATION = [
     Mutant(
         "words that few prompts share belong to their ending",
         file="data/texts.py",
-        before='between = "." if len(self._different) >= MANY_PROMPTS else r"\\W"',
-        after='between = "."',
+        before="if len(self._different) >= MANY_PROMPTS:",
+        after="if self._different:",
         test_file="test_texts.py",
         test="test_the_ending_of_prompts_is_what_they_share_after_the_sentence",
     ),
