@@ -30,7 +30,7 @@ from gpt12.files import write_atomically
 from gpt12.generate import Sampling, generate
 from gpt12.loss import IGNORE_INDEX
 from gpt12.memory import GIB, needed_memory
-from gpt12.run import Run, warn_of_long_run
+from gpt12.run import Run, data_facts, warn_of_long_run
 from gpt12.twin import is_gpt2
 from model import parameter_count
 
@@ -221,11 +221,7 @@ class RunLog:
             device=run.machine.name,
             compile=run.machine.compiled,
             world_size=run.machine.world,
-            data={
-                "name": run.dataset.name,
-                "val_sha256": run.dataset.val_sha256,
-                "tokens": len(run.train_windows.tokens),
-            },
+            data=data_facts(run.dataset),
         )
         if config.wandb_log:
             self._start_wandb(facts)

@@ -56,6 +56,12 @@ FIXED_ON_RESUME = {
     *({field.name for field in fields(GPTConfig)} - {"block_size", "dropout"}),
     *("lora_rank", "lora_alpha", "optimizer", "val_fraction"),
 }
+# Why a key that nobody set has the value that it has.
+REASONS = {
+    "warmup_iters": "at most a tenth of all steps",
+    "eval_iters": "an evaluation is at most a tenth of the steps between two",
+    "min_lr": "a tenth of learning_rate",
+}
 # What a run fitted into the memory that there was. A resumed run goes on with it.
 MEMORY_KEYS = {"batch_size", "gradient_accumulation_steps", "recompute"}
 
@@ -96,10 +102,10 @@ class Run:
         """Return what the user should know before the run begins, one line each."""
         asked = self.request.config
         decided = []
-        for key in ("warmup_iters", "eval_iters", "min_lr"):
+        for key, reason in REASONS.items():
             value = getattr(self.config, key)
             if value != getattr(asked, key):
-                decided.append(f"{key}={value:.6g}, because it was not set (see --help)")
+                decided.append(f"{key}={value:.6g}, because it was not set: {reason}")
         return [*self.request.notes, *decided, *self.machine.notes, *self.dataset.warnings]
 
     @property
@@ -274,8 +280,8 @@ def build_run(request: Request) -> Run:
     if loaded is not None:
         config = with_shape(config, loaded.config)
     dataset = open_data(config, tokenizer)
-    if request.resumed and not config.eval_only:
-        _forget_best_on_other_data(Path(config.out_dir), dataset, progress)
+    if request.before is not None and not config.eval_only:
+        _adapt_progress(progress, request.before, config, dataset)
     model = model_for_data(loaded, tokenizer, dataset, config)
     if config.init_from == "scratch" and not request.resumed:
         _refuse_unread_keys(request, model.config)
@@ -328,7 +334,7 @@ def resolve(
         max_iters = progress.step + max(0, math.ceil(left / per_step))
     lr_decay_iters = max_iters if config.lr_decay_iters is None else config.lr_decay_iters
     warmup_iters = config.warmup_iters
-    if "warmup_iters" not in request.given and not (request.resumed or config.eval_only):
+    if "warmup_iters" not in request.given and not config.eval_only:
         warmup_iters = min(warmup_iters, min(max_iters, lr_decay_iters) // 10)
     min_lr = config.min_lr
     if config.decay_lr and "min_lr" not in request.given and min_lr > config.learning_rate:
@@ -380,17 +386,45 @@ def open_data(config: TrainConfig, tokenizer: Any = None) -> Dataset:
     return dataset
 
 
-def _forget_best_on_other_data(out_dir: Path, dataset: Dataset, progress: Progress) -> None:
-    """Reset the best loss if a resumed run gets other data: its losses cannot be compared."""
-    if read_run(out_dir).data.get("val_sha256", dataset.val_sha256) == dataset.val_sha256:
+def data_facts(dataset: Dataset) -> dict[str, Any]:
+    """Return what run.json holds of the data. On resuming it tells whether they are others."""
+    assert dataset.train is not None
+    return {
+        "name": dataset.name,
+        "folder": dataset.folder.name,  # that of a text has a hash of the whole text
+        "val_sha256": dataset.val_sha256,
+        "tokens": len(dataset.train),
+        "val_tokens": len(dataset.val),
+    }
+
+
+def _adapt_progress(
+    progress: Progress, before: TrainConfig, config: TrainConfig, dataset: Dataset
+) -> None:
+    """Count the position of a resumed run in its windows of now; forget a best loss of others.
+
+    before: the settings before the keys typed now.
+    """
+    if config.block_size != before.block_size:
+        progress.position = progress.tokens // config.block_size
+    out_dir = Path(config.out_dir)
+    saved = read_run(out_dir).data
+    facts = data_facts(dataset)
+    if facts.pop("name") != saved.get("name"):
+        del facts["folder"]  # a text that was renamed has another one
+    evaluation = (config.eval_iters, config.block_size)
+    if any(saved.get(key, value) != value for key, value in facts.items()):
+        reason = "the data are not those that this run began with"
+    elif evaluation != (before.eval_iters, before.block_size):
+        reason = "an evaluation reads other windows than before (eval_iters, block_size)"
+    else:
         return
     progress.best_val_loss = None
     progress.best_step = 0
     progress.worse_evaluations = 0
     dataset.warnings.append(
-        "the data are not those that this run began with: it reads other windows now, and its best "
-        f"loss no longer counts. To keep {out_dir / 'best'}, copy it: the best on the new data "
-        "replaces it"
+        f"{reason}: the best loss so far no longer counts. To keep {out_dir / 'best'}, copy it: "
+        "the next best replaces it"
     )
 
 
@@ -405,7 +439,15 @@ def is_complete(run: Run) -> bool:
     """Tell whether a resumed run has nothing left to do, and say so."""
     progress = run.progress
     config = run.config
-    if not run.request.resumed or progress.step < config.max_iters:
+    if not run.request.resumed:
+        return False
+    if progress.worse_evaluations >= config.patience > 0:
+        say(
+            f"this run ended at step {progress.step:,}, after {progress.worse_evaluations} "
+            f"evaluations without a better loss; go on with --patience={2 * config.patience}"
+        )
+        return True
+    if progress.step < config.max_iters:
         return False
     if progress.evaluated_step != progress.step:
         return False  # it was stopped before its last evaluation

@@ -274,7 +274,13 @@ def test_run_json_explains_the_run_and_no_file_holds_a_secret(
     assert "s3cret" not in told
     facts = json.loads((tmp_path / "run.json").read_text())
     assert {"config", "requested", "commit", "versions", "platform", "device"} < set(facts)
-    assert facts["data"] == {"name": str(dataset), "val_sha256": "0" * 64, "tokens": 2600}
+    assert facts["data"] == {
+        "name": str(dataset),
+        "folder": dataset.name,
+        "val_sha256": "0" * 64,
+        "tokens": 2600,
+        "val_tokens": 400,
+    }
 
 
 @pytest.mark.picture

@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +45,7 @@ from tests.helpers import (
     small_gpt,
     trainer,
     weights,
+    write_shard,
 )
 from tests.models import save_nanogpt
 
@@ -117,7 +119,8 @@ def test_keys_that_follow_from_others_are_decided_once_and_told(
     values = asdict(found.config)
     assert {key: values[key] for key in expected} == pytest.approx(expected)
     assert found.request.asked["warmup_iters"] == 2000
-    note = f"warmup_iters={found.config.warmup_iters}, because it was not set (see --help)"
+    reason = "because it was not set: at most a tenth of all steps"
+    note = f"warmup_iters={found.config.warmup_iters}, {reason}"
     assert (note in found.notes) == (found.config.warmup_iters < 2000)
 
 
@@ -160,7 +163,8 @@ def test_an_evaluation_that_nobody_set_is_at_most_a_tenth_of_the_steps_before_it
     argv += [f"--eval_interval={interval}"]
     found = built_from(argv)
     assert found.config.eval_iters == eval_iters
-    note = f"eval_iters={eval_iters}, because it was not set (see --help)"
+    reason = "an evaluation is at most a tenth of the steps between two"
+    note = f"eval_iters={eval_iters}, because it was not set: {reason}"
     assert (note in found.notes) == (eval_iters < 200)
     given = built_from([*argv, "--eval_iters=5"])
     assert (given.config.eval_iters, given.eval_count) == (5, 20)
@@ -445,6 +449,74 @@ def test_a_run_on_other_data_says_so_and_forgets_its_best(dataset, finished, tmp
         assert (found.progress.best_val_loss is None) == other
     evaluated = built_from([*argv, "--eval_only"])  # which replaces nothing
     assert evaluated.progress.best_val_loss is not None
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("change", ["training tokens", "validation tokens", "one letter"])
+def test_other_data_are_noticed_without_a_hash_too(dataset, tmp_path, change):
+    """Shards made elsewhere have no hash; the folder of a text has the hash of all of it."""
+    data = shutil.copytree(dataset, tmp_path / "letters")
+    (data / "meta.json").write_text(json.dumps({"documents": 1}))
+    if change == "one letter":
+        data = tmp_path / "text.txt"
+        data.write_text("ab cd ef gh\n" * 100)
+    out_dir = tmp_path / "out"
+    assert run(data, out_dir, "--tokenizer=auto", "--max_iters=2") == 0
+    again = ["--init_from=resume", f"--out_dir={out_dir}", "--max_iters=4"]
+    assert built_from(again).progress.best_val_loss is not None
+    if change == "one letter":
+        data.write_text("b" + data.read_text()[1:])
+    else:
+        split = "train_000001" if change == "training tokens" else "val_000000"
+        write_shard(data / f"{split}.bin", np.arange(99, dtype=np.uint16) % 13)
+    found = built_from(again)
+    assert found.progress.best_val_loss is None
+    assert "the data are not those that this run began with" in found.notes[-1]
+    # What an earlier version did not write counts as equal.
+    facts = json.loads((out_dir / "run.json").read_text())
+    for key in ("folder", "tokens", "val_tokens"):
+        del facts["data"][key]
+    (out_dir / "run.json").write_text(json.dumps(facts))
+    assert built_from(again).progress.best_val_loss is not None
+
+
+@pytest.mark.parametrize(
+    ("option", "position", "kept"),
+    [("--block_size=8", 32, False), ("--eval_iters=1", 16, False), ("--max_iters=9", 16, True)],
+)
+def test_progress_is_counted_anew_where_windows_are_others(
+    dataset, tmp_path, option, position, kept
+):
+    assert run(dataset, tmp_path, "--max_iters=2") == 0
+    found = built_from(["--init_from=resume", f"--out_dir={tmp_path}", option])
+    assert found.progress.position == position
+    assert (found.progress.best_val_loss is not None) == kept
+    told = "an evaluation reads other windows than before (eval_iters, block_size): the best loss"
+    assert any(note.startswith(told) for note in found.notes) == (not kept)
+
+
+def test_a_run_that_patience_has_ended_stays_ended_until_it_gets_more(dataset, tmp_path, capsys):
+    options = ["--eval_interval=1", "--learning_rate=0", "--min_lr=0", "--max_iters=30"]
+    assert run(dataset, tmp_path, *options, "--patience=2") == 0
+    assert trainer(tmp_path)["step"] == 3
+    capsys.readouterr()
+    assert resume(tmp_path) == 0
+    told = "this run ended at step 3, after 2 evaluations without a better loss; go on with "
+    assert capsys.readouterr().out == f"{told}--patience=4\n"
+    assert resume(tmp_path, "--patience=4") == 0
+    assert trainer(tmp_path)["step"] == 5
+
+
+def test_a_warm_up_that_nobody_set_gets_shorter_with_the_run(dataset, tmp_path):
+    write_run(tmp_path, {"max_iters": 100000}, requested={"lr_decay_iters": None}, given=[])
+    dataset = open_dataset(str(dataset), block_size=16)
+    for options, expected in (
+        (["--max_iters=300"], 30),
+        ([], 2000),
+        (["--max_iters=200000"], 2000),
+    ):
+        request = read_request(["--init_from=resume", f"--out_dir={tmp_path}", *options])
+        assert resolve(request.config, request, dataset, Progress()).warmup_iters == expected
 
 
 def test_a_data_set_without_a_training_split_can_only_be_evaluated(dataset, tmp_path):
