@@ -20,23 +20,28 @@ def recompute(layer: Callable[..., Any], what: str, draws: bool, *inputs: Any) -
     inputs. draws: whether the layer drops values. It then draws the same random numbers again.
     """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
+    kept = []
     if what == "pointwise":
-        # Attention that is kept does not draw its random numbers again. Dropout after it would then
-        # draw those in place of its own. Compiled, each dropout has a seed of its own.
-        attention = not draws or torch.compiler.is_compiling()
-        kept = kept_operations(attention)
+        aten = torch.ops.aten
+        kept += [aten.mm.default, aten.addmm.default, aten.bmm.default]
+    # Attention that is kept does not draw its random numbers again. Dropout after it would then
+    # draw those in place of its own. Compiled, each dropout has a seed of its own, and attention
+    # that is computed again would draw others.
+    if draws:
+        keep_attention = torch.compiler.is_compiling()
+    else:
+        keep_attention = what == "pointwise"
+    if keep_attention:
+        kept += attention_operations()
+    if kept:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
     return checkpoint(layer, *inputs, **options)
 
 
-def kept_operations(attention: bool) -> list[Any]:
-    """Return the operations whose results are kept. torch has only internal names for them."""
+def attention_operations() -> list[Any]:
+    """Return the operations that compute attention. torch has only internal names for them."""
     aten = torch.ops.aten
-    products = [aten.mm.default, aten.addmm.default, aten.bmm.default]
-    if not attention:
-        return products
     return [
-        *products,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,

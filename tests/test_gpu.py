@@ -39,9 +39,14 @@ SMALL = GPTConfig(128, 1000, 4, 4, 256, bias=True)
 
 
 @pytest.fixture(autouse=True)
-def exact_products():
-    """Begin with float32 products that are not rounded to TF32, whatever a run before has set."""
+def as_at_the_start():
+    """Forget what a test before has set and compiled.
+
+    Float32 products are not rounded to TF32. torch compiles a layer a few times only, and runs it
+    as it is from then on.
+    """
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.compiler.reset()
 
 
 def make_step(
