@@ -325,6 +325,14 @@ class TrainStep:
                 optimizer.found_inf = skip  # type: ignore[attr-defined]
             optimizer.step()
 
+    def make_states(self) -> None:
+        """Let the optimizers make their states in an update of length 0 from gradients of 0."""
+        self.set_learning_rate(0.0)
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        one = torch.ones((), device=self.machine.device)
+        self.step_optimizers([], divide_by=one, skip=1 - one)
+
 
 # --------------------------------------------------------------------------------------------------
 # Evaluation

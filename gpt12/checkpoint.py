@@ -57,6 +57,8 @@ from model import GPT
 FORMAT = 2
 Kind = TypeVar("Kind")
 PACKAGES = ("torch", "numpy", "tiktoken", "datasets", "safetensors")
+# What a tensor of a wrong name, shape or type leads to.
+TENSOR_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", "best", "last", "best.prev", "last.prev")
 
 
@@ -304,6 +306,9 @@ class TrainerState(Protocol):
     scaler: torch.amp.GradScaler
     machine: Machine
 
+    def make_states(self) -> None:
+        """Let the optimizers make their states, which change nothing yet."""
+
 
 def save_trainer_state(folder: Path, trainer: TrainerState) -> None:
     """Write trainer.safetensors."""
@@ -344,15 +349,26 @@ def load_trainer_state(folder: Path, trainer: TrainerState) -> None:
 
     if exists(folder / "adapter_config.json"):
         load_adapter(trainer.model, folder)
+    trainer.make_states()
+    trainer.model.zero_grad()
     file = folder / "trainer.safetensors"
+    read: set[str] = set()
     try:
         with safetensors.safe_open(file, framework="pt") as content:
             for name in content.keys():
                 _load_tensor(trainer, name, content.get_tensor(name))
-    except (safetensors.SafetensorError, OSError) as error:
+                read.add(name.partition(":")[0])
+    except (*TENSOR_ERRORS, safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged ({error}). Restore it or delete {folder}") from None
-    for optimizer in trainer.optimizers:
-        optim8bit.assemble_states(optimizer.state)
+    for name, parameter in trainer.model.named_parameters():
+        for optimizer in trainer.optimizers:
+            state = optimizer.state.get(parameter, {})
+            saved = {key for key, value in state.items() if value is not None}
+            lacking = {key for key in saved if f"optimizer.{name}.{key}" not in read}
+            if lacking == saved:
+                optimizer.state.pop(parameter, None)  # it was never updated
+            elif lacking - {"mean_square"}:  # older versions of Muon have none
+                raise UserError(f"{file} is damaged: {name} has no {min(lacking)}")
 
 
 def _load_tensor(trainer: TrainerState, name: str, tensor: Tensor) -> None:
@@ -371,25 +387,30 @@ def _load_tensor(trainer: TrainerState, name: str, tensor: Tensor) -> None:
 
 
 def _load_optimizer_tensor(trainer: TrainerState, name: str, tensor: Tensor) -> None:
-    """name: <parameter>.<key> or <parameter>.<key>:<part>."""
+    """Copy a tensor to its place in a state that the optimizer itself has made.
+
+    name: <parameter>.<key> or <parameter>.<key>:<part>.
+    """
     parameter_name, _, key = name.rpartition(".")
     key, _, part = key.partition(":")
     parameter = trainer.model.get_parameter(parameter_name)
-    for optimizer in trainer.optimizers:
-        for group in optimizer.param_groups:
-            if not any(parameter is p for p in group["params"]):
-                continue
-            device = parameter.device
-            if key == "step" and not (group.get("fused") or group.get("capturable")):
-                device = torch.device("cpu")  # where torch's optimizers count their steps then
-            state = optimizer.state.setdefault(parameter, {})
-            if part:
-                state.setdefault(key, {})[part] = tensor.to(device, copy=True)
-                return
-            if tensor.ndim == parameter.ndim > 0:
-                # With a smaller block_size than before there are fewer positions.
-                tensor = tensor[: len(parameter)]
-            state[key] = tensor.to(device, copy=True)
+    states = [o.state[parameter] for o in trainer.optimizers if key in o.state.get(parameter, {})]
+    if not states:
+        raise ValueError(f"no optimizer has a state {name}")
+    value = states[0][key]
+    place = optim8bit.parts(value)[part] if part else torch.as_tensor(value)
+    if parameter is trainer.model.transformer.wpe.weight and tensor.ndim == place.ndim > 0:
+        tensor = tensor[: len(place)]  # with a smaller block_size than before
+    if tensor.numel() == place.numel() and place.ndim == 3:
+        tensor = tensor.view_as(place)  # older checkpoints have another shape of Muon's numbers
+    same_kind = tensor.is_floating_point() == place.is_floating_point()
+    if tensor.shape != place.shape or not same_kind:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {tuple(place.shape)}"
+        )
+    place.copy_(tensor)
+    if not part:
+        states[0][key] = place
 
 
 # --------------------------------------------------------------------------------------------------

@@ -161,11 +161,7 @@ def try_step(step: Any) -> None:
 
     With a rate of 0 no update changes the weights.
     """
-    step.set_learning_rate(0.0)
-    for parameter in step.parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    one = torch.ones((), device=step.machine.device)
-    step.step_optimizers([], divide_by=one, skip=1 - one)
+    step.make_states()
     batch_targets = None
     if step.example_starts is not None:
         # All positions but one are targets: no other number takes more memory.

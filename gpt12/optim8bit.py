@@ -35,18 +35,3 @@ def parts(value: Any) -> dict[str, Tensor]:
     """Return the tensors that an 8-bit tensor consists of: codes, scale and table."""
     names = value.__tensor_flatten__()[0]
     return {name: getattr(value, name) for name in names}
-
-
-def assemble_states(state: dict[Tensor, dict[str, Any]]) -> None:
-    """Turn the parts that were read from a checkpoint back into 8-bit tensors, in place."""
-    for parameter, values in state.items():
-        for key, value in values.items():
-            if isinstance(value, dict):
-                values[key] = _assemble(value, signed=key == "exp_avg", like=parameter)
-
-
-def _assemble(tensors: dict[str, Tensor], signed: bool, like: Tensor) -> Tensor:
-    from torchao.optim.subclass_8bit import OptimState8bit
-
-    attributes = [signed, like.dtype]
-    return OptimState8bit.__tensor_unflatten__(tensors, attributes, like.shape, like.stride())
