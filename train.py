@@ -77,14 +77,18 @@ def parameter_groups(model: GPT, weight_decay: float) -> list[dict[str, Any]]:
     is made, are groups of their own. "stacked" is the number of matrices that lie in one weight.
     """
     blocks: dict[int, list[nn.Parameter]] = {}
+    taken: set[nn.Parameter] = set()  # two modules may share a matrix
     for module in model.transformer.h.modules():
-        if isinstance(module, nn.Linear) and module.weight.requires_grad:
+        if not isinstance(module, nn.Linear):
+            continue
+        weight = module.get_parameter("weight")
+        if weight.requires_grad and weight not in taken:
+            taken.add(weight)
             stacked = module.layers if isinstance(module, StackedLinear) else 1
-            blocks.setdefault(stacked, []).append(module.get_parameter("weight"))
+            blocks.setdefault(stacked, []).append(weight)
     groups: list[dict[str, Any]] = []
     for stacked, matrices in blocks.items():
         groups.append({"params": matrices, "weight_decay": weight_decay, "stacked": stacked})
-    taken = {parameter for group in groups for parameter in group["params"]}
     rest = [p for p in model.parameters() if p.requires_grad and p not in taken]
     groups.append({"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay})
     groups.append({"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0})

@@ -58,6 +58,11 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dtype: torch.dtype | Non
     dtype: what the frozen weights are kept in. Raises UserError for a rank that the layers cannot
     have.
     """
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(parameter, name)
+        if other != name and "transformer.h." in name + other and parameter.ndim == 2:
+            raise UserError(f"lora_rank cannot adapt {name} and {other}, which are one matrix")
     model.requires_grad_(False)
     # By name, and not layer by layer: a seed draws the adapters that it always drew.
     names = dict.fromkeys(name.rpartition(".")[2] for name in linears(model))
@@ -136,8 +141,10 @@ def read_adapter_config(folder: Path) -> Adapter | None:
     try:
         content = json.loads(file.read_text("utf-8"))
         scale = float(content["lora_alpha"]) / int(content["r"])
+        if not math.isfinite(scale):
+            raise ValueError(f"lora_alpha={content['lora_alpha']}")
         return Adapter(str(content["base_model_name_or_path"]), scale)
-    except (OSError, LookupError, TypeError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{file} is damaged: {error!r:.200}") from None
 
 

@@ -1,8 +1,8 @@
 """Tell what model.py computes: whether it is GPT-2, and a fingerprint of it.
 
 Whoever changes model.py gets another model, perhaps with the same names and shapes. Names do not
-show that, results do. Both functions look at the logits of a small twin: a model of the same code
-and configuration, but with two layers, narrow heads and few ids.
+show that, results do. Both functions look at the logits of two small twins: models of the same code
+and configuration, but with few ids and narrow heads, one with two layers and one with one head.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt12.errors import UserError
 from model import GPT, GPTConfig
 
 HEAD_SIZE = 8
+MAX_HEADS = 32
 VOCAB_SIZE = 64
 TOLERANCE = 1e-4  # of the largest logit
 FINGERPRINT_LOGITS = 16
 
 
 @torch.no_grad()
-def make_twin(config: GPTConfig, seed: int = 0) -> GPT:
-    """Return a small model of the same kind in float32 on the CPU, with parameters of this seed.
+def make_twin(config: GPTConfig, deep: bool = False) -> GPT:
+    """Return a small model of the same kind in float32 on the CPU, always with the same parameters.
 
     Every parameter is drawn anew: zeros would hide what they are multiplied with.
     """
     with torch.random.fork_rng(devices=[]):
-        twin = GPT(small_config(config)).float().eval()
-        torch.manual_seed(seed)  # now: the numbers that init_weights drew do not matter
+        twin = GPT(small_config(config, deep)).float().eval()
+        torch.manual_seed(0)  # now: the numbers that init_weights drew do not matter
         for parameter in twin.parameters():
             noise = torch.randn_like(parameter)
             if parameter.ndim >= 2:
@@ -41,12 +43,20 @@ def make_twin(config: GPTConfig, seed: int = 0) -> GPT:
     return twin
 
 
-def small_config(config: GPTConfig) -> GPTConfig:
-    """Return the configuration of a model's twin. A twin's own is the same."""
+def small_config(config: GPTConfig, deep: bool = False) -> GPTConfig:
+    """Return the configuration of a model's twin. A twin's own is the same.
+
+    deep: all layers and one head. Otherwise two layers and all heads, or, of very many, a part.
+    """
+    limit = 1 if deep else MAX_HEADS
+    n_head = max(n for n in range(1, limit + 1) if config.n_head % n == 0)
+    if config.n_head <= limit:
+        n_head = config.n_head
     return replace(
         config,
-        n_layer=min(config.n_layer, 2),
-        n_embd=HEAD_SIZE * config.n_head,
+        n_layer=config.n_layer if deep else min(config.n_layer, 2),
+        n_head=n_head,
+        n_embd=HEAD_SIZE * n_head,
         vocab_size=VOCAB_SIZE,
         dropout=0.0,
     )
@@ -62,33 +72,48 @@ def sample_ids(length: int) -> Tensor:
 @torch.no_grad()
 def is_gpt2(config: GPTConfig) -> bool:
     """Tell whether model.py computes GPT-2 with this configuration, over its whole context."""
-    twin = make_twin(config)
     idx = sample_ids(config.block_size)
-    try:
-        expected = gpt2_logits(twin.state_dict(), config.n_head, idx)
-    except (KeyError, RuntimeError):  # a tensor is missing or has another shape
-        return False
-    logits, _ = twin(idx)
-    difference = (logits - expected).abs().max()
-    return bool(difference <= TOLERANCE * expected.abs().max())
+    for deep in (False, True):
+        try:
+            twin = make_twin(config, deep)
+            expected = gpt2_logits(twin.state_dict(), twin.config.n_head, idx)
+        except (UserError, KeyError, RuntimeError):  # a tensor is missing or has another shape
+            return False
+        if len(set(twin.parameters())) < len(twin.state_dict()) - 1:
+            return False  # other tensors than the embedding and the head are one
+        difference = (twin(idx)[0] - expected).abs().max()
+        if not difference <= TOLERANCE * expected.abs().max():
+            return False
+    return True
 
 
 @functools.lru_cache
 @torch.no_grad()
 def fingerprint(config: GPTConfig) -> list[float]:
-    """Return some logits of a twin at the end of the context.
+    """Return some logits of the twins at the end of the context.
 
     They differ as soon as model.py computes something else. Dropout and the vocabulary take no
     part.
     """
-    logits, _ = make_twin(config)(sample_ids(config.block_size))
-    return logits[0, -1, :FINGERPRINT_LOGITS].tolist()
+    logits: list[float] = []
+    for deep in (False, True):
+        try:
+            found, _ = make_twin(config, deep)(sample_ids(config.block_size))
+        except Exception:  # it may raise anything if it cannot have a single head
+            if not deep:
+                raise
+        else:
+            logits += found[0, -1, :FINGERPRINT_LOGITS].tolist()
+    return logits
 
 
 def has_fingerprint(config: GPTConfig, saved: list[float]) -> bool:
-    """Tell whether model.py still has a fingerprint that was saved. Machines round differently."""
-    now = torch.tensor(fingerprint(config))
-    difference = (now - torch.tensor(saved)).abs().max()
+    """Tell whether model.py still has a fingerprint that was saved. Machines round differently.
+
+    Older versions saved the logits of the first twin alone.
+    """
+    now = torch.tensor(fingerprint(config)[: len(saved)])
+    difference = (now - torch.tensor(saved[: len(now)])).abs().max()
     return bool(difference <= TOLERANCE * now.abs().max())
 
 

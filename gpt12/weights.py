@@ -17,13 +17,14 @@ Nothing is unpickled except tensors and plain values by torch's safe reader.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import FiniteFloat, InstanceOf, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from gpt12.errors import UserError, say
@@ -101,12 +102,13 @@ def from_pretrained(
     is_nanogpt = source.suffix == ".pt"
     if is_nanogpt:
         config, tensors, _ = read_nanogpt(source)
-        _warn_of_foreign_model(source, config)
     else:
-        config = check_code(source, new_run)
+        config, _ = _read_config(source)
         adapter = read_adapter_config(source)
         if adapter is not None:
-            return _adapted(source, adapter.base, block_size or config.block_size, dropout)
+            model = _adapted(source, adapter.base, block_size or config.block_size, dropout)
+            check_code(source, new_run)
+            return model
         tensors = _read_tensors(source)
     if not any(name.startswith("transformer.") for name in tensors):  # GPT-2 without a head
         tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
@@ -118,9 +120,11 @@ def from_pretrained(
             f"the model in {source} has a context of {config.block_size} tokens: "
             f"pass --block_size={config.block_size} or less"
         )
-    elements = sum(tensor.numel() for tensor in tensors.values())
-    if config.n_layer > len(tensors) or config.vocab_size * config.n_embd > elements:
-        raise UserError(f"{source}: its configuration asks for more than its tensors hold")
+    _check_sizes(config, tensors, source, is_conv1d=not is_nanogpt)
+    if is_nanogpt:
+        _warn_of_foreign_model(source, config)
+    else:
+        check_code(source, new_run)
     model = uninitialized_model(replace(config, dropout=dropout))
     _load_tensors(model, tensors, source, is_conv1d=not is_nanogpt)
     if block_size is not None:
@@ -133,10 +137,7 @@ def check_code(folder: Path, new_run: bool = False) -> GPTConfig:
 
     Raises UserError if these differ, or only says so for a new run and for another program's model.
     """
-    file = folder / "config.json"
-    content = _read_json(file)
-    config = _read_config(content, file)
-    saved = content.get("fingerprint")
+    config, saved = _read_config(folder)
     if saved is None:
         _warn_of_foreign_model(folder, config)
     elif not has_fingerprint(config, saved):
@@ -162,11 +163,43 @@ def _warn_of_foreign_model(source: Path, config: GPTConfig) -> None:
 def _adapted(folder: Path, base: str, block_size: int, dropout: float) -> GPT:
     """Load a base model and add the adapters in a folder to its weights."""
     try:
+        seen = [folder.resolve()]
+        source = find_pretrained(base)
+        while (adapter := read_adapter_config(source)) is not None:
+            if source.resolve() in seen:
+                raise UserError(f"{source} is its own base")
+            seen.append(source.resolve())
+            source = find_pretrained(adapter.base)
         model = from_pretrained(base, block_size, dropout, new_run=True)
     except UserError as error:
         raise UserError(f"the base model of the adapters in {folder}: {error}") from None
     load_adapter(model, folder)
     return model
+
+
+def _check_sizes(
+    config: GPTConfig, tensors: dict[str, Tensor], source: Path, is_conv1d: bool
+) -> None:
+    """Compare a configuration with a file's tensors before memory is taken for it."""
+    if config.n_layer > len(tensors):
+        raise UserError(f"{source}: its configuration asks for more than its tensors hold")
+    model = meta_model(config)
+    places = tensors_by_name(model)
+    for name, tensor in places.items():
+        if name not in tensors:
+            if name in ("transformer.wte.weight", "transformer.wpe.weight"):
+                raise UserError(f"{source}: tensor {name} is missing")
+            continue
+        expected = tuple(as_published(model, name, tensor, is_conv1d).shape)
+        found = tuple(tensors[name].shape)
+        if found != expected:
+            raise UserError(
+                f"{source}: tensor {name} has shape {found}, its configuration asks for {expected}"
+            )
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if sum(tensors[name].nbytes for name in places.keys() & tensors.keys()) > held:
+        raise UserError(f"{source}: its tensors share their numbers")
 
 
 @torch.no_grad()
@@ -180,11 +213,6 @@ def _load_tensors(model: GPT, tensors: dict[str, Tensor], source: Path, is_conv1
         place = as_published(model, name, tensor, is_conv1d)
         if name not in tensors:
             raise UserError(f"{source}: tensor {name} is missing")
-        found, expected = tuple(tensors[name].shape), tuple(place.shape)
-        if found != expected:
-            raise UserError(
-                f"{source}: tensor {name} has shape {found}, its configuration asks for {expected}"
-            )
         place.copy_(tensors[name])
     for name in tensors.keys() - places.keys():
         if not _says_nothing(name, tensors):
@@ -341,19 +369,17 @@ def find_pretrained(path_or_name: str | Path) -> Path:
 
 def _make_config(values: dict[str, Any], file: Path) -> GPTConfig:
     """Build a configuration from a file's values, with whatever somebody has added to GPTConfig."""
-    try:
-        config = TypeAdapter(GPTConfig).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{file}: {first['loc'][0]}: {first['msg']}") from None
+    config: GPTConfig = _validate(GPTConfig, values, file)
     sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
     if not all(1 <= size < MAX_SIZE for size in sizes):
         raise UserError(f"{file}: impossible shape {config}")
     return config
 
 
-def _read_config(content: dict[str, Any], file: Path) -> GPTConfig:
-    """Return the shape of a model from its config.json; UserError if ours cannot have it."""
+def _read_config(folder: Path) -> tuple[GPTConfig, list[float] | None]:
+    """Return a model's shape and fingerprint from its config.json; UserError if ours differs."""
+    file = folder / "config.json"
+    content = _read_json(file)
     for key, values in SUPPORTED.items():
         if content.get(key, values[0]) not in values:
             raise UserError(f"{file}: {key}={content[key]!r} is not supported, only {values[0]!r}")
@@ -361,7 +387,17 @@ def _read_config(content: dict[str, Any], file: Path) -> GPTConfig:
     config = _make_config(content | {"block_size": block_size}, file)
     if content.get("n_inner") not in (None, 4 * config.n_embd):
         raise UserError(f"{file}: n_inner={content['n_inner']} is not supported, only 4 * n_embd")
-    return config
+    return config, _validate(list[FiniteFloat] | None, content.get("fingerprint") or None, file)
+
+
+def _validate(kind: Any, value: Any, file: Path) -> Any:
+    """Return a value from a file as one of this type; UserError if it is none."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file}: {where}: {first['msg']}") from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -387,7 +423,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     for name in _weight_files(folder):
         file = folder / name
         if name.endswith(".bin"):
-            tensors |= _read_pickle(file)
+            tensors |= _held_tensors(_read_pickle(file), file)
             continue
         try:
             tensors |= load_file(file)
@@ -401,10 +437,28 @@ def _weight_files(folder: Path) -> list[str]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.exists():
-            return sorted(set(_read_json(index).get("weight_map", {}).values()))
+            weight_map = _read_json(index).get("weight_map")
+            names = set(_validate(dict[str, str], weight_map, index).values())
+            for part in names:
+                if not re.fullmatch(r"\w[\w.-]*", part):  # a path would lead out of the folder
+                    raise UserError(f"{index}: {part!r} is no name of a file beside it")
+            return sorted(names)
         if (folder / name).exists():
             return [name]
     return ["model.safetensors"]
+
+
+def _held_tensors(content: Any, file: Path) -> dict[str, Tensor]:
+    """Return what a pickle holds if it is tensors by name; UserError if it is something else.
+
+    A tensor may repeat its numbers, and then ask for more memory than the file has.
+    """
+    tensors: dict[str, Tensor] = _validate(dict[str, InstanceOf[Tensor]], content, file)
+    for name, tensor in tensors.items():
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError(f"{file}: {name} is no tensor whose numbers the file holds")
+    return tensors
 
 
 def _read_pickle(file: Path) -> Any:
@@ -437,7 +491,7 @@ def read_nanogpt(file: Path) -> NanoGPTCheckpoint:
         if config.vocab_size == NANOGPT_PADDED_VOCAB_SIZE:
             config = replace(config, vocab_size=50257)
         tensors = {}
-        for name, tensor in content["model"].items():
+        for name, tensor in _held_tensors(content["model"], file).items():
             name = name.removeprefix("_orig_mod.")  # torch.compile's prefix
             tensors[name] = tensor[: config.vocab_size] if name in VOCABULARY else tensor
         dataset = dict(content.get("config", {})).get("dataset")

@@ -146,6 +146,35 @@ def test_a_rank_that_the_layers_cannot_have_is_refused():
         add_lora(small_model(), 9, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 0}, "ZeroDivisionError"),
+        ({"lora_alpha": float("inf")}, "lora_alpha=inf"),
+        ({"base_model_name_or_path": "last"}, "last is its own base"),
+    ],
+)
+def test_what_no_adapter_can_be_is_refused(adapted, tmp_path, change, message):
+    save_adapter(adapted, tmp_path / "last", "base")
+    save_config(adapted, tmp_path / "last", None)
+    file = tmp_path / "last/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        from_pretrained("last")
+
+
+@pytest.mark.parametrize("share", ["layer", "weight"])
+def test_a_matrix_that_two_layers_share_is_refused(share):
+    model = small_model()
+    first, second = model.transformer.h
+    if share == "layer":
+        second.mlp = first.mlp
+    else:
+        second.mlp.c_fc.weight = first.mlp.c_fc.weight
+    with pytest.raises(UserError, match=r"h\.1\.mlp\.c_fc\.weight and .*h\.0\.mlp.* one matrix"):
+        add_lora(model, 2, 4.0)
+
+
 def test_adapters_are_drawn_as_before():
     """The order in which layers draw their adapters: a seed gives the run that it always gave."""
     model = small_model()

@@ -105,6 +105,19 @@ OTHERS = {
 }
 
 
+@pytest.mark.parametrize("stacked", [1, 3])
+def test_a_matrix_that_two_layers_share_is_updated_once(stacked):
+    model = small_gpt()
+    first, second = model.transformer.h
+    if stacked == 3:
+        second.attn.c_attn.weight = first.attn.c_attn.weight
+    else:
+        second.mlp.c_fc.weight = first.mlp.c_fc.weight
+    groups = train.parameter_groups(model, 0.1)
+    found = [parameter for group in groups for parameter in group["params"]]
+    assert len(found) == len(set(found)) and set(found) == set(model.parameters())
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_any_optimizer_is_added_by_one_entry(name, dataset, tmp_path, monkeypatch):
     """It makes the same steps here as by hand, is skipped, clipped, saved and resumed."""

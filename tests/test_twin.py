@@ -60,7 +60,36 @@ def window_of_256(monkeypatch):
     monkeypatch.setattr(model, "F", changed)
 
 
-@pytest.mark.parametrize("change", [exact_gelu, window_of_256])
+def change_from_layer_2(monkeypatch, change):
+    """Change what the layers from the third on are made of."""
+    init = model.Transformer.__init__
+
+    def changed(self, config):
+        init(self, config)
+        change(self.h)
+
+    monkeypatch.setattr(model.Transformer, "__init__", changed)
+
+
+def no_mlp_from_layer_2(monkeypatch):
+    def change(blocks):
+        for block in blocks[2:]:
+            block.mlp.forward = torch.zeros_like
+
+    change_from_layer_2(monkeypatch, change)
+
+
+def one_matrix_from_layer_2(monkeypatch):
+    def change(blocks):
+        for block in blocks[2:]:
+            block.mlp.c_fc.weight = blocks[1].mlp.c_fc.weight
+
+    change_from_layer_2(monkeypatch, change)
+
+
+@pytest.mark.parametrize(
+    "change", [exact_gelu, window_of_256, no_mlp_from_layer_2, one_matrix_from_layer_2]
+)
 def test_a_changed_model_is_not_gpt2_and_has_another_fingerprint(change, monkeypatch):
     before = torch.tensor(twin.fingerprint(CONFIG))
     twin.is_gpt2.cache_clear()
@@ -69,6 +98,20 @@ def test_a_changed_model_is_not_gpt2_and_has_another_fingerprint(change, monkeyp
     assert not twin.is_gpt2(CONFIG)
     after = torch.tensor(twin.fingerprint(CONFIG))
     assert not torch.allclose(before, after, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpt2
+def test_a_deep_model_and_one_of_many_heads_are_gpt2_and_have_small_twins():
+    deep = GPTConfig(block_size=16, n_layer=48, n_head=2000, n_embd=2000)
+    assert twin.is_gpt2(deep)
+    assert twin.make_twin(deep).config.n_embd == 8 * 25
+
+
+def test_the_shorter_fingerprint_of_older_versions_is_known():
+    now = twin.fingerprint(CONFIG)
+    assert len(now) == 32
+    assert twin.has_fingerprint(CONFIG, now[:16])
+    assert not twin.has_fingerprint(CONFIG, [*now[:16], *now[:16]])
 
 
 def test_a_twin_moves_no_random_numbers_and_is_always_the_same():

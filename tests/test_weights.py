@@ -87,6 +87,71 @@ def test_other_architectures_are_refused_by_name(theirs, tmp_path, change, messa
         from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_positions": 30_000}, r"wpe\.weight has shape \(32, 48\), its configuration asks for"),
+        ({"fingerprint": "x"}, "valid list"),
+        ({"fingerprint": [1.0, float("nan")]}, "finite"),
+    ],
+)
+def test_a_configuration_is_compared_with_the_tensors_before_a_twin_of_it_is_made(
+    theirs, tmp_path, monkeypatch, change, message
+):
+    content = json.loads((theirs[1] / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    shutil.copy(theirs[1] / "model.safetensors", tmp_path)
+    monkeypatch.setattr("gpt12.twin.make_twin", pytest.fail)
+    with pytest.raises(UserError, match=message):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"transformer.wte.weight": torch.zeros(1).expand(97, 48)}, "no tensor whose numbers"),
+        ({"transformer.wte.weight": torch.zeros(1, device="meta")}, "no tensor whose numbers"),
+        ({"transformer.wte.weight": 3}, "instance of Tensor"),
+        ([torch.zeros(3)], "valid dictionary"),
+        ({str(i): torch.zeros(3)[:1] for i in range(3)}, "is missing"),
+    ],
+)
+def test_a_pickle_that_holds_no_tensors_is_refused(theirs, tmp_path, tensors, message):
+    beside_its_config(theirs, tmp_path)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=message):
+        from_pretrained(tmp_path)
+    arguments = {"n_layer": 3, "n_head": 4, "n_embd": 48, "vocab_size": 97, "block_size": 32}
+    torch.save({"model": tensors, "model_args": arguments}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=message):
+        from_pretrained(tmp_path / "ckpt.pt")
+
+
+def test_tensors_that_share_their_numbers_take_no_memory_that_the_file_does_not_hold(
+    theirs, tmp_path
+):
+    state = beside_its_config(theirs, tmp_path).state_dict()
+    for name in list(state):
+        if name.endswith("mlp.c_fc.weight"):
+            state[name] = state["transformer.h.0.mlp.c_fc.weight"]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="share their numbers"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "weight_map", [["a"], {"a": 3}, {"a": "../model.safetensors"}, {"a": "/tmp/x"}, {"a": "b\\c"}]
+)
+def test_an_index_names_files_beside_it(theirs, tmp_path, weight_map):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    beside_its_config(theirs, folder)
+    shutil.copy(theirs[1] / "model.safetensors", tmp_path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"index\.json"):
+        from_pretrained(folder)
+
+
 @pytest.mark.gpt2
 @pytest.mark.parametrize("form", ["shards", "pickle"])
 def test_weights_in_several_files_and_in_a_pickle_of_tensors_are_read(
