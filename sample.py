@@ -203,7 +203,10 @@ class ChatTemplate:
     def write(self, messages: Sequence[Message]) -> str:
         """Return the prompt for the next answer; UserError if the template fails."""
         try:
-            return self.environment.from_string(self.source).render(messages=messages)
+            text = self.environment.from_string(self.source).render(messages=messages)
+            if not text:
+                raise_exception("it writes nothing")
+            return text
         except Exception as error:  # the template may do anything
             raise UserError(
                 f"the model's chat template fails ({type(error).__name__}: {str(error)[:200]}). "

@@ -37,6 +37,7 @@ GPT2_VOCAB_SIZE = 50257
 GPT2_PATTERN = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # A model's tokenizer with GPT-2's vocabulary is GPT-2's if it cuts this text in the same way.
 PROBE = "It's the 1st naïve 猫🙂\n\n  end "
+MAX_IDS = 2**24  # far more than any tokenizer has; a table of them still fits into memory
 SHOWN_CHARACTERS = 20  # of those that a character tokenizer does not know
 # The files of a Hugging Face folder that belong to its tokenizer.
 FILES = (
@@ -288,7 +289,9 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         end_ids = _end_ids(files, library)
         tokenizer = _recognize(library, end_ids)
         tokenizer.chat_template = _read_chat_template(files)
-    except Exception as error:  # the library raises nothing more special
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of the library is no Exception
         raise UserError(
             f"The tokenizer files in {folder} are damaged ({type(error).__name__}: {error})."
         ) from None
@@ -347,7 +350,7 @@ def _end_ids(files: Mapping[str, bytes], library: tokenizers.Tokenizer) -> list[
     own = library.token_to_id(_special_tokens(files).get("eos_token", END_OF_TEXT))
     others = _read_json(files, "generation_config.json").get("eos_token_id")
     ids = [own, *(others if isinstance(others, list) else [others])]
-    return [token for token in ids if token is not None]
+    return [token for token in ids if type(token) is int and 0 <= token < MAX_IDS]
 
 
 def _read_chat_template(files: Mapping[str, bytes]) -> str | None:
@@ -368,7 +371,10 @@ def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 def _names(library: tokenizers.Tokenizer) -> list[str]:
     """Return the tokens' names by id; an id without a token has the name ""."""
     vocabulary = library.get_vocab(with_added_tokens=True)
-    names = [""] * (max(vocabulary.values(), default=-1) + 1)
+    size = max(vocabulary.values(), default=-1) + 1
+    if size > MAX_IDS:
+        raise ValueError(f"its largest id is {size - 1:,}")
+    names = [""] * size
     for name, token in vocabulary.items():
         names[token] = name
     return names

@@ -358,6 +358,7 @@ def test_single_turn_data_begin_anew_with_each_question_and_say_so(start, script
         ("{{ raise_exception('no roles') }}", "TemplateError: no roles"),
         ("{{ messages[7].content }}", "UndefinedError: "),
         ("{{ messages.append(1) }}", "SecurityError: "),
+        ("{{ '' }}", "TemplateError: it writes nothing"),
     ],
 )
 @pytest.mark.parametrize("option", ["--interactive", "--start=Hi"])

@@ -242,6 +242,35 @@ def test_gpt2_with_a_padding_token_uses_the_data_of_gpt2(gpt2, tmp_path):
     assert ours.encode("hello world").tolist() == [31373, 995]
 
 
+def test_an_id_that_no_table_can_hold_is_refused(tmp_path):
+    tiny.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["x"] = 300_000_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="largest id is 300,000,000"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, type("PanicException", (BaseException,), {})])
+def test_a_panic_of_the_library_is_a_damaged_file_and_ctrl_c_is_not(tmp_path, monkeypatch, stop):
+    tiny.save(tmp_path)
+
+    def panic(*arguments):
+        raise stop
+
+    monkeypatch.setattr("data.tokenizers._recognize", panic)
+    with pytest.raises(KeyboardInterrupt if stop is KeyboardInterrupt else UserError):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("end", ["7", [True, None, {}], -1, 1e3, 2**40])
+def test_an_end_that_is_no_id_is_ignored(tmp_path, end):
+    tiny.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.end_ids == {tokenizer.eot}
+
+
 @pytest.mark.parametrize(
     "content", [b"{", b"[]", b"\xff", b"[" * 9999, b'{"model": {"vocab": 3}, "added_tokens": []}']
 )
