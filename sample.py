@@ -442,7 +442,7 @@ def is_pasted() -> bool:
 
 def say(text: str) -> None:
     """Print a message for the user, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:

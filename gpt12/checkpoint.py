@@ -36,17 +36,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gpt12 import optim8bit
 from gpt12.device import Machine
 from gpt12.errors import UserError, one_line
-from gpt12.files import exists, lock_folder, remove, remove_link, sync, write_atomically
+from gpt12.files import (
+    exists,
+    is_folder,
+    lock_folder,
+    remove,
+    remove_link,
+    sync,
+    write_atomically,
+)
 from gpt12.lora import is_adapted, load_adapter, save_adapter
 from gpt12.twin import is_gpt2
 from gpt12.weights import save_config, save_pretrained
@@ -56,6 +64,7 @@ from model import GPT
 # trainer.safetensors, and a merged model in last/. Files without the number are of version 1.
 FORMAT = 2
 Kind = TypeVar("Kind")
+Number = Annotated[int, Field(ge=0, lt=2**62)]  # NumPy counts windows in int64
 PACKAGES = ("torch", "numpy", "tiktoken", "datasets", "safetensors")
 # What a tensor of a wrong name, shape or type leads to.
 TENSOR_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -139,7 +148,7 @@ def resumable_files(out_dir: Path) -> dict[str, Path]:
 
     Empty: out_dir holds no run with a checkpoint last/.
     """
-    found = [folder for folder in _places(out_dir, "last") if exists(folder)]
+    found = [folder for folder in _places(out_dir, "last") if is_folder(folder)]
     if not found or not is_run(out_dir):
         return {}
     files = {f"last/{file.name}": file for file in found[0].iterdir() if file.is_file()}
@@ -204,13 +213,13 @@ def set_aside(out_dir: Path) -> str | None:
 class Progress:
     """How far a run has come: what trainer.json holds."""
 
-    step: int = 0  # finished updates
-    position: int = 0  # training windows consumed
-    tokens: int = 0  # training tokens consumed
+    step: Number = 0  # finished updates
+    position: Number = 0  # training windows consumed
+    tokens: Number = 0  # training tokens consumed
     elapsed_s: float = 0.0  # seconds of training; evaluation, saving and compiling do not count
     best_val_loss: float | None = None
-    best_step: int = 0
-    worse_evaluations: int = 0  # evaluations in a row without a new best, for `patience`
+    best_step: Number = 0
+    worse_evaluations: Number = 0  # evaluations in a row without a new best, for `patience`
     evaluated_step: int = -1  # the step of the last evaluation
     wandb_id: str | None = None
     format: int = FORMAT
@@ -268,7 +277,7 @@ def find_checkpoint(out_dir: Path, names: tuple[str, ...]) -> tuple[Path, Progre
     """
     for name in names:
         for folder in _places(out_dir, name):
-            if exists(folder):
+            if is_folder(folder):
                 return folder, _read_progress(folder)
     where = " or ".join(str(out_dir / name) for name in names)
     raise UserError(

@@ -14,6 +14,7 @@ import ast
 import difflib
 import inspect
 import re
+import symtable
 import textwrap
 import traceback
 from collections.abc import Collection, Mapping, Sequence
@@ -192,13 +193,23 @@ def execute(name: str, present: Mapping[str, Any]) -> dict[str, Said]:
         lines = [frame.lineno for frame in frames if frame.filename == name]
         line = getattr(error, "lineno", None) or [1, *lines][-1]
         raise UserError(f"{name}:{line}: {one_line(error)}") from error
-    said = {}
+    stored: dict[str, int] = {}  # the lines
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in names:
-            value = names[node.id]
-            own = node.id.startswith("_") or callable(value) or isinstance(value, ModuleType)
-            if not own and node.id not in ALL_KEYS - present.keys():
-                said[node.id] = Said(value, f"{name}:{node.lineno}: {node.id}={value!r}")
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            stored[node.id] = node.lineno
+    symbols = symtable.symtable(ast.unparse(tree), name, "exec").get_symbols()  # no function's
+    assigned = {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
+    said = {}
+    for key in stored | dict(present):
+        if key not in names:
+            continue
+        value = names[key]
+        own = key.startswith("_") or callable(value) or isinstance(value, ModuleType)
+        # `from other import *` and a function's `global` change a key without an assignment here.
+        changed = key in present and value is not present[key]
+        if (changed or (key in stored and key in assigned)) and not own:
+            if key not in ALL_KEYS - present.keys():
+                said[key] = Said(value, f"{name}:{stored.get(key, 1)}: {key}={value!r}")
     return said
 
 

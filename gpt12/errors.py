@@ -10,9 +10,13 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
+
+# They would move a terminal's cursor or worse. A line end and a tab are none of them.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class UserError(Exception):
@@ -36,16 +40,18 @@ def require_packages() -> None:
 def say(text: str) -> None:
     """Print a line at once, under torchrun on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(printable(text, sys.stdout), flush=True)
 
 
-def printable(text: str, stream: TextIO) -> str:
+def printable(text: str, stream: TextIO | None) -> str:
     """Return the text with a question mark for each character that the stream cannot show.
 
-    A Windows console may be in cp1252, and a model may write any character.
+    A Windows console may be in cp1252, and a model, a file's name or a stranger's file may hold any
+    character, also one that controls the terminal. A carriage return is left out.
     """
-    encoding = stream.encoding or "utf-8"
-    return text.encode(encoding, "replace").decode(encoding)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    shown = CONTROLS.sub("?", text.replace("\r", ""))
+    return shown.encode(encoding, "replace").decode(encoding)
 
 
 def one_line(error: BaseException) -> str:
@@ -94,7 +100,7 @@ def _is_output_closed() -> bool:
 def _print_error(message: str) -> None:
     """Print an error message. It must not fail if nobody reads stderr."""
     with contextlib.suppress(OSError):
-        print(f"error: {message}", file=sys.stderr)
+        print(printable(f"error: {message}", sys.stderr), file=sys.stderr)
 
 
 def _flush_output(status: Any) -> Any:

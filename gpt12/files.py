@@ -35,6 +35,11 @@ def exists(path: str | Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110
 
 
+def is_folder(path: str | Path) -> bool:
+    """Tell whether a path is that of a folder. Path.is_dir raises for such names, too."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as a hexadecimal string."""
     digest = hashlib.sha256()

@@ -42,6 +42,9 @@ BY_HEART_PARAMETERS = 20
 BY_HEART_EPOCHS = 20
 NOTICEABLE_S = 1.0  # seconds of training or saving that are told at the end
 MAX_DRAWN = 4000  # loss.png is 770 pixels wide; more points would only cost memory
+MAX_LEFT_S = 1e13  # the longest time that is told; Python's timedelta holds little more
+# What reading a line that is no row raises.
+NO_ROW = (ValueError, TypeError, LookupError, RecursionError, OverflowError)
 BLUE = "#0072B2"  # colours of Okabe and Ito's palette, which the colour-blind can tell apart
 ORANGE = "#D55E00"
 GREEN = "#009E73"
@@ -296,7 +299,7 @@ class RunLog:
         if self.bar.disable:
             left = ""
             if steps_per_s is not None:
-                seconds = (self.run.config.max_iters - step) / steps_per_s
+                seconds = min((self.run.config.max_iters - step) / steps_per_s, MAX_LEFT_S)
                 left = f", {timedelta(seconds=round(seconds))} left"
             self.say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}{speed}{left}")
         if skipped > self.skipped:
@@ -467,7 +470,7 @@ def read_metrics(file: Path) -> list[Row]:
     if not file.is_file():
         return rows
     for line in file.read_text("utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
+        with contextlib.suppress(*NO_ROW):
             row = json.loads(line)
             row["step"] = int(row["step"])
             rows.append(row)

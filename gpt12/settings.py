@@ -39,8 +39,8 @@ def refuse_bool(value: Any) -> Any:
 
 
 NotBool = BeforeValidator(refuse_bool)
-Whole = Annotated[int, Field(ge=0), NotBool]
-Count = Annotated[int, Field(ge=1), NotBool]
+Whole = Annotated[int, Field(ge=0, lt=2**63), NotBool]  # as torch's seeds
+Count = Annotated[int, Field(ge=1, lt=2**63), NotBool]
 Amount = Annotated[float, Field(ge=0), NotBool]
 Positive = Annotated[float, Field(gt=0), NotBool]
 Share = Annotated[float, Field(ge=0, lt=1), NotBool]

@@ -156,6 +156,25 @@ top_k = 5 # sample.py's: one file may serve several scripts
     }
 
 
+def test_only_what_a_config_file_changes_for_itself_is_set(write, tmp_path, monkeypatch):
+    """Names of functions, classes and comprehensions are their own; a `*` or `global` is not."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "shared_keys.py").write_text("n_head = 3\nrows = 480\n")
+    path = write("""from shared_keys import *
+def helper():
+    global dropout
+    batch_size = 3
+    dropout = 0.5
+class Own:
+    n_layer = 5
+_many = [seed for seed in range(3)]
+helper()
+""")
+    made, given = load_config(TrainConfig, [path])
+    assert given == {"n_head", "dropout"}
+    assert (made.n_head, made.dropout) == (3, 0.5)
+
+
 def test_files_beat_defaults_and_the_command_line_beats_files(write):
     first = write("batch_size = 2\nn_layer = 2", "a.py")
     second = write("batch_size = 3\nwarmup_iters = n_layer * 2", "b.py")

@@ -173,6 +173,20 @@ def test_a_console_in_cp1252_gets_question_marks_for_what_it_cannot_show():
     assert console.buffer.getvalue() == b"caf\xe9 ?"
 
 
+def test_characters_that_control_a_terminal_are_not_printed(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    text = "\x1b[31m\x9b\x00\x7f\r\n\tred"
+    say(text)
+    with pytest.raises(SystemExit):
+        run_main(lambda: raising(UserError(text)))
+    shown = "?[31m???\n\tred\n"
+    assert capsys.readouterr() == (shown, f"error: {shown}")
+
+
+def raising(error: Exception) -> None:
+    raise error
+
+
 def test_an_exception_becomes_one_line():
     assert one_line(ValueError("\nfirst\nsecond")) == "ValueError: first"
     assert one_line(OSError()) == "OSError: "

@@ -13,7 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gpt12.checkpoint import Progress, find_checkpoint, read_run
+from gpt12.checkpoint import Progress, find_checkpoint, read_run, save_checkpoint
 from gpt12.errors import UserError
 from gpt12.log import open_metrics
 from gpt12.twin import VOCAB_SIZE
@@ -154,6 +154,37 @@ def test_any_run_folder_is_read_or_refused(finished, tmp_path_factory, state, fa
             assert str(out_dir) in str(error)
         open_metrics(out_dir / "metrics.jsonl", Progress(step=10, evaluated_step=10)).close()
     assert all(row["step"] <= 10 for row in read_rows(out_dir))
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        *(("run.json", "max_iters", 10**400), ("run.json", "seed", 10**30)),
+        *(("last/trainer.json", "step", -5), ("last/trainer.json", "position", 10**30)),
+    ],
+    ids=["max_iters", "seed", "step", "position"],
+)
+def test_a_number_that_no_run_has_is_refused_by_its_name(finished, tmp_path, file, key, value):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    content = json.loads((out_dir / file).read_text())
+    content.get("config", content)[key] = value
+    (out_dir / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=file):
+        resume(out_dir, "--eval_interval=3")
+
+
+def test_a_row_or_a_checkpoint_that_is_none_ends_in_no_traceback(finished, tmp_path):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
+    with (out_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1e400}\n')
+    assert resume(out_dir, "--max_iters=5") == 0
+    for name in ("last", "last.prev"):
+        shutil.rmtree(out_dir / name, ignore_errors=True)
+        (out_dir / name).write_text("a file")
+    with pytest.raises(UserError, match="no checkpoint in"):
+        resume(out_dir, "--max_iters=9")
+    save_checkpoint(out_dir / "last", lambda folder: None, Progress(step=7))
+    assert find_checkpoint(out_dir, ("last",))[1].step == 7
 
 
 @pytest.mark.parametrize("hard", [False, True])
