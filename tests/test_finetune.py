@@ -288,7 +288,7 @@ def test_losses_on_other_data_are_not_compared(start, text, tmp_path, capsys):
         "--patience=1",
     ]
     assert train.main([*resume, f"--dataset={other}", "--learning_rate=1e-4"]) == 0
-    assert "its best loss no longer counts" in capsys.readouterr().out
+    assert "the best loss so far no longer counts" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/best/trainer.json").read_text())["best_step"] > 60
     assert not (tmp_path / "out/best.prev").exists()  # the old one goes once the new one is safe
 
