@@ -408,7 +408,7 @@ def _load_optimizer_tensor(trainer: TrainerState, name: str, tensor: Tensor) -> 
         raise ValueError(f"no optimizer has a state {name}")
     value = states[0][key]
     place = optim8bit.parts(value)[part] if part else torch.as_tensor(value)
-    if parameter is trainer.model.transformer.wpe.weight and tensor.ndim == place.ndim > 0:
+    if parameter_name.endswith("wpe.weight") and tensor.ndim == place.ndim > 0:
         tensor = tensor[: len(place)]  # with a smaller block_size than before
     if tensor.numel() == place.numel() and place.ndim == 3:
         tensor = tensor.view_as(place)  # older checkpoints have another shape of Muon's numbers
