@@ -6,8 +6,7 @@
     torchrun --nproc_per_node=2 train.py config/...          # one process per GPU
 
 The file reads from top to bottom: the parameter groups, the learning rate, TrainStep (one
-update), mean_loss (evaluation), Trainer (the loop), the commands. `main` at the end is a table of
-contents.
+update), mean_loss (evaluation), Trainer (the loop), the commands.
 """
 
 from __future__ import annotations

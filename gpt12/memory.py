@@ -65,6 +65,17 @@ def trained_parameters(shape: GPTConfig, config: TrainConfig) -> int:
     return shape.n_layer * config.lora_rank * 16 * shape.n_embd
 
 
+def _attention_matrices(shape: GPTConfig, config: TrainConfig, number: int) -> tuple[float, float]:
+    """Return what attention's matrices take in a layer on a CPU, in (B, T, C) tensors.
+
+    First those that are kept for the backward pass, then the others in it. With dropout all heads'
+    attention is a whole matrix. number: bytes of an activation.
+    """
+    matrix = 4 * shape.n_head * config.block_size / (number * shape.n_embd)
+    kept = KEPT_MATRICES[config.recompute]
+    return kept * matrix, (MATRICES_IN_BACKWARD - kept) * matrix
+
+
 def step_memory(
     shape: GPTConfig, config: TrainConfig, machine: Machine = COMPILED_GPU
 ) -> dict[str, float]:
@@ -94,11 +105,9 @@ def step_memory(
     if config.recompute == "block":  # and all activations of the layer, computed again
         backward = 21.5 if full else 40.0
     if on_cpu and shape.dropout > 0:
-        # All heads' attention is a whole matrix: so many (B, T, C) tensors.
-        matrix = 4 * shape.n_head * config.block_size / (number * shape.n_embd)
-        matrices = KEPT_MATRICES[config.recompute]
-        kept += shape.n_layer * matrices * matrix
-        backward += (MATRICES_IN_BACKWARD - matrices) * matrix
+        kept_matrices, others = _attention_matrices(shape, config, number)
+        kept += shape.n_layer * kept_matrices
+        backward += others
     # The head's weight in 16 bits; without recomputation 16-bit copies of all weights are kept.
     workspace = WORKSPACE_BYTES
     if full and number < master:
@@ -106,7 +115,6 @@ def step_memory(
     logits = (number + (4 if eager else 0)) * min(tokens, CHUNK_ROWS) * shape.padded_vocab_size
     # The head's part of the embedding's gradient is in float32, beside that of the lookup.
     head_gradient = 4 * table if full else 0
-
     always: dict[str, float] = {
         "weights": master * parameters if full else number * parameters + 4 * trained,
         "moments": MOMENT_BYTES.get(config.optimizer, 8) * trained,
@@ -177,23 +185,17 @@ def _own_memory(machine: Machine) -> float:
 def _left_in_container() -> float:
     """Return the bytes that the limit of a container leaves, infinity without a limit.
 
-    A cgroup of version 2, then of version 1. The kernel gives up pages of files that are not in use
-    before it kills a process, so these count as free.
+    The kernel gives up pages of files that are not in use before it kills a process, so these count
+    as free.
     """
-    left = math.inf
-    cgroups = ROOT / "sys/fs/cgroup"
-    for folder, limit_file, used_file in (
-        (cgroups, "memory.max", "memory.current"),
-        (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        try:
-            limit = int((folder / limit_file).read_text())
-            used = int((folder / used_file).read_text())
-            unused_files = _read_number(folder / "memory.stat", "inactive_file")
-        except (OSError, ValueError):  # no such cgroup, or "max": no limit
-            continue
-        left = min(left, limit - used + unused_files)
-    return left
+    cgroup = ROOT / "sys/fs/cgroup"  # of version 2
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+        unused_files = _read_number(cgroup / "memory.stat", "inactive_file")
+    except (OSError, ValueError):  # no such cgroup, or "max": no limit
+        return math.inf
+    return float(limit - used + unused_files)
 
 
 def _read_number(file: Path, name: str) -> int:

@@ -285,13 +285,12 @@ def test_memory_that_this_process_holds_counts_as_free_and_a_cap_counts(monkeypa
         ("none", "none", "", 2 + 7),
         ("memory.max", "memory.current", "1000000", 5),
         ("memory.max", "memory.current", "max", 2 + 7),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "1000000", 5),
     ],
 )
 def test_free_ram_and_what_the_process_holds_are_available_up_to_a_containers_limit(
     monkeypatch, tmp_path, limit_file, used_file, limit, available
 ):
-    """Files as Linux shows them, with cgroups of version 2 or 1. Unused pages of files are free."""
+    """Files as Linux shows them, with a cgroup of version 2. Unused pages of files are free."""
     cgroups = tmp_path / "sys/fs/cgroup"
     contents = {
         tmp_path / "proc/meminfo": "MemTotal: 12 kB\nMemAvailable: 7 kB\n",
