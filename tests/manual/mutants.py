@@ -1,6 +1,6 @@
 """Break the program in one place after another and see that its tests notice:
 
-    python -m tests.manual.mutants                      # all of tests/manual/mutant_list.py
+    python -m tests.manual.mutants                      # all of tests/manual/mutants.txt
     python -m tests.manual.mutants --only=12            # one, by its number
     python -m tests.manual.mutants --only="causal mask" # those whose description holds this text
 
@@ -21,12 +21,32 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.helpers import ROOT
-from tests.manual.mutant_list import MUTANTS, Mutant
 
 LIMIT_SECONDS = 600  # for one mutant's tests: a mutant may make a program wait forever
 RESULTS = {0: "survived", 1: "killed"}  # pytest's exit status; others mean that no test ran
+
+
+class Mutant(NamedTuple):
+    """A change of one line, and the test that has to notice it."""
+
+    broken: str  # what is broken, in plain words
+    file: str
+    before: str  # the line's code, without its indentation and without a comment at its end
+    after: str
+    test: str  # a file of tests, or file::test
+
+
+def read_mutants() -> list[Mutant]:
+    """Return the mutants of mutants.txt."""
+    mutants = []
+    for block in Path(__file__).with_suffix(".txt").read_text("utf-8").split("\n\n"):
+        if not block.startswith("#"):
+            broken, file, before, after, test = block.splitlines()
+            mutants.append(Mutant(broken, file, before[2:], after[2:], test))
+    return mutants
 
 
 def main() -> int:
@@ -38,7 +58,7 @@ def main() -> int:
     part, parts = map(int, options.part.split("/"))
     chosen = {
         number: mutant
-        for number, mutant in list(enumerate(MUTANTS, start=1))[part - 1 :: parts]
+        for number, mutant in list(enumerate(read_mutants(), start=1))[part - 1 :: parts]
         if only == str(number) or (not only.isdecimal() and only in mutant.broken.lower())
     }
     problems = [problem for mutant in chosen.values() for problem in problems_of(mutant)]
@@ -48,7 +68,7 @@ def main() -> int:
     killed = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = copy_tree(Path(temporary))
-        status, output = run_tests(folder, {name_of_test(mutant) for mutant in chosen.values()})
+        status, output = run_tests(folder, {mutant.test for mutant in chosen.values()})
         if status != 0:
             print(f"{output}\nthe tests fail without any change")
             return 1
@@ -88,28 +108,14 @@ def copy_tree(folder: Path) -> Path:
     return folder
 
 
-def name_of_test(mutant: Mutant) -> str:
-    """Return what pytest is given: a file, or one test of it."""
-    return "::".join(part for part in (f"tests/{mutant.test_file}", mutant.test) if part)
-
-
 def run_tests(folder: Path, tests: set[str], limit_s: float | None = None) -> tuple[int, str]:
     """Run tests in a copy of the tree until one fails. Returns pytest's exit status and output."""
     environment = dict(os.environ)
     environment.pop("PYTHONPATH", None)  # it might name the original tree
     # Python takes a compiled file for current if only the content of the source has changed.
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    argv = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-oaddopts=",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *sorted(tests),
-    ]
+    options = "-oaddopts= -x -q -p no:cacheprovider".split()
+    argv = [sys.executable, "-m", "pytest", *options, *sorted(tests)]
     done = subprocess.run(
         argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=limit_s
     )
@@ -127,7 +133,7 @@ def try_mutant(folder: Path, mutant: Mutant) -> tuple[str, str]:
         lines.append(line)
     file.write_text("\n".join(lines) + "\n", "utf-8")
     try:
-        status, output = run_tests(folder, {name_of_test(mutant)}, LIMIT_SECONDS)
+        status, output = run_tests(folder, {mutant.test}, LIMIT_SECONDS)
     except subprocess.TimeoutExpired:
         return "did not end", ""
     finally:
