@@ -59,7 +59,6 @@ from gpt12.memory import (
     predict_sizes,
     ran_out_of_memory,
 )
-from gpt12.optimizer import find_optimizer
 from gpt12.run import check_ranks, prepare_model
 from gpt12.settings import BenchConfig, Recompute, SampleConfig, model_shape
 from gpt12.twin import is_gpt2
@@ -90,7 +89,9 @@ def read(argv: Sequence[str]) -> tuple[BenchConfig, Sequence[Recompute]]:
 
     The latter is the kind that was asked for, or all.
     """
-    config, given = load_config(BenchConfig, argv)
+    loaded = load_config(BenchConfig, argv)
+    config = loaded.config
+    given = loaded.given
     if config.init_from in GPT2_SHAPES:
         n_layer, n_head, n_embd = GPT2_SHAPES[config.init_from]
         config = replace(config, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=True)
@@ -106,7 +107,6 @@ def read(argv: Sequence[str]) -> tuple[BenchConfig, Sequence[Recompute]]:
     if "gradient_accumulation_steps" not in given:
         config = replace(config, gradient_accumulation_steps=torchrun_ranks().world)
     check_ranks(config)
-    find_optimizer(config.optimizer)  # or UserError
     return config, (config.recompute,) if "recompute" in given else RECOMPUTE
 
 

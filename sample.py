@@ -55,7 +55,9 @@ Message = dict[str, Any]
 
 
 def main() -> None:
-    config, given = load_config(SampleConfig, sys.argv[1:])
+    loaded = load_config(SampleConfig, sys.argv[1:])
+    config = loaded.config
+    given = loaded.given
     if config.temperature == 0 and "num_samples" not in given:
         config = replace(config, num_samples=1)  # greedy samples are all the same
     prompt = ""

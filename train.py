@@ -50,7 +50,7 @@ from gpt12.loader import Loader
 from gpt12.log import RunLog, perplexity
 from gpt12.loss import IGNORE_INDEX
 from gpt12.memory import ran_out_of_memory
-from gpt12.optimizer import find_optimizer
+from gpt12.optimizer import OPTIMIZERS
 from gpt12.run import (
     Run,
     build_run,
@@ -174,7 +174,7 @@ class TrainStep:
         self.config = config
         self.machine = machine
         self.forward: Any = data_parallel(model, machine.world, machine.device)
-        kind = find_optimizer(config.optimizer)
+        kind = OPTIMIZERS[config.optimizer]
         self.on_device = kind.on_device and machine.device.type != "mps"
         rate: Tensor | float = float(config.learning_rate)
         if self.on_device:  # a recorded step has no other way to the rate of its update

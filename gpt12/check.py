@@ -19,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt12.device import Machine
+from gpt12.device import Machine, compile_model
 from gpt12.errors import UserError, one_line, say
 from gpt12.generate import KVCache, refill
-from gpt12.run import compile_model
 from gpt12.settings import TrainConfig, model_shape
 from gpt12.twin import TOLERANCE, VOCAB_SIZE, make_twin, sample_ids
 from gpt12.weights import from_pretrained, new_model, save_pretrained

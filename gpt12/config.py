@@ -1,27 +1,29 @@
-"""Read the configuration: defaults, then config files, then --key=value. The last one wins.
+"""The configuration of a script: the order of its sources, and how values are checked.
 
-    load_config() -> read() -> execute() for a config file, read_word() for a typed key
-                  -> check(): pydantic checks each value, gpt12/settings.py which ones contradict
+    order    defaults (gpt12/settings.py), then config files, then --key=value: the last one wins.
+             A resumed run begins with its own settings instead of these: gpt12/run.py, resume().
+    checks   pydantic checks each value by its type in gpt12/settings.py, whose contradictions()
+             names values that cannot hold together. All mistakes are reported at once.
 
-A config file is Python and is executed, as in nanoGPT: it may read the present values, import
-modules, define functions and compute. Read a stranger's before you use it.
-All mistakes are collected and raised together.
+load_config() does all of this. A config file is Python and is executed, as in nanoGPT: it may read
+the present values, import modules, define functions and compute. Read a stranger's before you use
+it.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import difflib
 import inspect
 import re
-import symtable
 import textwrap
 import traceback
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 from pydantic.json_schema import model_json_schema
@@ -41,25 +43,27 @@ class Said(NamedTuple):
     words: str
 
 
-def load_config(schema: type[Schema], argv: Sequence[str]) -> tuple[Schema, set[str]]:
-    """Return the configuration that the command line asks for, and the keys that it sets.
+@dataclass(frozen=True)
+class Loaded(Generic[Schema]):
+    """A configuration that is checked, and who set its keys."""
+
+    config: Schema
+    files: dict[str, Said]  # what the config files set
+    typed: dict[str, Said]  # what the command line sets
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Return the keys that the user set."""
+        return frozenset(merge(self.files, self.typed))
+
+
+def load_config(schema: type[Schema], argv: Sequence[str]) -> Loaded[Schema]:
+    """Return the configuration that the command line asks for. --help prints a page and exits.
 
     schema: TrainConfig, SampleConfig or BenchConfig.
-    argv: the command line without the program's name. --help prints the help page and exits.
+    argv: the command line without the program's name. Config files count before typed keys,
+    wherever they stand.
     Raises UserError with every mistake, one a line.
-    """
-    files, typed, problems = read(schema, argv)
-    said = merge(files, typed)
-    return check(schema, said, set(said), problems), set(said)
-
-
-def read(
-    schema: type[Schema], argv: Sequence[str]
-) -> tuple[dict[str, Said], dict[str, Said], list[str]]:
-    """Execute the config files and read the keys on the command line; check no value.
-
-    Returns what the files say (of two, the last one counts), the typed keys, and all mistakes.
-    Files come first, wherever they stand, so that a key on the command line always wins.
     """
     if "-h" in argv or "--help" in argv:
         print(help_page(schema))
@@ -68,7 +72,7 @@ def read(
     defaults = asdict(schema())
     files: dict[str, Said] = {}
     typed: dict[str, Said] = {}
-    problems = []
+    mistakes = []
     for word in argv:
         if word.startswith("-"):
             read_word(word, kinds, typed)
@@ -76,15 +80,16 @@ def read(
             present = defaults | {key: said.value for key, said in files.items()}
             try:
                 files = merge(files, execute(word, present))
-            except UserError as problem:
-                problems.append(str(problem))
+            except UserError as mistake:
+                mistakes.append(str(mistake))
         else:
-            problems.append(
+            mistakes.append(
                 f"{word}: a key is set by --key={word}, a config file ends with .py, and your own "
                 f"text is given by {'--start=FILE:' if schema is SampleConfig else '--dataset='}"
                 f"{word}"
             )
-    return files, typed, problems
+    said = merge(files, typed)
+    return Loaded(checked(schema, said, said.keys(), mistakes), files, typed)
 
 
 def merge(earlier: Mapping[str, Said], later: Mapping[str, Said]) -> dict[str, Said]:
@@ -93,30 +98,30 @@ def merge(earlier: Mapping[str, Said], later: Mapping[str, Said]) -> dict[str, S
     return {key: said for key, said in earlier.items() if key not in replaced} | dict(later)
 
 
-def check(
+def checked(
     schema: type[Schema],
     said: Mapping[str, Said],
     given: Collection[str],
-    problems: Sequence[str] = (),
+    mistakes: Sequence[str] = (),
 ) -> Schema:
-    """Return the configuration, or raise UserError with every mistake.
+    """Return the configuration of what was said, or raise UserError with every mistake.
 
     given: the keys that the user set; the others are those of a run that is resumed.
-    problems: mistakes found so far. After one in a file, any value might be another.
+    mistakes: those found so far. After one in a file, any value might be another.
     """
     values = {key: one.value for key, one in said.items()}
     wrong: dict[str, str] = {}
     try:
         schema(**values)
     except ValidationError as error:
-        for mistake in error.errors():
-            key = str(mistake["loc"][0])
-            unknown = mistake["type"] == "unexpected_keyword_argument"
-            wrong[key] = unknown_key(key, schema) if unknown else mistake["msg"]
-    messages = [*problems, *(f"{said[key].words}: {wrong[key]}" for key in said if key in wrong)]
+        for found in error.errors():
+            key = str(found["loc"][0])
+            unknown = found["type"] == "unexpected_keyword_argument"
+            wrong[key] = unknown_key(key, schema) if unknown else found["msg"]
+    messages = [*mistakes, *(f"{said[key].words}: {wrong[key]}" for key in said if key in wrong)]
     config = schema(**{key: value for key, value in values.items() if key not in wrong})
     for keys, advice in config.contradictions(given):
-        if not problems and wrong.keys().isdisjoint(keys):
+        if not mistakes and wrong.keys().isdisjoint(keys):
             shown = " ".join(f"--{key}={getattr(config, key)}" for key in keys)
             messages.append(f"{shown}: {advice}")
     if messages:
@@ -184,7 +189,9 @@ def execute(name: str, present: Mapping[str, Any]) -> dict[str, Said]:
         near = difflib.get_close_matches(name, presets, n=1)
         advice = f"did you mean {near[0]}?" if near else "--help lists the presets"
         raise UserError(f"{name}: there is no such file; {advice}")
-    names = {**present, "__file__": name, "__name__": "__main__"}
+    # Python looks up a name among the builtins last: the file reads a key there until it sets it.
+    readable = {**vars(builtins), **present}
+    names: dict[str, Any] = {"__builtins__": readable, "__file__": name, "__name__": "__main__"}
     try:
         tree = ast.parse(Path(name).read_bytes(), name)
         exec(compile(tree, name, "exec"), names)  # noqa: S102 (--help says it is code)
@@ -193,23 +200,16 @@ def execute(name: str, present: Mapping[str, Any]) -> dict[str, Said]:
         lines = [frame.lineno for frame in frames if frame.filename == name]
         line = getattr(error, "lineno", None) or [1, *lines][-1]
         raise UserError(f"{name}:{line}: {one_line(error)}") from error
-    stored: dict[str, int] = {}  # the lines
+    assigned: dict[str, int] = {}  # the lines
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            stored[node.id] = node.lineno
-    symbols = symtable.symtable(ast.unparse(tree), name, "exec").get_symbols()  # no function's
-    assigned = {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
+            assigned[node.id] = node.lineno
     said = {}
-    for key in stored | dict(present):
-        if key not in names:
-            continue
-        value = names[key]
+    for key, value in names.items():
         own = key.startswith("_") or callable(value) or isinstance(value, ModuleType)
-        # `from other import *` and a function's `global` change a key without an assignment here.
-        changed = key in present and value is not present[key]
-        if (changed or (key in stored and key in assigned)) and not own:
-            if key not in ALL_KEYS - present.keys():
-                said[key] = Said(value, f"{name}:{stored.get(key, 1)}: {key}={value!r}")
+        imported = key not in present and key not in assigned
+        if not own and not imported and key not in ALL_KEYS - present.keys():
+            said[key] = Said(value, f"{name}:{assigned.get(key, 1)}: {key}={value!r}")
     return said
 
 

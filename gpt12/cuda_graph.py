@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from gpt12.device import Machine
-from gpt12.optimizer import find_optimizer
+from gpt12.optimizer import OPTIMIZERS
 from gpt12.settings import TrainConfig
 
 # Recording a step of more layers than this, over all micro-batches, would make a graph of over
@@ -44,7 +44,7 @@ def use_graph_for_training(config: TrainConfig, n_layer: int, machine: Machine) 
     """
     if not machine.on_gpu or machine.world > 1 or machine.dtype == torch.float16:
         return False
-    if not find_optimizer(config.optimizer).recordable:
+    if not OPTIMIZERS[config.optimizer].recordable:
         return False
     if config.recompute != "none" and config.dropout > 0:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gpt12.distributed import torchrun_ranks
 from gpt12.errors import UserError, one_line
+from model import GPT
 
 CUDA_WHEELS = "https://download.pytorch.org/whl/cu126"
 COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"  # torch's environment variable
@@ -173,3 +176,17 @@ def _try_compiler(device: torch.device) -> str:
     except Exception as error:  # no C++ compiler, no Triton, an unknown GPU: any library may raise
         return f"torch.compile fails here: {one_line(error)}"
     return ""
+
+
+def compile_model(model: GPT) -> None:
+    """Compile the layers in place, and use the loss's Triton kernel.
+
+    Equal layers are compiled once, so this takes a fraction of the time of compiling the whole
+    model.
+    """
+    # torch warns of in-place operations under selective checkpointing; a layer has none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    layers: list[nn.Module] = [*model.transformer.h, model.transformer.ln_f]
+    for layer in layers:
+        layer.compile(dynamic=False)
+    model.fused_loss = model.lm_head.weight.is_cuda

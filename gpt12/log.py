@@ -219,7 +219,7 @@ class RunLog:
         config = run.config
         facts = describe_run(
             asdict(config),
-            requested=run.request.asked,
+            requested=asdict(run.request.asked),
             given=sorted(run.request.given),
             device=run.machine.name,
             compile=run.machine.compiled,

@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from gpt12.errors import UserError
 from gpt12.muon import Muon
 from gpt12.optim8bit import adamw8bit
 
@@ -65,10 +64,3 @@ OPTIMIZERS = {
     "muon": Entry(muon, on_device=True, recordable=True),
     "adamw8bit": Entry(adamw8bit),
 }
-
-
-def find_optimizer(name: str) -> Entry:
-    """Return the entry with this name, or raise UserError."""
-    if name in OPTIMIZERS:
-        return OPTIMIZERS[name]
-    raise UserError(f"optimizer={name} is not one of {', '.join(OPTIMIZERS)}")

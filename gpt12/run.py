@@ -1,9 +1,11 @@
-"""What a training run starts from: settings, weights, data and machine, checked and resolved.
+"""What a training run starts from: settings, data, weights and machine.
 
-    read_request()   what the user asked for; of a resumed run, with what it saved
-    build_run()      data, weights, machine; resolve() decides every key that follows from others
+    read_request()   what the user asks for: a new run, or how the run in out_dir goes on
+    build_run()      opens the data, loads or makes the model, chooses the machine
+    resolve()        decides each key that follows from others or from the data
 
-run.json keeps both: `requested` and `given` as the user said it, `config` as it became.
+So there are two configurations: `asked` is what the user said, `config` is what holds. run.json
+keeps both, by the names "requested" and "config".
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from data.dataset import Dataset, check_exists, open_dataset
+from data.tokenizers import load_tokenizer
 from data.windows import EvalWindows, TrainWindows
 from gpt12.checkpoint import (
     Progress,
@@ -28,18 +30,12 @@ from gpt12.checkpoint import (
     read_run,
     resumable_files,
 )
-from gpt12.config import REPOSITORY, Said, check, merge, read
-from gpt12.device import Machine, open_machine
+from gpt12.config import REPOSITORY, Loaded, Said, checked, load_config, merge
+from gpt12.device import Machine, compile_model, open_machine
 from gpt12.distributed import copy_from_rank_0, first_ranks_first, is_rank_0, torchrun_ranks
 from gpt12.errors import UserError, say
 from gpt12.lora import add_lora
-from gpt12.optimizer import find_optimizer
-from gpt12.settings import (
-    REPLACES,
-    TrainConfig,
-    model_shape,
-    with_shape,
-)
+from gpt12.settings import TrainConfig, model_shape, with_shape
 from gpt12.twin import unread_fields
 from gpt12.weights import check_code, find_pretrained, from_pretrained, new_model
 from model import GPT, GPTConfig, flops_per_token
@@ -62,18 +58,20 @@ REASONS = {
     "eval_iters": "an evaluation is at most a tenth of the steps between two",
     "min_lr": "a tenth of learning_rate",
 }
+# They say which run goes on, and change nothing in it.
+WHICH_RUN = ("init_from", "out_dir")
 # What a run fitted into the memory that there was. A resumed run goes on with it.
 MEMORY_KEYS = {"batch_size", "gradient_accumulation_steps", "recompute"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for, now or when a resumed run began."""
+    """What the user asks for: a new run, or that an earlier one goes on."""
 
-    config: TrainConfig  # nothing is resolved, except what a resumed run keeps
-    asked: dict[str, Any]  # every key as the user asked for it, for run.json
+    asked: TrainConfig  # every key as the user set it, now or when the run began; else its default
     given: frozenset[str]  # the keys that the user set
-    before: TrainConfig | None = None  # a resumed run's settings before the keys typed now
+    config: TrainConfig  # what the run starts with: asked, or what an earlier run had made of it
+    before: TrainConfig | None = None  # of an earlier run: config without the keys typed now
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -86,8 +84,8 @@ class Request:
 class Run:
     """Everything that a run works with. Nothing in it changes but the progress and the weights."""
 
-    request: Request  # what the user asked for
-    config: TrainConfig  # the same with every key decided
+    request: Request
+    config: TrainConfig  # what holds: every key is decided
     out_dir: Path
     machine: Machine
     model: GPT
@@ -100,11 +98,10 @@ class Run:
     @property
     def notes(self) -> list[str]:
         """Return what the user should know before the run begins, one line each."""
-        asked = self.request.config
         decided = []
         for key, reason in REASONS.items():
             value = getattr(self.config, key)
-            if value != getattr(asked, key):
+            if value != getattr(self.request.config, key):
                 decided.append(f"{key}={value:.6g}, because it was not set: {reason}")
         return [*self.request.notes, *decided, *self.machine.notes, *self.dataset.warnings]
 
@@ -116,8 +113,7 @@ class Run:
     @property
     def packed(self) -> bool:
         """Tell whether a training window holds several examples."""
-        assert self.dataset.train is not None
-        return self.dataset.train.mask is not None
+        return self.train_windows.tokens.mask is not None
 
     @property
     def train_windows(self) -> TrainWindows:
@@ -133,11 +129,11 @@ class Run:
 
 
 # --------------------------------------------------------------------------------------------------
-# What the user asked for
+# What the user asks for
 
 
 def read_request(argv: list[str]) -> Request:
-    """Read the command line and the config files. Without arguments: Shakespeare, on any machine.
+    """Return what the command line asks for. Without arguments: Shakespeare, on any machine.
 
     Raises UserError with every mistake found.
     """
@@ -145,43 +141,38 @@ def read_request(argv: list[str]) -> Request:
     if not argv:
         say(f"no preset given: using {preset}, which suits this machine (--help: others)")
         argv = [str(REPOSITORY / preset)]
-    files, typed, problems = read(TrainConfig, argv)
-    said = merge(files, typed)
-    values = asdict(TrainConfig()) | {key: one.value for key, one in said.items()}
-    start = values["init_from"]
-    resumed = False
+    loaded = load_config(TrainConfig, argv)
+    start = loaded.config.init_from
+    out_dir = Path(loaded.config.out_dir)
     if start in ("resume", "auto"):
-        out_dir = Path(str(values["out_dir"])).expanduser()
-        resumed = copy_from_rank_0(out_dir, resumable_files(out_dir)) or start == "resume"
-    if resumed:
-        request = _resume(files, typed, problems)
-    else:
-        if start == "auto":  # what else says where to start counts: the preset, or the default
-            for source in (files, typed):
-                if "init_from" in source and source["init_from"].value == "auto":
-                    del source["init_from"]
-            said = merge(files, typed)
-        config = check(TrainConfig, said, set(said), problems)
-        if not files and "dataset" not in said and config.init_from == "scratch":
-            say(
-                "no preset given: nanoGPT's defaults hold, GPT-2 124M on openwebtext. For a small "
-                f"model, name its preset: python train.py {preset} ..."
-            )
-        config = _with_data_of_the_run(config, set(said))
-        request = Request(config, asdict(config), frozenset(said))
-    check_ranks(request.config)
-    find_optimizer(request.config.optimizer)  # or UserError
-    return request
+        has_run = copy_from_rank_0(out_dir, resumable_files(out_dir))
+        if has_run or start == "resume":
+            return resume(loaded, out_dir)
+    if not loaded.files and "dataset" not in loaded.given and start in ("scratch", "auto"):
+        say(
+            "no preset given: nanoGPT's defaults hold, GPT-2 124M on openwebtext. For a small "
+            f"model, name its preset: python train.py {preset} ..."
+        )
+    return new_run(loaded)
 
 
-def _with_data_of_the_run(config: TrainConfig, given: set[str]) -> TrainConfig:
-    """Let --eval_only measure a run on its own data set, unless another one is given."""
+def new_run(loaded: Loaded[TrainConfig]) -> Request:
+    """Return the request for a new run."""
+    config = loaded.config
+    given = loaded.given
+    if config.init_from == "auto":  # the preset says where to start, if it does
+        said = merge(loaded.files, loaded.typed)
+        said["init_from"] = loaded.files.get("init_from", said["init_from"])
+        if said["init_from"].value == "auto":
+            del said["init_from"]
+        config = checked(TrainConfig, said, given)
     folder = Path(config.init_from)
-    if not config.eval_only or "dataset" in given or not is_run(folder):
-        return config
-    saved = read_run(folder).config
-    keys = {"dataset", "tokenizer", "val_fraction", "text_column", "encoding"} - given
-    return replace(config, **{key: saved[key] for key in keys & saved.keys()})
+    if config.eval_only and "dataset" not in given and is_run(folder):  # of the data of that run
+        saved = read_run(folder).config
+        keys = {"dataset", "tokenizer", "val_fraction", "text_column", "encoding"} - given
+        config = replace(config, **{key: saved[key] for key in keys & saved.keys()})
+    check_ranks(config)
+    return Request(config, given, config)
 
 
 def check_ranks(config: TrainConfig) -> None:
@@ -197,50 +188,72 @@ def check_ranks(config: TrainConfig) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Resuming: the run's settings, then the keys that are typed. A config file changes nothing.
+# Resuming
 
 
-def _resume(files: dict[str, Said], typed: dict[str, Said], problems: list[str]) -> Request:
-    """Return what the run in out_dir was and was asked for, changed by the keys typed now."""
-    now = check(TrainConfig, merge(files, typed), set(), problems)  # as if it were a new run
-    out_dir = Path(now.out_dir)
+def resume(loaded: Loaded[TrainConfig], out_dir: Path) -> Request:
+    """Return the request that the run in out_dir goes on, with the keys typed now changed.
+
+    The run's own settings take the place of config files; one that is named changes nothing.
+    """
+    now = loaded.config  # as if it were a new run
     saved = read_run(out_dir)
-    asked = saved.config | saved.requested
-    only_where = ("init_from", "out_dir")  # they say which run, and change nothing
-    typed = {key: said for key, said in typed.items() if key not in only_where}
+    asked = asked_at_the_start(out_dir)
+    typed = {key: said for key, said in loaded.typed.items() if key not in WHICH_RUN}
     if now.init_from == "auto":  # the same line began the run: only what is new in it is a change
-        typed = {key: said for key, said in typed.items() if getattr(now, key) != asked.get(key)}
-    _refuse_fixed_keys(now, set(typed), saved.config)
+        typed = {key: said for key, said in typed.items() if _differs(key, now, asked)}
+    refuse_fixed_keys(now, set(typed), saved.config)
 
     # The folder may have been renamed. lr_decay_iters=None follows a new max_iters.
-    changes = {"out_dir": str(out_dir), "lr_decay_iters": asked.get("lr_decay_iters")}
-    if saved.given is not None and not MEMORY_KEYS.isdisjoint(typed):
-        changes |= {key: asked[key] for key in MEMORY_KEYS & asked.keys()}
-    kept = {}
-    for key, value in (saved.config | changes).items():
-        older = key == "save_interval_s" and value == "auto"  # of an earlier version
-        if key in asdict(now) and not older:
-            kept[key] = Said(value, f"{out_dir / 'run.json'}: {key}={value!r}")
-    given = set(saved.given or ()) - {REPLACES.get(key) for key in typed} | typed.keys()
-    config = check(TrainConfig, merge(kept, typed), given)
+    own = saved.config | {"out_dir": str(out_dir), "lr_decay_iters": asked.lr_decay_iters}
+    if not MEMORY_KEYS.isdisjoint(typed):
+        own |= {key: getattr(asked, key) for key in MEMORY_KEYS}
+    said = said_in(out_dir / "run.json", own)
+    given = merge(dict.fromkeys(saved.given or (), Said(None, "")), typed)
+    config = checked(TrainConfig, merge(said, typed), given.keys())
 
     notes = []
-    for key, said in files.items():
-        value = getattr(config, key)
-        if key not in (*only_where, *typed) and getattr(now, key) not in (value, asked.get(key)):
-            notes.append(f"{said.words} does not count: this run has {key}={value}")
+    for key, preset in loaded.files.items():
+        if key in (*WHICH_RUN, *loaded.typed):
+            continue
+        if _differs(key, now, config) and _differs(key, now, asked):
+            value = getattr(config, key)
+            notes.append(f"{preset.words} does not count: this run has {key}={value}")
     if notes:
         notes.append("a resumed run keeps its settings; type a key, as --KEY=VALUE, to change it")
     return Request(
-        config,
-        asked | {key: getattr(config, key) for key in typed},
-        frozenset(given),
-        before=check(TrainConfig, kept, ()),
+        asked=replace(asked, **{key: getattr(config, key) for key in typed}),
+        given=frozenset(given),
+        config=config,
+        before=checked(TrainConfig, said, ()),
         notes=notes,
     )
 
 
-def _refuse_fixed_keys(now: TrainConfig, typed: set[str], saved: dict[str, Any]) -> None:
+def _differs(key: str, a: TrainConfig, b: TrainConfig) -> bool:
+    return bool(getattr(a, key) != getattr(b, key))
+
+
+def asked_at_the_start(out_dir: Path) -> TrainConfig:
+    """Return what the user asked for when a run began, with what was typed on resuming since."""
+    saved = read_run(out_dir)
+    requested = saved.requested
+    if saved.given is None:  # of an earlier version, some of whose values mean nothing here
+        requested = {"lr_decay_iters": requested.get("lr_decay_iters")}
+    return checked(TrainConfig, said_in(out_dir / "run.json", saved.config | requested), ())
+
+
+def said_in(file: Path, values: dict[str, Any]) -> dict[str, Said]:
+    """Return the values of a run.json, but for those that only an earlier version knows."""
+    known = asdict(TrainConfig()).keys()
+    said = {}
+    for key, value in values.items():
+        if key in known and (key, value) != ("save_interval_s", "auto"):
+            said[key] = Said(value, f"{file}: {key}={value!r}")
+    return said
+
+
+def refuse_fixed_keys(now: TrainConfig, typed: set[str], saved: dict[str, Any]) -> None:
     """Refuse typed keys that would need other weights or another state of the optimizer.
 
     Raises UserError for a run of an earlier version that this one cannot train, too.
@@ -499,8 +512,6 @@ def load_start(request: Request, last: Path | None) -> tuple[GPT | None, Any]:
     Returns (None, None) for a model from scratch, whose vocabulary comes from the data. The model
     is on the CPU.
     """
-    from data.tokenizers import load_tokenizer
-
     config = request.config
     source = _source(config, last)
     if source is None:
@@ -602,25 +613,6 @@ def prepare_model(model: GPT, config: TrainConfig, machine: Machine) -> None:
     model.set_recompute(config.recompute)
     if machine.compiled:
         compile_model(model)
-
-
-def compile_model(model: GPT) -> None:
-    """Compile the layers in place, and use the loss's Triton kernel.
-
-    Equal layers are compiled once, so this takes a fraction of the time of compiling the whole
-    model.
-    """
-    import logging
-
-    from gpt12.loss import triton
-
-    # torch warns of in-place operations under selective checkpointing; a layer has none.
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    layers: list[nn.Module] = [*model.transformer.h, model.transformer.ln_f]
-    for layer in layers:
-        layer.compile(dynamic=False)
-    if model.lm_head.weight.is_cuda and triton is not None:
-        model.fused_loss = True
 
 
 # --------------------------------------------------------------------------------------------------

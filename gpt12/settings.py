@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from gpt12.optimizer import OPTIMIZERS
 from model import GPTConfig
 
 STRICT = ConfigDict(
@@ -38,6 +39,13 @@ def refuse_bool(value: Any) -> Any:
     return value
 
 
+def registered(name: str) -> str:
+    """Return the name of an optimizer if there is one of that name."""
+    if name not in OPTIMIZERS:
+        raise PydanticCustomError("optimizer", f"Input should be one of {', '.join(OPTIMIZERS)}")
+    return name
+
+
 NotBool = BeforeValidator(refuse_bool)
 Whole = Annotated[int, Field(ge=0, lt=2**63), NotBool]  # as torch's seeds
 Count = Annotated[int, Field(ge=1, lt=2**63), NotBool]
@@ -52,6 +60,7 @@ Device = Annotated[str, Field(pattern="^(auto|cpu|mps|cuda|cuda:[0-9]+)$")]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Switch = Literal["auto", True, False]
 Recompute = Literal["none", "pointwise", "block"]
+OptimizerName = Annotated[str, AfterValidator(registered)]
 
 Contradictions = list[tuple[tuple[str, ...], str]]  # keys, and what to do
 Schema = TypeVar("Schema")
@@ -130,7 +139,7 @@ class TrainConfig:
     bias: bool = False
     """Whether Linear and LayerNorm layers have biases, as GPT-2's do."""
 
-    optimizer: Text = first_of("Optimizer", "adamw")
+    optimizer: OptimizerName = first_of("Optimizer", "adamw")
     """How weights are updated. muon is for the blocks' matrices, with adamw for the rest; adamw8bit
     takes less memory.
     """
@@ -219,6 +228,8 @@ class TrainConfig:
 
         given: the keys that the user set.
         """
+        if self.init_from in ("resume", "auto"):
+            return []  # the settings of an earlier run count
         new = self.init_from == "scratch"
         both_lengths = "max_iters" in given and "num_epochs" in given
         rules = [

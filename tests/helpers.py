@@ -152,10 +152,8 @@ def config(*options: str, **changes: Any) -> TrainConfig:
     options: as on the command line. changes: values by key.
     """
     tiny = "--batch_size=2 --block_size=8 --gradient_accumulation_steps=1 --recompute=none"
-    found, _ = load_config(
-        TrainConfig, [*tiny.split(), "--learning_rate=1e-2", "--dtype=float32", *options]
-    )
-    return replace(found, **changes)
+    argv = [*tiny.split(), "--learning_rate=1e-2", "--dtype=float32", *options]
+    return replace(load_config(TrainConfig, argv).config, **changes)
 
 
 def set_weights(model: GPT) -> GPT:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt12.settings
-from gpt12.config import check, load_config, read
+from gpt12.config import load_config
 from gpt12.errors import UserError
 from gpt12.settings import BenchConfig, SampleConfig, TrainConfig, model_shape, with_shape_keys
 from model import GPTConfig
@@ -82,6 +82,12 @@ def write(tmp_path):
     return write
 
 
+def load(schema, argv):
+    """Return the configuration, and the keys that are given."""
+    loaded = load_config(schema, argv)
+    return loaded.config, loaded.given
+
+
 def refusal(argv, schema=TrainConfig):
     """Return the lines of the message with which argv is refused."""
     with pytest.raises(UserError) as caught:
@@ -107,10 +113,10 @@ def test_the_defaults_are_those_of_nanogpt(schema, theirs):
 
 def test_the_cpu_command_of_nanogpts_readme_works():
     preset = str(ROOT / "config/train_shakespeare_char.py")
-    made, given = load_config(TrainConfig, [preset, *NANOGPT_CPU_LINE.split()])
+    made, given = load(TrainConfig, [preset, *NANOGPT_CPU_LINE.split()])
     said = dict(pair.lstrip("-").split("=") for pair in NANOGPT_CPU_LINE.split())
     assert {key: str(getattr(made, key)) for key in said} == said
-    alone, from_file = load_config(TrainConfig, [preset])
+    alone, from_file = load(TrainConfig, [preset])
     rest = asdict(alone).keys() - said.keys()
     assert {key: getattr(made, key) for key in rest} == {key: getattr(alone, key) for key in rest}
     assert given == said.keys() | from_file
@@ -137,7 +143,7 @@ device = 'cuda'; compile = False
 n_layer = 12 # the default
 top_k = 5 # sample.py's: one file may serve several scripts
 """)
-    made, given = load_config(TrainConfig, [path])
+    made, given = load(TrainConfig, [path])
     assert re.fullmatch(r"ft-\d+\.\d+", made.wandb_run_name)
     assert (made.batch_size, made.gradient_accumulation_steps, made.warmup_iters) == (8, 120, 6000)
     assert (made.weight_decay, made.seed, made.device, made.compile) == (0.2, 7, "cuda", False)
@@ -170,7 +176,7 @@ class Own:
 _many = [seed for seed in range(3)]
 helper()
 """)
-    made, given = load_config(TrainConfig, [path])
+    made, given = load(TrainConfig, [path])
     assert given == {"n_head", "dropout"}
     assert (made.n_head, made.dropout) == (3, 0.5)
 
@@ -178,11 +184,11 @@ helper()
 def test_files_beat_defaults_and_the_command_line_beats_files(write):
     first = write("batch_size = 2\nn_layer = 2", "a.py")
     second = write("batch_size = 3\nwarmup_iters = n_layer * 2", "b.py")
-    both, given = load_config(TrainConfig, [first, second])
+    both, given = load(TrainConfig, [first, second])
     assert (both.batch_size, both.n_layer, both.warmup_iters) == (3, 2, 4)
     assert given == {"batch_size", "n_layer", "warmup_iters"}
     for argv in ([second, "--batch_size=4"], ["--batch_size=4", "--eval_only", second]):
-        assert load_config(TrainConfig, argv)[0].batch_size == 4
+        assert load(TrainConfig, argv)[0].batch_size == 4
 
 
 def test_of_max_iters_and_num_epochs_the_last_one_given_wins(write):
@@ -195,7 +201,7 @@ def test_of_max_iters_and_num_epochs_the_last_one_given_wins(write):
         ([steps, epochs], 3),
         ([epochs, steps], 0),
     ):
-        assert load_config(TrainConfig, argv)[0].num_epochs == num_epochs, argv
+        assert load(TrainConfig, argv)[0].num_epochs == num_epochs, argv
     assert len(refusal([write("num_epochs = 3\nmax_iters = 20", "both.py")])) == 1
 
 
@@ -224,19 +230,19 @@ def test_of_max_iters_and_num_epochs_the_last_one_given_wins(write):
 )
 def test_text_on_the_command_line_becomes_a_typed_value(word, value):
     key = word.partition("=")[0].lstrip("-").replace("-", "_")
-    found = getattr(load_config(TrainConfig, ["--lora_rank=4", word])[0], key)
+    found = getattr(load(TrainConfig, ["--lora_rank=4", word])[0], key)
     assert (found, type(found)) == (value, type(value))
 
 
 def test_text_on_the_command_line_of_sampling_becomes_a_typed_value(write):
     words = ["--start=42", "--top_k=None", "--temperature=0", r"--stop=\n\n", "--stop=End"]
-    made, _ = load_config(SampleConfig, words)
+    made, _ = load(SampleConfig, words)
     assert (made.start, made.top_k, made.temperature) == ("42", None, 0.0)
     assert made.stop == ("\n\n", "End")
     path = write("import json\nstop = ['a', 'b']\n")
-    assert load_config(SampleConfig, [path])[0].stop == ("a", "b")
-    assert load_config(SampleConfig, [path])[0].json is False
-    assert load_config(SampleConfig, [path, "--stop=c", "--stop=d"])[0].stop == ("c", "d")
+    assert load(SampleConfig, [path])[0].stop == ("a", "b")
+    assert load(SampleConfig, [path])[0].json is False
+    assert load(SampleConfig, [path, "--stop=c", "--stop=d"])[0].stop == ("c", "d")
 
 
 @pytest.mark.parametrize(
@@ -391,7 +397,7 @@ def test_a_field_of_gptconfig_is_a_key(monkeypatch):
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_settings_that_are_saved_can_be_read_again(schema, write):
     path = write("seed = 3\nout_dir = 'b'\nstop = ('a', 'b')\nlr_decay_iters = 5000")
-    first = check(schema, read(schema, [path])[0], set())
+    first = load_config(schema, [path]).config
     assert schema(**json.loads(json.dumps(asdict(first), allow_nan=False))) == first
 
 
@@ -436,7 +442,7 @@ def test_a_preset_loads_and_its_head_has_command_result_time_and_memory(path):
     assert f"config/{path.name}" in head
     assert re.search("^# Result +.*\n# Time +.*\n# VRAM +.*", head, re.MULTILINE)
     assert all(isinstance(node, (ast.Assign, ast.Import)) for node in ast.parse(text).body)
-    _, given = load_config(TrainConfig, [str(path)])
+    _, given = load(TrainConfig, [str(path)])
     assert given
     load_config(BenchConfig, [str(path)])
 
@@ -476,7 +482,7 @@ def test_a_preset_loads_and_its_head_has_command_result_time_and_memory(path):
     ],
 )
 def test_presets_that_nanogpt_has_keep_its_values(name, theirs):
-    made, _ = load_config(TrainConfig, [str(ROOT / f"config/{name}.py")])
+    made, _ = load(TrainConfig, [str(ROOT / f"config/{name}.py")])
     assert asdict(made).items() >= theirs.items()
 
 
@@ -494,7 +500,7 @@ anything = words | st.text(max_size=9).map("--{}".format)
 @given(schema=st.sampled_from(SCHEMAS), argv=st.lists(anything, max_size=4))
 def test_any_command_line_is_accepted_or_refused(schema, argv):
     try:
-        found, _ = load_config(schema, argv)
+        found, _ = load(schema, argv)
     except UserError as problem:
         assert str(problem)
     else:

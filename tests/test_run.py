@@ -118,7 +118,7 @@ def test_keys_that_follow_from_others_are_decided_once_and_told(
     found = built_from(argv)
     values = asdict(found.config)
     assert {key: values[key] for key in expected} == pytest.approx(expected)
-    assert found.request.asked["warmup_iters"] == 2000
+    assert found.request.asked.warmup_iters == 2000
     reason = "because it was not set: at most a tenth of all steps"
     note = f"warmup_iters={found.config.warmup_iters}, {reason}"
     assert (note in found.notes) == (found.config.warmup_iters < 2000)
@@ -292,7 +292,7 @@ def test_what_a_run_fitted_into_memory_stays_until_such_a_key_is_typed(tmp_path,
     assert (made.batch_size, made.gradient_accumulation_steps, made.recompute) == expected
     typed = {word.strip("-").partition("=")[0] for word in options}
     for key in asked.keys() - typed:
-        assert request.asked[key] == asked[key]
+        assert getattr(request.asked, key) == asked[key]
 
 
 def test_values_that_an_older_program_chose_stay_as_they_became(tmp_path):

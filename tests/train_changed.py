@@ -15,7 +15,7 @@ import torch
 
 import gpt12.log
 from gpt12.generate import Sampling, generate
-from gpt12.optimizer import find_optimizer
+from gpt12.optimizer import OPTIMIZERS
 from gpt12.weights import from_pretrained
 from model import GPT
 from tests.helpers import built, losses, make_dataset, resume, run, same_tensors, trainer, weights
@@ -94,7 +94,7 @@ def train_on_a_gpu(folder: Path, options: list[str]) -> None:
         built_run = built(dataset, out_dir, *options, f"--compile={fast}")
         loop = Trainer(built_run, cuda_graph=fast)
         assert loop.train() == 0
-        recordable = find_optimizer(built_run.config.optimizer).recordable
+        recordable = OPTIMIZERS[built_run.config.optimizer].recordable
         assert (loop.train_step.graph is not None) == (fast and recordable)
     for step, loss in losses(folder / "fast-True").items():
         assert loss == pytest.approx(losses(folder / "fast-False")[step], rel=0.02)
