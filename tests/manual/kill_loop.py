@@ -44,6 +44,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads would not survive a
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
 import safetensors.torch
+import torch._dynamo  # noqa: F401
 
 import data.tokenizers
 import data.windows  # noqa: F401
