@@ -44,16 +44,21 @@ class Started:
 
 
 def start(
-    main: Callable, *argv: str, folder: Path = ROOT, errors: Path | None = None, **environment: str
+    main: Callable,
+    *argv: str,
+    environment: dict[str, str] | None = None,
+    folder: Path = ROOT,
+    errors: Path | None = None,
 ) -> Started:
     """Run a script's main function in a process of its own, as `python script.py ARGV` does.
 
     main: a function at the top level of a file: the process finds it by its name. It is not the
     process that monkeypatch has changed; only os.environ is that of this process.
-    folder: its working directory. errors: a file for stderr, which else goes where stdout goes.
+    environment: more variables. folder: its working directory. errors: a file for stderr, which
+    else goes where stdout goes.
     """
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    everything = os.environ | environment
+    everything = os.environ | (environment or {})
     arguments = (main, argv, theirs, folder, errors, everything)
     process = _server().Process(target=_run, args=arguments, daemon=True)
     process.start()
@@ -61,7 +66,7 @@ def start(
     return Started(process, ours)  # type: ignore[arg-type]
 
 
-def start_ranks(main: Callable, *argv: str, count: int = 2, **environment: str) -> list[Started]:
+def start_ranks(main: Callable, *argv: str, count: int = 2) -> list[Started]:
     """Start so many ranks of a script as torchrun does. One that is lost is not started again."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
@@ -69,7 +74,7 @@ def start_ranks(main: Callable, *argv: str, count: int = 2, **environment: str) 
     ranks = []
     for rank in range(count):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(start(main, *argv, **meeting, **place, **environment))
+        ranks.append(start(main, *argv, environment=meeting | place))
     return ranks
 
 
