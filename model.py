@@ -259,7 +259,7 @@ class Transformer(nn.Module):
             seen = self.sees(position, key, example_starts)[:, None]  # (B, 1, T, S)
             # Given a boolean mask, the attention of every layer would make such a mask of its own
             # and keep it for the backward pass.
-            mask = torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -torch.inf)
+            mask = torch.full_like(seen, -torch.inf, dtype=x.dtype).masked_fill_(seen, 0)
         shared = Shared(position, mask, cache)
         for block in self.h:
             x = block(x, shared)

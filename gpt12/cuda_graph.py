@@ -26,9 +26,6 @@ def record(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
     ask the GPU for a value. Replaying reads and writes the same tensors, and draws new random
     numbers.
     """
-    torch.cuda.synchronize()
-    # While recording, cached memory could not be given back to the driver.
-    torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()

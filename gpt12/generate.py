@@ -4,10 +4,9 @@
     texts = generate(model, prompts, max_new_tokens=100)     # all new ids at the end
 
 Reading order: how a token is chosen (Sampling, sample_token), the cache (KVCache), one decoding
-step (Decoder), the loop (stream), recording a step for a GPU (RecordedStep), and from ids to shown
-text (TextStream).
+step (Decoder), the loop (stream), and from ids to shown text (TextStream).
 
-Shapes: B texts, T new tokens of each text, S slots of the cache, C channels.
+Shapes: B texts, T new tokens of each text, S slots of the cache, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpt12.cuda_graph import record
 from model import GPT
 
 # Attention kernels would copy a mask whose rows are no multiple of 16 bytes, once a layer.
 SLOTS_MULTIPLE = 64
 ALMOST_GREEDY = 1e-5  # temperatures below this choose like 0, and dividing by them may overflow
+LARGEST_DRAW = 1 - 1e-6  # so that a sum's rounding cannot lead past the last candidate
 
 
 # --------------------------------------------------------------------------------------------------
@@ -55,8 +56,8 @@ def sample_token(
 ) -> Tensor:
     """Choose one token id for each row.
 
-    logits: (B, vocab_size). draw: (B,) uniform in [0, 1). seen: (B, vocab_size) bool, the tokens
-    that each text already contains. Returns (B,) int64.
+    logits: (B, V). draw: (B,) uniform in [0, LARGEST_DRAW]. seen: (B, V) bool, the tokens that each
+    text already contains. Returns (B,) int64.
     The same logits and the same draw give the same token, whatever the other rows are.
     """
     if seen is not None:
@@ -77,22 +78,21 @@ def sample_token(
     if sampling.top_p < 1:
         more_likely = probs.cumsum(dim=1) - probs  # the probability of all tokens before this one
         allowed = allowed.masked_fill(more_likely >= sampling.top_p, 0)
-    # Invert the cumulative distribution. The target is a millionth lower than the draw says, so
-    # that a sum's rounding cannot lead past the last candidate.
+    # Invert the cumulative distribution.
     cumulative = allowed.cumsum(dim=1)
-    target = (1 - 1e-6) * draw[:, None] * cumulative[:, -1:]
+    target = draw[:, None] * cumulative[:, -1:]
     # Weights that are not finite give no order at all, and must not end the run here.
     chosen = torch.searchsorted(cumulative, target, right=True).clamp_(max=k - 1)
     return ids.gather(1, chosen)[:, 0]
 
 
 def uniform_draws(seed: int, count: int) -> Tensor:
-    """Return (count,) numbers in [0, 1) that depend on the seed alone.
+    """Return (count,) numbers from 0 to LARGEST_DRAW that depend on the seed alone.
 
     They are drawn on the CPU, so that they are the same for every device.
     """
     generator = torch.Generator().manual_seed(seed % 2**63)
-    return torch.rand(count, generator=generator)
+    return LARGEST_DRAW * torch.rand(count, generator=generator)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,23 +104,27 @@ class KVCache:
 
     The memory has a fixed number of slots for each text, one for each position. Each text has its
     own length. Slots past it are masked, and overwritten as the text grows.
+
+    A forward pass calls take_positions() once, then each layer calls extend().
     """
 
     def __init__(self, texts: int, slots: int, device: torch.device):
         """slots: at least this many for each text."""
         rounded = (slots + SLOTS_MULTIPLE - 1) // SLOTS_MULTIPLE * SLOTS_MULTIPLE
         self.slots = torch.arange(rounded, device=device)[None]  # (1, S), the positions
-        self.rows = torch.arange(texts, device=device)[:, None]  # (B, 1)
+        # (B, 1), where each text's slots begin if all are counted as one row
+        self.first_slot = rounded * torch.arange(texts, device=device)[:, None]
         self.length = torch.zeros(texts, dtype=torch.int64, device=device)  # (B,), tokens stored
         # (B, S, ...) for each layer, made from what the layers give in the first pass.
         self.kept: list[Tensor] = []
 
     def take_positions(self, T: int) -> Tensor:
         """Begin a forward pass over T more tokens of each text; return their positions, (B, T)."""
-        self.position = self.length[:, None] + self.slots[:, :T]
+        position = self.length[:, None] + self.slots[:, :T]
+        self.new_slots = (self.first_slot + position).flatten()
         self.length.add_(T)
         self.layer = 0
-        return self.position
+        return position
 
     def extend(self, new: Tensor) -> Tensor:
         """Store what the next layer keeps of the new tokens, (B, T, ...).
@@ -132,7 +136,8 @@ class KVCache:
             shape = (len(new), self.slots.size(1), *new.shape[2:])
             self.kept.append(new.new_zeros(shape))
         kept = self.kept[self.layer]
-        kept[self.rows, self.position] = new
+        # Indexing with rows and positions would need a slower kernel.
+        kept.flatten(0, 1).index_copy_(0, self.new_slots, new.flatten(0, 1))
         self.layer += 1
         return kept
 
@@ -158,7 +163,7 @@ class Decoder:
     """
 
     def __init__(self, model: GPT, cache: KVCache, sampling: Sampling, draws: Tensor):
-        """draws: (B, max_new_tokens), uniform in [0, 1), on the model's device."""
+        """draws: (B, max_new_tokens), on the model's device; see sample_token."""
         B = len(draws)
         self.model = model
         self.cache = cache
@@ -218,8 +223,8 @@ def stream(
 
     prompts: lists of 1 to block_size ids, which may differ in length.
     seeds: one for each prompt. A text depends on its prompt and its seed, not on the other texts.
-    A text that reaches block_size continues from its last half, which is computed anew: positions
-    are absolute in GPT-2, so cached keys cannot be moved.
+    A text that fills the context goes on with its last half, which is computed anew: positions are
+    absolute in GPT-2, so cached keys cannot be moved.
     """
     limit = model.config.block_size
     texts = [list(prompt) for prompt in prompts]
@@ -230,16 +235,19 @@ def stream(
         seeds = range(len(texts))
     draws = torch.stack([uniform_draws(seed, max_new_tokens) for seed in seeds])
     decoder = Decoder(model, cache, sampling, draws.to(device))
-    advance = RecordedStep(decoder.advance) if device.type == "cuda" else decoder.advance
+    half = max(0, limit // 2 - 1)  # what a full text keeps; its newest token completes the half
+    advance = decoder.advance
     decoder.read_prompts(texts)
-    for remaining in range(max_new_tokens, 0, -1):
+    for step in range(1, max_new_tokens + 1):
         wait_for_tokens = start_copy(decoder.token)
         # The device computes the next tokens while the host hands out these.
-        if remaining > 1:
+        if step < max_new_tokens:
             for b, text in enumerate(texts):
-                if len(text) == limit:  # the newest token has no place: keep half, with that token
-                    texts[b] = text[limit + 1 - max(1, limit // 2) :]
+                if len(text) == limit:  # the newest token has no place
+                    texts[b] = text[limit - half :]
                     refill(model, cache, b, texts[b])
+            if step == 2 and device.type == "cuda":
+                advance = record(decoder.advance).replay
             advance()
         new = wait_for_tokens()
         for text, token in zip(texts, new, strict=True):
@@ -268,29 +276,6 @@ def start_copy(token: Tensor) -> Callable[[], list[int]]:
         return host.tolist()
 
     return wait
-
-
-class RecordedStep:
-    """Run a step as a CUDA graph, because launching its kernels takes longer than running them.
-
-    The first call runs the step plainly, which sets up what cannot be set up while recording.
-    """
-
-    def __init__(self, step: Callable[[], None]):
-        """step: reads and writes the same tensors in every call and never waits for the device."""
-        self.step = step
-        self.calls = 0
-
-    def __call__(self) -> None:
-        self.calls += 1
-        if self.calls == 1:
-            self.step()
-            return
-        if self.calls == 2:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.step()
-        self.graph.replay()
 
 
 # --------------------------------------------------------------------------------------------------
