@@ -18,6 +18,7 @@ from gpt12.generate import (
     Sampling,
     TextStream,
     generate,
+    most_likely,
     sample_token,
     store_by_columns,
 )
@@ -207,6 +208,22 @@ def test_the_extreme_draws_and_logits_stay_in_the_distribution(how):
         assert chosen[2] == 1
         if how != Sampling():
             assert chosen[0] == 0
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("different", [3, 300, 10**9])
+def test_the_most_likely_of_a_long_row_are_those_of_topk(different, in_order):
+    """Ties included: with few different logits any of those that tie may be chosen."""
+    logits = torch.randint(different, (5, 50304)).float()[:, :50257]
+    for k in (1, 2, 200, 400):
+        scores, ids = most_likely(logits, k, in_order)
+        expected, expected_ids = logits.topk(k)
+        assert torch.equal(scores.sort(descending=True).values, expected)
+        assert torch.equal(logits.gather(1, ids), scores)
+        assert all(len(row.unique()) == k for row in ids)
+        if different == 10**9 and in_order:
+            assert torch.equal(scores, expected)
+            assert torch.equal(ids, expected_ids)
 
 
 def test_the_nucleus_ends_with_the_token_that_reaches_top_p():
