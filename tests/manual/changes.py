@@ -1,37 +1,49 @@
 """What does each change of docs/changes/ do to loss, speed and memory? It makes a table.
 
-    python -m tests.manual.changes --dataset=fineweb_edu --steps=900 --batch_size=16
-    python -m tests.manual.changes --dataset=fineweb_edu --steps=900 --jobs=8 --seeds=1,2,3
-    python -m tests.manual.changes --dataset=my.txt --changes=rotary,swiglu --steps=100 --n_layer=2
+    python -m tests.manual.changes --dataset=my.txt --steps=600
+    python -m tests.manual.changes --dataset=my.txt --steps=600 --changes=rotary --seeds=1,2,3
+    python -m tests.manual.changes --dataset=my.txt --steps=20 --device=cpu --tokenizer=bytes \\
+        --block_size=64 --n_layer=1 --n_head=4 --n_embd=32 --log_interval=1 --eval_iters=1
 
-Each change is applied to a copy of the tree, which then trains with config/train_gpt2_fast.py. All
-other keys are train.py's and hold for every run. --jobs=N trains N of them at a time, each on a GPU
-of its own. The first row is the tree as it is. Where several seeds are given, losses are means,
-with half their range.
+Each change is applied to a copy of the tree, which then trains with config/train_gpt2_fast.py and
+one micro-batch a step. All other keys are train.py's and hold for every run. --jobs=N trains N of
+them at a time, each on a GPU of its own. Of several seeds, losses are means, with half their range.
+
+The first row is the tree as it is. It is also trained for half the steps: the two losses show what
+a longer run gains. By that, the last column moves each loss to where its run would have been after
+as many seconds as the first row's. It is an estimate; the other columns are measured.
+
+Rows are printed and written into --table as they come, so a run that is cut short leaves a table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import NamedTuple
 
 from gpt12.errors import UserError, run_main, say
 from tests.helpers import CHANGES, ROOT, changed_copy
 
-# What a change needs besides the recipe. A third of the rate, as Lion's authors say.
+AS_IT_IS = "as it is"
+HALF_AS_LONG = "as it is, for half the steps"
+# What a change needs besides the recipe. Lion's authors want a third of AdamW's rate, here 1e-3.
 KEYS = {
     "grouped_query": ["--n_kv_head=4"],
-    "lion": ["--optimizer=lion", "--learning_rate=2e-4", "--beta2=0.99"],
+    "lion": ["--optimizer=lion", "--learning_rate=3e-4", "--beta2=0.99"],
+    "modern": ["--n_kv_head=4"],
 }
 # Trains, then prints the most memory that was in use.
 TRAIN = """
@@ -41,103 +53,147 @@ if torch.cuda.is_available():
     print("peak", torch.cuda.max_memory_allocated() / 2**30)
 sys.exit(status)
 """
+HEAD = (
+    "| change | lines | parameters | tokens/s | peak GiB | loss, equal tokens | loss, equal time |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+)
 
 
-def lines(name: str) -> str:
-    """Return how many lines a change adds and removes."""
-    added, removed = 0, 0
-    for line in (CHANGES / f"{name}.diff").read_text().splitlines():
-        added += line.startswith("+") and not line.startswith("+++")
-        removed += line.startswith("-") and not line.startswith("---")
-    return f"+{added} -{removed}"
+class Figures(NamedTuple):
+    """What a run shows, or several runs together."""
+
+    parameters: str
+    speed: float  # tokens/s
+    memory: str  # GiB; empty on a CPU
+    loss: float  # over the validation split, at the end
+    spread: float = 0.0  # half the range of several seeds' losses
 
 
-def train(name: str, seed: int, options: list[str], gpus: Queue[int], place: Path) -> dict:
-    """Train a changed copy and return its figures."""
-    copy = place / f"{name}-{seed}"
-    changed_copy(copy, None if name == "as it is" else name)
-    (copy / "data" / "cache").symlink_to(ROOT / "data" / "cache")
-    out_dir = copy / "out"
-    command = [sys.executable, "-c", TRAIN, str(ROOT / "config" / "train_gpt2_fast.py")]
-    command += [*options, *KEYS.get(name, []), f"--seed={seed}", f"--out_dir={out_dir}"]
+def train(name: str, steps: int, options: list[str], gpus: Queue[int]) -> Figures:
+    """Train a changed copy of the tree on the next free GPU and return its figures."""
     gpu = gpus.get()
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"}
-    with (copy / "output.txt").open("w") as output:
-        done = subprocess.run(command, cwd=copy, env=environment, stdout=output, stderr=output)
-    gpus.put(gpu)
-    text = (copy / "output.txt").read_text()
-    if done.returncode != 0:
-        raise UserError(f"{name} ended with {done.returncode}:\n{text[-2000:]}")
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return figures(rows, text)
-
-
-def figures(rows: list[dict[str, Any]], text: str) -> dict[str, Any]:
-    """Return parameters, speed, memory and loss of a run that has ended."""
+    # In one piece, because the main thread prints, too.
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {name}: {steps} steps, {options[-1]}\n")
+    with tempfile.TemporaryDirectory() as place:
+        copy = changed_copy(Path(place) / "copy", None if name == AS_IT_IS else name)
+        (copy / "data" / "cache").symlink_to(ROOT / "data" / "cache")
+        command = [sys.executable, "-c", TRAIN, "config/train_gpt2_fast.py", "--out_dir=out"]
+        command += [f"--max_iters={steps}", f"--eval_interval={steps}"]
+        command += [f"--warmup_iters={steps // 10}", *KEYS.get(name, []), *options]
+        one_gpu = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+        done = subprocess.run(command, cwd=copy, env=one_gpu, capture_output=True, text=True)
+        gpus.put(gpu)
+        if done.returncode != 0:
+            lines = (done.stdout + done.stderr).splitlines()
+            raise UserError("\n".join([f"{name} ended with {done.returncode}:", *lines[-15:]]))
+        rows = [json.loads(line) for line in (copy / "out" / "metrics.jsonl").open()]
     speeds = [row["tokens_per_s"] for row in rows if row.get("tokens_per_s")]
-    losses = [row for row in rows if "val_loss" in row]
-    parameters = re.search(r"model: ([\d,]+) parameters", text)
-    peak = re.search(r"^peak ([\d.]+)", text, re.MULTILINE)
-    return {
-        "parameters": parameters.group(1) if parameters else "",
-        "speed": statistics.median(speeds) if speeds else 0.0,
-        "memory": f"{float(peak.group(1)):.2f}" if peak else "",
-        "seconds": losses[-1]["elapsed_s"],
-        "loss": losses[-1]["val_loss"],
-    }
+    losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    parameters = re.search(r"model: ([\d,]+) parameters", done.stdout)
+    peak = re.search(r"^peak ([\d.]+)", done.stdout, re.MULTILINE)
+    return Figures(
+        parameters=parameters[1] if parameters else "",
+        speed=statistics.harmonic_mean(speeds),  # each is of equally many tokens
+        memory=f"{float(peak[1]):.2f}" if peak else "",
+        loss=losses[-1],
+    )
 
 
-def row(name: str, runs: list[dict[str, Any]]) -> str:
-    """Return a line of the table: of several seeds, means."""
-    losses = [run["loss"] for run in runs]
-    loss = f"{statistics.mean(losses):.4f}"
-    if len(losses) > 1:
-        loss += f" ± {(max(losses) - min(losses)) / 2:.4f}"
-    speed = statistics.median([run["speed"] for run in runs])
-    seconds = statistics.median([run["seconds"] for run in runs])
-    changed = "" if name == "as it is" else lines(name)
-    cells = (name, changed, runs[0]["parameters"], f"{speed:,.0f}", runs[0]["memory"])
-    return f"| {' | '.join(cells)} | {seconds:,.0f} | {loss} |"
+def together(runs: list[Figures]) -> Figures:
+    """Return the mean of runs with several seeds."""
+    losses = [run.loss for run in runs]
+    return runs[0]._replace(
+        speed=statistics.mean(run.speed for run in runs),
+        loss=statistics.mean(losses),
+        spread=(max(losses) - min(losses)) / 2,
+    )
+
+
+def row(name: str, found: Figures, first: Figures, gain: float) -> str:
+    """Return a line of the table.
+
+    first: the figures of the tree as it is. gain: how much the loss falls from half the steps on.
+    """
+    doublings = math.log2(found.speed / first.speed)
+    cells = [
+        name,
+        "" if name == AS_IT_IS else changed_lines(name),
+        found.parameters,
+        f"{found.speed:,.0f}",
+        found.memory,
+        f"{found.loss:.4f}" + (f" ± {found.spread:.4f}" if found.spread else ""),
+        f"{found.loss - gain * doublings:.4f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def changed_lines(name: str) -> str:
+    """Return how many lines a change adds and removes."""
+    text = (CHANGES / f"{name}.diff").read_text()
+    added = re.findall(r"^\+(?!\+\+)", text, re.MULTILINE)
+    removed = re.findall(r"^-(?!--)", text, re.MULTILINE)
+    return f"+{len(added)} -{len(removed)}"
+
+
+def table(names: list[str], runs: dict[str, list[Future[Figures]]]) -> Iterator[str]:
+    """Yield the lines of the table, each as soon as its runs have ended."""
+    yield from HEAD
+    half = runs[HALF_AS_LONG][0].result()
+    first = together([run.result() for run in runs[AS_IT_IS]])
+    for name in [AS_IT_IS, *names]:
+        try:
+            found = together([run.result() for run in runs[name]])
+        except UserError as error:  # the other changes go on
+            say(str(error))
+        else:
+            yield row(name, found, first, gain=half.loss - first.loss)
 
 
 def main() -> int:
-    """Train all and print the table, row by row."""
+    """Train all and print the table, row by row. Return 1 if a run failed."""
     known = sorted(file.stem for file in CHANGES.glob("*.diff"))
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--changes", default=",".join(known))
     parser.add_argument("--seeds", default="1337")
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its own GPU")
+    parser.add_argument("--table", type=Path, default=Path("out-changes.md"))
     arguments, options = parser.parse_known_args()
     names = [name for name in arguments.changes.split(",") if name]
     for name in names:
         if name not in known:
             raise UserError(f"--changes={name}: docs/changes/ has {', '.join(known)}")
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
     dataset = arguments.dataset
     for path in (ROOT / "data" / dataset, Path(dataset)):
         if path.exists():
             dataset = str(path.resolve())
             break
-    steps = arguments.steps
-    recipe = [f"--dataset={dataset}", f"--max_iters={steps}", f"--warmup_iters={steps // 10}"]
-    recipe += [f"--eval_interval={steps}", "--eval_iters=0", "--save_interval_s=3600"]
-    recipe += ["--always_save_checkpoint=False", *options]
+    recipe = [f"--dataset={dataset}", "--gradient_accumulation_steps=1", "--eval_iters=0"]
+    recipe += ["--save_interval_s=3600", "--always_save_checkpoint=False", *options]
     gpus: Queue[int] = Queue()
     for gpu in range(arguments.jobs):
         gpus.put(gpu)
-    say("| change | lines | parameters | tokens/s | GiB | seconds | validation loss |")
-    say("| --- | --- | --- | --- | --- | --- | --- |")
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as threads:
-        runs: dict[str, list[Future[dict[str, Any]]]] = {}
-        for name in ["as it is", *names]:
-            for seed in seeds:
-                job = threads.submit(train, name, seed, recipe, gpus, Path(folder))
-                runs.setdefault(name, []).append(job)
-        for name, jobs in runs.items():
-            say(row(name, [job.result() for job in jobs]))
-    return 0
+    threads = ThreadPoolExecutor(arguments.jobs)
+
+    def start(name: str, steps: int, seed: str) -> Future[Figures]:
+        return threads.submit(train, name, steps, [*recipe, f"--seed={seed}"], gpus)
+
+    seeds = arguments.seeds.split(",")
+    runs = {HALF_AS_LONG: [start(AS_IT_IS, arguments.steps // 2, seeds[0])]}
+    for name in [AS_IT_IS, *names]:
+        runs[name] = [start(name, arguments.steps, seed) for seed in seeds]
+    say(f"{sum(map(len, runs.values()))} runs")
+    rows = 0
+    try:
+        with arguments.table.open("w") as file:
+            for line in table(names, runs):
+                say(line)
+                print(line, file=file, flush=True)
+                rows += 1
+    finally:
+        threads.shutdown(cancel_futures=True)  # Ctrl-C ends the run that is under way alone
+    return 0 if rows == len(HEAD) + 1 + len(names) else 1
 
 
 if __name__ == "__main__":
