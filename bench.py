@@ -101,8 +101,8 @@ def read(argv: Sequence[str]) -> tuple[BenchConfig, Sequence[Recompute]]:
             f"one of scratch, {', '.join(GPT2_SHAPES)}"
         )
     elif not config.plan and given.isdisjoint(CPU_SHAPE):
-        has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-        if config.device == "cpu" or (config.device == "auto" and not has_gpu):
+        machine = open_machine(config.device, "float32", compile=False)
+        if machine.device.type == "cpu":
             config = replace(config, **CPU_SHAPE)  # type: ignore[arg-type]
     if "gradient_accumulation_steps" not in given:
         config = replace(config, gradient_accumulation_steps=torchrun_ranks().world)
@@ -277,7 +277,7 @@ def sweep(config: BenchConfig, argv: Sequence[str]) -> list[Row]:
 def find_batch(config: BenchConfig, kinds: Sequence[Recompute], machine: Machine) -> list[Row]:
     """Measure micro-batches of 1, 2, 4 ... rows until one does not fit or is slower.
 
-    kinds: of recomputation, to try each. Raises UserError if nothing fits.
+    kinds: of recomputation, to try each.
     """
     if not machine.on_gpu:
         kinds = kinds[:1]  # computing twice only costs time there
@@ -295,8 +295,6 @@ def find_batch(config: BenchConfig, kinds: Sequence[Recompute], machine: Machine
                 break
             speed = max(speed, row["tokens_per_s"])
             batch_size *= 2
-    show_rows(rows)
-    show_fastest(rows)
     return rows
 
 
@@ -359,7 +357,6 @@ def sample(config: BenchConfig, machine: Machine) -> list[Row]:
         prompts = torch.randint(config.vocab_size, (texts, length)).tolist()
         row = time_decoding(model, prompts, new_tokens, sampling)
         rows.append(row | {"label": f"{texts} texts at once"})
-    show_rows(rows)
     return rows
 
 
@@ -382,9 +379,33 @@ def finish(config: BenchConfig, device: str, results: dict[str, Any]) -> None:
     file = "plan.json" if config.plan else "bench.json"
     write_json(Path(file), content)
     say(f"wrote {file}: all figures, with versions and settings (--json prints them instead)")
+    if config.ladder:
+        draw(results["ladder"], f"GPT-2 of {config.n_layer} layers of {config.n_embd}: {device}")
 
 
-def prepare(config: BenchConfig) -> Machine:
+def draw(rows: list[Row], title: str) -> None:
+    """Draw bench.png: a bar for the speed of each step, and its peak memory in words."""
+    from matplotlib.figure import Figure  # not pyplot, which takes twice as long to import
+
+    words = []
+    for row in rows:
+        text = row.get("error") or f"{row['tokens_per_s']:,.0f}"
+        if "peak_gib" in row:
+            text += f", {row['peak_gib']:.3g} GiB"
+        words.append(text)
+    figure = Figure(figsize=(8, 1 + 0.35 * len(rows)), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="tokens/s in training, peak memory", xticks=[])
+    speeds = [row.get("tokens_per_s", 0) for row in rows]
+    bars = axes.barh([row["label"] for row in rows], speeds, color="#0072B2")
+    axes.bar_label(bars, words, padding=3)
+    axes.margins(x=0.25)  # room for the words
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig("bench.png", dpi=110)
+    say("wrote bench.png")
+
+
+def introduce(config: BenchConfig) -> Machine:
     """Describe the machine, and limit its memory if that was asked for."""
     _, machine = decide(config)
     for line in (f"{machine.name}, torch {torch.__version__}", *machine.notes):
@@ -398,18 +419,20 @@ def prepare(config: BenchConfig) -> Machine:
 
 def measure(argv: Sequence[str], config: BenchConfig, kinds: Sequence[Recompute]) -> None:
     """Measure what was asked for, one after the other, and show it."""
-    machine = prepare(config)
+    machine = introduce(config)
     results: dict[str, Any] = {}
     if config.sweep is not None:
         results["sweep"] = sweep(config, argv)
     if config.ladder:
         results["ladder"] = climb_ladder(config)
-    for rows in results.values():
-        show_rows(rows)
     if config.find_batch:
         results["find_batch"] = find_batch(config, kinds, machine)
     if config.sample:
         results["sample"] = sample(config, machine)
+    for rows in results.values():
+        show_rows(rows)
+    if config.find_batch:
+        show_fastest(results["find_batch"])
     if config.profile:
         profile(config)
     elif not results:

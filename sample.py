@@ -52,6 +52,7 @@ MARK = "~~question~~"  # stands for a user's text, to see what a chat template m
 PASTE_SECONDS = 0.05
 # A message as chat templates expect it: role and content; and "ended" if the model ended it itself.
 Message = dict[str, Any]
+Times = list[tuple[float, int]]  # seconds on a clock, and how many tokens came then
 
 
 def main() -> None:
@@ -273,10 +274,11 @@ class Writer:
         """
         room = self.model.config.block_size
         ids = self.tokenizer.encode_prompt(self.prompt(messages))
-        if len(ids) > room:
-            while len(messages) > 1 and len(ids) > room // 2:
-                messages = messages[2:]
-                ids = self.tokenizer.encode_prompt(self.prompt(messages))
+        longest = room
+        while len(ids) > longest and len(messages) > 1:
+            longest = room // 2
+            messages = messages[2:]
+            ids = self.tokenizer.encode_prompt(self.prompt(messages))
         if len(ids) > room:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, the model's context only {room}: shorten it"
@@ -288,10 +290,14 @@ class Writer:
         return TextStream(self.tokenizer, self.config.stop)
 
     def write(
-        self, prompt: list[int], texts: list[TextStream], speed: Speed
+        self, prompt: list[int], texts: list[TextStream], times: Times
     ) -> Iterator[tuple[int, str]]:
-        """Continue the prompt once for each text; yield (index of the text, new characters)."""
+        """Continue the prompt once for each text; yield (index of the text, new characters).
+
+        times: gets a row at the start, and one for each decoding step.
+        """
         config = self.config
+        times.append((time.perf_counter(), 0))
         sampling = Sampling(
             temperature=config.temperature,
             top_k=config.top_k,
@@ -303,7 +309,8 @@ class Writer:
         seeds = [config.seed * 1_000_003 + i for i in range(len(texts))]
         prompts = [prompt] * len(texts)
         for tokens in stream(self.model, prompts, config.max_new_tokens, sampling, seeds=seeds):
-            speed.count(sum(text.finish_reason is None for text in texts))
+            unfinished = sum(text.finish_reason is None for text in texts)
+            times.append((time.perf_counter(), unfinished))
             for i, token in enumerate(tokens):
                 new = texts[i].add(token)
                 if new:
@@ -312,27 +319,17 @@ class Writer:
                 break
 
 
-class Speed:
-    """Measure the time to the first token, and the tokens per second after it."""
-
-    def __init__(self) -> None:
-        self.times = [time.perf_counter()]  # the start, then when the tokens of each step came
-        self.tokens: list[int] = []  # of each step
-
-    def count(self, tokens: int) -> None:
-        """Count the tokens of one decoding step, which have just arrived."""
-        self.times.append(time.perf_counter())
-        self.tokens.append(tokens)
-
-    def summary(self) -> str:
-        """Describe the speed."""
-        if not self.tokens:
-            return "no token"
-        text = f"{sum(self.tokens)} tokens, first after {self.times[1] - self.times[0]:.2f} s"
-        if len(self.tokens) > 1:
-            speed = sum(self.tokens[1:]) / (self.times[-1] - self.times[1])
-            text += f", then {speed:,.1f} tokens/s"
-        return text
+def speed(times: Times) -> str:
+    """Tell the time to the first token, and the tokens per second after it."""
+    if len(times) < 2:
+        return "no token"
+    (start, _), (first, first_tokens), *others = times
+    tokens = sum(tokens for _, tokens in others)
+    text = f"{first_tokens + tokens} tokens, first after {first - start:.2f} s"
+    if others:
+        last, _ = others[-1]
+        text += f", then {tokens / (last - first):,.1f} tokens/s"
+    return text
 
 
 def print_samples(writer: Writer, start: str) -> None:
@@ -345,10 +342,10 @@ def print_samples(writer: Writer, start: str) -> None:
     prompt = writer.prompt(messages)
     _, ids = writer.fit(messages)
     texts = [writer.new_text() for _ in range(writer.config.num_samples)]
-    speed = Speed()
+    times: Times = []
     if not as_json:
         show(prompt)
-    for i, new in writer.write(ids, texts, speed):
+    for i, new in writer.write(ids, texts, times):
         if i == 0 and not as_json:
             show(new)
     for i, text in enumerate(texts):
@@ -362,7 +359,7 @@ def print_samples(writer: Writer, start: str) -> None:
         else:
             show(f"{prompt}{text.shown}\n{SEPARATOR}\n")
     together = f"{len(texts)} texts in one batch: " if len(texts) > 1 else ""
-    say(together + speed.summary())
+    say(together + speed(times))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -411,12 +408,12 @@ def answer(writer: Writer, messages: Sequence[Message], question: str) -> Sequen
         say(f"error: {error}")
         return messages
     text = writer.new_text()
-    speed = Speed()
+    times: Times = []
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the text, not the program
-        for _, new in writer.write(prompt, [text], speed):
+        for _, new in writer.write(prompt, [text], times):
             show(new)
     show(text.finish("length") + "\n")
-    say(speed.summary())
+    say(speed(times))
     if writer.template.forgets() or writer.template.complete(question) is not None:
         return []
     said = writer.tokenizer.decode(text.ids)  # with the stop string, which is not shown

@@ -12,7 +12,7 @@ Shapes: B texts, T new tokens of each text, S slots of the cache, C channels, V 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,6 +251,7 @@ def stream(
     limit = model.config.block_size
     texts = [list(prompt) for prompt in prompts]
     device = model.transformer.wte.weight.device
+    on_gpu = device.type == "cuda"
     longest = max(len(text) for text in texts)
     cache = KVCache(len(texts), min(longest + max_new_tokens, limit), device)
     if seeds is None:
@@ -261,20 +262,23 @@ def stream(
     advance = decoder.advance
     decoder.read_prompts(texts)
     for step in range(1, max_new_tokens + 1):
-        wait_for_tokens = start_copy(decoder.token)
+        newest = decoder.token.to("cpu", copy=True, non_blocking=on_gpu)
+        copied = torch.cuda.current_stream().record_event() if on_gpu else None
         # The device computes the next tokens while the host hands out these.
         if step < max_new_tokens:
             for b, text in enumerate(texts):
                 if len(text) == limit:  # the newest token has no place
                     texts[b] = text[limit - half :]
                     refill(model, cache, b, texts[b])
-            if step == 2 and device.type == "cuda":
+            if step == 2 and on_gpu:  # the first step has set up what cannot be recorded
                 advance = record(decoder.advance).replay
             advance()
-        new = wait_for_tokens()
-        for text, token in zip(texts, new, strict=True):
+        if copied is not None:
+            copied.synchronize()
+        tokens = newest.tolist()
+        for text, token in zip(texts, tokens, strict=True):
             text.append(token)
-        yield new
+        yield tokens
 
 
 def generate(
@@ -283,21 +287,6 @@ def generate(
     """Return the new token ids of each prompt. Options as for `stream`."""
     steps = list(stream(model, prompts, max_new_tokens, **options))
     return [[step[b] for step in steps] for b in range(len(prompts))]
-
-
-def start_copy(token: Tensor) -> Callable[[], list[int]]:
-    """Start to copy the newest tokens to the host. Returns a function that waits for them."""
-    if not token.is_cuda:
-        tokens = token.tolist()
-        return lambda: tokens
-    host = token.to("cpu", non_blocking=True)
-    copied = torch.cuda.current_stream().record_event()
-
-    def wait() -> list[int]:
-        copied.synchronize()
-        return host.tolist()
-
-    return wait
 
 
 # --------------------------------------------------------------------------------------------------

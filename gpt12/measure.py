@@ -36,7 +36,7 @@ from model import GPT
 # HwPowerBrakeSlowdown 0x80).
 CLOCK_IS_HELD = 0x08 | 0x20 | 0x40 | 0x80
 OUTSIDE_GIB = 1.3  # outside of torch's allocator; our own context takes up to 0.8
-PROMPT_RUNS = 4  # how often reading the prompts is timed
+PROMPT_RUNS = 4  # how often nothing but reading the prompts is timed
 
 Row = dict[str, Any]  # the figures of a measurement, by their names in bench.json
 
@@ -91,22 +91,17 @@ def time_calls(call: Callable[[], None], machine: Machine, warmup: int, count: i
         call()
     machine.synchronize()
     warmup_s = time.perf_counter() - began
-    marks = []
-    events = []
-    for i in range(count + 1):
-        if i > 0:
-            call()
-        if machine.on_gpu:  # the end of the work that is queued so far
-            events.append(torch.cuda.Event(enable_timing=True))
-            events[-1].record()
-        else:
-            machine.synchronize()
-            marks.append(1e3 * time.perf_counter())
+    marks = [mark(machine)]
+    for _ in range(count):
+        call()
+        marks.append(mark(machine))
     # The GPU still works through its queue: an idle one would lower its clock.
     held = machine.on_gpu and clock_is_held()
     machine.synchronize()
-    times = [before.elapsed_time(after) for before, after in pairwise(events)]
-    times += [after - before for before, after in pairwise(marks)]
+    if machine.on_gpu:
+        times = [before.elapsed_time(after) for before, after in pairwise(marks)]
+    else:
+        times = [1e3 * (after - before) for before, after in pairwise(marks)]
     p10, middle, p90 = np.percentile(times, (10, 50, 90)).tolist()
     row = {"ms": middle, "ms_p10": p10, "ms_p90": p90, "steps": count, "warmup_s": warmup_s}
     if not machine.on_gpu:
@@ -117,6 +112,16 @@ def time_calls(call: Callable[[], None], machine: Machine, warmup: int, count: i
         "total_gib": torch.cuda.mem_get_info()[1] / GIB,
         "warnings": warnings_about(machine, held),
     }
+
+
+def mark(machine: Machine) -> Any:
+    """Return the end of the work so far: an event in a GPU's queue, or the time in seconds."""
+    if machine.on_gpu:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+    machine.synchronize()
+    return time.perf_counter()
 
 
 def forget_last_measurement() -> None:
@@ -198,20 +203,18 @@ def time_decoding(
     """
     forget_last_measurement()
     first_tokens = []
-    for _ in range(1 + PROMPT_RUNS):
-        began = time.perf_counter()
-        next(stream(model, prompts, 1, sampling))
-        first_tokens.append(time.perf_counter() - began)
     # stream() computes the next token before it yields one. So on a CPU the last token, after which
     # there is nothing to compute, comes at once: make one more than is timed.
-    arrivals = []
-    for _ in stream(model, prompts, max_new_tokens + 1, sampling):
-        arrivals.append(time.perf_counter())
+    for count in [1] * PROMPT_RUNS + [max_new_tokens + 1]:
+        began = time.perf_counter()
+        arrivals = [time.perf_counter() for _ in stream(model, prompts, count, sampling)]
+        first_tokens.append(arrivals[0] - began)
     gap = (arrivals[-2] - arrivals[0]) / (max_new_tokens - 1)
+    cold, *warm = first_tokens
     return {
         "texts": len(prompts),
-        "first_s": first_tokens[0],
-        "prompt_ms": 1e3 * median(first_tokens[1:]),
+        "first_s": cold,
+        "prompt_ms": 1e3 * median(warm),
         "ms": 1e3 * gap,
         "tokens_per_s": len(prompts) / gap,
     }

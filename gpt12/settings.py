@@ -346,7 +346,7 @@ class BenchConfig(TrainConfig):
     sweep: Text | None = first_of("The keys that people use first", None)
     """KEY:VALUE,VALUE measures the step at each value of a key, as a table."""
     ladder: bool = False
-    """Show what each technique gains, from float32 on."""
+    """Show what each technique gains, from float32 on; draw it as bench.png."""
     find_batch: bool = False
     """Find the batch size that is fastest in this memory."""
     sample: bool = False

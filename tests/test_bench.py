@@ -5,8 +5,6 @@ No test looks at how long anything took: a shared machine would make it fail or 
 
 import gc
 import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,8 +22,9 @@ from gpt12.measure import attention_kernel, show_rows, show_step
 from gpt12.memory import GIB, RECOMPUTE, predict
 from gpt12.settings import model_shape
 from model import GPTConfig, parameter_count
-from tests.bench_helpers import CPU, GPU, arguments, make, make_124m
-from tests.helpers import ROOT, environment, write_shard
+from tests.bench_helpers import GPU, arguments, make, make_124m
+from tests.helpers import ROOT, write_shard
+from tests.processes import start_ranks
 from train import TrainStep
 
 RTX_4070_TI = CARDS["NVIDIA GeForce RTX 4070 Ti"]
@@ -230,20 +229,13 @@ def test_a_step_that_does_not_fit_is_said_and_not_made_smaller(run, monkeypatch)
         run(batch_size=8)
 
 
-def test_under_torchrun_all_ranks_are_one_figure(tmp_path):
-    """torchrun finds a port by itself, and puts what each rank prints into a file."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    start += ["--redirects=1", f"--log-dir={tmp_path / 'logs'}"]
-    command = [*start, str(Path(bench.__file__)), *arguments()]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    printed = []
-    for rank in (0, 1):
-        (log,) = (tmp_path / "logs").glob(f"*/attempt_0/{rank}/stdout.log")
-        printed.append(log.read_text())
-    assert printed[1] == ""
-    assert "wrote bench.json" in printed[0]
-    check_step(json.loads((tmp_path / "bench.json").read_text()), 2 * 48)
+def test_all_ranks_are_one_figure():
+    (status, printed), others = [
+        rank.end() for rank in start_ranks(bench.main, *arguments(json=True))
+    ]
+    assert status == 0, printed
+    assert others == (0, "")
+    check_step(json.loads(printed.splitlines()[-1]), 2 * 48)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,6 +285,15 @@ def test_rungs_that_do_not_fit_are_rows_and_speeds_are_multiples_of_the_first(ca
     ]
 
 
+@pytest.mark.parametrize("peak", [{}, {"peak_gib": 2.0}])
+def test_the_ladder_is_drawn_with_a_bar_for_each_rung(monkeypatch, tmp_path, peak):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "describe_run", lambda config, **facts: facts)
+    rows = [{"label": "a", "error": "out of memory"}, {"label": "b", "tokens_per_s": 4.0} | peak]
+    bench.finish(make(ladder=True), "a card", {"ladder": rows})
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_sweep_changes_only_its_key_and_is_a_table(run, monkeypatch):
     measured = fake_steps(monkeypatch, limit=2)
     result, text = run("--sweep=batch-size:1,4,2")
@@ -318,7 +319,7 @@ def test_find_batch_doubles_the_rows_until_it_gets_slower_or_does_not_fit(run, m
     assert len(rows) == 15  # on a GPU every kind
     fake_steps(monkeypatch, limit=0)
     with pytest.raises(UserError, match="nothing fits"):
-        bench.find_batch(make(), RECOMPUTE, CPU)
+        run("--find_batch")
 
 
 def test_a_step_that_a_cpu_has_no_memory_for_is_not_begun(run, monkeypatch):

@@ -125,13 +125,9 @@ def test_texts_go_to_standard_output_and_figures_to_standard_error(start):
     assert err.count("tokens/s") == 1
 
 
-def test_the_pace_counts_from_the_first_token(monkeypatch):
-    clock = iter([10.0, 12.0, 13.0, 14.0])  # begun, then one for each step
-    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
-    speed = sample.Speed()
-    for _ in range(3):
-        speed.count(2)
-    assert speed.summary() == "6 tokens, first after 2.00 s, then 2.0 tokens/s"
+def test_the_pace_counts_from_the_first_token():
+    times = [(10.0, 0), (12.0, 2), (13.0, 2), (14.0, 2)]
+    assert sample.speed(times) == "6 tokens, first after 2.00 s, then 2.0 tokens/s"
 
 
 def test_greedy_sampling_gives_one_text_unless_more_are_asked_for(start):
