@@ -32,11 +32,11 @@ import torch
 
 from data.windows import TrainWindows
 from gpt12.cards import CARDS, find_card
-from gpt12.checkpoint import describe_run, write_json
 from gpt12.config import load_config
 from gpt12.device import Machine, open_machine
 from gpt12.distributed import is_rank_0, process_group, reported_by_rank_0, torchrun_ranks
 from gpt12.fit import cap_memory
+from gpt12.folder import describe_run, write_json
 from gpt12.generate import Sampling, store_by_columns
 from gpt12.loader import Loader
 from gpt12.measure import (

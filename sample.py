@@ -31,9 +31,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.tokenizers import GPT2_VOCAB_SIZE, get_tokenizer, load_tokenizer
-from gpt12.checkpoint import find_checkpoint, is_run
+from gpt12.checkpoint import find_checkpoint
 from gpt12.config import load_config, unescape
 from gpt12.device import open_machine
+from gpt12.folder import is_run
 from gpt12.generate import Sampling, TextStream, store_by_columns, stream
 from gpt12.memory import ran_out_of_memory
 from gpt12.settings import SampleConfig

@@ -55,6 +55,7 @@ from gpt12.run import (
     Run,
     build_run,
     continued_schedule,
+    description,
     is_complete,
     lock_out_dir,
     read_request,
@@ -406,11 +407,14 @@ class Trainer:
             say=self.log.say,
             interval_s=run.config.save_interval_s,
             interval_is_exact="save_interval_s" in run.request.given,
+            description=description(run),
         )
         self.updating = False  # whether an update is under way
 
     def train(self) -> int:
         """Train, save what was trained, and return the exit status."""
+        self.log.introduce()
+        self.saver.open(self.run.request.resumed)
         self.log.open()
         self.run.model.train()
         with self.stop.handling():

@@ -13,11 +13,12 @@ A run         settings.py       every key, its default and its description
               distributed.py    several processes, Ctrl-C
 
 The step      optimizer.py      the optimizers that --optimizer can name
-              muon.py           Muon                optim8bit.py   AdamW with 8-bit state
-              cuda_graph.py     recording a step    loader.py      windows on their way to the GPU
+              muon.py           Muon                loader.py      windows on their way to the GPU
+              cuda_graph.py     recording a step
               fit.py            settings with which a step fits into the memory
 
-The folder    checkpoint.py     run.json, the lock, best/ and last/, what resuming needs
+The folder    folder.py         run.json, the lock, an earlier run
+              checkpoint.py     best/ and last/, what resuming needs, and when they are saved
               log.py            terminal, metrics.jsonl, loss.png, wandb, clock
 
 bench.py      measure.py        times steps and texts     memory.py  predicts them

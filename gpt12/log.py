@@ -1,5 +1,11 @@
 """What a run tells: lines, a progress bar, metrics.jsonl, loss.png, Weights & Biases; its clock.
 
+    introduction()            what will be trained, on what, and what is likely to spoil it
+    RunLog.log_step()         a row of metrics.jsonl, and the bar or a line
+    RunLog.log_evaluation()   a row, a line, a text that the model writes, loss.png
+    RunLog.close()            what came out, and what to type next
+    Clock                     seconds of training
+
 Only rank 0 tells anything.
 """
 
@@ -15,22 +21,22 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from gpt12.checkpoint import Progress, describe_run, set_aside, write_json, write_text
+from gpt12.checkpoint import Progress
 from gpt12.device import Machine
 from gpt12.errors import UserError, one_line, printable
 from gpt12.files import write_atomically
+from gpt12.folder import write_file
 from gpt12.generate import Sampling, generate
 from gpt12.loss import IGNORE_INDEX
 from gpt12.memory import GIB, needed_memory
-from gpt12.run import Run, data_facts, warn_of_long_run
+from gpt12.run import Run, warn_of_long_run
 from gpt12.twin import is_gpt2
 from model import parameter_count
 
@@ -42,19 +48,122 @@ BY_HEART_PARAMETERS = 20
 BY_HEART_EPOCHS = 20
 NOTICEABLE_S = 1.0  # seconds of training or saving that are told at the end
 MAX_DRAWN = 4000  # loss.png is 770 pixels wide; more points would only cost memory
-MAX_LEFT_S = 1e13  # the longest time that is told; Python's timedelta holds little more
-# What reading a line that is no row raises.
-NO_ROW = (ValueError, TypeError, LookupError, RecursionError, OverflowError)
 BLUE = "#0072B2"  # colours of Okabe and Ito's palette, which the colour-blind can tell apart
 ORANGE = "#D55E00"
 GREEN = "#009E73"
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]  # of metrics.jsonl
 
 
 def perplexity(loss: float) -> float:
     """Return e to the loss, without overflow."""
     return math.exp(min(loss, 700))
+
+
+# --------------------------------------------------------------------------------------------------
+# Before the first step
+
+
+def introduction(run: Run) -> Iterator[str]:
+    """Say what will be trained, on what, with which data, and what is likely to spoil it."""
+    config = run.config
+    shape = run.model.config
+    yield from run.notes
+    yield (
+        f"model: {parameter_count(shape):,} parameters (n_layer={shape.n_layer}, "
+        f"n_head={shape.n_head}, n_embd={shape.n_embd}, block_size={config.block_size}, "
+        f"vocabulary {shape.vocab_size:,})"
+    )
+    if config.lora_rank:
+        yield f"LoRA: {_trained(run):,} parameters are trained, the others stay as they are"
+    gpt2 = is_gpt2(shape)
+    if not gpt2:
+        yield (
+            "model.py does not compute what GPT-2 computes: this program opens the saved models, "
+            "others cannot"
+        )
+    yield _data_line(run)
+    world = run.machine.world
+    yield (
+        f"step: batch_size={config.batch_size} x block_size={config.block_size} x "
+        f"gradient_accumulation_steps={config.gradient_accumulation_steps} = "
+        f"{run.windows_per_step * config.block_size:,} tokens"
+        f"{f' on {world} processes' if world > 1 else ''}; "
+        f"{config.max_iters:,} steps end after {_epochs(run):.3g} epochs"
+    )
+    gib = needed_memory(shape, config, run.machine) / GIB
+    doubt = "" if gpt2 else ", an estimate, because model.py is not GPT-2's"
+    yield f"memory: about {gib:.3g} GiB at the peak of a step (recompute={config.recompute}){doubt}"
+    for problem in _problems(run):
+        yield f"warning: {problem}"
+    if run.machine.device.type == "cpu":
+        steps_left = config.max_iters - run.progress.step
+        warning = warn_of_long_run(shape, config, steps_left, torch.get_num_threads())
+        if warning is not None:
+            yield warning
+    if run.request.resumed:
+        yield f"resuming at step {run.progress.step:,}"
+
+
+def _trained(run: Run) -> int:
+    """Return the number of parameters that are trained."""
+    return sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+
+
+def _epochs(run: Run) -> float:
+    """Return how many times the run reads the training text."""
+    left = run.config.max_iters - run.progress.step
+    windows = run.progress.position + left * run.windows_per_step
+    return windows / run.train_windows.per_epoch
+
+
+def _data_line(run: Run) -> str:
+    dataset = run.dataset
+    kind = ""
+    if run.packed:
+        kind = "; only the answers are trained on"
+    elif run.config.init_from != "scratch":
+        # Instruction data that were not recognized as such show here.
+        kind = "; plain text, every token is a target"
+    documents = "" if dataset.documents is None else f"documents: {dataset.documents:,}, "
+    return (
+        f"data: {dataset.name}, {documents}{len(run.train_windows.tokens):,} training and "
+        f"{len(dataset.val):,} validation tokens{kind}"
+    )
+
+
+def _problems(run: Run) -> Iterator[str]:
+    """Say what is likely to spoil the result, and what to change."""
+    config = run.config
+    steps = config.max_iters
+    if steps == 0:
+        return  # only an evaluation
+    end = config.lr_decay_iters or steps
+    if config.decay_lr and 2 * (min(end, steps) - config.warmup_iters) < steps:
+        yield (
+            f"the warm-up takes {config.warmup_iters:,} steps and the rate has fallen to "
+            f"min_lr at step {end:,}, so most of the {steps:,} updates stay far below "
+            f"learning_rate={config.learning_rate:g}: try --warmup_iters={steps // 10} "
+            f"--lr_decay_iters={steps}"
+        )
+    length = "num_epochs" if config.num_epochs else "max_iters"
+    if steps < FEW_UPDATES:
+        yield (
+            f"max_iters={steps} updates will hardly change the model: try a larger --{length} or "
+            f"fewer than {run.windows_per_step:,} sequences a step"
+        )
+    tokens = len(run.train_windows.tokens)
+    epochs = _epochs(run)
+    if epochs > BY_HEART_EPOCHS and _trained(run) > BY_HEART_PARAMETERS * tokens:
+        yield (
+            f"{run.dataset.name} has only {tokens:,} training tokens and is read {epochs:,.0f} "
+            f"times: the model will learn it by heart. Try a smaller --{length}; best/ keeps the "
+            "model with the lowest validation loss"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# During training
 
 
 class RunLog:
@@ -65,12 +174,12 @@ class RunLog:
         self.active = run.machine.rank == 0
         self.progress = run.progress
         self.clock = Clock(run.machine, run.progress)
+        self.metrics: Any = None  # metrics.jsonl
+        self.cannot_write = False  # that metrics.jsonl lacks a row was said
         self.skipped = 0.0  # skipped updates that were reported
         self.start_loss: float | None = None  # validation loss at step 0
         self.wandb: Any = None
         self.bar: Any = None
-        self.metrics: Any = None  # metrics.jsonl
-        self.complained = False  # that it cannot be written
         self.drawing: threading.Thread | None = None
 
     def say(self, text: str) -> None:
@@ -83,199 +192,31 @@ class RunLog:
             tqdm.write(printable(text, sys.stdout))
             sys.stdout.flush()  # else a log file gets the line much later
 
-    # ---------------------------------------------------------------------------------------------
-    # Beginning and end
+    def introduce(self) -> None:
+        """Say what will be trained, and start Weights & Biases. Nothing is written yet."""
+        if not self.active:
+            return
+        for line in introduction(self.run):
+            self.say(line)
+        if self.run.config.wandb_log:
+            self._start_wandb()
 
     def open(self) -> None:
-        """Introduce the run, open its files, and show a progress bar on a terminal.
+        """Begin the metrics, and show a progress bar on a terminal.
 
         A log file gets a line per logged step instead of the bar.
         """
         if not self.active:
             return
-        self.introduce()
-        self._open_files()
-        config = self.run.config
+        file = self.run.out_dir / "metrics.jsonl"
+        drop_later_rows(file, self.progress)
+        self.metrics = file.open("a", encoding="utf-8", buffering=1)  # a line at a time
         step = self.progress.step
         hidden = None if sys.stderr is not None else True  # None: where there is no terminal
-        self.bar = tqdm(total=config.max_iters, initial=step, unit="step", disable=hidden)
+        total = self.run.config.max_iters
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=hidden)
         if step == 0:
             self.say("evaluating before the first step")
-
-    def introduce(self) -> None:
-        """Say what will be trained, on what, and with which data."""
-        run = self.run
-        config = run.config
-        shape = run.model.config
-        for note in run.notes:
-            self.say(note)
-        self.say(
-            f"model: {parameter_count(shape):,} parameters ({_count(shape.n_layer, 'layer')}, "
-            f"{_count(shape.n_head, 'head')}, {shape.n_embd} channels, "
-            f"context {config.block_size} tokens, vocabulary {shape.vocab_size:,})"
-        )
-        if config.lora_rank:
-            self.say(
-                f"LoRA: {self._trained():,} parameters are trained, the others stay as they are"
-            )
-        self.say(self._data_line())
-        self.say(self._step_line())
-        gib = needed_memory(shape, config, run.machine) / GIB
-        doubt = "" if is_gpt2(shape) else ", an estimate, because model.py is not GPT-2's"
-        peak = f"about {gib:.3g} GiB at the peak of a step"
-        self.say(f"memory: {peak} (recompute={config.recompute}){doubt}")
-        for problem in self._problems():
-            self.say(f"warning: {problem}")
-        if run.machine.device.type == "cpu":
-            steps_left = config.max_iters - self.progress.step
-            warning = warn_of_long_run(shape, config, steps_left, torch.get_num_threads())
-            if warning is not None:
-                self.say(warning)
-        if run.request.resumed:
-            self.say(f"resuming at step {self.progress.step:,}")
-
-    def _trained(self) -> int:
-        """Return the number of parameters that are trained."""
-        return sum(p.numel() for p in self.run.model.parameters() if p.requires_grad)
-
-    def _data_line(self) -> str:
-        dataset = self.run.dataset
-        assert dataset.train is not None
-        documents = ""
-        if dataset.documents is not None:
-            documents = f"{_count(dataset.documents, 'document')}, "
-        line = (
-            f"data: {dataset.name}, {documents}{len(dataset.train):,} training and "
-            f"{len(dataset.val):,} validation tokens"
-        )
-        if dataset.train.mask is not None:
-            line += "; only the answers are trained on"
-        elif self.run.config.init_from != "scratch":
-            # Instruction data that were not recognized as such show here.
-            line += "; plain text, every token is a target"
-        return line
-
-    def _epochs(self) -> float:
-        """Return how many times the run reads the training text."""
-        run = self.run
-        left = run.config.max_iters - self.progress.step
-        windows = self.progress.position + left * run.windows_per_step
-        return windows / run.train_windows.per_epoch
-
-    def _step_line(self) -> str:
-        run = self.run
-        config = run.config
-        epochs = self._epochs()
-        if epochs > 1:
-            part = f"the text {epochs:,.1f} times"
-        elif epochs >= 0.01:
-            part = f"{epochs:.0%} of the text"
-        else:
-            part = "less than 1% of the text"
-        micro_batches = _count(config.gradient_accumulation_steps, "micro-batch", "es")
-        processes = f" on {run.machine.world} processes" if run.machine.world > 1 else ""
-        return (
-            f"step: {_count(int(config.batch_size), 'sequence')} x {config.block_size} tokens x "
-            f"{micro_batches}{processes} = {self._tokens_per_step():,} tokens; "
-            f"{_count(config.max_iters, 'step')} read {part}"
-        )
-
-    def _tokens_per_step(self) -> int:
-        return self.run.windows_per_step * self.run.config.block_size
-
-    def _problems(self) -> Iterator[str]:
-        """Say what is likely to spoil the result, and what to change."""
-        run = self.run
-        config = run.config
-        steps = config.max_iters
-        end = config.lr_decay_iters or steps
-        if steps == 0:
-            return  # only an evaluation
-        if config.decay_lr and 2 * (min(end, steps) - config.warmup_iters) < steps:
-            yield (
-                f"the warm-up takes {config.warmup_iters:,} steps and the rate has fallen to "
-                f"min_lr at step {end:,}, so most of the {steps:,} updates stay far below "
-                f"learning_rate={config.learning_rate:g}: try --warmup_iters={steps // 10} "
-                f"--lr_decay_iters={steps}"
-            )
-        length = "num_epochs" if config.num_epochs else "max_iters"
-        if steps < FEW_UPDATES:
-            yield (
-                f"{_count(steps, 'update')} will hardly change the model: try a larger --{length} "
-                f"or a smaller step, which is {_count(run.windows_per_step, 'sequence')}"
-            )
-        tokens = len(run.train_windows.tokens)
-        epochs = self._epochs()
-        if epochs > BY_HEART_EPOCHS and self._trained() > BY_HEART_PARAMETERS * tokens:
-            yield (
-                f"{run.dataset.name} has only {tokens:,} training tokens and is read "
-                f"{epochs:,.0f} times: the model will learn it by heart. Try a smaller --{length}; "
-                "best/ keeps the model with the lowest validation loss"
-            )
-
-    def _open_files(self) -> None:
-        """Set an earlier run's files aside, write run.json, and open metrics.jsonl."""
-        run = self.run
-        config = run.config
-        facts = describe_run(
-            asdict(config),
-            requested=asdict(run.request.asked),
-            given=sorted(run.request.given),
-            device=run.machine.name,
-            compile=run.machine.compiled,
-            world_size=run.machine.world,
-            data=data_facts(run.dataset),
-        )
-        if config.wandb_log:
-            self._start_wandb(facts)
-        if not run.request.resumed:
-            told = set_aside(run.out_dir)
-            if told is not None:
-                self.say(told)
-        write_json(run.out_dir / "run.json", facts)
-        self.metrics = open_metrics(run.out_dir / "metrics.jsonl", self.progress)
-
-    def close(self, status: int, saved: bool, saving_s: float, failed: bool) -> None:
-        """Say what came out and what to type next.
-
-        saving_s: seconds of saving. failed: an exception ends the run.
-        """
-        if not self.active:
-            return
-        self.bar.close()
-        self._wait_for_picture()
-        with contextlib.suppress(OSError):  # _record() has already complained
-            self.metrics.close()
-        if self.wandb:
-            with self._going_on_without_wandb():
-                self.wandb.finish(exit_code=status)
-        progress = self.progress
-        told = ""
-        # A run of one step has no time of training: its only step compiles.
-        for seconds, what in ((progress.elapsed_s, "training"), (saving_s, "saving")):
-            if seconds >= NOTICEABLE_S:
-                told += f", {seconds:.1f} s of {what}"
-        typed = shlex.quote(self.run.out_dir.as_posix())  # as a shell takes it
-        if failed or status > 128:
-            self.say(f"{'failed' if failed else 'stopped'} at step {progress.step:,}{told}")
-            if saved:
-                self.say(f"go on with: python train.py --init_from=resume --out_dir={typed}")
-            return
-        best = progress.best_val_loss
-        if best is not None:
-            told += f", best val loss {best:.4f} at step {progress.best_step:,}"
-        curves = f"{self.run.out_dir}/loss.png"
-        self.say(f"{_count(progress.step, 'step')}{told}; curves: {curves}")
-        if best is not None and self.start_loss is not None and self.start_loss <= best:
-            self.say(
-                f"no better than at the start, val loss {self.start_loss:.4f}: try a lower "
-                "learning_rate"
-            )
-        if status == 0 and saved and self.run.dataset.tokenizer is not None:
-            self.say(f"read what it writes: python sample.py --out_dir={typed}")
-
-    # ---------------------------------------------------------------------------------------------
-    # During training
 
     def log_step(
         self, lr: float, loss: float, grad_norm: float, bad: float, skipped: float
@@ -287,20 +228,19 @@ class RunLog:
         if not self.active:
             return
         step = self.progress.step
-        steps_per_s = self.clock.steps_per_second()
         tokens_per_s = None
         speed = ""
+        left = ""
+        steps_per_s = self.clock.steps_per_second()
         if steps_per_s is not None:
-            tokens_per_s = round(steps_per_s * self._tokens_per_step())
+            run = self.run
+            tokens_per_s = round(steps_per_s * run.windows_per_step * run.config.block_size)
             speed = f", {tokens_per_s:,} tokens/s"
+            left = f", {tqdm.format_interval((run.config.max_iters - step) / steps_per_s)} left"
         self._record(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s)
         self.bar.set_postfix_str(f"loss {loss:.4f}{speed}", refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable:
-            left = ""
-            if steps_per_s is not None:
-                seconds = min((self.run.config.max_iters - step) / steps_per_s, MAX_LEFT_S)
-                left = f", {timedelta(seconds=round(seconds))} left"
             self.say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}{speed}{left}")
         if skipped > self.skipped:
             self.say(
@@ -328,23 +268,64 @@ class RunLog:
         self._show_sample()
         self._draw()
 
+    def close(self, status: int, saved: bool, saving_s: float, failed: bool) -> None:
+        """Say what came out and what to type next.
+
+        saving_s: seconds of saving. failed: an exception ends the run.
+        """
+        if not self.active:
+            return
+        self.bar.close()
+        self._wait_for_picture()
+        with contextlib.suppress(OSError):  # _record() has already complained
+            self.metrics.close()
+        if self.wandb:
+            with self._going_on_without_wandb():
+                self.wandb.finish(exit_code=status)
+        for line in self._end(status, saved, saving_s, failed):
+            self.say(line)
+
+    def _end(self, status: int, saved: bool, saving_s: float, failed: bool) -> Iterator[str]:
+        progress = self.progress
+        told = ""
+        # A run of one step has no time of training: its only step compiles.
+        for seconds, what in ((progress.elapsed_s, "training"), (saving_s, "saving")):
+            if seconds >= NOTICEABLE_S:
+                told += f", {seconds:.1f} s of {what}"
+        typed = shlex.quote(self.run.out_dir.as_posix())  # as a shell takes it
+        if failed or status > 128:
+            yield f"{'failed' if failed else 'stopped'} at step {progress.step:,}{told}"
+            if saved:
+                yield f"go on with: python train.py --init_from=resume --out_dir={typed}"
+            return
+        best = progress.best_val_loss
+        if best is not None:
+            told += f", best val loss {best:.4f} at step {progress.best_step:,}"
+        yield f"ended at step {progress.step:,}{told}; curves: {self.run.out_dir}/loss.png"
+        if best is not None and self.start_loss is not None and self.start_loss <= best:
+            yield (
+                f"no better than at the start, val loss {self.start_loss:.4f}: try a lower "
+                "learning_rate"
+            )
+        if status == 0 and saved and self.run.dataset.tokenizer is not None:
+            yield f"read what it writes: python sample.py --out_dir={typed}"
+
     def _record(self, **values: float | None) -> None:
         """Write a row into metrics.jsonl and, under the same names, to Weights & Biases."""
-        row: Row = {"step": self.progress.step, "tokens": self.progress.tokens}
-        row.update(values)
+        row: MetricsRow = {"tokens": self.progress.tokens}
+        row |= {key: value if is_finite(value) else None for key, value in values.items()}
         row["elapsed_s"] = round(self.progress.elapsed_s, 3)
         try:
-            self.metrics.write(json.dumps(without_infinities(row)) + "\n")
-        except OSError as error:  # if the disk is full, the row is lost
-            if not self.complained:
-                self.complained = True
+            self.metrics.write(json.dumps({"step": self.progress.step} | row) + "\n")
+        except OSError as error:  # the disk is full
+            if not self.cannot_write:
+                self.cannot_write = True
                 self.say(f"could not write {self.metrics.name}: {error.strerror or error}")
         if self.wandb:
-            del row["step"]  # Weights & Biases keeps it apart
             with self._going_on_without_wandb():
                 self.wandb.log(row, step=self.progress.step)
 
-    def _start_wandb(self, facts: dict[str, Any]) -> None:
+    def _start_wandb(self) -> None:
         """Start a run at Weights & Biases, or continue the one of a resumed run.
 
         Raises UserError if that fails.
@@ -356,7 +337,7 @@ class RunLog:
             self.wandb = wandb.init(
                 project=config.wandb_project,
                 name=config.wandb_run_name,
-                config=facts,
+                config=asdict(config),
                 dir=config.out_dir,
                 id=self.progress.wandb_id,
                 resume="allow",
@@ -383,10 +364,8 @@ class RunLog:
     def _draw(self) -> None:
         """Draw loss.png anew, in a thread: importing the plotting library takes long."""
         self._wait_for_picture()
-        best = None
-        if self.progress.best_val_loss is not None:
-            best = (self.progress.best_val_loss, self.progress.best_step)
-        self.drawing = threading.Thread(target=draw_losses, args=(self.run.out_dir, best))
+        best = (self.progress.best_val_loss, self.progress.best_step)
+        self.drawing = threading.Thread(target=draw_losses, args=(self.run.out_dir, *best))
         self.drawing.start()
 
     def _wait_for_picture(self) -> None:
@@ -402,85 +381,68 @@ class RunLog:
         if self.run.machine.compiled:
             eagerly = torch.compiler.set_stance("force_eager")
         self.run.model.eval()
-        with eagerly:
+        with eagerly, self.run.machine.autocast():
             text = self._sample_text()
         self.run.model.train()
         self.say("".join(f"    | {line}\n" for line in text.splitlines()))
 
     def _sample_text(self) -> str:
+        """Return a text that follows an end of text, or the first question and its answer."""
         run = self.run
         tokenizer = run.dataset.tokenizer
         assert tokenizer is not None
         x, y, *_ = run.val_windows.batch(np.array([0]))
-        start = x[0, :1].tolist()
-        if run.packed:  # the first question
-            start = x[0, : 1 + (y[0] != IGNORE_INDEX).argmax()].tolist()
+        prompt = x[0, :1].tolist()
+        if run.packed:
+            prompt = x[0, : 1 + (y[0] != IGNORE_INDEX).argmax()].tolist()
         elif tokenizer.eot is not None:
-            start = [tokenizer.eot]
-        with run.machine.autocast():
-            [ids] = generate(
-                run.model,
-                [start],
-                min(SAMPLE_TOKENS, 2 * run.config.block_size),
-                sampling=Sampling(0.8, top_k=200),
-                seeds=[run.config.seed],
-            )
+            prompt = [tokenizer.eot]
+        length = min(SAMPLE_TOKENS, 2 * run.config.block_size)
+        sampling = Sampling(0.8, top_k=200)
+        [ids] = generate(run.model, [prompt], length, sampling=sampling, seeds=[run.config.seed])
         if tokenizer.eot in ids:
             ids = ids[: ids.index(tokenizer.eot)]
-        if run.packed:
-            ids = start + ids
-        return tokenizer.decode(ids).strip()
-
-
-def _count(number: int, noun: str, plural: str = "s") -> str:
-    """Return `1 step` or `2 steps`."""
-    return f"{number:,} {noun}{'' if number == 1 else plural}"
+        return tokenizer.decode(prompt + ids if run.packed else ids).strip()
 
 
 # --------------------------------------------------------------------------------------------------
 # metrics.jsonl and loss.png
 
 
-def open_metrics(file: Path, progress: Progress) -> TextIO:
-    """Open metrics.jsonl, with one JSON object a line for each logged step and each evaluation.
+def is_finite(value: float | None) -> bool:
+    """Tell whether JSON has this number: not infinity, and not NaN."""
+    return value is not None and math.isfinite(value)
 
-    A run that was killed after its last checkpoint makes later ones again: their rows are dropped.
+
+def drop_later_rows(file: Path, progress: Progress) -> None:
+    """Rewrite metrics.jsonl without the rows that a resumed run makes again.
+
+    A run that was killed after its last checkpoint has left such rows.
     """
     kept = []
     for row in read_metrics(file):
         last = progress.evaluated_step if "val_loss" in row else progress.step
         if row["step"] <= last:
             kept.append(json.dumps(row) + "\n")
-    write_text(file, "".join(kept))
-    return open(file, "a", encoding="utf-8", buffering=1)  # a line at a time
+    write_file(file, "".join(kept).encode())
 
 
-def without_infinities(row: Row) -> Row:
-    """Return the row with None for what JSON does not have: infinity and NaN."""
-    numbers = {}
-    for key, value in row.items():
-        finite = value is not None and math.isfinite(value)
-        numbers[key] = value if finite else None
-    return numbers
-
-
-def read_metrics(file: Path) -> list[Row]:
+def read_metrics(file: Path) -> list[MetricsRow]:
     """Return the rows of a metrics.jsonl. What is no row, as half a line, is skipped."""
-    rows: list[Row] = []
-    if not file.is_file():
-        return rows
-    for line in file.read_text("utf-8", errors="replace").splitlines():
-        with contextlib.suppress(*NO_ROW):
+    rows: list[MetricsRow] = []
+    lines = file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-            row["step"] = int(row["step"])
-            rows.append(row)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 
-def draw_losses(out_dir: Path, best: tuple[float, int] | None) -> None:
+def draw_losses(out_dir: Path, best_val_loss: float | None, best_step: int) -> None:
     """Draw the losses of metrics.jsonl over the tokens seen, and the learning rate below them.
 
-    best: the validation loss of the model in best/ and its step.
+    best_val_loss, best_step: of the model in best/.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # not pyplot: half the import time
     from matplotlib.figure import Figure
@@ -493,9 +455,9 @@ def draw_losses(out_dir: Path, best: tuple[float, int] | None) -> None:
     _plot(losses, rows, "loss", label="loss of each step", color="0.75", lw=1)
     _plot(losses, rows, "train_loss", label="train", color=BLUE, marker="o", ms=4)
     _plot(losses, rows, "val_loss", label="validation", color=ORANGE, marker="s", ms=4)
-    if best is not None:
-        label = f"best {best[0]:.4f} at step {best[1]:,}"
-        losses.axhline(best[0], color=ORANGE, lw=0.8, ls=":", label=label)
+    if best_val_loss is not None:
+        label = f"best {best_val_loss:.4f} at step {best_step:,}"
+        losses.axhline(best_val_loss, color=ORANGE, lw=0.8, ls=":", label=label)
     losses.set_ylabel("loss (nats per token)")
     losses.legend(frameon=False)
     _plot(rates, rows, "lr", color=GREEN)
@@ -511,7 +473,7 @@ def draw_losses(out_dir: Path, best: tuple[float, int] | None) -> None:
         write_atomically(out_dir / "loss.png", content.getvalue())
 
 
-def _plot(axes: Any, rows: list[Row], key: str, **style: Any) -> None:
+def _plot(axes: Any, rows: list[MetricsRow], key: str, **style: Any) -> None:
     """Draw one column of the metrics.
 
     Step 0's evaluation is left out if there are others: a line from there would pass far above the
@@ -536,7 +498,7 @@ class Clock:
         self.progress = progress
         self.running = False
         self._read_at = 0.0  # when the seconds were last brought up to date
-        self._lap_began = (0, 0.0)  # step and seconds
+        self._lap_began = (0, 0.0)  # step and seconds of the last call of steps_per_second()
 
     def start(self) -> None:
         """Let time count from now on. Waits for the device."""

@@ -11,15 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
 from gpt12.errors import UserError
-from gpt12.files import exists
+from gpt12.files import exists, read_json
 
 
 class LoRALinear(nn.Module):
@@ -126,26 +128,19 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", metadata=metadata)
 
 
-class Adapter(NamedTuple):
-    """What an adapter_config.json of ours says."""
+@dataclass
+class AdapterConfig:
+    """What we read of an adapter_config.json."""
 
-    base: str  # the folder or hub name of the base model
-    scale: float  # alpha / rank
+    base_model_name_or_path: str
+    r: Annotated[int, Field(ge=1)]
+    lora_alpha: FiniteFloat
 
 
-def read_adapter_config(folder: Path) -> Adapter | None:
-    """Read adapter_config.json; None if there is none. Raises UserError if it is damaged."""
+def base_of_adapter(folder: Path) -> str | None:
+    """Return the base model's folder or hub name; None for a folder that holds no adapters."""
     file = folder / "adapter_config.json"
-    if not exists(file):
-        return None
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        scale = float(content["lora_alpha"]) / int(content["r"])
-        if not math.isfinite(scale):
-            raise ValueError(f"lora_alpha={content['lora_alpha']}")
-        return Adapter(str(content["base_model_name_or_path"]), scale)
-    except (OSError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{file} is damaged: {error!r:.200}") from None
+    return read_json(file, AdapterConfig).base_model_name_or_path if exists(file) else None
 
 
 @torch.no_grad()
@@ -156,16 +151,16 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """
     import safetensors
 
-    adapter = read_adapter_config(folder)
-    assert adapter is not None
+    config = read_json(folder / "adapter_config.json", AdapterConfig)
+    scale = config.lora_alpha / config.r
     file = folder / "adapter_model.safetensors"
     try:
         with safetensors.safe_open(file, framework="pt") as content:
             if (content.metadata() or {}).get("base") != hash_of_base(model):
                 raise UserError(
-                    f"{adapter.base} is not the base model of the adapters in {folder}, or its "
-                    "weights are others now. Restore it, or start a new run from the merged model "
-                    "in best/"
+                    f"{config.base_model_name_or_path} is not the base model of the adapters in "
+                    f"{folder}, or its weights are others now. Restore it, or start a new run from "
+                    "the merged model in best/"
                 )
             for name, layer in linears(model).items():
                 A = content.get_tensor(f"base_model.model.{name}.lora_A.weight")
@@ -174,7 +169,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
                     layer.lora_A.copy_(A)
                     layer.lora_B.copy_(B)
                 else:
-                    layer.weight += adapter.scale * (B @ A)
+                    layer.weight += scale * (B @ A)
     except (safetensors.SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from gpt12.muon import Muon
-from gpt12.optim8bit import adamw8bit
 
 Groups = list[dict[str, Any]]
 Betas = tuple[float, float]  # beta1 and beta2
@@ -57,6 +56,20 @@ def muon(groups: Groups, lr: Tensor | float, betas: Betas) -> list[Optimizer]:
     if not matrices:  # with LoRA they are frozen
         return adamw(rest, lr, betas)
     return [Muon(matrices, lr, momentum=betas[0]), *adamw(rest, lr, betas)]
+
+
+def adamw8bit(groups: Groups, lr: Tensor | float, betas: Betas) -> list[Optimizer]:
+    """Return torchao's AdamW with 8-bit state (Dettmers et al. 2021). torchao is optional.
+
+    Weights are bfloat16 without a float32 copy: torchao rounds the updated weight up or down at
+    random, so that small updates are not lost. Weights, gradients and state together take 6 bytes
+    per parameter instead of 16.
+    """
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise UserError("optimizer=adamw8bit needs torchao: pip install torchao") from None
+    return [AdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)]
 
 
 OPTIMIZERS = {

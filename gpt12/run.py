@@ -22,18 +22,12 @@ import torch
 from data.dataset import Dataset, check_exists, open_dataset
 from data.tokenizers import load_tokenizer
 from data.windows import EvalWindows, TrainWindows
-from gpt12.checkpoint import (
-    Progress,
-    find_checkpoint,
-    is_run,
-    lock_run,
-    read_run,
-    resumable_files,
-)
+from gpt12.checkpoint import Progress, find_checkpoint, resumable_files
 from gpt12.config import REPOSITORY, Loaded, Said, checked, load_config, merge
 from gpt12.device import Machine, compile_model, open_machine
 from gpt12.distributed import copy_from_rank_0, first_ranks_first, is_rank_0, torchrun_ranks
 from gpt12.errors import UserError, say
+from gpt12.folder import describe_run, is_run, lock_run, read_run
 from gpt12.lora import add_lora
 from gpt12.settings import TrainConfig, model_shape, with_shape
 from gpt12.twin import unread_fields
@@ -397,6 +391,19 @@ def open_data(config: TrainConfig, tokenizer: Any = None) -> Dataset:
             f"{dataset.folder} holds no training shards (train_*.bin): only --eval_only works"
         )
     return dataset
+
+
+def description(run: Run) -> dict[str, Any]:
+    """Return what run.json holds: the configuration, what was asked for, the machine, the data."""
+    return describe_run(
+        asdict(run.config),
+        requested=asdict(run.request.asked),
+        given=sorted(run.request.given),
+        device=run.machine.name,
+        compile=run.machine.compiled,
+        world_size=run.machine.world,
+        data=data_facts(run.dataset),
+    )
 
 
 def data_facts(dataset: Dataset) -> dict[str, Any]:

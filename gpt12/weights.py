@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,8 @@ from pydantic import FiniteFloat, InstanceOf, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from gpt12.errors import UserError, say
-from gpt12.files import exists
-from gpt12.lora import LoRALinear, is_adapted, load_adapter, read_adapter_config
+from gpt12.files import exists, read_json, what_is_wrong
+from gpt12.lora import LoRALinear, base_of_adapter, is_adapted, load_adapter
 from gpt12.twin import fingerprint, has_fingerprint, is_gpt2
 from model import GPT, GPTConfig, NothingDrawn, meta_model
 
@@ -47,6 +47,7 @@ SUPPORTED = {
 # OpenAI's upload holds the causal masks under names that look like biases.
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
 VOCABULARY = ("transformer.wte.weight", "lm_head.weight")  # with a row for each id
+OTHER_MODEL = "so it was trained with another model.py, or it is another kind of model"
 MAX_SIZE = 2**29  # the product of two such sizes in bytes is still a number for torch
 NANOGPT_PADDED_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
 
@@ -98,35 +99,55 @@ def from_pretrained(
         a change is an error.
     Raises UserError naming the file, the tensor or the setting that this model cannot represent.
     """
-    source = find_pretrained(path_or_name)
-    is_nanogpt = source.suffix == ".pt"
-    if is_nanogpt:
+    source, adapters = _find_base(find_pretrained(path_or_name))
+    for folder in adapters:
+        config = check_code(folder, new_run)
+        block_size = block_size or config.block_size
+    model = _read_model(source, block_size, dropout, new_run or bool(adapters))
+    for folder in reversed(adapters):
+        load_adapter(model, folder)
+    return model
+
+
+def _find_base(source: Path) -> tuple[Path, list[Path]]:
+    """Return the model that adapters adapt, and their folders: a base may hold adapters itself."""
+    adapters: list[Path] = []
+    while (base := base_of_adapter(source)) is not None:
+        if source in adapters:
+            raise UserError(f"{source} is its own base")
+        adapters.append(source)
+        try:
+            source = find_pretrained(base)
+        except UserError as error:
+            raise UserError(f"the base model of the adapters in {source}: {error}") from None
+    return source, adapters
+
+
+def _read_model(source: Path, block_size: int | None, dropout: float, new_run: bool) -> GPT:
+    """Load a folder or a ckpt.pt that holds a whole model. The arguments: see from_pretrained."""
+    saved: list[float] | None = None
+    if source.suffix == ".pt":
         config, tensors, _ = read_nanogpt(source)
     else:
-        config, _ = _read_config(source)
-        adapter = read_adapter_config(source)
-        if adapter is not None:
-            model = _adapted(source, adapter.base, block_size or config.block_size, dropout)
-            check_code(source, new_run)
-            return model
+        config, saved = _read_config(source)
         tensors = _read_tensors(source)
     if not any(name.startswith("transformer.") for name in tensors):  # GPT-2 without a head
         tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
-    if any(_is_bias(name) and bool(tensor.any()) for name, tensor in tensors.items()):
-        # Another program may have trained a model of ours that had none: the tensors are right.
-        config = replace(config, bias=True)
+    # Another program may have trained biases of a model of ours that had none: they count.
+    has_bias = any(_is_bias(name) and bool(tensor.any()) for name, tensor in tensors.items())
+    shape = replace(config, bias=config.bias or has_bias, dropout=dropout)
     if block_size is not None and block_size > config.block_size:
         raise UserError(
             f"the model in {source} has a context of {config.block_size} tokens: "
             f"pass --block_size={config.block_size} or less"
         )
-    _check_sizes(config, tensors, source, is_conv1d=not is_nanogpt)
-    if is_nanogpt:
-        _warn_of_foreign_model(source, config)
-    else:
-        check_code(source, new_run)
-    model = uninitialized_model(replace(config, dropout=dropout))
-    _load_tensors(model, tensors, source, is_conv1d=not is_nanogpt)
+    _check_tensors(shape, tensors, source)
+    _compare_code(source, config, saved, new_run)
+    model = uninitialized_model(shape)
+    with torch.no_grad():
+        for name, tensor in tensors_by_name(model).items():
+            as_published(model, name, tensor).copy_(tensors[name])
+    check_initialized(model, f"{source} holds NaN, or nothing sets it")
     if block_size is not None:
         model.crop_block_size(block_size)
     return model
@@ -138,89 +159,51 @@ def check_code(folder: Path, new_run: bool = False) -> GPTConfig:
     Raises UserError if these differ, or only says so for a new run and for another program's model.
     """
     config, saved = _read_config(folder)
-    if saved is None:
-        _warn_of_foreign_model(folder, config)
-    elif not has_fingerprint(config, saved):
-        changed = f"model.py computes something else than when {folder} was trained"
-        if not new_run:
-            raise UserError(
-                f"{changed}. Undo the change, or train on as a new run: "
-                f"--init_from={folder} --out_dir=..."
-            )
-        say(f"warning: {changed}")
+    _compare_code(folder, config, saved, new_run)
     return config
 
 
-def _warn_of_foreign_model(source: Path, config: GPTConfig) -> None:
-    """Say so if another program trained a GPT-2 and model.py computes something else."""
-    if not is_gpt2(config):
-        say(
-            f"warning: {source} is a GPT-2, and model.py computes something else: the weights fit "
-            "by name and shape alone"
-        )
-
-
-def _adapted(folder: Path, base: str, block_size: int, dropout: float) -> GPT:
-    """Load a base model and add the adapters in a folder to its weights."""
-    try:
-        seen = [folder.resolve()]
-        source = find_pretrained(base)
-        while (adapter := read_adapter_config(source)) is not None:
-            if source.resolve() in seen:
-                raise UserError(f"{source} is its own base")
-            seen.append(source.resolve())
-            source = find_pretrained(adapter.base)
-        model = from_pretrained(base, block_size, dropout, new_run=True)
-    except UserError as error:
-        raise UserError(f"the base model of the adapters in {folder}: {error}") from None
-    load_adapter(model, folder)
-    return model
-
-
-def _check_sizes(
-    config: GPTConfig, tensors: dict[str, Tensor], source: Path, is_conv1d: bool
+def _compare_code(
+    source: Path, config: GPTConfig, saved: list[float] | None, new_run: bool
 ) -> None:
-    """Compare a configuration with a file's tensors before memory is taken for it."""
+    """Compare a model's fingerprint with that of model.py. saved: None in other programs' files."""
+    if saved is None:
+        if not is_gpt2(config):
+            say(
+                f"warning: {source} is a GPT-2, and model.py computes something else: the weights "
+                "fit by name and shape alone"
+            )
+    elif not has_fingerprint(config, saved):
+        changed = f"model.py computes something else than when {source} was trained"
+        if not new_run:
+            raise UserError(
+                f"{changed}. Undo the change, or train on as a new run: "
+                f"--init_from={source} --out_dir=..."
+            )
+        say(f"warning: {changed}")
+
+
+def _check_tensors(config: GPTConfig, tensors: dict[str, Tensor], source: Path) -> None:
+    """Compare a file's tensors with its configuration, before memory is taken for the model.
+
+    Raises UserError if one is missing, has another shape, or is left over.
+    """
     if config.n_layer > len(tensors):
         raise UserError(f"{source}: its configuration asks for more than its tensors hold")
     model = meta_model(config)
     places = tensors_by_name(model)
     for name, tensor in places.items():
         if name not in tensors:
-            if name in ("transformer.wte.weight", "transformer.wpe.weight"):
-                raise UserError(f"{source}: tensor {name} is missing")
-            continue
-        expected = tuple(as_published(model, name, tensor, is_conv1d).shape)
+            raise UserError(f"{source}: tensor {name} is missing, {OTHER_MODEL}")
+        expected = tuple(as_published(model, name, tensor).shape)
         found = tuple(tensors[name].shape)
         if found != expected:
             raise UserError(
                 f"{source}: tensor {name} has shape {found}, its configuration asks for {expected}"
             )
-    storages = [tensor.untyped_storage() for tensor in tensors.values()]
-    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-    if sum(tensors[name].nbytes for name in places.keys() & tensors.keys()) > held:
-        raise UserError(f"{source}: its tensors share their numbers")
-
-
-@torch.no_grad()
-def _load_tensors(model: GPT, tensors: dict[str, Tensor], source: Path, is_conv1d: bool) -> None:
-    """Copy tensors into a model of their sizes. Raises UserError if one is missing or left over.
-
-    is_conv1d: the blocks' matrices are transposed.
-    """
-    places = tensors_by_name(model)
-    for name, tensor in places.items():
-        place = as_published(model, name, tensor, is_conv1d)
-        if name not in tensors:
-            raise UserError(f"{source}: tensor {name} is missing")
-        place.copy_(tensors[name])
     for name in tensors.keys() - places.keys():
         if not _says_nothing(name, tensors):
-            raise UserError(
-                f"{source}: tensor {name} has no place in the model of model.py. "
-                "It was trained with another model.py, or it is another kind of model"
-            )
-    check_initialized(model, f"{source} holds NaN, or nothing sets it")
+            raise UserError(f"{source}: tensor {name} has no place in model.py, {OTHER_MODEL}")
 
 
 def _says_nothing(name: str, tensors: dict[str, Tensor]) -> bool:
@@ -265,18 +248,15 @@ def tensors_by_name(model: GPT) -> dict[str, Tensor]:
     return found
 
 
-def as_published(model: GPT, name: str, tensor: Tensor, is_conv1d: bool = True) -> Tensor:
-    """Return a view of a parameter or buffer as a file holds it.
-
-    is_conv1d: the file has the blocks' matrices as GPT-2's layers have them, transposed.
-    """
+def as_published(model: GPT, name: str, tensor: Tensor) -> Tensor:
+    """Return a view of a parameter or buffer as a folder's file holds it."""
     tensor = tensor.detach()
     if name in VOCABULARY:
         return tensor[: model.config.vocab_size]  # without the padding rows
     module = model.get_submodule(name.rpartition(".")[0])
     is_matrix = name.endswith(".weight") and isinstance(module, nn.Linear | LoRALinear)
     in_block = name.startswith("transformer.h.")
-    return tensor.t() if is_matrix and in_block and is_conv1d else tensor
+    return tensor.t() if is_matrix and in_block else tensor
 
 
 def _tensors_to_save(model: GPT) -> Iterator[tuple[str, Tensor]]:
@@ -379,7 +359,9 @@ def _make_config(values: dict[str, Any], file: Path) -> GPTConfig:
 def _read_config(folder: Path) -> tuple[GPTConfig, list[float] | None]:
     """Return a model's shape and fingerprint from its config.json; UserError if ours differs."""
     file = folder / "config.json"
-    content = _read_json(file)
+    if not exists(file):
+        raise UserError(f"{folder} is no Hugging Face GPT-2 folder: it has no config.json")
+    content = read_json(file)
     for key, values in SUPPORTED.items():
         if content.get(key, values[0]) not in values:
             raise UserError(f"{file}: {key}={content[key]!r} is not supported, only {values[0]!r}")
@@ -395,23 +377,7 @@ def _validate(kind: Any, value: Any, file: Path) -> Any:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: {where}: {first['msg']}") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{file} does not exist: {file.parent} is no Hugging Face GPT-2 folder"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} does not hold a JSON object")
-    return content
+        raise UserError(f"{file}: {what_is_wrong(error)}") from None
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -432,13 +398,19 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+@dataclass
+class WeightIndex:
+    """What a model.safetensors.index.json says: which file holds which tensor."""
+
+    weight_map: dict[str, str]
+
+
 def _weight_files(folder: Path) -> list[str]:
     """Return the names of the files with the weights: one, or the shards that an index names."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.exists():
-            weight_map = _read_json(index).get("weight_map")
-            names = set(_validate(dict[str, str], weight_map, index).values())
+            names = set(read_json(index, WeightIndex).weight_map.values())
             for part in names:
                 if not re.fullmatch(r"\w[\w.-]*", part):  # a path would lead out of the folder
                     raise UserError(f"{index}: {part!r} is no name of a file beside it")
@@ -451,13 +423,17 @@ def _weight_files(folder: Path) -> list[str]:
 def _held_tensors(content: Any, file: Path) -> dict[str, Tensor]:
     """Return what a pickle holds if it is tensors by name; UserError if it is something else.
 
-    A tensor may repeat its numbers, and then ask for more memory than the file has.
+    Tensors may share their numbers, and then ask for more memory than the file has. Only a head
+    that is tied to the embedding does so for good.
     """
     tensors: dict[str, Tensor] = _validate(dict[str, InstanceOf[Tensor]], content, file)
+    held = 0
+    plain = True
     for name, tensor in tensors.items():
-        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise UserError(f"{file}: {name} is no tensor whose numbers the file holds")
+        plain &= tensor.layout == torch.strided and tensor.device.type == "cpu"
+        held += 0 if name.endswith("lm_head.weight") else tensor.nbytes
+    if not plain or held > file.stat().st_size:
+        raise UserError(f"{file} does not hold all numbers of its tensors")
     return tensors
 
 
@@ -493,7 +469,11 @@ def read_nanogpt(file: Path) -> NanoGPTCheckpoint:
         tensors = {}
         for name, tensor in _held_tensors(content["model"], file).items():
             name = name.removeprefix("_orig_mod.")  # torch.compile's prefix
-            tensors[name] = tensor[: config.vocab_size] if name in VOCABULARY else tensor
+            if name in VOCABULARY:
+                tensor = tensor[: config.vocab_size]
+            elif name.startswith("transformer.h.") and tensor.ndim == 2:
+                tensor = tensor.t()  # as a folder has it
+            tensors[name] = tensor
         dataset = dict(content.get("config", {})).get("dataset")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{file} is no checkpoint of nanoGPT ({error!r:.200})") from None

@@ -70,6 +70,7 @@ def forgetful_twin() -> Iterator[None]:
     if twin is not None:
         twin.is_gpt2.cache_clear()
         twin.fingerprint.cache_clear()
+        sys.modules["model"].meta_model.cache_clear()
 
 
 @pytest.fixture

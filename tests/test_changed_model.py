@@ -26,6 +26,7 @@ def forget() -> None:
     """Forget what an earlier model.py of this process computed."""
     twin.is_gpt2.cache_clear()
     twin.fingerprint.cache_clear()
+    model.meta_model.cache_clear()
 
 
 def extend(monkeypatch, owner: type, change: Callable, method: str = "__init__") -> None:
@@ -96,6 +97,7 @@ def test_what_somebody_adds_is_saved_and_a_resumed_run_is_the_unbroken_one(
     dataset, tmp_path, monkeypatch, change
 ):
     change(monkeypatch)
+    forget()
     options = ["--decay_lr=False", "--eval_interval=3"]
     assert run(dataset, tmp_path / "whole", *options, "--max_iters=6") == 0
     assert run(dataset, tmp_path / "parts", *options, "--max_iters=3") == 0

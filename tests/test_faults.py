@@ -13,9 +13,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gpt12.checkpoint import Progress, find_checkpoint, read_run, save_checkpoint
+from gpt12.checkpoint import Progress, find_checkpoint, save_checkpoint
 from gpt12.errors import UserError
-from gpt12.log import open_metrics
+from gpt12.folder import read_run
+from gpt12.log import drop_later_rows
 from gpt12.twin import VOCAB_SIZE
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
@@ -152,7 +153,7 @@ def test_any_run_folder_is_read_or_refused(finished, tmp_path_factory, state, fa
             assert isinstance(read_run(out_dir).config, dict)
         except UserError as error:
             assert str(out_dir) in str(error)
-        open_metrics(out_dir / "metrics.jsonl", Progress(step=10, evaluated_step=10)).close()
+        drop_later_rows(out_dir / "metrics.jsonl", Progress(step=10, evaluated_step=10))
     assert all(row["step"] <= 10 for row in read_rows(out_dir))
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +16,17 @@ from matplotlib.image import imread
 
 import train
 from data.tokenizers import CharTokenizer
+from data.windows import EvalWindows
 from gpt12.checkpoint import Progress, Saver
 from gpt12.device import Machine
 from gpt12.errors import UserError
-from gpt12.log import Clock, RunLog, draw_losses, open_metrics
+from gpt12.loader import Loader
+from gpt12.log import Clock, RunLog, draw_losses, drop_later_rows, introduction
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig, parameter_count
 from tests.helpers import (
     CPU,
     built,
-    built_from,
     losses,
     read_rows,
     resume,
@@ -38,75 +40,56 @@ from train import Trainer, TrainStep
 pytestmark = pytest.mark.usefixtures("no_picture")
 
 
-def introduction(capsys, dataset, out_dir, *options: str) -> str:
-    """Return what a run says before it trains."""
-    found = built(dataset, out_dir, *options)
-    capsys.readouterr()
-    RunLog(found).introduce()
-    return capsys.readouterr().out
-
-
 # --------------------------------------------------------------------------------------------------
 # The introduction
 
 
-def test_the_model_the_data_and_the_tokens_of_a_step_are_told(
-    dataset, tmp_path, capsys, monkeypatch
-):
+def test_notes_the_model_the_data_and_the_tokens_of_a_step_are_told(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    said = introduction(capsys, dataset, tmp_path, "--max_iters=20")
+    found = built(dataset, tmp_path, "--max_iters=20")
+    found.machine.notes[:] = ["of the machine"]
+    found.dataset.warnings.append("of the data")
+    found = replace(found, request=replace(found.request, notes=["of the request"]))
+    *notes, machine, data, model, tokens, step, _ = [
+        line for line in introduction(found) if not line.startswith("warning")
+    ]
+    assert notes[0] == "of the request"
+    assert (machine, data) == ("of the machine", "of the data")
     parameters = parameter_count(GPTConfig(16, 13, 1, 2, 16, bias=False))
-    assert (
-        f"model: {parameters:,} parameters (1 layer, 2 heads, 16 channels, context 16 tokens, "
+    assert model == (
+        f"model: {parameters:,} parameters (n_layer=1, n_head=2, n_embd=16, block_size=16, "
         "vocabulary 13)"
-    ) in said
-    assert f"data: {dataset}, 1 document, 2,600 training and 400 validation tokens\n" in said
-    assert "\nstep: 4 sequences x 16 tokens x 2 micro-batches on 2 processes = 128 tokens; " in said
+    )
+    assert tokens == f"data: {dataset}, documents: 1, 2,600 training and 400 validation tokens"
+    assert step == (
+        "step: batch_size=4 x block_size=16 x gradient_accumulation_steps=2 = 128 tokens on 2 "
+        "processes; 20 steps end after 0.994 epochs"  # 160 of 161 windows
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--max_iters=1"], "; 1 step read 5% of the text"),  # 8 of its 161 windows
-        (["--max_iters=20"], "; 20 steps read 99% of the text"),
-        (["--max_iters=40"], "; 40 steps read the text 2.0 times"),
-        (["--max_iters=100_000"], "; 100,000 steps read the text 4,968.9 times"),
+        ("--max_iters=100 --warmup_iters=50", []),
         (
-            "--max_iters=1 --batch_size=1 --gradient_accumulation_steps=1".split(),
-            "1 sequence x 16 tokens x 1 micro-batch = 16 tokens; 1 step read less than 1% of the "
-            "text",
+            "--max_iters=100 --warmup_iters=51",
+            ["takes 51 steps .* --warmup_iters=10 --lr_decay_iters=100$"],
         ),
-    ],
-)
-def test_how_much_of_the_text_a_run_reads_is_told(dataset, tmp_path, capsys, options, told):
-    assert f"{told}\n" in introduction(capsys, dataset, tmp_path, *options)
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ("", []),
-        ("--warmup_iters=50", []),
-        ("--warmup_iters=51", ["takes 51 steps .* --warmup_iters=10 --lr_decay_iters=100$"]),
-        ("--warmup_iters=51 --decay_lr=False", []),
-        ("--warmup_iters=0 --lr_decay_iters=50", []),
-        ("--warmup_iters=0 --lr_decay_iters=49", ["min_lr at step 49, .* --lr_decay_iters=100$"]),
+        ("--max_iters=100 --warmup_iters=51 --decay_lr=False", []),
+        ("--max_iters=100 --warmup_iters=0 --lr_decay_iters=49", ["min_lr at step 49, .*=100$"]),
         ("--max_iters=30", []),
-        ("--max_iters=29", ["29 updates .* larger --max_iters or a smaller step, .* is 8 seq"]),
-        ("--max_iters=1 --warmup_iters=0", ["1 update will hardly .* larger --max_iters or"]),
+        ("--max_iters=29", ["29 updates .* larger --max_iters or fewer than 8 sequences"]),
         ("--num_epochs=1", ["21 updates .* --num_epochs or"]),  # a step is 8 of 161 windows
         ("--max_iters=403", []),
         ("--max_iters=402 --n_embd=64 --n_layer=2", []),  # 38 parameters for each token
         ("--max_iters=412 --n_embd=64 --n_layer=2", ["2,600 training .* by heart.* --max_iters;"]),
-        ("--num_epochs=25 --n_embd=64 --n_layer=2", ["is read 25 times.* --num_epochs;"]),
     ],
 )
 def test_what_is_likely_to_spoil_a_run_is_warned_of_with_what_to_change(
-    dataset, tmp_path, capsys, options, told
+    dataset, tmp_path, options, told
 ):
-    length = "" if "num_epochs" in options else "--max_iters=100 "
-    said = introduction(capsys, dataset, tmp_path, *(length + options).split())
-    found = [line for line in said.splitlines() if line.startswith("warning: ")]
+    said = introduction(built(dataset, tmp_path, *options.split()))
+    found = [line for line in said if line.startswith("warning: ")]
     assert len(found) == len(told), found
     for line, pattern in zip(found, told, strict=True):
         assert re.search(pattern, line), line
@@ -114,101 +97,75 @@ def test_what_is_likely_to_spoil_a_run_is_warned_of_with_what_to_change(
 
 def test_other_ranks_than_0_say_nothing(dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert introduction(capsys, dataset, tmp_path) == ""
+    log = RunLog(built(dataset, tmp_path))
+    capsys.readouterr()
+    log.introduce()
+    assert capsys.readouterr().out == ""
 
 
-def test_a_lora_run_says_how_many_parameters_it_trains(dataset, finished, tmp_path, capsys):
-    options = [f"--init_from={finished}", "--lora_rank=2"]
-    said = introduction(capsys, dataset, tmp_path, *options)
+def test_a_lora_run_says_how_many_parameters_it_trains(dataset, finished, tmp_path):
+    found = built(dataset, tmp_path, f"--init_from={finished}", "--lora_rank=2")
     trained = 2 * (16 + 48 + 16 + 16 + 16 + 64 + 64 + 16)  # A and B of the four matrices
-    assert f"LoRA: {trained} parameters are trained, the others stay as they are" in said
-    assert "LoRA" not in introduction(capsys, dataset, tmp_path)
+    assert f"LoRA: {trained} parameters are trained, the others stay as they are" in [
+        *introduction(found)
+    ]
+
+
+def test_a_run_of_hours_on_a_cpu_is_warned_of_until_it_is_nearly_over(dataset, tmp_path):
+    found = built(dataset, tmp_path, "--max_iters=100000000000")
+    pattern = "warning: this run will take about .*config/train_shakespeare_cpu.py"
+    assert re.search(pattern, "".join(introduction(found)))
+    found.progress.step = found.config.max_iters - 1
+    assert "will take about" not in "".join(introduction(found))
 
 
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
 
 
-@pytest.fixture
-def chat_model(tmp_path_factory) -> Path:
-    """A model with a tokenizer of letters."""
-    folder = tmp_path_factory.mktemp("model")
-    save_pretrained(GPT(GPTConfig(32, len(CHARS), 1, 2, 16)), folder)
-    CharTokenizer(CHARS).save(folder)
-    return folder
-
-
-@pytest.fixture
-def questions(tmp_path) -> Path:
-    file = tmp_path / "ask.jsonl"
-    rows = [{"prompt": f"what is {a}?", "completion": f" {a} is {a}."} for a in CHARS[2:28]]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
 @pytest.mark.usefixtures("own_cache")
-def test_instruction_data_say_that_only_the_answers_are_trained(
-    chat_model, questions, tmp_path, capsys
-):
-    options = [f"--init_from={chat_model}", "--block_size=32"]
-    said = introduction(capsys, questions, tmp_path / "out", *options)
-    assert re.search(rf"\ndata: {questions}, 26 documents, .*; only the answers are trained", said)
+def test_instruction_data_are_told_and_sampled_as_questions_and_answers(tmp_path, capsys):
+    save_pretrained(GPT(GPTConfig(32, len(CHARS), 1, 2, 16)), tmp_path / "model")
+    CharTokenizer(CHARS).save(tmp_path / "model")
+    options = [f"--init_from={tmp_path / 'model'}", "--block_size=32", "--max_iters=1"]
+    rows = [{"prompt": f"what is {a}?", "completion": f" {a} is {a}."} for a in CHARS[2:28]]
+    questions = tmp_path / "ask.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(questions, tmp_path / "out", *options) == 0
+    said = capsys.readouterr().out
+    pattern = rf"\ndata: {questions}, documents: 26, .*; only the answers are trained on\n"
+    assert re.search(pattern, said)
+    assert len(re.findall(r"^    \| what is [a-z]\?", said, re.M)) == 2
     text = tmp_path / "plain.txt"
     text.write_text("only text. " * 200)
-    said = introduction(capsys, text, tmp_path / "out", *options)
-    assert re.search(rf"\ndata: {text}, 1 document, .*; plain text, every token is a target", said)
-
-
-def test_the_notes_of_the_request_the_machine_and_the_data_come_first(dataset, tmp_path, capsys):
-    found = built(dataset, tmp_path)
-    found.machine.notes.append("of the machine")
-    found.dataset.warnings.append("of the data")
-    request = replace(found.request, notes=["of the request"])
-    capsys.readouterr()
-    RunLog(replace(found, request=request)).introduce()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "of the request"
-    assert lines.index("of the machine") < lines.index("of the data")
-    assert lines[lines.index("of the data") + 1].startswith("model: ")
-
-
-def test_a_run_of_hours_on_a_cpu_is_warned_of(dataset, tmp_path, capsys):
-    assert "warning: this run will take" not in introduction(capsys, dataset, tmp_path)
-    said = introduction(capsys, dataset, tmp_path, "--max_iters=100000000000")
-    assert "warning: this run will take about" in said
-    assert "config/train_shakespeare_cpu.py" in said
-    found = built(dataset, tmp_path, "--max_iters=100000000000")
-    found.progress.step = found.config.max_iters - 1  # nearly over
-    RunLog(found).introduce()
-    assert "will take about" not in capsys.readouterr().out
-
-
-def test_a_resumed_run_says_at_which_step_it_continues(finished, capsys):
-    found = built_from(["--init_from=resume", f"--out_dir={finished}", "--max_iters=9"])
-    capsys.readouterr()
-    RunLog(found).introduce()
-    assert "resuming at step 4" in capsys.readouterr().out
+    said = "\n".join(introduction(built(text, tmp_path / "out", *options)))
+    assert "tokens; plain text, every token is a target\n" in said
 
 
 # --------------------------------------------------------------------------------------------------
-# During training
+# During training, and at the end
 
 
-def test_the_wait_before_the_first_step_is_explained_once(dataset, tmp_path, capsys):
-    assert run(dataset, tmp_path, "--max_iters=4", "--eval_interval=2") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines.count("evaluating before the first step") == 1
-    following = lines[lines.index("evaluating before the first step") + 1]
-    assert following.startswith("step 0: train loss")
-    assert resume(tmp_path, "--max_iters=5") == 0
-    assert "evaluating before" not in capsys.readouterr().out
-
-
-def test_metrics_hold_the_promised_columns(dataset, tmp_path):
-    assert run(dataset, tmp_path, "--max_iters=1") == 0
-    evaluation, step, _ = read_rows(tmp_path)
+def test_what_a_run_tells_from_its_first_evaluation_to_its_end(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    drawn = []
+    monkeypatch.setattr("gpt12.log.draw_losses", lambda out_dir, *best: drawn.append(best))
+    out_dir = tmp_path / "my run"
+    assert run(dataset, out_dir, "--max_iters=2") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\nevaluating before the first step\nstep 0: train loss .*\n    \| ", said)
+    pattern = r"\nended at step 2.*, best val loss [\d.]+ at step 2; curves: "
+    assert re.search(pattern + f"{out_dir}/loss.png\n", said)
+    assert said.endswith(f"\nread what it writes: python sample.py --out_dir='{out_dir}'\n")
+    evaluation, step, *_ = read_rows(out_dir)
     of_a_step = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "elapsed_s"}
     assert set(step) == of_a_step
     assert set(evaluation) == {"step", "tokens", "train_loss", "val_loss", "elapsed_s"}
+    assert drawn == [(None, 0), (trainer(out_dir, "best")["best_val_loss"], 2)]
+    assert resume(out_dir, "--max_iters=3") == 0
+    said = capsys.readouterr().out
+    assert "resuming at step 2\n" in said
+    assert "evaluating before" not in said
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("reentrant call")])
@@ -218,19 +175,9 @@ def test_a_line_that_cannot_be_written_costs_no_run(dataset, tmp_path, monkeypat
     def write(text):
         raise error
 
-    monkeypatch.setattr(
-        sys, "stdout", SimpleNamespace(write=write, flush=lambda: None, encoding="utf-8")
-    )
-    assert run(dataset, tmp_path, "--max_iters=2") == 0
-
-
-@pytest.mark.usefixtures("own_cache")
-def test_the_sample_of_instruction_data_is_a_question_and_its_answer(
-    chat_model, questions, tmp_path, capsys
-):
-    options = [f"--init_from={chat_model}", "--block_size=32", "--max_iters=1"]
-    assert run(questions, tmp_path / "out", *options) == 0
-    assert len(re.findall(r"^    \| what is [a-z]\?", capsys.readouterr().out, re.M)) == 2
+    broken = SimpleNamespace(write=write, flush=lambda: None, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", broken)
+    RunLog(built(dataset, tmp_path)).say("a line")
 
 
 def test_a_sample_compiles_nothing(dataset, tmp_path):
@@ -250,26 +197,6 @@ def test_a_sample_compiles_nothing(dataset, tmp_path):
     assert compiled  # as it is in training
 
 
-def test_the_picture_names_the_model_in_best(dataset, tmp_path, monkeypatch):
-    bests = []
-    monkeypatch.setattr("gpt12.log.draw_losses", lambda out_dir, best: bests.append(best))
-    assert run(dataset, tmp_path, "--max_iters=2") == 0
-    assert bests == [None, (trainer(tmp_path, "best")["best_val_loss"], 2)]
-
-
-# --------------------------------------------------------------------------------------------------
-# The end
-
-
-def test_a_finished_run_tells_where_its_curves_are_and_how_to_sample(dataset, tmp_path, capsys):
-    out_dir = tmp_path / "my run"
-    assert run(dataset, out_dir, "--max_iters=2") == 0
-    said = capsys.readouterr().out
-    told = r"\n2 steps.*, best val loss [\d.]+ at step 2; curves: "
-    assert re.search(told + f"{out_dir}/loss.png\n", said)
-    assert said.endswith(f"\nread what it writes: python sample.py --out_dir='{out_dir}'\n")
-
-
 @pytest.mark.usefixtures("time")
 def test_a_run_of_one_step_claims_no_time_and_slow_saving_is_told(
     dataset, tmp_path, capsys, monkeypatch, time
@@ -277,7 +204,9 @@ def test_a_run_of_one_step_claims_no_time_and_slow_saving_is_told(
     """Its only step compiles, which does not count."""
     monkeypatch.setattr(Saver, "_save", time.taking(7, Saver._save))
     assert run(dataset, tmp_path, "--max_iters=1", "--always_save_checkpoint=False") == 0
-    assert "\n1 step, 14.0 s of saving, best val" in capsys.readouterr().out  # best/ and last/
+    assert (
+        "\nended at step 1, 14.0 s of saving, best val" in capsys.readouterr().out
+    )  # best/ and last/
 
 
 @pytest.mark.parametrize(("after", "told"), [(1.9, False), (2.1, True)])
@@ -310,53 +239,49 @@ RARE_SAVES = ["--max_iters=8", "--eval_interval=2", "--dropout=0.1", "--save_int
 RARE_SAVES += ["--always_save_checkpoint=False"]
 
 
-def fail_at_step(monkeypatch, name: str, step: int) -> None:
-    """Let a function raise as soon as `step` updates are finished. name: for monkeypatch."""
-    module_name, class_name, method = name.rsplit(".", 2)
-    owner = getattr(sys.modules[module_name], class_name)
-    found = getattr(owner, method)
-    trainers = []
-    begin = Trainer.__init__
-
-    def remember(self, *args, **options):
-        begin(self, *args, **options)
-        trainers.append(self)
-
-    def failing(*args, **options):
-        if trainers and trainers[-1].progress.step >= step:
-            raise ZeroDivisionError
-        return found(*args, **options)
-
-    monkeypatch.setattr(Trainer, "__init__", remember)
-    monkeypatch.setattr(owner, method, failing)
+@pytest.fixture(scope="module")
+def unbroken(dataset, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The weights of a run without an exception."""
+    out_dir = tmp_path_factory.mktemp("unbroken")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("gpt12.log.draw_losses", lambda *arguments: None)
+        assert run(dataset, out_dir, *RARE_SAVES) == 0
+    return weights(out_dir)
 
 
 @pytest.mark.parametrize(
-    ("name", "best_step"),
+    ("owner", "name", "best_step"),
     [
-        ("gpt12.log.RunLog.log_step", 2),
-        ("gpt12.log.RunLog._draw", 4),
-        ("data.windows.EvalWindows.batch", 2),
-        ("gpt12.loader.Loader.load", 2),
-        ("gpt12.checkpoint.Saver._write_best", 2),
+        (RunLog, "log_step", 2),
+        (RunLog, "_draw", 4),
+        (EvalWindows, "batch", 2),
+        (Loader, "load", 2),
+        (Saver, "_write_best", 2),
     ],
 )
 def test_an_exception_in_the_loop_leaves_a_last_from_which_the_run_goes_on(
-    dataset, tmp_path, monkeypatch, capsys, name, best_step
+    dataset, tmp_path, monkeypatch, capsys, unbroken, owner, name, best_step
 ):
     """It passes through with its traceback; what was trained up to then is saved."""
+    original = getattr(owner, name)
+
+    def failing(*args, **options):
+        if loop.progress.step >= 4:
+            raise ZeroDivisionError
+        return original(*args, **options)
+
+    loop = Trainer(built(dataset, tmp_path, *RARE_SAVES))
     with monkeypatch.context() as m:
-        fail_at_step(m, name, 4)
+        m.setattr(owner, name, failing)
         with pytest.raises(ZeroDivisionError):
-            run(dataset, tmp_path / "out", *RARE_SAVES)
+            loop.train()
     said = capsys.readouterr().out
     assert re.search(r"failed at step 4.*\ngo on with: python train.py --init_from=resume", said)
-    assert trainer(tmp_path / "out")["step"] == 4
-    assert trainer(tmp_path / "out")["best_step"] == best_step
-    assert trainer(tmp_path / "out", "best")["step"] == best_step
-    assert resume(tmp_path / "out") == 0
-    assert run(dataset, tmp_path / "whole", *RARE_SAVES) == 0
-    assert same_tensors(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    assert trainer(tmp_path)["step"] == 4
+    assert trainer(tmp_path)["best_step"] == best_step
+    assert trainer(tmp_path, "best")["step"] == best_step
+    assert resume(tmp_path) == 0
+    assert same_tensors(weights(tmp_path), unbroken)
 
 
 def test_an_update_that_fails_half_way_leaves_the_older_last(dataset, tmp_path, monkeypatch):
@@ -385,35 +310,22 @@ def test_metrics_are_read_up_to_a_torn_line_and_continued(tmp_path):
     whole = "".join(rows)
     for cut in range(len(rows[-1])):  # every way in which the last line can be torn
         file.write_text(whole[: len(whole) - cut])
-        with open_metrics(file, Progress(step=5)) as again:
-            again.write('{"step": 6, "loss": 0.1}\n')
-        assert list(losses(tmp_path)) == ([1, 2, 3, 4, 6] if cut > 1 else [1, 2, 3, 4, 5, 6])
+        drop_later_rows(file, Progress(step=5))
+        assert list(losses(tmp_path)) == [1, 2, 3, 4, 5][: 4 if cut > 1 else 5]
     file.write_bytes(whole.encode() + b'\x00\xff\n[1]\n{"step": "x"}\n{}\n"torn')
-    open_metrics(file, Progress(step=3)).close()
+    drop_later_rows(file, Progress(step=3))
     assert file.read_text() == "".join(rows[:3])  # what is past the resumed step is dropped
-
-
-def test_an_evaluation_made_again_after_a_kill_is_written_once(tmp_path):
-    """The checkpoint of step 5 was written before that step's evaluation."""
-    file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 5, "loss": 1.0}\n{"step": 5, "val_loss": 2.0}\n')
-    open_metrics(file, Progress(step=5, evaluated_step=0)).close()
+    drop_later_rows(file, Progress(step=5, evaluated_step=0))  # that evaluation is made again
     assert file.read_text() == '{"step": 5, "loss": 1.0}\n'
 
 
-def test_a_metric_that_is_not_finite_is_written_as_null(dataset, tmp_path, monkeypatch):
-    bad = [math.nan, math.inf, 0.0, 0.0]
-    results = SimpleNamespace(tolist=lambda: bad)
-    begin = Trainer.__init__
-
-    def with_bad_results(self, *args, **options):
-        begin(self, *args, **options)
-        self.train_step.results = results
-
-    monkeypatch.setattr(Trainer, "__init__", with_bad_results)
-    assert run(dataset, tmp_path, "--max_iters=1") == 0
-    _, row, _ = read_rows(tmp_path)
-    assert [row[key] for key in ("loss", "grad_norm", "tokens_per_s")] == [None] * 3
+def test_a_metric_that_is_not_finite_is_written_as_null(dataset, tmp_path):
+    log = RunLog(built(dataset, tmp_path))
+    log.open()
+    log.log_step(lr=0.1, loss=math.nan, grad_norm=math.inf, bad=0.0, skipped=0.0)
+    [row] = read_rows(tmp_path)
+    assert [row[key] for key in ("loss", "grad_norm", "tokens_per_s", "lr")] == [None] * 3 + [0.1]
 
 
 def test_a_full_disk_costs_rows_of_metrics_and_neither_the_run_nor_later_rows(
@@ -455,10 +367,10 @@ def coloured_pixels(file: Path) -> int:
     return int((pixels.max(2) - pixels.min(2) > 0.2).sum())
 
 
-def draw(folder: Path, rows: list[dict], best: tuple[float, int] | None = None) -> None:
+def draw(folder: Path, rows: list[dict], best_val_loss: float | None = None) -> None:
     """Draw loss.png from a metrics.jsonl with these rows."""
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    draw_losses(folder, best)
+    draw_losses(folder, best_val_loss, best_step=1)
 
 
 @pytest.mark.picture
@@ -491,7 +403,7 @@ def test_the_lines_of_a_picture(tmp_path, monkeypatch):
     rows = [evaluation_row(step, 4.0 - step) for step in range(3)]
     of_steps = [step_row(step, 3.5) for step in range(1, 100)]
     for evaluations in (rows, rows[:1]):
-        draw(tmp_path, of_steps + evaluations, best=(2.5, 1))
+        draw(tmp_path, of_steps + evaluations, best_val_loss=2.5)
     drawn = []
     for figure in figures:
         lines = {line.get_label(): line for line in figure.axes[0].lines}
@@ -544,21 +456,17 @@ def test_wandb_gets_the_rows_of_metrics_jsonl_and_a_resumed_run_keeps_its_id(
     assert [start["id"] for start in wandb.started] == [None, "new-id"]
     assert wandb.started[0]["project"] == "test"
     assert wandb.started[0]["name"] == "mine"
-    assert wandb.started[0]["config"]["config"]["max_iters"] == 2
+    assert wandb.started[0]["config"]["max_iters"] == 2
     assert [{"step": step, **values} for step, values in wandb.logged] == read_rows(tmp_path)
     assert wandb.ended == [0, 0]
 
 
-def test_the_real_wandb_continues_a_run_offline(dataset, tmp_path, monkeypatch):
+def test_the_real_wandb_gets_a_run_offline(dataset, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    assert run(dataset, tmp_path, "--max_iters=2", "--wandb_log", "--wandb_project=test") == 0
-    first = trainer(tmp_path)["wandb_id"]
-    assert first
-    assert resume(tmp_path, "--max_iters=4") == 0
-    assert trainer(tmp_path)["wandb_id"] == first
-    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first}"))) >= 1
+    assert run(dataset, tmp_path, "--max_iters=1", "--wandb_log", "--wandb_project=test") == 0
+    assert list((tmp_path / "wandb").glob(f"offline-run-*-{trainer(tmp_path)['wandb_id']}"))
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), ValueError("two\nlines")])
@@ -582,10 +490,14 @@ def test_a_wandb_that_fails_is_told_once_and_costs_nothing(
     assert trainer(tmp_path)["step"] == 3
 
 
-def test_a_wandb_that_does_not_start_ends_with_a_message(dataset, tmp_path, monkeypatch):
+def test_a_wandb_that_does_not_start_ends_with_a_message_and_displaces_no_run(
+    finished, dataset, tmp_path, monkeypatch
+):
+    out_dir = shutil.copytree(finished, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
     with pytest.raises(UserError, match=r"wandb_log=True, but wandb does not start.*WANDB_MODE"):
-        run(dataset, tmp_path, "--max_iters=1", "--wandb_log")
+        run(dataset, out_dir, "--max_iters=1", "--wandb_log")
+    assert trainer(out_dir)["step"] == 4
 
 
 # --------------------------------------------------------------------------------------------------

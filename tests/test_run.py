@@ -379,7 +379,7 @@ def test_epochs_are_counted_in_data_whatever_a_step_took_of_them_before(dataset,
         told = "this run is complete (21 of 21 steps); go on with --num_epochs=2\n"
         assert capsys.readouterr().out == told
     assert resume(tmp_path, "--num_epochs=2", "--batch_size=8") == 0
-    assert "31 steps read the text 2.0 times" in capsys.readouterr().out
+    assert "31 steps end after 2.04 epochs" in capsys.readouterr().out
     assert (trainer(tmp_path)["step"], trainer(tmp_path)["position"]) == (31, 328)
 
 

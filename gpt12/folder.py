@@ -1,0 +1,145 @@
+"""A run's folder: what lies in it, run.json, and an earlier run that makes room for a new one.
+
+run.json        the configuration, what the user gave, versions, commit, GPU, data set's hash
+metrics.jsonl   one line per logged step and per evaluation (gpt12/log.py)
+loss.png        the curves
+best/, last/    checkpoints (gpt12/checkpoint.py)
+previous/       the files of an earlier run, set aside when a new one starts
+.lock           keeps a second run out
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gpt12.errors import UserError
+from gpt12.files import exists, lock_folder, read_json, remove_link, write_atomically
+
+PACKAGES = ("torch", "numpy", "tiktoken", "datasets", "safetensors")
+RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", "best", "last", "best.prev", "last.prev")
+
+
+@contextlib.contextmanager
+def lock_run(out_dir: Path) -> Iterator[None]:
+    """Keep a second run out of out_dir.
+
+    Raises UserError if there is one or if out_dir cannot be written.
+    """
+    busy = f"another run is writing to out_dir={out_dir}. Wait for it, or choose another --out_dir="
+    with contextlib.ExitStack() as stack:
+        with _user_error_if_unwritable(out_dir):
+            stack.enter_context(lock_folder(out_dir, if_locked=UserError(busy)))
+        yield
+
+
+def describe_run(config: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    """Return what run.json holds: enough to explain the run later, and nothing secret.
+
+    Environment variables and the command line are left out, because they may hold passwords.
+    """
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # not every run needs all of them
+            versions[package] = metadata.version(package)
+    return {
+        "config": config,
+        "commit": _commit(),
+        "versions": versions,
+        "platform": platform.platform(),
+        **facts,
+    }
+
+
+def _commit() -> str | None:
+    """Return the git commit, with "-dirty" if files were changed; None outside of git."""
+    here = str(Path(__file__).parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically. Raises UserError if the disk does not accept it."""
+    write_file(file, json_bytes(content))
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """Return a JSON file's content."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write a file atomically. Raises UserError if the disk does not accept it."""
+    with _user_error_if_unwritable(file):
+        write_atomically(file, content)
+
+
+@contextlib.contextmanager
+def _user_error_if_unwritable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}. "
+            "Free some space, or choose another --out_dir="
+        ) from None
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder holds a run."""
+    return exists(folder / "run.json")
+
+
+@dataclass
+class SavedRun:
+    """What resuming reads of run.json."""
+
+    config: dict[str, Any]
+    requested: dict[str, Any] = field(default_factory=dict)
+    given: list[str] | None = None  # None: an earlier version wrote it
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def read_run(out_dir: Path) -> SavedRun:
+    """Return what the run.json of a run says. Raises UserError if it is missing or damaged."""
+    if not is_run(out_dir):
+        raise UserError(f"no run in {out_dir}: name the folder of one with --out_dir=")
+    found: SavedRun = read_json(out_dir / "run.json", SavedRun)
+    return found
+
+
+def set_aside(out_dir: Path) -> str | None:
+    """Move an earlier run's files into out_dir/previous if it has a checkpoint; say so.
+
+    They replace those of a still earlier run. run.json is moved first: where it is gone, a move was
+    cut short and goes on.
+    Raises UserError if a run is going on in out_dir/previous.
+    """
+    previous = out_dir / "previous"
+    found = [out_dir / name for name in RUN_FILES if exists(out_dir / name)]
+    if not any(path.is_dir() for path in found):
+        return None
+    replaced = ""
+    with _user_error_if_unwritable(previous):
+        remove_link(previous)
+        if is_run(out_dir) and exists(previous):
+            with lock_run(previous):
+                replaced = ", in place of a still earlier run" if is_run(previous) else ""
+            if exists(previous):  # the lock's folder is gone if it held nothing else
+                shutil.rmtree(previous)
+        previous.mkdir(exist_ok=True)
+        for path in found:
+            path.rename(previous / path.name)
+    size = sum(file.stat().st_size for file in previous.rglob("*"))
+    return f"the earlier run in {out_dir} was moved to {previous} ({size / 1e6:,.1f} MB){replaced}"
