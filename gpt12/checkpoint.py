@@ -37,8 +37,8 @@ from torch.optim import Optimizer
 
 from gpt12.device import Machine
 from gpt12.errors import UserError
-from gpt12.files import exists, is_folder, read_json, remove, sync, write_atomically
-from gpt12.folder import is_run, json_bytes, set_aside, write_json
+from gpt12.files import exists, is_folder, remove, sync, write_atomically
+from gpt12.folder import is_run, json_bytes, read_json, set_aside, write_json
 from gpt12.lora import is_adapted, load_adapter, save_adapter
 from gpt12.weights import save_config, save_pretrained
 from model import GPT

@@ -1,4 +1,4 @@
-"""File helpers: atomic writes, JSON that is checked, checksums, fsync, one writer per folder."""
+"""File helpers: atomic writes, checksums, fsync, and one writer per folder."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import filelock
-from pydantic import TypeAdapter, ValidationError
-
-from gpt12.errors import UserError
 
 BLOCK_BYTES = 1 << 20  # read this much at a time when hashing
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -32,26 +28,6 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError:  # half a file would take the space that is missing
         temporary.unlink(missing_ok=True)
         raise
-
-
-def read_json(file: Path, kind: Any = dict[str, Any]) -> Any:
-    """Return what a JSON file holds as a value of this type, by default an object of any keys.
-
-    Raises UserError that names the file, and the key that is wrong.
-    """
-    try:
-        return TypeAdapter(kind).validate_json(file.read_bytes())
-    except ValidationError as error:
-        wrong = what_is_wrong(error)
-    except OSError as error:
-        wrong = str(error.strerror)
-    raise UserError(f"{file} is damaged ({wrong}): restore it")
-
-
-def what_is_wrong(error: ValidationError) -> str:
-    """Return pydantic's first complaint in a line: the key and what it should be."""
-    first = error.errors()[0]
-    return ": ".join([*map(str, first["loc"]), first["msg"]])
 
 
 def exists(path: str | Path) -> bool:

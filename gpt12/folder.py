@@ -21,8 +21,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from gpt12.errors import UserError
-from gpt12.files import exists, lock_folder, read_json, remove_link, write_atomically
+from gpt12.files import exists, lock_folder, remove_link, write_atomically
 
 PACKAGES = ("torch", "numpy", "tiktoken", "datasets", "safetensors")
 RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", "best", "last", "best.prev", "last.prev")
@@ -67,33 +69,6 @@ def _commit() -> str | None:
         return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file atomically. Raises UserError if the disk does not accept it."""
-    write_file(file, json_bytes(content))
-
-
-def json_bytes(content: dict[str, Any]) -> bytes:
-    """Return a JSON file's content."""
-    return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def write_file(file: Path, content: bytes) -> None:
-    """Write a file atomically. Raises UserError if the disk does not accept it."""
-    with _user_error_if_unwritable(file):
-        write_atomically(file, content)
-
-
-@contextlib.contextmanager
-def _user_error_if_unwritable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. "
-            "Free some space, or choose another --out_dir="
-        ) from None
 
 
 def is_run(folder: Path) -> bool:
@@ -143,3 +118,54 @@ def set_aside(out_dir: Path) -> str | None:
             path.rename(previous / path.name)
     size = sum(file.stat().st_size for file in previous.rglob("*"))
     return f"the earlier run in {out_dir} was moved to {previous} ({size / 1e6:,.1f} MB){replaced}"
+
+
+# --------------------------------------------------------------------------------------------------
+# JSON files
+
+
+def read_json(file: Path, kind: Any = dict[str, Any]) -> Any:
+    """Return what a JSON file holds as a value of this type, by default an object of any keys.
+
+    Raises UserError that names the file, and the key that is wrong.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(file.read_bytes())
+    except ValidationError as error:
+        wrong = what_is_wrong(error)
+    except OSError as error:
+        wrong = str(error.strerror)
+    raise UserError(f"{file} is damaged ({wrong}): restore it")
+
+
+def what_is_wrong(error: ValidationError) -> str:
+    """Return pydantic's first complaint in a line: the key and what it should be."""
+    first = error.errors()[0]
+    return ": ".join([*map(str, first["loc"]), first["msg"]])
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically. Raises UserError if the disk does not accept it."""
+    write_file(file, json_bytes(content))
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """Return a JSON file's content."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write a file atomically. Raises UserError if the disk does not accept it."""
+    with _user_error_if_unwritable(file):
+        write_atomically(file, content)
+
+
+@contextlib.contextmanager
+def _user_error_if_unwritable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}. "
+            "Free some space, or choose another --out_dir="
+        ) from None

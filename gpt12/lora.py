@@ -21,7 +21,8 @@ from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
 from gpt12.errors import UserError
-from gpt12.files import exists, read_json
+from gpt12.files import exists
+from gpt12.folder import read_json
 
 
 class LoRALinear(nn.Module):

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from gpt12.errors import UserError
 from gpt12.muon import Muon
 
 Groups = list[dict[str, Any]]

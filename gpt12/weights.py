@@ -28,7 +28,8 @@ from pydantic import FiniteFloat, InstanceOf, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from gpt12.errors import UserError, say
-from gpt12.files import exists, read_json, what_is_wrong
+from gpt12.files import exists
+from gpt12.folder import read_json, what_is_wrong
 from gpt12.lora import LoRALinear, base_of_adapter, is_adapted, load_adapter
 from gpt12.twin import fingerprint, has_fingerprint, is_gpt2
 from model import GPT, GPTConfig, NothingDrawn, meta_model
