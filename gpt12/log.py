@@ -31,10 +31,8 @@ from tqdm import tqdm
 from gpt12.checkpoint import Progress
 from gpt12.device import Machine
 from gpt12.errors import UserError, one_line, printable
-from gpt12.files import write_atomically
 from gpt12.folder import write_file
 from gpt12.generate import Sampling, generate
-from gpt12.loss import IGNORE_INDEX
 from gpt12.memory import GIB, needed_memory
 from gpt12.run import Run, warn_of_long_run
 from gpt12.twin import is_gpt2
@@ -394,7 +392,7 @@ class RunLog:
         x, y, *_ = run.val_windows.batch(np.array([0]))
         prompt = x[0, :1].tolist()
         if run.packed:
-            prompt = x[0, : 1 + (y[0] != IGNORE_INDEX).argmax()].tolist()
+            prompt = x[0, : 1 + (y[0] >= 0).argmax()].tolist()  # up to the first target
         elif tokenizer.eot is not None:
             prompt = [tokenizer.eot]
         length = min(SAMPLE_TOKENS, 2 * run.config.block_size)
@@ -469,8 +467,8 @@ def draw_losses(out_dir: Path, best_val_loss: float | None, best_step: int) -> N
         axes.grid(alpha=0.25)
     content = io.BytesIO()
     figure.savefig(content, format="png")
-    with contextlib.suppress(OSError):  # a full disk costs the picture, not the run
-        write_atomically(out_dir / "loss.png", content.getvalue())
+    with contextlib.suppress(UserError):  # a full disk costs the picture, not the run
+        write_file(out_dir / "loss.png", content.getvalue())
 
 
 def _plot(axes: Any, rows: list[MetricsRow], key: str, **style: Any) -> None:

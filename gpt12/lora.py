@@ -21,7 +21,6 @@ from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
 from gpt12.errors import UserError
-from gpt12.files import exists
 from gpt12.folder import read_json
 
 
@@ -110,7 +109,7 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(Path(base).absolute()) if exists(base) else base,
+        "base_model_name_or_path": str(Path(base).absolute()) if Path(base).exists() else base,
         "r": rank,
         "lora_alpha": first.scale * rank,
         "lora_dropout": 0.0,
@@ -141,7 +140,7 @@ class AdapterConfig:
 def base_of_adapter(folder: Path) -> str | None:
     """Return the base model's folder or hub name; None for a folder that holds no adapters."""
     file = folder / "adapter_config.json"
-    return read_json(file, AdapterConfig).base_model_name_or_path if exists(file) else None
+    return read_json(file, AdapterConfig).base_model_name_or_path if file.exists() else None
 
 
 @torch.no_grad()
