@@ -31,10 +31,10 @@ TINY = (
     "--learning_rate=1e-2 --warmup_iters=2 --eval_interval=10"
 ).split()
 
-# A run of 16 steps with a checkpoint after every step.
+# A run of 10 steps with a checkpoint after every step.
 OPTIONS = [
     *TINY,
-    *"--gradient_accumulation_steps=1 --dropout=0.1 --eval_iters=1 --max_iters=16".split(),
+    *"--gradient_accumulation_steps=1 --dropout=0.1 --eval_iters=1 --max_iters=10".split(),
     *"--eval_interval=5 --save_interval_s=0".split(),
 ]
 
