@@ -49,7 +49,7 @@ import data.tokenizers
 import data.windows  # noqa: F401
 import train
 from gpt12 import checkpoint
-from gpt12.checkpoint import find_checkpoint
+from gpt12.checkpoint import Progress, find_checkpoint
 from gpt12.errors import UserError
 from tests.helpers import OPTIONS, ROOT, make_answers, make_dataset
 
@@ -64,16 +64,20 @@ class CallCounter:
         """fatal: the number of the call in this part that it does not live to make, from 1."""
         self.fatal = (part, fatal)
         self.part = BEFORE  # where the process is
-        self.calls = multiprocessing.RawArray("q", 3)  # by part; seen by the parent process, too
+        # Seen by the parent process, too:
+        self.calls = multiprocessing.RawArray("q", 3)  # by part
+        self.saved = multiprocessing.RawValue("q", 0)  # the step of the newest last/
 
     def start(self) -> None:
         """Start to count in this process."""
         save = checkpoint.save_checkpoint
 
-        def save_checkpoint(*args) -> None:
+        def save_checkpoint(folder: Path, write: Callable, progress: Progress) -> None:
             self.part = INSIDE
-            save(*args)
+            save(folder, write, progress)
             self.part = AFTER
+            if folder.name == "last":
+                self.saved.value = progress.step
 
         checkpoint.save_checkpoint = save_checkpoint
         safetensors.torch.save_file = save_by_halves
@@ -147,7 +151,7 @@ def without(values: dict, *keys: str) -> dict:
     return {key: value for key, value in values.items() if key not in keys}
 
 
-def live(argv: list[str], out_dir: Path, prepare: Callable[[], object] = lambda: None) -> int:
+def live(argv: list[str], out_dir: Path, counter: CallCounter) -> int:
     """Let a run live once, from its start or its checkpoint. Return the exit status.
 
     Raises AssertionError that says what was lost.
@@ -156,13 +160,14 @@ def live(argv: list[str], out_dir: Path, prepare: Callable[[], object] = lambda:
     if before is not None:
         argv = ["--init_from=resume", f"--out_dir={out_dir}"]
     log = out_dir.with_suffix(".log")
-    status = run_process(argv, log, prepare)
+    status = run_process(argv, log, counter.start)
     assert status in (0, -signal.SIGKILL), f"exit status {status}: {log.read_text()}"
     try:
         after = newest(out_dir)
     except (UserError, safetensors.SafetensorError) as error:
         raise AssertionError(f"the checkpoint does not load: {error}") from None
-    assert (after or 0) >= (before or 0), f"step {before} was saved, {after} is left"
+    saved = max(before or 0, counter.saved.value)
+    assert (after or 0) >= saved, f"step {saved} was saved, {after} is left"
     return status
 
 
@@ -186,24 +191,16 @@ def options_of_runs(folder: Path, preset: str | None) -> list[str]:
     return [*options, f"--init_from={base}"]
 
 
-def run_whole(options: list[str], out_dir: Path) -> tuple[dict, list[int]]:
-    """Let a run end unbroken. Return what it leaves, and the calls in each of its parts."""
-    argv = [*options, f"--out_dir={out_dir}"]
-    assert live(argv, out_dir) == 0
-    expected = outcome(out_dir)
-    shutil.rmtree(out_dir)
-    counter = CallCounter()
-    assert live(argv, out_dir, counter.start) == 0
-    assert outcome(out_dir) == expected, "two unbroken runs differ"
-    return expected, list(counter.calls)
-
-
 def kill_loop(
     options: list[str], parts: Sequence[int], kills: int, seed: int, folder: Path
 ) -> Counter:
     """Kill runs with these options so many times, in these parts in turn. Return what happened."""
     chance = random.Random(seed)
-    expected, calls = run_whole(options, folder / "whole")
+    unbroken = CallCounter()
+    whole = folder / "whole"
+    assert live([*options, f"--out_dir={whole}"], whole, unbroken) == 0
+    expected = outcome(whole)
+    calls = list(unbroken.calls)
     calls[INSIDE] //= 3  # so early that a run takes some lives
     out_dir = folder / "run"
     tally: Counter[str] = Counter()
@@ -214,7 +211,7 @@ def kill_loop(
         # The last run may come to its end.
         counter = CallCounter(part, fatal if tally["kills"] < kills else 0)
         try:
-            ended = live([*options, f"--out_dir={out_dir}"], out_dir, counter.start) == 0
+            ended = live([*options, f"--out_dir={out_dir}"], out_dir, counter) == 0
             assert not ended or outcome(out_dir) == expected, "it differs from the unbroken run"
         except AssertionError as error:
             print(f"LOST after kill {tally['kills']}: {error}", file=sys.stderr)
