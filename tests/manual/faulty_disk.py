@@ -20,7 +20,6 @@ tests/manual/faulty_disk.c makes the faults. It needs Linux on x86-64 and a C co
 from __future__ import annotations
 
 import argparse
-import collections
 import ctypes
 import os
 import platform
@@ -30,10 +29,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads would not survive a fork
 
@@ -46,7 +46,7 @@ import train
 from gpt12.errors import UserError
 from gpt12.log import read_metrics
 from tests.helpers import losses, trainer, weights
-from tests.manual.kill_loop import Life, newest, options_of_runs
+from tests.manual.kill_loop import newest, options_of_runs, run_process
 
 STEPS = 20
 PRESETS = {"adamw": None, "lora": "config/finetune_gpt2_xl_lora.py"}
@@ -64,47 +64,44 @@ class Start:
     before: Path | None
 
 
-class FaultyDisk:
-    """The calls to the kernel below a folder, of which some fail. See faulty_disk.c."""
+def build_disk(folder: Path) -> Any:
+    """Build the library of faulty_disk.c in a folder. Raises CalledProcessError."""
+    file = folder / "faulty_disk.so"
+    source = Path(__file__).with_suffix(".c")
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", source, "-o", file], check=True)
+    disk = ctypes.CDLL(str(file))
+    disk.fail.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_long]
+    disk.failed.restype = ctypes.c_char_p
+    disk.calls.restype = ctypes.c_long
+    return disk
 
-    def __init__(self, folder: Path):
-        """folder: where the library is built. Raises OSError or CalledProcessError."""
-        source = Path(__file__).with_suffix(".c")
-        file = folder / "faulty_disk.so"
-        subprocess.run(["cc", "-O1", "-shared", "-fPIC", source, "-o", file], check=True)
-        self.library = ctypes.CDLL(str(file))
-        self.library.fail.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_long]
-        self.library.failed.restype = ctypes.c_char_p
-        self.library.calls.restype = ctypes.c_long
 
-    def run(
-        self,
-        argv: list[str],
-        out_dir: Path,
-        first: int = 0,
-        last: int = 0,
-        prepare: Callable[[], object] = lambda: None,
-    ) -> int:
-        """Train with the calls from `first` to `last` failing. Return the exit status.
+def run_on(
+    disk: Any,
+    start: Start,
+    out_dir: Path,
+    failing: tuple[int, int] = (0, 0),
+    prepare: Callable[[], object] = lambda: None,
+) -> int:
+    """Train with the calls from the first to the last of `failing` failing. Return the exit status.
 
-        prepare: is called in the process before it trains.
-        """
+    prepare: is called in the process before it trains.
+    """
+    shutil.rmtree(out_dir, ignore_errors=True)
+    if start.before is not None:
+        shutil.copytree(start.before, out_dir)
 
-        def trap() -> None:
-            prepare()
-            if self.library.trap() != 0:
-                raise OSError("the kernel does not allow seccomp filters")
+    def trap() -> None:
+        prepare()
+        if disk.trap() != 0:
+            raise OSError("the kernel does not allow seccomp filters")
 
-        self.library.fail(str(out_dir).encode(), first, last)
-        return Life(argv, out_dir.with_suffix(".log"), prepare=trap).end(kill=False)
+    disk.fail(str(out_dir).encode(), *failing)
+    return run_process([*start.argv, f"--out_dir={out_dir}"], log_of(out_dir), trap)
 
-    def calls(self) -> int:
-        """Return how many calls the last run made."""
-        return self.library.calls()
 
-    def failed(self) -> str:
-        """Return the first call of the last run that failed, as "write /path"."""
-        return self.library.failed().decode()
+def log_of(out_dir: Path) -> Path:
+    return out_dir.with_suffix(".log")
 
 
 def save_nothing(figure: Figure, file: IO[bytes], **options: object) -> None:
@@ -149,21 +146,12 @@ def starts(options: list[str], folder: Path) -> list[Start]:
     earlier = folder / "earlier"
     for out_dir, steps in ((half, STEPS // 2), (earlier, EARLIER_STEPS)):
         argv = [*options, *RUN, f"--max_iters={steps}", f"--out_dir={out_dir}"]
-        log = out_dir.with_suffix(".log")
-        assert Life(argv, log).end(kill=False) == 0, log.read_text()
+        assert run_process(argv, log_of(out_dir)) == 0, log_of(out_dir).read_text()
     return [
         Start("from its start", [*options, *RUN], None),
         Start("resumed", ["--init_from=resume", f"--max_iters={STEPS}"], half),
         Start("over another run", [*options, *RUN], earlier),
     ]
-
-
-def set_up(start: Start, out_dir: Path) -> list[str]:
-    """Put into out_dir what the run finds there. Return its command line."""
-    shutil.rmtree(out_dir, ignore_errors=True)
-    if start.before is not None:
-        shutil.copytree(start.before, out_dir)
-    return [*start.argv, f"--out_dir={out_dir}"]
 
 
 def earlier_run_is_there(out_dir: Path) -> bool:
@@ -180,8 +168,7 @@ def check(start: Start, out_dir: Path, status: int, whole: dict) -> None:
 
     Raises AssertionError that says what was lost.
     """
-    log = out_dir.with_suffix(".log")
-    said = log.read_text()
+    said = log_of(out_dir).read_text()
     assert status >= 0, f"signal {-status}: {said}"
     told = "could not save" in said or "gpt12.errors.UserError: " in said
     assert status == 0 or told, f"it does not say what is wrong: {said}"
@@ -203,8 +190,8 @@ def check(start: Start, out_dir: Path, status: int, whole: dict) -> None:
         argv = ["--init_from=resume", f"--max_iters={STEPS}"]
     if status != 0 or step != STEPS:
         argv = [*argv, f"--out_dir={out_dir}"]
-        status = Life(argv, log).end(kill=False)
-    assert status == 0, f"it cannot go on: {log.read_text()}\nbefore: {said}"
+        status = run_process(argv, log_of(out_dir))
+    assert status == 0, f"it cannot go on: {log_of(out_dir).read_text()}\nbefore: {said}"
     assert outcome(out_dir) == whole["outcome"], "other weights or moments"
     # The row of a step may have been lost to the fault; if it is there, it is right.
     for row in read_metrics(out_dir / "metrics.jsonl"):
@@ -213,6 +200,36 @@ def check(start: Start, out_dir: Path, status: int, whole: dict) -> None:
             assert row.get(key) in (None, whole[key].get(step)), f"another {key} in step {step}"
     if start.name == "over another run" and not takes_place:
         assert earlier_run_is_there(out_dir), "the earlier run is lost after going on"
+
+
+def try_faults(disk: Any, folder: Path, preset: str | None, every: int) -> Counter:
+    """Let every so many calls of all runs of one preset fail. Return what happened."""
+    tally: Counter[str] = Counter()
+    whole: dict = {}
+    out_dir = folder / "out"
+    for start in starts(options_of_runs(folder, preset), folder):
+        assert run_on(disk, start, out_dir) == 0, log_of(out_dir).read_text()
+        if not whole:
+            whole = {key: losses(out_dir, key) for key in ("loss", "val_loss")}
+            whole["outcome"] = outcome(out_dir)
+        assert outcome(out_dir) == whole["outcome"], "two runs differ without a fault"
+        if start.before is not None:
+            run_on(disk, start, out_dir, prepare=end_at_first_step)
+        calls = disk.calls()
+        print(f"{folder.name}, {start.name}: {calls} calls", flush=True)
+        for first in range(1, calls + 1, every):
+            for last in (first, sys.maxsize):
+                status = run_on(disk, start, out_dir, (first, last))
+                where = disk.failed().decode()  # "write /path"
+                assert where, f"call {first} was not made again"
+                tally["failed"] += 1
+                try:
+                    check(start, out_dir, status, whole)
+                except AssertionError as error:
+                    also = "" if last == first else " and all that follow"
+                    print(f"LOST at call {first}{also}, {where}: {error}", flush=True)
+                    tally["lost"] += 1
+    return tally
 
 
 def main() -> int:
@@ -224,46 +241,18 @@ def main() -> int:
         print("skipped: the faults need Linux on x86-64 and a C compiler")
         return 0
     began = time.perf_counter()
-    failed: collections.Counter[str] = collections.Counter()
-    lost = 0
+    tally: Counter[str] = Counter()
     make_repeatable()
     memory = Path("/dev/shm")  # no real fsync is needed
     with tempfile.TemporaryDirectory(dir=memory if memory.exists() else None) as name:
-        disk = FaultyDisk(Path(name))
-        for method, preset in PRESETS.items():
-            if options.only not in (None, method):
-                continue
+        disk = build_disk(Path(name))
+        for method in [options.only] if options.only else PRESETS:
             folder = Path(name) / method
             folder.mkdir()
-            out_dir = folder / "out"
-            whole: dict = {}
-            for start in starts(options_of_runs(folder, preset), folder):
-                status = disk.run(set_up(start, out_dir), out_dir)
-                assert status == 0, out_dir.with_suffix(".log").read_text()
-                if not whole:
-                    whole = {key: losses(out_dir, key) for key in ("loss", "val_loss")}
-                    whole["outcome"] = outcome(out_dir)
-                assert outcome(out_dir) == whole["outcome"], "two runs differ without a fault"
-                if start.before is not None:
-                    disk.run(set_up(start, out_dir), out_dir, prepare=end_at_first_step)
-                calls = disk.calls()
-                print(f"{method}, {start.name}: {calls} calls", flush=True)
-                for first in range(1, calls + 1, options.every):
-                    for last in (first, sys.maxsize):
-                        status = disk.run(set_up(start, out_dir), out_dir, first, last)
-                        where = disk.failed()
-                        assert where, f"call {first} was not made again"
-                        failed[where.split()[0]] += 1
-                        try:
-                            check(start, out_dir, status, whole)
-                        except AssertionError as error:
-                            also = "" if last == first else " and all that follow"
-                            print(f"LOST at call {first}{also}, {where}: {error}", flush=True)
-                            lost += 1
-    kinds = ", ".join(f"{count} {name}" for name, count in failed.most_common())
+            tally += try_faults(disk, folder, PRESETS[method], options.every)
     seconds = time.perf_counter() - began
-    print(f"calls failed {failed.total()} ({kinds}), runs lost {lost}, seconds {seconds:.0f}")
-    return 1 if lost else 0
+    print(f"calls failed {tally['failed']}, runs lost {tally['lost']}, seconds {seconds:.0f}")
+    return 1 if tally["lost"] else 0
 
 
 if __name__ == "__main__":
