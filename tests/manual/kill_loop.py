@@ -80,7 +80,7 @@ class CallCounter:
                 self.saved.value = progress.step
 
         checkpoint.save_checkpoint = save_checkpoint
-        safetensors.torch.save_file = save_by_halves
+        safetensors.torch.save_file = save_by_halves  # type: ignore[assignment]
         sys.setprofile(self.count)
 
     def count(self, frame: object, event: str, argument: object) -> None:
