@@ -8,7 +8,7 @@
     python bench.py --plan --init_from=gpt2-xl --lora_rank=16   # what fits a card, without a GPU
     torchrun --nproc_per_node=2 bench.py               # the step on several GPUs
 
-What is timed is train.py's own TrainStep with its Loader. gpt12/measure.py takes the times,
+What is timed is train.py's own TrainStep, its loading included. gpt12/measure.py takes the times,
 gpt12/memory.py predicts them. A row holds the figures of one step, by their names in bench.json.
 """
 
@@ -38,7 +38,6 @@ from gpt12.distributed import is_rank_0, process_group, reported_by_rank_0, torc
 from gpt12.fit import cap_memory
 from gpt12.folder import describe_run, write_json
 from gpt12.generate import Sampling, store_by_columns
-from gpt12.loader import Loader
 from gpt12.measure import (
     Row,
     attention_kernel,
@@ -135,17 +134,16 @@ class StepRunner:
         prepare_model(self.model, self.config, self.machine)
         packed = tokens.mask is not None
         self.step = TrainStep(self.model.train(), self.config, self.machine, packed, cuda_graph)
-        windows = TrainWindows(tokens, config.block_size, config.seed)
-        self.loader = Loader(windows, self.step.batch, self.machine)
+        self.windows = TrainWindows(tokens, config.block_size, config.seed)
         self.position = 0
-        self.batch_targets = self.loader.load(self.position)
+        self.step.load(self.windows, self.position)
         self.warmup = self.step.warmup_calls + WARMUP_STEPS
 
     def __call__(self) -> None:
         """Make a step and load the windows of the next one. Does not wait for the device."""
-        self.step(self.config.learning_rate, self.batch_targets)
+        self.step(self.config.learning_rate)
         self.position += self.config.batch_size * self.config.gradient_accumulation_steps
-        self.batch_targets = self.loader.load(self.position)
+        self.step.load(self.windows, self.position)
 
 
 def decide(config: BenchConfig) -> tuple[BenchConfig, Machine]:

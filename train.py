@@ -12,6 +12,7 @@ update), mean_loss (evaluation), Trainer (the loop), the commands.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -31,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.windows import EvalWindows
+from data.windows import EvalWindows, TrainWindows
 from gpt12.check import check_model, check_start
 from gpt12.checkpoint import Saver, load_trainer_state
 from gpt12.cuda_graph import record, use_graph_for_training
@@ -46,7 +47,6 @@ from gpt12.distributed import (
     reported_by_rank_0,
 )
 from gpt12.fit import ADVICE, fit, tenth_is_free
-from gpt12.loader import Loader
 from gpt12.log import RunLog, perplexity
 from gpt12.loss import IGNORE_INDEX
 from gpt12.memory import ran_out_of_memory
@@ -119,20 +119,15 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.min_lr + height * (config.learning_rate - config.min_lr)
 
 
-def context_length(step: int, config: TrainConfig) -> int:
+def context_of_step(step: int, config: TrainConfig) -> int:
     """Return how many tokens attention sees at once in the update that follows `step` updates.
 
     The first steps may cut each window into CONTEXT_PARTS parts: a model learns from near words
     first (sequence length warm-up, Li et al. 2022, arXiv:2108.06084). Positions continue from
     part to part, so that all of them are trained from the start.
     """
-    short = step < short_context_end(config)
+    short = step < config.short_context_steps
     return config.block_size // CONTEXT_PARTS if short else config.block_size
-
-
-def short_context_end(config: TrainConfig) -> int:
-    """Return the number of steps with a short context."""
-    return math.ceil(config.short_context_share * config.max_iters)
 
 
 def seed_of_step(seed: int, rank: int, step: int) -> int:
@@ -147,6 +142,8 @@ def seed_of_step(seed: int, rank: int, step: int) -> int:
 class TrainStep:
     """One update of the weights: all gradients, their norm, then the optimizers' steps.
 
+    load() brings the windows of a step to the device. Then a call makes the update:
+
     1. accumulate_gradients: for each micro-batch, forward under autocast, then backward.
     2. update_weights: the gradients' norm, whether to skip, and each optimizer's step(), which
        clips and skips. With a fused one nothing waits for the device, where the results stay:
@@ -154,8 +151,8 @@ class TrainStep:
         grad_norm   norm of all gradients before clipping
         bad         how many updates in a row, ending with the latest, were skipped as not finite
         skipped     number of updates skipped so far
-    On a GPU, a small step is recorded as a CUDA graph in its fourth call and replayed from then on;
-    a step with batch_targets never is. bench.py measures this object.
+    On a GPU, a small step on plain text is recorded as a CUDA graph in its fourth call and replayed
+    from then on. bench.py measures this object.
     """
 
     def __init__(
@@ -194,6 +191,8 @@ class TrainStep:
         self.x = self.batch[0]
         self.y = self.batch[1]
         self.example_starts = self.batch[2] if packed else None
+        # How many positions of each micro-batch are targets: of plain text all.
+        self.targets_per_batch = [self.x[0].numel()] * self.micro_steps
         self.context_length = config.block_size  # tokens that attention sees at once
         self.divisor = torch.ones((), device=machine.device)
 
@@ -201,25 +200,57 @@ class TrainStep:
         self.loss, self.grad_norm, self.bad, self.skipped = self.results  # views
 
         self.calls = 0
-        self.use_graph = cuda_graph and use_graph_for_training(
-            config, model.config.n_layer, machine
+        self.use_graph = (
+            cuda_graph
+            and not packed
+            and use_graph_for_training(config, model.config.n_layer, machine)
         )
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warmup_calls = 4 if self.use_graph else 1  # then all is compiled and recorded
 
-    def __call__(self, lr: float, batch_targets: list[int] | None = None) -> None:
-        """Update the weights once from the windows in self.x and self.y.
+    @functools.cached_property
+    def on_host(self) -> Tensor:
+        """Return the batch in page-locked memory, which a GPU can copy without the host's help."""
+        on_gpu = self.machine.on_gpu
+        return torch.zeros(self.batch.shape, dtype=torch.int64, pin_memory=on_gpu)
 
-        batch_targets: number of targets per micro-batch of instruction data; for plain text None.
+    @functools.cached_property
+    def copied(self) -> torch.cuda.Event | None:
+        """Return what tells that a copy is over. Other devices than CUDA's finish it in copy_()."""
+        return torch.cuda.Event() if self.machine.on_gpu else None
+
+    def load(self, windows: TrainWindows, position: int) -> None:
+        """Load the windows of the step that begins at `position`.
+
+        Micro-batch m of a step belongs to rank m % world, so a step has the same windows with any
+        number of ranks. A GPU may still be computing the previous step: the copy waits behind it,
+        and the host goes on.
         """
+        if self.copied is not None:
+            self.copied.synchronize()  # the GPU may still be reading the host's arrays
+        batch_size = self.config.batch_size
+        for m in range(self.micro_steps):
+            micro_batch = m * self.machine.world + self.machine.rank
+            arrays = windows.batch(position + micro_batch * batch_size, batch_size)
+            for buffer, array in zip(self.on_host[:, m], arrays, strict=True):
+                buffer.copy_(torch.from_numpy(array))
+        self.batch.copy_(self.on_host, non_blocking=self.machine.on_gpu)
+        if self.copied is not None:
+            self.copied.record()
+        if self.example_starts is not None:
+            targets = self.on_host[1] != IGNORE_INDEX
+            self.targets_per_batch = targets.sum((1, 2)).tolist()
+
+    def __call__(self, lr: float) -> None:
+        """Update the weights once from the windows that are loaded."""
         self.set_learning_rate(lr)
-        self.set_divisor(batch_targets)
+        self.set_divisor()
         self.calls += 1
-        if self.use_graph and self.calls == self.warmup_calls and batch_targets is None:
+        if self.use_graph and self.calls == self.warmup_calls:
             self.model.zero_grad(set_to_none=True)  # their memory is for the graph
             self.graph = record(self.compute)
         if self.graph is None:
-            self.compute(batch_targets)
+            self.compute()
         else:
             self.graph.replay()
 
@@ -238,13 +269,13 @@ class TrainStep:
         self.calls = 0
         self.graph = None  # frees its memory
 
-    def set_divisor(self, batch_targets: list[int] | None) -> None:
+    def set_divisor(self) -> None:
         """Set what each loss is divided by: the number of targets of the whole step.
 
         Dividing each micro-batch by its own number of targets would give a target more weight
         where the answers are short.
         """
-        step_targets = self.x.numel() if batch_targets is None else sum(batch_targets)
+        step_targets = sum(self.targets_per_batch)
         world = self.machine.world
         # DistributedDataParallel averages the ranks' gradients. To get their sum / N, each rank
         # divides by N / world. N is the sum of the ranks' targets: all_reduce adds them up.
@@ -253,12 +284,12 @@ class TrainStep:
             dist.all_reduce(self.divisor)
         self.divisor.clamp_(min=1 / world)  # a step without any target must not divide by 0
 
-    def compute(self, batch_targets: list[int] | None = None) -> None:
+    def compute(self) -> None:
         """Compute the gradients of all micro-batches, then update the weights."""
-        self.accumulate_gradients(batch_targets)
+        self.accumulate_gradients()
         self.update_weights()
 
-    def accumulate_gradients(self, batch_targets: list[int] | None) -> None:
+    def accumulate_gradients(self) -> None:
         """Compute the loss and the gradients of the step, one micro-batch after another.
 
         Gradient accumulation: backward() adds to the gradients, so several micro-batches act as
@@ -266,9 +297,8 @@ class TrainStep:
         """
         self.model.zero_grad()
         self.loss.zero_()
-        for m in range(self.micro_steps):
-            count = None if batch_targets is None else batch_targets[m]
-            if count == 0 and self.machine.world == 1:
+        for m, batch_targets in enumerate(self.targets_per_batch):
+            if batch_targets == 0 and self.machine.world == 1:
                 continue  # nothing to learn in this micro-batch
             starts = None if self.example_starts is None else self.example_starts[m]
             averaging: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -277,7 +307,12 @@ class TrainStep:
             with averaging:
                 with self.machine.autocast():  # mixed precision
                     _, loss = self.forward(
-                        self.x[m], self.y[m], starts, self.divisor, count, self.context_length
+                        self.x[m],
+                        self.y[m],
+                        starts,
+                        divisor=self.divisor,
+                        batch_targets=batch_targets,
+                        context_length=self.context_length,
                     )
                 self.scaler.scale(loss).backward()
             self.loss += loss.detach()
@@ -392,7 +427,7 @@ class Trainer:
         self.config = run.config
         self.progress = run.progress
         self.train_step = TrainStep(run.model, run.config, run.machine, run.packed, cuda_graph)
-        self.loader = Loader(run.train_windows, self.train_step.batch, run.machine)
+        self.windows = run.train_windows
         if run.checkpoint is not None:
             load_trainer_state(run.checkpoint, self.train_step)
         self.log = RunLog(run)
@@ -431,7 +466,7 @@ class Trainer:
         """Train until something ends the run, and return the exit status."""
         config = self.config
         progress = self.progress
-        batch_targets = self.load()
+        self.load()
         while True:
             if self.evaluation_is_due():
                 self.evaluate()
@@ -445,12 +480,12 @@ class Trainer:
             torch.manual_seed(seed_of_step(config.seed, self.run.machine.rank, progress.step))
             lr = learning_rate(progress.step, config)
             self.updating = True
-            self.train_step(lr, batch_targets)
+            self.train_step(lr)
             progress.step += 1
             progress.position += self.run.windows_per_step
             progress.tokens += self.run.windows_per_step * config.block_size
             self.updating = False
-            batch_targets = self.load()  # the host loads while the device still computes
+            self.load()  # the host loads while the device still computes
             if progress.step % config.log_interval == 0 or progress.step == config.max_iters:
                 self.log.log_step(lr, *self.train_step.results.tolist())
             if self.updates_keep_failing():
@@ -461,13 +496,13 @@ class Trainer:
                 return 128 + self.stop.number
             self.save_if_due()
 
-    def load(self) -> list[int] | None:
+    def load(self) -> None:
         """Load the next step's windows and set the context length."""
-        length = context_length(self.progress.step, self.config)
+        length = context_of_step(self.progress.step, self.config)
         if length != self.train_step.context_length:
             self.clock.stop()  # compiling for another length is not training time
             self.train_step.set_context_length(length)
-        return self.loader.load(self.progress.position)
+        self.train_step.load(self.windows, self.progress.position)
 
     def save_if_due(self) -> None:
         """Write last/ from time to time."""
@@ -588,7 +623,7 @@ def train(run: Run) -> int:
     if is_complete(run):
         return 0
     check_start(run.model.config)
-    run = replace(run, config=continued_schedule(run, learning_rate, short_context_end))
+    run = replace(run, config=continued_schedule(run, learning_rate))
     run = fit(run, TrainStep)
     return Trainer(run, cuda_graph=tenth_is_free(run.machine)).train()
 

@@ -13,7 +13,7 @@ A run         settings.py       every key, its default and its description
               distributed.py    several processes, Ctrl-C
 
 The step      optimizer.py      the optimizers that --optimizer can name
-              muon.py           Muon                loader.py      windows on their way to the GPU
+              muon.py           Muon
               cuda_graph.py     recording a step
               fit.py            settings with which a step fits into the memory
 

@@ -65,7 +65,7 @@ def results(config: TrainConfig, machine: Machine, make_step: MakeStep) -> Itera
             compile_model(step.model)
         step.x.copy_(ids.view_as(step.x))
         step.y.copy_(ids.roll(-1).view_as(step.y))
-        step.set_divisor(None)
+        step.set_divisor()
         return step
 
     def same(where: str, **how: Any) -> str | None:
@@ -146,7 +146,7 @@ def losing(model: GPT, length: int) -> str | None:
 
 def gradients(step: Any) -> dict[str, Tensor]:
     """Return the gradients of a step, before the update."""
-    step.accumulate_gradients(None)
+    step.accumulate_gradients()
     return {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}
 
 

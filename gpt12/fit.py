@@ -162,12 +162,11 @@ def try_step(step: Any) -> None:
     With a rate of 0 no update changes the weights.
     """
     step.make_states()
-    batch_targets = None
     if step.example_starts is not None:
         # All positions but one are targets: no other number takes more memory.
-        batch_targets = [step.x[0].numel() - 1] * step.micro_steps
+        step.targets_per_batch = [step.x[0].numel() - 1] * step.micro_steps
     step.model.train()
-    step(0.0, batch_targets)
+    step(0.0)
     step.model.eval()
     arrays = step.batch[:, 0]
     with torch.no_grad(), step.machine.autocast():

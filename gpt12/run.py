@@ -107,7 +107,8 @@ class Run:
     @property
     def packed(self) -> bool:
         """Tell whether a training window holds several examples."""
-        return self.train_windows.tokens.mask is not None
+        assert self.dataset.train is not None
+        return self.dataset.train.mask is not None
 
     @property
     def train_windows(self) -> TrainWindows:
@@ -478,15 +479,11 @@ def is_complete(run: Run) -> bool:
     return True
 
 
-def continued_schedule(
-    run: Run,
-    learning_rate: Callable[[int, TrainConfig], float],
-    short_context_end: Callable[[TrainConfig], int],
-) -> TrainConfig:
+def continued_schedule(run: Run, learning_rate: Callable[[int, TrainConfig], float]) -> TrainConfig:
     """Return the configuration of a run that may be resumed, and note what jumps in it.
 
     A phase of short context that is over does not come back when the run gets longer.
-    learning_rate, short_context_end: train.py's.
+    learning_rate: train.py's.
     """
     config = run.config
     before = run.request.before
@@ -494,8 +491,8 @@ def continued_schedule(
     if before is None or step == 0:
         return config
     notes = run.request.notes
-    last_end = short_context_end(before)
-    end = short_context_end(config)
+    last_end = before.short_context_steps
+    end = config.short_context_steps
     if last_end <= step < end:
         notes.append("the phase of short context is over and stays so: short_context_share=0")
         config = replace(config, short_context_share=0.0)

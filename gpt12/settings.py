@@ -10,6 +10,7 @@ keys.
 
 from __future__ import annotations
 
+import math
 import os.path
 from collections.abc import Collection
 from dataclasses import asdict, fields, replace
@@ -222,6 +223,11 @@ class TrainConfig:
     """Name of the project there."""
     wandb_run_name: Text = "gpt2"
     """Name of the run there."""
+
+    @property
+    def short_context_steps(self) -> int:
+        """Return the number of steps with a short context."""
+        return math.ceil(self.short_context_share * self.max_iters)
 
     def contradictions(self, given: Collection[str]) -> Contradictions:
         """Return the keys whose values cannot hold together, and what to do.

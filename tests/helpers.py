@@ -187,13 +187,13 @@ def random_rows(rows: int = 2, seed: int = 3) -> tuple[torch.Tensor, torch.Tenso
     return x, y
 
 
-def fill(step: Any, x: torch.Tensor, y: torch.Tensor) -> list[int]:
-    """Put a batch into a step's buffers and return the number of targets in each micro-batch."""
+def fill(step: Any, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Put a batch into a step's buffers."""
     from gpt12.loss import IGNORE_INDEX
 
     step.x.copy_(x.view_as(step.x))
     step.y.copy_(y.view_as(step.y))
-    return (step.y != IGNORE_INDEX).sum((1, 2)).tolist()
+    step.targets_per_batch = (step.y != IGNORE_INDEX).sum((1, 2)).tolist()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from bench import StepRunner, measure_step
 from gpt12.cards import CARDS, Card
 from gpt12.device import Machine
 from gpt12.errors import UserError
-from gpt12.loader import Loader
 from gpt12.measure import attention_kernel, show_rows, show_step
 from gpt12.memory import GIB, RECOMPUTE, predict
 from gpt12.settings import model_shape
@@ -142,7 +141,6 @@ def test_several_processes_share_the_micro_batches_and_measure_only_the_step(mon
 def test_the_measured_step_is_train_pys_own_on_ever_new_windows():
     runner = StepRunner(make(gradient_accumulation_steps=2))
     assert type(runner.step) is TrainStep
-    assert type(runner.loader) is Loader
     assert runner.model.training
     weights = [p.clone() for p in runner.model.parameters()]
     first = runner.step.x.clone()

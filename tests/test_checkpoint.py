@@ -389,15 +389,18 @@ def test_a_saved_state_continues_as_the_unbroken_step_does(tmp_path, optimizer):
     whole = small_step(optimizer=optimizer)
     first = small_step(optimizer=optimizer)
     for x, y in batches:
-        whole(1e-2, fill(whole, x, y))
+        fill(whole, x, y)
+        whole(1e-2)
     for x, y in batches[:2]:
-        first(1e-2, fill(first, x, y))
+        fill(first, x, y)
+        first(1e-2)
     save_trainer_state(tmp_path, first)
     second = small_step(optimizer=optimizer)
     second.model.load_state_dict(first.model.state_dict())
     load_trainer_state(tmp_path, second)
     for x, y in batches[2:]:
-        second(1e-2, fill(second, x, y))
+        fill(second, x, y)
+        second(1e-2)
     assert same_weights(second.model, [p.detach() for p in whole.model.parameters()])
 
 
@@ -423,7 +426,8 @@ WPE = "optimizer.transformer.wpe.weight"
 def test_a_state_that_the_optimizer_cannot_have_is_refused(tmp_path, optimizer, name, tensor):
     """torch's fused AdamW reads and writes past the end of a moment that is too small."""
     step = small_step(optimizer=optimizer)
-    step(1e-2, fill(step, *random_rows()))
+    fill(step, *random_rows())
+    step(1e-2)
     save_trainer_state(tmp_path, step)
     tensors = load_file(tmp_path / "trainer.safetensors")
     tensors[name] = tensor
@@ -445,7 +449,8 @@ def test_a_parameter_that_was_never_updated_has_no_state_after_resuming_either(t
 
 def test_the_names_of_the_tensors_are_those_that_the_format_says(tmp_path):
     step = small_step(Machine(CPU.device, torch.float16, compiled=False))
-    step(1e-2, fill(step, *random_rows()))
+    fill(step, *random_rows())
+    step(1e-2)
     expected = {"rng.cpu", "scaler"}
     for name, _ in step.model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -461,7 +466,8 @@ def test_resuming_restores_the_loss_scale(tmp_path):
     second = small_step(half)
     first.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     for step in (first, second):
-        step(1e-2, fill(step, *random_rows()))
+        fill(step, *random_rows())
+        step(1e-2)
     save_trainer_state(tmp_path, first)
     load_trainer_state(tmp_path, second)
     state = second.scaler.state_dict()

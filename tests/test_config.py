@@ -260,6 +260,7 @@ def test_text_on_the_command_line_of_sampling_becomes_a_typed_value(write):
         ("--eval_only=2", "Input should be a valid boolean, .*"),
         ("--compile=maybe", "Input should be 'auto', True or False"),
         ("--recompute=all", "Input should be 'none', 'pointwise' or 'block'"),
+        ("--optimizer=adam", "Input should be one of adamw, muon, adamw8bit"),
         ("--device=gpu", "String should match pattern .*"),
         ("--out_dir=", "String should have at least 1 character"),
         ("--out_dir", "Input should be a valid string"),

@@ -20,7 +20,6 @@ from data.windows import EvalWindows
 from gpt12.checkpoint import Progress, Saver
 from gpt12.device import Machine
 from gpt12.errors import UserError
-from gpt12.loader import Loader
 from gpt12.log import Clock, RunLog, draw_losses, drop_later_rows, introduction
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig, parameter_count
@@ -255,7 +254,7 @@ def unbroken(dataset, tmp_path_factory) -> dict[str, torch.Tensor]:
         (RunLog, "log_step", 2),
         (RunLog, "_draw", 4),
         (EvalWindows, "batch", 2),
-        (Loader, "load", 2),
+        (TrainStep, "load", 2),
         (Saver, "_write_best", 2),
     ],
 )
