@@ -50,7 +50,7 @@ from gpt12.fit import ADVICE, fit, tenth_is_free
 from gpt12.log import RunLog, perplexity
 from gpt12.loss import IGNORE_INDEX
 from gpt12.memory import ran_out_of_memory
-from gpt12.optimizer import OPTIMIZERS
+from gpt12.optimizer import OPTIMIZERS, set_learning_rate, update_all
 from gpt12.run import (
     Run,
     build_run,
@@ -243,7 +243,7 @@ class TrainStep:
 
     def __call__(self, lr: float) -> None:
         """Update the weights once from the windows that are loaded."""
-        self.set_learning_rate(lr)
+        set_learning_rate(self.optimizers, lr)
         self.set_divisor()
         self.calls += 1
         if self.use_graph and self.calls == self.warmup_calls:
@@ -253,15 +253,6 @@ class TrainStep:
             self.compute()
         else:
             self.graph.replay()
-
-    def set_learning_rate(self, lr: float) -> None:
-        """Set the rate of the next update."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                if torch.is_tensor(group["lr"]):
-                    group["lr"].fill_(lr)
-                else:
-                    group["lr"] = lr
 
     def set_context_length(self, context_length: int) -> None:
         """Cut the windows into parts of this length. The step is compiled and recorded again."""
@@ -345,32 +336,17 @@ class TrainStep:
             divide_by = (self.grad_norm / self.config.grad_clip).clamp(min=1)
         else:
             divide_by = torch.ones_like(self.grad_norm)
-        self.step_optimizers(gradients, divide_by, skip)
+        update_all(self.optimizers, gradients, divide_by, skip, self.on_device)
         if self.scaler.is_enabled():
             self.scaler.update()  # adjusts the scale to the infinities that unscale_ found
 
-    def step_optimizers(self, gradients: list[Tensor], divide_by: Tensor, skip: Tensor) -> None:
-        """Divide the gradients and update, or change nothing if `skip` is 1."""
-        if not self.on_device:
-            if skip > 0:  # waits for the device
-                return
-            divisor = divide_by.item()
-            for gradient in gradients:
-                gradient.div_(divisor)
-        for optimizer in self.optimizers:
-            if self.on_device:
-                # It divides as it reads the gradients: clipping costs no pass.
-                optimizer.grad_scale = divide_by  # type: ignore[attr-defined]
-                optimizer.found_inf = skip  # type: ignore[attr-defined]
-            optimizer.step()
-
     def make_states(self) -> None:
         """Let the optimizers make their states in an update of length 0 from gradients of 0."""
-        self.set_learning_rate(0.0)
+        set_learning_rate(self.optimizers, 0.0)
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         one = torch.ones((), device=self.machine.device)
-        self.step_optimizers([], divide_by=one, skip=1 - one)
+        update_all(self.optimizers, [], one, 1 - one, self.on_device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -472,9 +448,7 @@ class Trainer:
                 self.evaluate()
                 if self.evaluation_is_due():  # a signal has cut it short
                     return 128 + self.stop.number
-                if self.patience_is_over():
-                    return 0
-            if progress.step >= config.max_iters:
+            if self.patience_is_over() or progress.step >= config.max_iters:
                 return 0
             # Dropout draws other masks on each rank and in each step, resumed or not.
             torch.manual_seed(seed_of_step(config.seed, self.run.machine.rank, progress.step))
@@ -494,7 +468,9 @@ class Trainer:
                 self.clock.start()  # all is compiled and recorded from now on
             if self.stop.agreed():
                 return 128 + self.stop.number
-            self.save_if_due()
+            if self.saver.is_due():
+                with self.clock.stopped():
+                    self.saver.save("last")
 
     def load(self) -> None:
         """Load the next step's windows and set the context length."""
@@ -503,12 +479,6 @@ class Trainer:
             self.clock.stop()  # compiling for another length is not training time
             self.train_step.set_context_length(length)
         self.train_step.load(self.windows, self.progress.position)
-
-    def save_if_due(self) -> None:
-        """Write last/ from time to time."""
-        if self.saver.is_due():
-            with self.clock.stopped():
-                self.saver.save("last")
 
     def updates_keep_failing(self) -> bool:
         """Tell whether the last MAX_BAD_STEPS updates were skipped. Looks every so many steps."""
@@ -538,7 +508,7 @@ class Trainer:
         """
         progress = self.progress
         with self.clock.stopped():
-            stop = self.evaluation_is_cut_short
+            stop = self.stop.arrived_alone
             train_loss = mean_loss(self.run, self.run.train_eval_windows, stop)
             val_loss = mean_loss(self.run, self.run.val_windows, stop)
             if stop():
@@ -553,10 +523,6 @@ class Trainer:
             self.log.log_evaluation(train_loss, val_loss, in_best)
             if progress.step > 0 and self.config.always_save_checkpoint:
                 self.saver.save("last")
-
-    def evaluation_is_cut_short(self) -> bool:
-        """Tell whether a signal ends the evaluation."""
-        return self.run.machine.world == 1 and self.stop.number > 0
 
     def is_better(self, val_loss: float) -> bool:
         """Tell whether this is the lowest validation loss after step 0. NaN never is."""

@@ -274,6 +274,10 @@ class StopSignal:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         self.say(f"\n{name}: finishing this step, then saving (press again to quit at once)")
 
+    def arrived_alone(self) -> bool:
+        """Tell whether a signal has arrived that no other rank has to be told of."""
+        return torchrun_ranks().world == 1 and self.number > 0
+
     def agreed(self) -> bool:
         """Tell whether to stop now. Call it once per step, on all ranks.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
@@ -78,3 +79,35 @@ OPTIMIZERS = {
     "muon": Entry(muon, on_device=True, recordable=True),
     "adamw8bit": Entry(adamw8bit),
 }
+
+
+def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:
+    """Set the rate of the next update."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+
+def update_all(
+    optimizers: list[Optimizer],
+    gradients: list[Tensor],
+    divide_by: Tensor,
+    skip: Tensor,
+    on_device: bool,
+) -> None:
+    """Divide the gradients and update the weights, or change nothing if `skip` is 1."""
+    if not on_device:
+        if skip > 0:  # waits for the device
+            return
+        divisor = divide_by.item()
+        for gradient in gradients:
+            gradient.div_(divisor)
+    for optimizer in optimizers:
+        if on_device:
+            # It divides as it reads the gradients: clipping costs no pass.
+            optimizer.grad_scale = divide_by  # type: ignore[attr-defined]
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
+        optimizer.step()

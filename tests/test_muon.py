@@ -8,6 +8,7 @@ from torch.optim import AdamW
 
 from gpt12.lora import add_lora
 from gpt12.muon import Muon, neuron_scale, orthogonalize
+from gpt12.optimizer import set_learning_rate
 from tests.helpers import fill, random_rows, small_gpt, small_step
 
 
@@ -66,7 +67,7 @@ def test_without_scaled_neurons_the_update_is_that_of_torchs_muon_on_each_matrix
         ns_steps=4,
         eps=1e-7,
     )
-    step.set_learning_rate(1e-2)
+    set_learning_rate(step.optimizers, 1e-2)
     for seed in (1, 2):
         torch.manual_seed(seed)
         for p in matrices(muon):
