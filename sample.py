@@ -17,19 +17,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from gpt12.errors import UserError, printable, require_packages, run_main
 
 require_packages()
 
-from jinja2 import TemplateError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from data.chat import chat_environment
 from data.tokenizers import GPT2_VOCAB_SIZE, get_tokenizer, load_tokenizer
 from gpt12.checkpoint import find_checkpoint
 from gpt12.config import load_config, unescape
@@ -164,22 +159,6 @@ def read_prompt(start: str) -> str:
     return text
 
 
-class GenerationTag(Extension):
-    """Let {% generation %} and {% endgeneration %} pass, which mark what is trained."""
-
-    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
-
-    def parse(self, parser: Parser) -> Any:
-        """Return what stands between the tags."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def raise_exception(message: str) -> NoReturn:
-    """Let a template refuse a conversation."""
-    raise TemplateError(message)
-
-
 class ChatTemplate:
     """How a model's conversations are written as one text.
 
@@ -190,26 +169,16 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any):
         """A model without a template gets one that writes the messages one after the other."""
         self.source = tokenizer.chat_template or PLAIN_TEMPLATE
-        self.environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
-        )
         end = "" if tokenizer.eot is None else tokenizer.token_bytes(tokenizer.eot).decode()
-        self.environment.globals.update(
-            raise_exception=raise_exception,
-            strftime_now=time.strftime,
-            add_generation_prompt=True,
-            **({"eos_token": end} | tokenizer.special_tokens),
-        )
-        self.environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        names = {"add_generation_prompt": True, "eos_token": end} | tokenizer.special_tokens
+        self.environment = chat_environment(names)
 
     def write(self, messages: Sequence[Message]) -> str:
         """Return the prompt for the next answer; UserError if the template fails."""
         try:
             text = self.environment.from_string(self.source).render(messages=messages)
             if not text:
-                raise_exception("it writes nothing")
+                raise ValueError("it writes nothing")
             return text
         except Exception as error:  # the template may do anything
             raise UserError(

@@ -11,41 +11,61 @@ import importlib
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.prepare import FORMAT, prepare_texts
-from data.readers import SUFFIXES
 from data.shards import UINT16, Tokens, find_shards
 from data.texts import Documents
 from data.tokenizers import CharTokenizer, Tokenizer, get_tokenizer, load_tokenizer
 from gpt12.errors import UserError
-from gpt12.files import exists, sha256
+from gpt12.files import exists, is_folder, sha256
 
 DATA = Path(__file__).parent
 SMALL = ("shakespeare", "shakespeare_char")  # data sets of ours that are prepared unasked
 
 
-@dataclass
 class Dataset:
-    """A data set that is ready to be trained on.
+    """A data set that is ready to be trained on, out of a folder with shards.
 
     tokenizer: None if it is not known.
     train: None if the folder holds only val shards.
     warnings: what the user should know about the data.
     documents: their number, or None if it is not known.
     val_sha256: the hash of the first val shard, or None for shards that were not made here.
+    window: the length of packed windows, or None for texts, whose windows may have any length.
     """
 
-    name: str
-    folder: Path
-    tokenizer: Tokenizer | None
-    vocab_size: int
-    train: Tokens | None
-    val: Tokens
-    warnings: list[str]
-    documents: int | None
-    val_sha256: str | None
+    def __init__(self, name: str, folder: Path) -> None:
+        if (folder / "progress.json").exists():
+            raise UserError(
+                f"The preparation of {folder} is not finished. Start it again to continue it."
+            )
+        self.name = name
+        self.folder = folder
+        meta = _read_meta(folder / "meta.json")
+        self.documents: int | None = meta.get("documents")
+        self.val_sha256: str | None = meta.get("val_sha256")
+        self.window: int | None = meta.get("window", meta.get("row"))  # "row" until FORMAT 6
+        self.warnings: list[str] = list(meta.get("notes", ()))
+        self.val = Tokens.open(folder, "val")
+        self.train = Tokens.open(folder, "train") if find_shards(folder, "train") else None
+        splits = [self.val] if self.train is None else [self.val, self.train]
+        self.tokenizer = load_tokenizer(folder)
+        if self.tokenizer is None and not meta and not (folder / "meta.pkl").exists():
+            if self.val.dtype == UINT16:
+                self.tokenizer = get_tokenizer("gpt2")  # as in nanoGPT
+        if self.tokenizer is not None:
+            self.vocab_size = self.tokenizer.text_ids
+        else:
+            self.vocab_size = max(split.max_id() for split in splits) + 1
+            self.warnings.append(
+                f"{folder} has no tokenizer (a meta.pkl is never opened, because it can run "
+                f"programs). The vocabulary is assumed to have {self.vocab_size:,} ids, the "
+                "largest one plus one. The ids cannot be turned into text."
+            )
+        for split in splits:
+            split.check_vocab(self.vocab_size)
 
     @property
     def tokenizer_name(self) -> str | None:
@@ -66,9 +86,9 @@ def open_dataset(
 
     name: a folder in data/; or the path of a folder of shards, of a text file, or of a folder of
         text files; or hf:owner/name:config:split. Texts are tokenized once, into data/cache/.
-    tokenizer: "auto" is the data set's own one, or gpt2 for texts.
+    tokenizer: a name; or a model's tokenizer; "auto" is the data set's own one, or gpt2 for texts.
     Raises UserError if the data set does not exist or is damaged, or if it was made with another
-    tokenizer or row length.
+    tokenizer or for another block_size.
     """
     check_exists(name)
     folder = DATA / name if _is_named(name) else Path(name).expanduser()
@@ -79,15 +99,23 @@ def open_dataset(
             _prepare_named(folder)
         else:
             source = name if name.startswith("hf:") else str(folder)
-            documents = (source, text_column, encoding)
             asked = "gpt2" if tokenizer == "auto" else tokenizer
-            folder = _prepare_text(documents, asked, val_fraction, block_size)
+            reading = {"text_column": text_column, "encoding": encoding}
+            folder = _prepare_text(source, reading, asked, val_fraction, block_size)
     except OSError as error:  # a full disk, no right to write, the network
         raise UserError(
             f"{name} could not be prepared: {error}. "
             "What is done so far is kept: run the command again to continue."
         ) from error
-    return _read_dataset(name, folder, tokenizer, block_size)
+    dataset = Dataset(name, folder)
+    if dataset.window not in (None, block_size):
+        raise UserError(
+            f"{folder} was prepared for block_size={dataset.window}. Use "
+            f"--block_size={dataset.window}."
+        )
+    if tokenizer != "auto":
+        dataset.tokenizer = _as_asked(dataset, tokenizer)
+    return dataset
 
 
 # ----------------------------------------------------------------------------------------------
@@ -103,14 +131,14 @@ def check_exists(name: str) -> None:
     for near in difflib.get_close_matches(name, known, 1):
         problem += f" Did you mean {near}?"
     raise UserError(
-        f"{problem} It may be one of {', '.join(known)}, a file ({', '.join(SUFFIXES)}), a folder "
-        "of such files, or hf:owner/name."
+        f"{problem} It may be one of {', '.join(known)}, a file, a folder of texts, or "
+        "hf:owner/name."
     )
 
 
 def _is_named(name: str) -> bool:
     """Return whether a name is that of a folder in data/."""
-    return name != "" and Path(name).name == name and os.path.isdir(DATA / name)  # noqa: PTH112
+    return name != "" and Path(name).name == name and is_folder(DATA / name)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -128,44 +156,44 @@ def _prepare_named(folder: Path) -> None:
 
 
 def _prepare_text(
-    arguments: tuple[str, str, str],
+    source: str,
+    reading: dict[str, str],
     tokenizer: str | Tokenizer,
     val_fraction: float,
     block_size: int,
 ) -> Path:
-    """Return the folder in data/cache/ that holds a text's shards.
+    """Return the folder in data/cache/ that holds a text's shards, after preparing it if needed.
 
     The folder's name has a hash of everything that decides what the shards hold, so a folder that
-    exists is what was asked for.
+    exists is what was asked for. That of packed examples ends with their block_size, too.
 
-    arguments: those of Documents.
+    reading: the other arguments of Documents.
     """
-    name = arguments[0]
     documents = None
-    content: object = name
-    if not name.startswith("hf:"):  # the hub is asked only for what is not there yet
-        documents = Documents(*arguments)
+    content: object = source
+    if not source.startswith("hf:"):  # the hub is asked only for what is not there yet
+        documents = Documents(source, **reading)
         content = [(file.name, sha256(file)) for file in documents.files]
     made_with = tokenizer
     if isinstance(tokenizer, Tokenizer):
         # By name, so that a resumed run, which brings its model's tokenizer, finds its data again.
         made_with = tokenizer.name if tokenizer.name in ("gpt2", "bytes") else tokenizer.sha256
-    made_by = json.dumps([FORMAT, content, *arguments[1:], made_with, val_fraction])
-    digest = hashlib.sha256(made_by.encode()).hexdigest()[:12]
-    stem = re.sub(r"[^\w.-]+", "-", Path(name).stem)[:50] or "texts"  # as all systems allow
+    decisive = [FORMAT, content, *reading.values(), made_with, val_fraction]
+    digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
+    stem = re.sub(r"[^\w.-]+", "-", Path(source).stem)[:50] or "texts"  # as all systems allow
     texts = DATA / "cache" / f"{stem}-{digest}"
-    rows = texts.with_name(f"{texts.name}-{block_size}")
-    for folder in (texts, rows):
+    packed = DATA / "cache" / f"{stem}-{digest}-{block_size}"
+    for folder in (texts, packed):
         if folder.exists():
             return folder
-    documents = documents or Documents(*arguments)
-    finished = texts if documents.kind == "text" else rows
-    building = finished.with_name(f"{finished.name}.tmp")
+    documents = documents or Documents(source, **reading)
+    finished = texts if documents.kind == "text" else packed
     if tokenizer == "char":
         tokenizer = _characters_of(documents)
     elif isinstance(tokenizer, str):
         tokenizer = get_tokenizer(tokenizer)
-    prepare_texts(name, documents, tokenizer, building, val_fraction, block_size=block_size)
+    building = finished.with_name(f"{finished.name}.tmp")
+    prepare_texts(source, documents, tokenizer, building, val_fraction, block_size=block_size)
     return building.rename(finished)
 
 
@@ -183,63 +211,22 @@ def _characters_of(documents: Documents) -> CharTokenizer:
 # Reading
 
 
-def _read_dataset(name: str, folder: Path, asked: str | Tokenizer, block_size: int) -> Dataset:
-    """Read a data set from a folder with shards, and check that it is as it was asked for."""
-    if (folder / "progress.json").exists():
-        raise UserError(
-            f"The preparation of {folder} is not finished. Start it again to continue it."
-        )
-    meta_file = folder / "meta.json"
+def _read_meta(file: Path) -> dict[str, Any]:
+    """Return what meta.json says, or nothing if there is none."""
     try:
-        meta = {**json.loads(meta_file.read_bytes())} if meta_file.exists() else {}
+        return {**json.loads(file.read_bytes())} if file.exists() else {}
     except (ValueError, TypeError):
-        raise UserError(f"{meta_file} is no JSON object. Prepare the data again.") from None
-    row = meta.get("row") or block_size
-    if row != block_size:
-        raise UserError(f"{folder} holds rows of {row} tokens. Use --block_size={row}.")
-    val = Tokens.open(folder, "val")
-    train = Tokens.open(folder, "train") if find_shards(folder, "train") else None
-    splits = [val] if train is None else [val, train]
-    warnings = list(meta.get("notes", ()))
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None and not meta and not (folder / "meta.pkl").exists():
-        if val.dtype == UINT16:
-            tokenizer = get_tokenizer("gpt2")  # as in nanoGPT
-    if tokenizer is not None:
-        vocab_size = tokenizer.text_ids
-    else:
-        vocab_size = max(split.max_id() for split in splits) + 1
-        warnings.append(
-            f"{folder} has no tokenizer (a meta.pkl is never opened, because it can run programs). "
-            f"The vocabulary is assumed to have {vocab_size:,} ids, the largest one plus one. The "
-            "ids cannot be turned into text."
-        )
-    for split in splits:
-        split.check_vocab(vocab_size)
-    if asked != "auto":
-        tokenizer = _as_asked(folder, tokenizer, asked, is_text=val.mask is None)
-    return Dataset(
-        name=name,
-        folder=folder,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        train=train,
-        val=val,
-        warnings=warnings,
-        documents=meta.get("documents"),
-        val_sha256=meta.get("val_sha256"),
-    )
+        raise UserError(f"{file} is no JSON object. Prepare the data again.") from None
 
 
-def _as_asked(
-    folder: Path, own: Tokenizer | None, asked: str | Tokenizer, is_text: bool
-) -> Tokenizer:
+def _as_asked(dataset: Dataset, asked: str | Tokenizer) -> Tokenizer:
     """Return the tokenizer for a data set. Raises UserError if another one than its own is asked.
 
     asked: a name, or a model's tokenizer.
     """
+    own = dataset.tokenizer
     if own is not None and isinstance(asked, Tokenizer) and own.sha256 == asked.sha256:
-        if not is_text:
+        if dataset.val.mask is not None:
             asked.chat_template = own.chat_template
         return asked  # it may have more tokens, and its files go back as they came
     if own is not None and own.name == asked:
@@ -247,6 +234,6 @@ def _as_asked(
     made_with = "an unknown tokenizer" if own is None else f"the tokenizer {own.name}"
     wanted = "that of the model" if isinstance(asked, Tokenizer) else asked
     raise UserError(
-        f"{folder} was made with {made_with}, not with {wanted}. "
+        f"{dataset.folder} was made with {made_with}, not with {wanted}. "
         "Pass the text itself: --dataset=FILE."
     )

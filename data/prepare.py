@@ -1,8 +1,8 @@
 """Turn documents into the train and val shards of a data set.
 
 The documents are tokenized on all cores. Texts are written one after another, in constant memory,
-and an interrupted preparation goes on where it was. Instruction data, whose examples must not see
-each other, are packed into rows of a fixed length.
+and an interrupted preparation goes on where it was. Examples with questions and answers must not
+see each other: they are packed whole into windows of a fixed length.
 """
 
 from __future__ import annotations
@@ -29,16 +29,34 @@ from data.shards import (
     find_shards,
     token_dtype,
 )
-from data.texts import FEW_DOCUMENTS, CommonEnding, Documents, Piece, chat_template
+from data.texts import FEW_DOCUMENTS, Documents, Piece
 from data.tokenizers import Tokenizer
 from gpt12.errors import UserError
 from gpt12.files import lock_folder, sha256, write_atomically
 
-BATCH_CHARACTERS = 500_000  # a thread's share at a time: handing it over then costs little
+PIECES_AT_ONCE = 32  # a thread's share at a time: handing it over then costs little
 SAVE_TOKENS = 20_000_000  # tokens between two saves of the progress
-OPEN_ROWS = 64  # rows that wait for an example that still fits
+OPEN_WINDOWS = 64  # windows that wait for an example that still fits
 # Version of what is made of texts. What an older version prepared in data/cache is prepared again.
 FORMAT = 6
+
+
+@dataclass
+class Progress:
+    """How far a preparation has come. progress.json keeps it beside the shards."""
+
+    next: int = 0  # the index of the document that comes next
+    documents: int = 0  # written; the others were blank
+    train: int = 0  # tokens written
+    val: int = 0
+
+
+class Encoded(NamedTuple):
+    """A piece of a document as ids, with its end token."""
+
+    document: int  # its index
+    ids: np.ndarray
+    trained: bool
 
 
 def prepare_texts(
@@ -54,7 +72,7 @@ def prepare_texts(
     """Write the train and val shards of some documents, and what belongs to them, into a folder.
 
     If this is killed and called again, it goes on after the last saved text and leaves the same
-    shards. Instruction data, which are small, start again; their rows have block_size tokens.
+    shards. Examples, which are small, start again; their windows have block_size tokens.
 
     max_tokens: leave out the texts after this many tokens.
     Raises UserError for texts that cannot be read, or that are too short to train and validate on.
@@ -63,11 +81,9 @@ def prepare_texts(
     with lock_folder(folder, if_locked=UserError(locked)):
         encoded = _encode(name, documents, tokenizer)
         if documents.kind == "text":
-            row = None
             dtype = token_dtype(tokenizer.text_ids)
             progress = _write_texts(documents, encoded, folder, dtype, val_fraction, max_tokens)
         else:
-            row = block_size
             progress = _write_examples(
                 documents, encoded, tokenizer, folder, val_fraction, block_size
             )
@@ -78,7 +94,8 @@ def prepare_texts(
         blank = progress.next - progress.documents
         if blank:
             documents.notes.append(f"{blank:,} blank texts or answers were left out.")
-        complete(folder, tokenizer, progress.documents, documents.notes, row)
+        window = None if documents.kind == "text" else block_size
+        complete(folder, tokenizer, progress.documents, documents.notes, window)
         (folder / "progress.json").unlink(missing_ok=True)
 
 
@@ -87,15 +104,15 @@ def complete(
     tokenizer: Tokenizer,
     documents: int,
     notes: list[str],
-    row: int | None = None,
+    window: int | None = None,
 ) -> None:
     """Write what belongs to the shards of a data set: the tokenizer's files and meta.json.
 
-    notes: what the user should know about the data. row: the length of packed rows.
+    notes: what the user should know about the data. window: the length of packed windows.
     """
     tokenizer.save(folder)
     digests = [sha256(shard) for shard in find_shards(folder, "val")]
-    meta = {"documents": documents, "val_sha256": digests[0], "row": row, "notes": notes}
+    meta = {"documents": documents, "val_sha256": digests[0], "window": window, "notes": notes}
     write_atomically(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
 
 
@@ -119,28 +136,13 @@ def _hash_below_one(document: int) -> float:
     return int.from_bytes(digest[:4], "little") / 2**32
 
 
-# --------------------------------------------------------------------------------------------------
-# Tokenizing
-
-
-class Encoded(NamedTuple):
-    """A piece of a document with its ids."""
-
-    document: int  # its index
-    piece: Piece
-    ids: np.ndarray
-
-
 def _encode(name: str, documents: Documents, tokenizer: Tokenizer) -> Iterator[Encoded]:
     """Encode pieces on all cores. (The tokenizers let other threads run meanwhile.)"""
     from tqdm import tqdm
 
-    end: list[int] = []
-    if tokenizer.eot is not None:
-        end = [tokenizer.eot]
-    elif "\n" in tokenizer.names and len(documents.first) > 1:
-        # A character tokenizer has no end token. There a line end keeps several documents apart.
-        end = tokenizer.encode("\n").tolist()
+    end = tokenizer.end
+    if tokenizer.eot is None and len(documents.first) == 1:
+        end = []  # a line end keeps several documents apart; after a single text it is not needed
 
     def encode(batch: list[tuple[int, Piece]]) -> list[Encoded]:
         encoded = []
@@ -148,11 +150,12 @@ def _encode(name: str, documents: Documents, tokenizer: Tokenizer) -> Iterator[E
             ids = tokenizer.encode(piece.text)
             if piece.end:
                 ids = np.append(ids, np.array(end, ids.dtype))
-            encoded.append(Encoded(document, piece, ids))
+            encoded.append(Encoded(document, ids, piece.trained))
         return encoded
 
+    pieces = iter(documents)
+    batches = iter(lambda: list(itertools.islice(pieces, PIECES_AT_ONCE)), [])
     cores = os.cpu_count() or 1
-    batches = _batches(documents)
     with (
         ThreadPoolExecutor(cores) as threads,
         tqdm(desc=name, unit=" tokens", unit_scale=True, disable=None) as bar,  # on a terminal
@@ -163,32 +166,8 @@ def _encode(name: str, documents: Documents, tokenizer: Tokenizer) -> Iterator[E
                 bar.update(sum(len(encoded.ids) for encoded in batch))
 
 
-def _batches(documents: Documents) -> Iterator[list[tuple[int, Piece]]]:
-    """Yield the pieces in lists of BATCH_CHARACTERS or a little more."""
-    batch = []
-    characters = 0
-    for document, piece in documents:
-        batch.append((document, piece))
-        characters += len(piece.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch = []
-            characters = 0
-    yield batch
-
-
 # --------------------------------------------------------------------------------------------------
 # Texts
-
-
-@dataclass
-class Progress:
-    """How far a preparation has come. progress.json keeps it beside the shards."""
-
-    next: int = 0  # the index of the document that comes next
-    documents: int = 0  # read to their end
-    train: int = 0  # tokens written
-    val: int = 0
 
 
 def _write_texts(
@@ -199,7 +178,10 @@ def _write_texts(
     val_fraction: float,
     max_tokens: float,
 ) -> Progress:
-    """Write texts as shards, and save the progress now and then."""
+    """Write each text to the shards of its split, and save the progress now and then.
+
+    Few documents are all written to train first; then its end moves to val.
+    """
     file = folder / "progress.json"
     progress = Progress(**json.loads(file.read_bytes())) if file.exists() else Progress()
     first = documents.first
@@ -207,12 +189,11 @@ def _write_texts(
     documents.skip = progress.next
     train = ShardWriter(folder, "train", dtype, start=progress.train)
     val = ShardWriter(folder, "val", dtype, start=progress.val)
-    saved = progress.train + progress.val
-    for document, piece, ids in encoded:
-        for_validation = not few and is_for_validation(document, first, val_fraction)
-        (val if for_validation else train).add(ids)
-        if not piece.last:
-            continue
+    saved = train.count + val.count
+    for document, pieces in itertools.groupby(encoded, key=lambda piece: piece.document):
+        to_val = not few and is_for_validation(document, first, val_fraction)
+        for piece in pieces:
+            (val if to_val else train).add(piece.ids)
         progress = Progress(document + 1, progress.documents + 1, train.count, val.count)
         written = train.count + val.count
         if written >= max_tokens:
@@ -223,7 +204,7 @@ def _write_texts(
             write_atomically(file, json.dumps(asdict(progress)).encode())
             saved = written
     else:
-        progress.next = documents.rows
+        progress.next = documents.count
     train.close()
     if few and train.count >= 2:
         file.unlink(missing_ok=True)  # what follows is not repeatable
@@ -245,11 +226,10 @@ def _move_end(val: ShardWriter, folder: Path, keep: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Instruction data
+# Questions and answers
 
-Example = tuple[
-    np.ndarray, np.ndarray
-]  # ids, and a mask: TRAINED where a token is a target, else 0
+# Ids, and a mask: TRAINED where a token is a target, else 0.
+Example = tuple[np.ndarray, np.ndarray]
 
 
 def _write_examples(
@@ -260,82 +240,77 @@ def _write_examples(
     val_fraction: float,
     block_size: int,
 ) -> Progress:
-    """Write examples as rows, and give the tokenizer the template for questions like theirs.
+    """Write examples as windows, and give the tokenizer the template for questions like theirs.
 
-    An example that is longer than a row is cut, and left out if nothing trained remains.
+    An example that is longer than a window is cut, and left out if nothing trained remains.
     """
     first = documents.first
-    ending = CommonEnding()
-    splits: dict[str, list[Example]] = {"train": [], "val": []}
+    examples: dict[str, list[Example]] = {"train": [], "val": []}
     progress = Progress()
     cut = 0
-    left_out = 0
-    for document, parts in itertools.groupby(encoded, key=lambda part: part.document):
-        ids: np.ndarray = np.empty(0, np.uint32)
-        mask: np.ndarray = np.empty(0, UINT8)
-        for part in parts:
-            if not part.piece.trained:
-                ending.add(part.piece.text)
-            ids = np.append(ids, part.ids)
-            mask = np.append(mask, np.full(len(part.ids), TRAINED * part.piece.trained, UINT8))
+    for document, group in itertools.groupby(encoded, key=lambda piece: piece.document):
+        pieces = list(group)
+        ids = np.concatenate([piece.ids for piece in pieces])
+        mask = np.concatenate(
+            [np.full(len(piece.ids), TRAINED * piece.trained, UINT8) for piece in pieces]
+        )
         cut += len(ids) > block_size
         progress.documents += 1
         if mask[1:block_size].any():
-            side = is_for_validation(document, first, val_fraction)
-            splits["val" if side else "train"].append((ids[:block_size], mask[:block_size]))
-        else:
-            left_out += 1
-    progress.next = documents.rows
+            split = "val" if is_for_validation(document, first, val_fraction) else "train"
+            examples[split].append((ids[:block_size], mask[:block_size]))
+    progress.next = documents.count
     dtype = token_dtype(tokenizer.text_ids)
     padding = tokenizer.eot or 0
-    progress.train = write_rows(folder, "train", splits["train"], block_size, dtype, padding)
-    progress.val = write_rows(folder, "val", splits["val"], block_size, dtype, padding)
-    tokenizer.chat_template = chat_template(
-        documents.kind, tokenizer.eot is not None, ending.text(), documents.commonest_system()
-    )
+    progress.train = write_packed(folder, "train", examples["train"], block_size, dtype, padding)
+    progress.val = write_packed(folder, "val", examples["val"], block_size, dtype, padding)
+    tokenizer.chat_template = documents.chat_template(has_end_token=tokenizer.eot is not None)
     if tokenizer.eot is None:
+        advice = "Sample with --stop='\\n'." if tokenizer.end else "Use another --tokenizer=."
         documents.notes.append(
             "This tokenizer has no end-of-text token, so answers will not end by themselves. "
-            "Sample with --stop='\\n'."
+            f"{advice}"
         )
-    if documents.kind == "prompt" and ending.text() == "":
+    if documents.kind == "prompt" and documents.ending == "":
         documents.notes.append(
             "The prompts have no common ending, so the model cannot see where a question ends and "
             "its answer begins. End every prompt in the same way, for example with a line end."
         )
     if cut > 0:
+        left_out = progress.documents - len(examples["train"]) - len(examples["val"])
         documents.notes.append(
-            f"{cut:,} of {progress.documents:,} examples were longer than a row of {block_size} "
-            f"tokens and were cut; {left_out:,} were left out, because nothing of the answer "
-            "remained. A larger --block_size= keeps more."
+            f"{cut:,} of {progress.documents:,} examples were longer than {block_size} tokens and "
+            f"were cut; {left_out:,} were left out, because nothing of the answer remained. A "
+            "larger --block_size= keeps more."
         )
     return progress
 
 
-def write_rows(
+def write_packed(
     folder: Path, split: str, examples: list[Example], size: int, dtype: np.dtype, padding: int
 ) -> int:
-    """Write examples, packed whole into rows of `size` tokens, as shards and mask shards.
+    """Write examples, packed whole into windows of `size` tokens, as shards and mask shards.
 
-    An example goes into the first open row that has room for it. Its first token is never a
+    An example goes into the first open window that has room for it. Its first token is never a
     target, because no token of the example comes before it.
 
     The mask says where each example starts. So the model can keep attention inside an example and
     count positions from its start: an example is computed as if it were alone.
 
-    padding: the id that fills the end of a row.
+    padding: the id that fills the end of a window.
     Returns the number of tokens.
     """
-    used: list[int] = []  # tokens in each row
+    used: list[int] = []  # tokens in each window
     places = []  # where each example begins
     for ids, _ in examples:
-        open_rows = range(max(0, len(used) - OPEN_ROWS), len(used))
-        row = next((row for row in open_rows if used[row] + len(ids) <= size), len(used))
-        if row == len(used):
+        open_windows = range(max(0, len(used) - OPEN_WINDOWS), len(used))
+        fitting = (window for window in open_windows if used[window] + len(ids) <= size)
+        window = next(fitting, len(used))
+        if window == len(used):
             used.append(0)
-        places.append(row * size + used[row])
-        used[row] += len(ids)
-    # Targets are the inputs shifted by one, so the last row needs a token to end with.
+        places.append(window * size + used[window])
+        used[window] += len(ids)
+    # Targets are the inputs shifted by one, so the last window needs a token to end with.
     length = len(used) * size + 1
     tokens = np.full(length, padding, dtype)
     mask = np.zeros(length, UINT8)

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 from gpt12.errors import UserError
 from gpt12.files import exists
 
-ROW_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-SUFFIXES = (".txt", ".md", *ROW_SUFFIXES)  # each also as .gz
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".md", *TABLES)  # each also as .gz
 DELIMITERS = (",", ";", "\t", "|")
 END_OF_TEXT = "<|endoftext|>"  # separates the documents of a text file
 START_OF_TEXT = "<|startoftext|>"  # begins them in files made for gpt-2-simple, and says nothing
@@ -31,10 +31,8 @@ REPLACE = "utf-8-replace"  # the encoding in which bytes that are not UTF-8 beco
 # The common ones besides UTF-8, of which the likeliest are shown.
 ENCODINGS = """cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 koi8_r cp932 euc_jp cp949
     gb18030 big5""".split()
-BLOCK_CHARACTERS = 1 << 16  # read at once from a text file
-SAMPLE_BYTES = 1 << 18  # what a file's encoding is guessed from
-SAMPLE_LINES = 100  # before the bad one
-BINARY = bytes({*range(32)} - {*b"\b\t\n\v\f\r\x1b"})  # in no text of one byte a character
+SAMPLE_BYTES = 1 << 18  # what a file's encoding is guessed from, after
+SAMPLE_LINES = 100  # so many lines before the bad one
 ROWS_AT_ONCE = 1000  # from parquet files and the hub; row by row takes three times as long
 BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 UNREADABLE = (OSError, EOFError, zlib.error)  # what reading a file may raise
@@ -43,7 +41,27 @@ Row = Mapping[str, Any]
 Rows = Iterator[tuple[str, Row]]
 
 
-def find_files(path: Path, encoding: str) -> tuple[list[Path], list[Path]]:
+def file_rows(file: Path, text_column: str, encoding: str) -> Rows:
+    """Yield the place and the content of each row of a file.
+
+    text_column: the column that a text file's content gets. Its value is an iterator of lines; with
+        text_column="line", each line that is not blank is a row.
+    encoding: of the files that are not UTF-8.
+    """
+    suffix = suffix_of(file)
+    if suffix == ".parquet":
+        return _parquet_rows(file)
+    lines = _lines(file, encoding)
+    if suffix in (".csv", ".tsv"):
+        return _csv_rows(file, lines)
+    if suffix in (".json", ".jsonl"):
+        return _json_rows(file, lines)
+    if text_column == "line":
+        return ((str(file), {"line": line.rstrip("\n")}) for line in lines if not line.isspace())
+    return ((str(file), {text_column: text}) for text in _texts(lines))
+
+
+def find_files(path: Path) -> tuple[list[Path], list[Path]]:
     """Return the files to read for a data set, and the files that are no text, sorted.
 
     path: a file, or a folder, whose subfolders are searched, too. Hidden files and folders, and
@@ -60,42 +78,18 @@ def find_files(path: Path, encoding: str) -> tuple[list[Path], list[Path]]:
             hidden = any(part.startswith(".") or part == "node_modules" for part in parts)
             if file.is_file() and not hidden:
                 candidates.append(file)
-    files: list[Path] = []
-    skipped: list[Path] = []
-    for file in candidates:
-        is_text = suffix_of(file) in SUFFIXES or _is_text(file, encoding)
-        (files if is_text else skipped).append(file)
+    files = [file for file in candidates if suffix_of(file) in SUFFIXES or _is_text(file)]
     if not files:
         raise UserError(
             f"{path} holds no text and no val shards. These files are read: "
             f"{', '.join(SUFFIXES)}, each also as .gz, and plain text with any other ending."
         )
-    return files, skipped
+    return files, sorted(set(candidates).difference(files))
 
 
 def suffix_of(file: Path) -> str:
     """Return a file's ending in lower case, without the .gz of a compressed one."""
     return Path(file.name.lower().removesuffix(".gz")).suffix
-
-
-def file_rows(file: Path, text_column: str, encoding: str) -> Rows:
-    """Yield the place and the content of each row of a file.
-
-    text_column: the column that a text file's content gets. Its value is an iterator of blocks of
-        text; with text_column="line", each line that is not blank is a row.
-    """
-    suffix = suffix_of(file)
-    if suffix == ".parquet":
-        return _parquet_rows(file)
-    blocks = _blocks(file, encoding)
-    lines = itertools.chain.from_iterable(blocks)
-    if suffix in (".csv", ".tsv"):
-        return _table_rows(file, lines)
-    if suffix in (".json", ".jsonl"):
-        return _json_rows(file, lines)
-    if text_column == "line":
-        return ((str(file), {"line": line.rstrip("\n")}) for line in lines if not line.isspace())
-    return ((str(file), {text_column: text}) for text in _texts(blocks))
 
 
 def replace_surrogates(text: str) -> str:
@@ -104,125 +98,16 @@ def replace_surrogates(text: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Bytes to lines
-
-
-def _open(file: Path) -> BinaryIO:
-    stream = gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb")
-    return stream  # type: ignore[return-value]
-
-
-def _decode(file: Path, encoding: str) -> Iterator[list[str]]:
-    """Yield a file's lines with \\n at their ends, as many at once as make a block.
-
-    Raises UnicodeError at a byte that is not in the encoding, and at a NUL, which no text holds.
-    """
-    with _open(file) as stream:
-        begin = stream.read(2)
-        stream.seek(0)
-        codec = "utf-8-sig" if encoding in ("utf-8", REPLACE) else encoding
-        if begin in BOMS:
-            codec = "utf-16"
-        errors = "replace" if encoding == REPLACE else "strict"
-        text = io.TextIOWrapper(stream, codec, errors)  # makes every line end a \n
-        while lines := text.readlines(BLOCK_CHARACTERS):
-            if encoding == REPLACE:
-                lines = [line.replace("\0", "\ufffd") for line in lines]
-            elif any("\0" in line for line in lines):
-                raise UnicodeError
-            yield lines
-
-
-def _is_text(file: Path, encoding: str) -> bool:
-    """Tell whether a file of unknown ending begins as text, in this encoding or another one."""
-    try:
-        with _open(file) as stream:
-            begin = stream.read(BLOCK_CHARACTERS)
-        if encoding != REPLACE:  # in which everything can be decoded
-            next(_decode(file, encoding), None)
-            return True
-    except UnicodeError:
-        pass
-    except UNREADABLE:
-        return False
-    return begin.startswith(BOMS) or begin == begin.translate(None, BINARY)
-
-
-def is_utf8(file: Path) -> bool:
-    """Tell whether a file is UTF-8 and has characters that show it."""
-    try:
-        return any([not line.isascii() for lines in _decode(file, "utf-8") for line in lines])
-    except (*UNREADABLE, UnicodeError):
-        return False
-
-
-def _blocks(file: Path, encoding: str) -> Iterator[list[str]]:
-    """Yield a file's lines in blocks. Raises UserError for what cannot be read."""
-    try:
-        yield from _decode(file, encoding)
-    except UnicodeError:
-        raise UserError(_explain_encoding(file, encoding)) from None
-    except UNREADABLE as error:
-        raise UserError(f"{file} cannot be read: {error}.") from None
-
-
-def _explain_encoding(file: Path, encoding: str) -> str:
-    """Return a message about the first byte that is not in the encoding, and the likely ones."""
-    import charset_normalizer
-
-    number = 0
-    lines: collections.deque[bytes] = collections.deque(maxlen=SAMPLE_LINES)
-    with _open(file) as stream:
-        for line in stream:
-            number += 1
-            lines.append(line)
-            try:
-                start = line.decode("utf-8" if encoding == REPLACE else encoding).find("\0")
-            except UnicodeDecodeError as error:
-                start = error.start
-            if start >= 0:
-                break
-        # Whole lines, because no encoding fits to the half of a character.
-        sample = b"".join([*lines, *stream.readlines(SAMPLE_BYTES)])
-    message = f"{file} is not {encoding}: line {number} holds the byte 0x{line[start]:02x}."
-    decoded = sample.decode("utf-8", "replace")
-    bad = decoded.count("\ufffd") + decoded.count("\0")
-    if sum(character > "\x7f" for character in decoded) > 2 * bad:
-        return f"{message} To go on with U+FFFD in the place of such bytes: --encoding={REPLACE}"
-    strange = line[0 if start < 40 else start :][:80]
-    matches = charset_normalizer.from_bytes(sample, cp_isolation=ENCODINGS)
-    guesses = []
-    for match in matches:  # each stands for all encodings in which the sample is the same text
-        guesses.append("cp1252" if "cp1252" in match.could_be_from_charset else match.encoding)
-    if b"\0" in strange:  # every other byte of Latin text in UTF-16 is 0
-        guesses = ["utf_16_be" if strange[:1] == b"\0" else "utf_16_le"]
-    guesses = guesses[:3] or [name for name in ENCODINGS if _decodes(line, name)] or ENCODINGS
-    message += " Pass the encoding in which this line is right:"
-    for guess in guesses:
-        shown = strange.decode(guess, "replace").splitlines()[0]
-        message += f"\n  --encoding={guess:10} {shown}"
-    return message
-
-
-def _decodes(line: bytes, encoding: str) -> bool:
-    try:
-        line.decode(encoding)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-# --------------------------------------------------------------------------------------------------
 # Lines to rows
 
 
-def _texts(blocks: Iterator[list[str]]) -> Iterator[Iterator[str]]:
-    """Yield the documents of a text file, each in blocks."""
+def _texts(lines: Iterator[str]) -> Iterator[Iterator[str]]:
+    """Yield the documents of a text file, each as its lines."""
 
     def parts() -> Iterator[tuple[int, str]]:
         document = 0
-        for lines in blocks:
-            first, *others = "".join(lines).replace(START_OF_TEXT, "").split(END_OF_TEXT)
+        for line in lines:
+            first, *others = line.replace(START_OF_TEXT, "").split(END_OF_TEXT)
             yield document, first
             for other in others:
                 document += 1
@@ -235,16 +120,10 @@ def _texts(blocks: Iterator[list[str]]) -> Iterator[Iterator[str]]:
 
 def _json_rows(file: Path, lines: Iterator[str]) -> Rows:
     """Yield a row of each line, or of each element of an array."""
-    numbered = enumerate(lines, 1)
-    for number, line in numbered:
+    for number, line in enumerate(lines, 1):
         where = f"{file}, line {number}"
-        if line.rstrip().endswith(("{", ",")) and not line.lstrip().startswith("["):
-            raise UserError(
-                f"{where} begins an object of several lines. Make it a list of rows, "
-                '[{"text": "..."}, ...], or write each row on a line of its own.'
-            )
         if line.lstrip().startswith("["):
-            array = _parse(where, line + "".join(line for _, line in numbered))
+            array = _parse(where, line + "".join(lines))
             for element, row in enumerate(array, 1):
                 yield f"{file}, row {element}", row
         elif line.strip():
@@ -255,10 +134,13 @@ def _parse(where: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is broken JSON: {error}.") from None
+        raise UserError(
+            f"{where} is broken JSON: {error}. Write each row on a line of its own, or all of them "
+            'as a list: [{"text": "..."}, ...].'
+        ) from None
 
 
-def _table_rows(file: Path, lines: Iterator[str]) -> Rows:
+def _csv_rows(file: Path, lines: Iterator[str]) -> Rows:
     """Yield the rows of a table with a header."""
     csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
     header = next(lines, "")
@@ -290,36 +172,140 @@ def _table_rows(file: Path, lines: Iterator[str]) -> Rows:
 def _parquet_rows(file: Path) -> Rows:
     from pyarrow import parquet
 
-    number = 0
     try:
         with _open(file) as stream:
-            for batch in parquet.ParquetFile(stream).iter_batches(ROWS_AT_ONCE):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number}", row
+            batches = parquet.ParquetFile(stream).iter_batches(ROWS_AT_ONCE)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, row in enumerate(rows, 1):
+                yield f"{file}, row {number}", row
     except Exception as error:  # the library raises many kinds of exceptions
         raise UserError(f"{file} cannot be read: {error}.") from None
 
 
-def hub_rows(source: str, skip: int) -> Rows:
-    """Yield the rows of a hub data set, streamed, without its first `skip` rows.
+def hub_rows(source: str) -> Rows:
+    """Yield the rows of a hub data set, streamed.
 
     source: hf:owner/name, hf:owner/name:config or hf:owner/name:config:split. The split is train
-    if it is not given.
+        if it is not given.
     """
     import datasets
 
     name, config, split, *_ = [*source.removeprefix("hf:").split(":"), "", ""]
-    number = skip
     try:
         stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        for table in stream.skip(skip).with_format("arrow").iter(ROWS_AT_ONCE):
-            for row in table.to_pylist():
-                yield f"{source}, row {number}", row
-                number += 1
+        tables = stream.with_format("arrow").iter(ROWS_AT_ONCE)
+        rows = itertools.chain.from_iterable(table.to_pylist() for table in tables)
+        for number, row in enumerate(rows):
+            yield f"{source}, row {number}", row
     except Exception as error:  # the library raises many kinds of exceptions
         raise UserError(
             f"{source} cannot be read: {type(error).__name__}: {error}\n"
             "Check the name, the network and, for a private data set, `hf auth login`. Or save its "
             "texts as .txt, .csv or .jsonl files: python train.py --dataset=FOLDER"
         ) from error
+
+
+# --------------------------------------------------------------------------------------------------
+# Bytes to lines
+
+
+def _open(file: Path) -> BinaryIO:
+    stream = gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb")
+    return stream  # type: ignore[return-value]
+
+
+def _is_text(file: Path) -> bool:
+    """Tell whether a file of unknown ending begins as text, in which no byte is 0 but in UTF-16."""
+    try:
+        with _open(file) as stream:
+            begin = stream.read(SAMPLE_BYTES)
+    except UNREADABLE:
+        return False
+    return b"\0" not in begin or begin.startswith(BOMS)
+
+
+def _lines(file: Path, encoding: str) -> Iterator[str]:
+    """Yield a file's lines with \\n at their ends. Raises UserError for what cannot be read."""
+    try:
+        if encoding not in ("utf-8", REPLACE) and _is_utf8(file):
+            encoding = "utf-8"
+        yield from _decode(file, encoding)
+    except UnicodeError:
+        raise UserError(_explain_encoding(file, encoding)) from None
+    except UNREADABLE as error:
+        raise UserError(f"{file} cannot be read: {error}.") from None
+
+
+def _is_utf8(file: Path) -> bool:
+    """Tell whether a file is UTF-8 and has characters that show it."""
+    shown = False
+    try:
+        for line in _decode(file, "utf-8"):
+            shown = shown or not line.isascii()
+    except UnicodeError:
+        return False
+    return shown
+
+
+def _decode(file: Path, encoding: str) -> Iterator[str]:
+    """Yield a file's lines.
+
+    Raises UnicodeError at a byte that is not in the encoding, and at a NUL, which no text holds.
+    """
+    with _open(file) as stream:
+        codec = "utf-8-sig" if encoding in ("utf-8", REPLACE) else encoding
+        if stream.read(2) in BOMS:
+            codec = "utf-16"
+        stream.seek(0)
+        errors = "replace" if encoding == REPLACE else "strict"
+        for line in io.TextIOWrapper(stream, codec, errors):  # makes every line end a \n
+            if "\0" not in line:
+                yield line
+            elif encoding == REPLACE:
+                yield line.replace("\0", "\ufffd")
+            else:
+                raise UnicodeError
+
+
+def _explain_encoding(file: Path, encoding: str) -> str:
+    """Return a message about the first byte that is not in the encoding, and the likely ones."""
+    import charset_normalizer
+
+    lines: collections.deque[bytes] = collections.deque(maxlen=SAMPLE_LINES)
+    number = 0
+    with _open(file) as stream:
+        for line in stream:
+            number += 1
+            lines.append(line)
+            if (bad := _find_bad_byte(line, encoding)) >= 0:
+                break
+        # Whole lines, because no encoding fits to the half of a character.
+        sample = b"".join([*lines, *stream.readlines(SAMPLE_BYTES)])
+    message = f"{file} is not {encoding}: line {number} holds the byte 0x{line[bad]:02x}."
+    decoded = sample.decode("utf-8", "replace")
+    bad_bytes = decoded.count("\ufffd") + decoded.count("\0")
+    if sum(character > "\x7f" for character in decoded) > 2 * bad_bytes:
+        return f"{message} To go on with U+FFFD in the place of such bytes: --encoding={REPLACE}"
+    strange = line[0 if bad < 40 else bad :][:80]
+    if b"\0" in strange:  # every other byte of Latin text in UTF-16 is 0
+        guesses = ["utf_16_be" if strange[:1] == b"\0" else "utf_16_le"]
+    else:
+        guesses = []
+        for match in charset_normalizer.from_bytes(sample, cp_isolation=ENCODINGS):
+            same = match.could_be_from_charset  # the encodings in which the sample is this text
+            guesses.append("cp1252" if "cp1252" in same else match.encoding)
+        fitting = [name for name in ENCODINGS if _find_bad_byte(line, name) < 0]
+        guesses = guesses[:3] or fitting
+    message += " Pass the encoding in which this line is right:"
+    for guess in guesses:
+        shown = strange.decode(guess, "replace").splitlines()[0]
+        message += f"\n  --encoding={guess:10} {shown}"
+    return message
+
+
+def _find_bad_byte(line: bytes, encoding: str) -> int:
+    """Return the place of the first byte that is no text in the encoding, or -1."""
+    try:
+        return line.decode(encoding).find("\0")
+    except UnicodeDecodeError as error:
+        return error.start

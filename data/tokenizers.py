@@ -58,9 +58,12 @@ def _byte_characters() -> list[str]:
     A byte is written as the character of that number if that is visible. The other bytes are
     written as the characters from U+0100 on.
     """
-    others = map(chr, itertools.count(0x100))
-    visible = [chr(byte) if chr(byte).isprintable() and byte != 0x20 else "" for byte in range(256)]
-    return [character or next(others) for character in visible]
+    characters = []
+    others = itertools.count(0x100)
+    for byte in range(256):
+        visible = chr(byte).isprintable() and byte != 0x20
+        characters.append(chr(byte if visible else next(others)))
+    return characters
 
 
 BYTE_TO_CHARACTER = _byte_characters()
@@ -117,6 +120,15 @@ class Tokenizer:
         self.library.encode_special_tokens = True
         return ids
 
+    @property
+    def end(self) -> list[int]:
+        """The ids that keep documents apart and end answers: without an end token a line end."""
+        if self.eot is not None:
+            return [self.eot]
+        if self.name == "char" and "\n" not in self.names:
+            return []
+        return self.encode("\n").tolist()
+
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of an id. They may be a part of a character.
 
@@ -153,10 +165,9 @@ class Tokenizer:
 
     def _settings(self) -> dict[str, Any]:
         """Return the tokenizer_config.json of one of our own tokenizers."""
+        kind = "GPT2Tokenizer" if self.name == "gpt2" else "PreTrainedTokenizerFast"
         settings: dict[str, Any] = {
-            "tokenizer_class": "GPT2Tokenizer"
-            if self.name == "gpt2"
-            else "PreTrainedTokenizerFast",
+            "tokenizer_class": kind,
             "clean_up_tokenization_spaces": False,
             # Else transformers 4 also returns token_type_ids, which its GPT-2 adds to the input.
             "model_input_names": ["input_ids", "attention_mask"],
@@ -205,7 +216,7 @@ class ByteTokenizer(Tokenizer):
 
     def __init__(self) -> None:
         names = [*BYTE_TO_CHARACTER, END_OF_TEXT]
-        super().__init__(byte_level(models.BPE(_vocabulary(names), [])))
+        super().__init__(byte_level(models.BPE(_by_name(names), [])))
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
@@ -220,20 +231,15 @@ class CharTokenizer(Tokenizer):
     name = "char"
 
     def __init__(self, chars: str) -> None:
-        library = tokenizers.Tokenizer(models.BPE(_vocabulary(chars), []))
+        library = tokenizers.Tokenizer(models.BPE(_by_name(chars), []))
         library.decoder = decoders.Fuse()
         super().__init__(library)
-        codes = np.array([ord(character) for character in chars], np.int64)
-        # The id of each code point, or -1. The last entry stands for all larger code points.
-        self._ids = np.full(codes.max(initial=0) + 2, -1)
-        self._ids[codes] = np.arange(len(chars))
+        self._ids = _by_name(chars)
 
     def encode(self, text: str) -> np.ndarray:
-        codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-        ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
-        if ids.min(initial=0) < 0:
-            unknown = sorted(set(text).difference(self.names))
-            shown = [f"{character!r} (U+{ord(character):04X})" for character in unknown]
+        unknown = set(text).difference(self._ids)
+        if unknown:
+            shown = [f"{character!r} (U+{ord(character):04X})" for character in sorted(unknown)]
             raise UserError(
                 f"The tokenizer does not know {len(unknown):,} of the text's characters: "
                 f"{', '.join(shown[:SHOWN_CHARACTERS])}.\n"
@@ -242,7 +248,7 @@ class CharTokenizer(Tokenizer):
                 "(--tokenizer=bytes knows every character). Conversations get the chat template's "
                 "headings, like '### Assistant:'; prompt and completion are taken as they are."
             )
-        return ids.astype(np.uint32)
+        return np.array([self._ids[character] for character in text], np.uint32)
 
     def encode_prompt(self, text: str) -> list[int]:
         return self.encode(replace_surrogates(text)).tolist()
@@ -323,8 +329,9 @@ def _recognize(library: tokenizers.Tokenizer, end_ids: list[int]) -> Tokenizer:
         return CharTokenizer("".join(names))
     if names == [*BYTE_TO_CHARACTER, END_OF_TEXT]:
         return ByteTokenizer()
+    encoder = json.dumps(_by_name(names[:GPT2_VOCAB_SIZE]))
     ends_as_gpt2 = not end_ids or end_ids[0] == GPT2_VOCAB_SIZE - 1
-    if ends_as_gpt2 and _hash_names(names[:GPT2_VOCAB_SIZE]) == GPT2_FILES["encoder.json"]:
+    if ends_as_gpt2 and _sha256(encoder) == GPT2_FILES["encoder.json"]:
         gpt2 = GPT2Tokenizer(library)
         if gpt2.encode(PROBE).tolist() == library.encode(PROBE, add_special_tokens=False).ids:
             return gpt2
@@ -350,7 +357,8 @@ def _end_ids(files: Mapping[str, bytes], library: tokenizers.Tokenizer) -> list[
     own = library.token_to_id(_special_tokens(files).get("eos_token", END_OF_TEXT))
     others = _read_json(files, "generation_config.json").get("eos_token_id")
     ids = [own, *(others if isinstance(others, list) else [others])]
-    return [token for token in ids if type(token) is int and 0 <= token < MAX_IDS]
+    size = library.get_vocab_size()
+    return [token for token in ids if type(token) is int and 0 <= token < size]
 
 
 def _read_chat_template(files: Mapping[str, bytes]) -> str | None:
@@ -402,12 +410,8 @@ def _bytes_of_tokens(library: tokenizers.Tokenizer, names: list[str]) -> list[by
     return table
 
 
-def _vocabulary(names: Iterable[str]) -> dict[str, int]:
+def _by_name(names: Iterable[str]) -> dict[str, int]:
     return {name: token for token, name in enumerate(names)}
-
-
-def _hash_names(names: list[str]) -> str:
-    return _sha256(json.dumps(_vocabulary(names)))
 
 
 def _sha256(text: str) -> str:

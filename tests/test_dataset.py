@@ -16,11 +16,12 @@ import pytest
 
 from data import dataset as dataset_module
 from data import prepare
+from data.chat import CHAT_TEMPLATE, chat_template
 from data.dataset import open_dataset
 from data.prepare import is_for_validation, prepare_texts
 from data.shakespeare_char import prepare as shakespeare_char
 from data.shards import EXAMPLE_START, TRAINED, UINT16, ShardWriter
-from data.texts import CHAT_TEMPLATE, Documents, chat_template
+from data.texts import Documents
 from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from data.windows import TrainWindows
 from gpt12.errors import UserError
@@ -246,7 +247,7 @@ def killed_at(call, work):
 @pytest.mark.parametrize("kind", ["one text", "many documents"])
 def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch, kind):
     monkeypatch.setattr(prepare, "ShardWriter", functools.partial(ShardWriter, shard_tokens=1000))
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 900)
+    monkeypatch.setattr(prepare, "PIECES_AT_ONCE", 2)
     monkeypatch.setattr(prepare, "SAVE_TOKENS", 1100)
     # A kill, unlike a power cut, loses no write.
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
@@ -290,7 +291,7 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
 
 def test_the_hub_is_not_asked_for_what_is_there(house, monkeypatch):
     rows = [("hf", {"text": f"row {i}"}) for i in range(50)]
-    monkeypatch.setattr("data.texts.hub_rows", lambda source, skip: iter(rows[skip:]))
+    monkeypatch.setattr("data.texts.hub_rows", lambda source: iter(rows))
     first = open_bytes("hf:owner/name")
     assert first.documents == 50 and first.folder.name.startswith("name-")
     monkeypatch.setattr("data.texts.hub_rows", None)
@@ -323,8 +324,7 @@ def test_a_locked_folder_is_reported_as_data_preparation(house):
 
 
 def test_preparing_a_longer_text_takes_no_more_memory(house, monkeypatch):
-    monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 50_000)
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 50_000)
+    monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 5_000)
     monkeypatch.setattr(prepare, "CHUNK_TOKENS", 50_000)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     peaks = []

@@ -221,7 +221,7 @@ def corpus(tmp_path, monkeypatch):
         lines = [json.dumps(row) + "\n" for row in rows[part * 100 : part * 100 + 100]]
         (tmp_path / f"hub/train-{part}.jsonl").write_text("".join(lines))
     monkeypatch.setattr(openwebtext, "get_tokenizer", lambda name: {"gpt2": tiny}[name])
-    monkeypatch.setattr(data.prepare, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(data.prepare, "PIECES_AT_ONCE", 9)
     monkeypatch.setattr(data.prepare, "SAVE_TOKENS", 1000)
     return [row["text"] for row in rows]
 

@@ -16,10 +16,7 @@ import torch
 import transformers
 
 import sample
-from data.texts import (
-    CHAT_TEMPLATE,
-    chat_template,
-)
+from data.chat import CHAT_TEMPLATE, chat_template
 from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from gpt12.checkpoint import Progress, save_checkpoint
 from gpt12.errors import run_main
@@ -354,7 +351,7 @@ def test_single_turn_data_begin_anew_with_each_question_and_say_so(start, script
         ("{{ raise_exception('no roles') }}", "TemplateError: no roles"),
         ("{{ messages[7].content }}", "UndefinedError: "),
         ("{{ messages.append(1) }}", "SecurityError: "),
-        ("{{ '' }}", "TemplateError: it writes nothing"),
+        ("{{ '' }}", "ValueError: it writes nothing"),
     ],
 )
 @pytest.mark.parametrize("option", ["--interactive", "--start=Hi"])

@@ -5,7 +5,9 @@ Conversations are compared with what transformers renders.
 
 import csv
 import gzip
+import io
 import json
+import re
 import tracemalloc
 
 import pyarrow
@@ -15,7 +17,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from data import texts
-from data.texts import CHAT_TEMPLATE, CommonEnding, Documents, Piece, chat_template, split_document
+from data.chat import CHAT_TEMPLATE, CommonEnding, chat_template
+from data.texts import Documents, Piece, split_text
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt12.errors import UserError
 from tests.harmless import FEW, harmless
@@ -92,7 +95,7 @@ def test_every_container_of_rows_is_read(tmp_path, name):
         for documents.skip in (0, 2, 5):
             rest = [(index, piece.text) for index, piece in documents]
             assert rest == [(i, text) for i, text in filled if i >= documents.skip]
-            assert documents.rows == len(rows)
+            assert documents.count == len(rows)
 
 
 def test_a_line_end_is_the_same_everywhere(tmp_path):
@@ -114,17 +117,17 @@ def test_end_of_text_separates_the_documents_of_a_text_file(tmp_path):
     )
     documents = Documents(file)
     assert [piece.text for _, piece in documents] == ["one\n", "two", "3"]
-    assert (len(documents.first), documents.rows) == (3, 3)  # nothing counts as blank
+    assert (len(documents.first), documents.count) == (3, 3)  # nothing counts as blank
     rows = [{"text": file.read_text()}, {"text": "<|endoftext|>"}]
     pieces = list(Documents(write_jsonl(tmp_path / "a.jsonl", rows)))
     assert pieces == [
-        (0, Piece("one\n", last=False)),
-        (0, Piece("two", last=False)),
+        (0, Piece("one\n")),
+        (0, Piece("two")),
         (0, Piece("3")),
     ]
     assert read(file, "line") == ["one", "two", "3"]
     file.write_text(("x" * 99_999 + "\n") * 20 + "<|endoftext|>" + "y")
-    assert sum(piece.last for _, piece in Documents(file)) == 2
+    assert sum(piece.end for _, piece in Documents(file)) == 2
     assert len("".join(read(file))) == 2_000_001
 
 
@@ -173,9 +176,7 @@ def test_another_encoding_holds_for_the_files_of_a_folder_that_are_not_utf8(tmp_
     pieces = [piece.text for _, piece in documents]
     first = line if name == "a.csv" else old
     assert pieces == [first, old, old, "plain\n"]
-    assert f"read as utf-8, which they are: {tmp_path}/b.py, {tmp_path}/b.txt." in documents.notes
-    for encoding in ("utf-8", "UTF8"):
-        assert len(Documents(tmp_path / "b.txt", "text", encoding).notes) == 0
+    assert read(tmp_path / "b.txt", "text", "UTF8") == [old]
 
 
 def test_a_data_set_in_the_hubs_form_is_read_and_skipped_through(tmp_path):
@@ -247,7 +248,7 @@ def test_a_bad_byte_in_good_utf8_is_replaced_only_if_asked(tmp_path):
 # Forms
 
 ONE = [
-    Piece("### User:\nHi?\n\n### Assistant:\n", trained=False, end=False, last=False),
+    Piece("### User:\nHi?\n\n### Assistant:\n", trained=False, end=False),
     Piece("Ho."),
 ]
 FORMS = {
@@ -280,7 +281,7 @@ def test_an_input_and_a_system_message_belong_to_the_question(tmp_path):
     rows = [row, row, row | {"system": "Be kind."}, row | {"system": ""}]
     documents = Documents(write_jsonl(tmp_path / "a.jsonl", rows))
     assert [piece.text for _, piece in documents][:2] == [prompt, "3"]
-    assert documents.commonest_system() == "Count."
+    assert "Count." in documents.chat_template(has_end_token=True)
 
 
 def test_a_row_with_two_forms_says_which_is_used(tmp_path):
@@ -288,8 +289,8 @@ def test_a_row_with_two_forms_says_which_is_used(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [row])
     assert pieces_of(file) == ONE
     assert Documents(file).notes == [
-        f"{file}: of conversations, or instruction and output, or text the first is used.",
-        f"{file}: columns not used: 'input'.",
+        f"{file} is read by its columns conversations. Columns not used: 'instruction', "
+        "'input', 'output', 'text'."
     ]
     write_jsonl(file, [row | {"body": "asked for"}])
     assert read(file, "body") == ["asked for"]
@@ -299,7 +300,7 @@ def test_prompts_and_completions_are_read_verbatim(tmp_path):
     rows = [{"prompt": " Q: \n", "completion": " A "}, {"prompt": "", "completion": " \n"}]
     documents = Documents(write_jsonl(tmp_path / "a.jsonl", rows))
     assert documents.kind == "prompt"
-    question = Piece(" Q: \n", trained=False, end=False, last=False)
+    question = Piece(" Q: \n", trained=False, end=False)
     assert list(documents) == [(0, question), (0, Piece(" A "))]  # a blank answer is no example
     rows[0]["completion"] += "<|endoftext|>\n"
     assert list(Documents(write_jsonl(tmp_path / "a.jsonl", rows))) == list(documents)
@@ -318,17 +319,19 @@ def test_prompts_and_completions_are_read_verbatim(tmp_path):
 def test_columns_that_questions_and_answers_do_not_use_are_named(tmp_path, columns, unused):
     row = dict.fromkeys(columns, "x") | ({"tools": []} if "tools" in columns else {})
     notes = Documents(write_jsonl(tmp_path / "a.jsonl", [row])).notes
-    assert notes == ([f"{tmp_path}/a.jsonl: columns not used: {unused}."] if unused else [])
+    assert [note.partition("Columns not used: ")[2] for note in notes] == (
+        [f"{unused}."] if unused else []
+    )
 
 
 def test_conversations_are_read_as_questions_and_trained_answers(tmp_path):
     row = {"messages": [*CHAT, {"role": "user", "content": "unanswered"}]}
     first = "### System:\nBe kind.\n\n### User:\nHi\n\nthere\n\n### Assistant:\n"
     expected = [
-        Piece(first, trained=False, end=False, last=False),
-        Piece("Hello  you.", trained=True, end=True, last=False),
-        Piece("### User:\nBye\n\n### Assistant:\n", trained=False, end=False, last=False),
-        Piece("    Bye!", trained=True, end=True, last=True),
+        Piece(first, trained=False, end=False),
+        Piece("Hello  you."),
+        Piece("### User:\nBye\n\n### Assistant:\n", trained=False, end=False),
+        Piece("    Bye!"),
     ]
     assert pieces_of(write_jsonl(tmp_path / "a.jsonl", [row, row])) == 2 * expected
     # A message of weight 0 is read and not trained; a blank answer neither.
@@ -447,13 +450,14 @@ GAPS = st.sampled_from([" ", "   ", "\n\n\n", "\n", "  ", "\n\n", " \n", "\n\t "
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_pieces_have_the_ids_of_the_whole(monkeypatch, parts):
     monkeypatch.setattr(texts, "PIECE_CHARACTERS", 12)
-    pieces = list(split_document(iter(parts)))
-    assert "".join(piece.text for piece in pieces) == "".join(parts)
-    assert max(len(piece.text) for piece in pieces) <= 12 + max(map(len, parts))
-    only_the_last = [False] * (len(pieces) - 1) + [True]
-    assert [piece.last for piece in pieces] == [piece.end for piece in pieces] == only_the_last
+    text = "x" + "".join(parts)
+    pieces = list(split_text(io.StringIO(text)))
+    assert "".join(piece.text for piece in pieces) == text
+    assert len(pieces) == 1 or all(piece.text[-1].strip() for piece in pieces[:-1])
+    assert len(pieces) > 1 or not re.search(r"(?s).{12}\S\n", text)
+    assert [piece.end for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     ids = [i for piece in pieces for i in tiny.encode(piece.text)]
-    assert ids == tiny.encode("".join(parts)).tolist()
+    assert ids == tiny.encode(text).tolist()
 
 
 def test_reading_a_long_text_takes_constant_memory(tmp_path):
@@ -467,31 +471,11 @@ def test_reading_a_long_text_takes_constant_memory(tmp_path):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("block", ["\n" * 50_000, "x" * 50_000])
-def test_a_text_without_words_takes_time_in_proportion(block):
-    """What holds no place to cut is looked at once, and not again with each block."""
-    looked_at = 0
-
-    class Counting:
-        def match(self, text):
-            nonlocal looked_at
-            looked_at += len(text)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(texts, "LAST_CUT", Counting())
-        assert len(list(split_document(iter([block] * 100)))) == 1
-    assert looked_at < 1.1 * 100 * len(block)
-
-
 def test_no_more_than_the_end_of_a_long_prompt_is_compared():
     common = CommonEnding()
     common.add("a" * 200_000)
     common.add("a" * 200_000)
     assert common.text() == ""
-    common.add("b" * 500 + "a" * 1_000)
-    assert common._longest == "a" * 1_000
-    common.add(" ->")
-    assert common._longest == ""
 
 
 # Broken input
@@ -508,8 +492,8 @@ def test_no_more_than_the_end_of_a_long_prompt_is_compared():
         ),
         ("a.csv", "sep=\nx\n", "line 2 has no 'text', only 'sep='"),
         ("a.csv", 'sep="\nx\n', "line 2 has no 'text', only"),
-        ("a.json", '{\n "text": "a"\n}', r"line 1 begins an object of several lines.* list of"),
-        ("a.json", '{"a": 1,\n "text": "a"}', "line 1 begins an object of several lines"),
+        ("a.json", '{\n "text": "a"\n}', r"line 1 is broken JSON: .* as a list"),
+        ("a.json", '{"a": 1,\n "text": "a"}', "line 1 is broken JSON"),
         ("a.csv", "id,text\n1,x\n2,well, then\n", r"line 3 has more fields than the header.* ','"),
         ("a.csv", "sep=;\nid;text\n1;x;y\n", "line 3 has more fields than the header.* ';'"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is broken JSON: Expecting value"),

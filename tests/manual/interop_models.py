@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.texts import chat_pieces
+from data.chat import questions_and_answers
 from data.tokenizers import get_tokenizer, load_tokenizer
 from gpt12.errors import UserError
 from gpt12.loss import IGNORE_INDEX
@@ -159,12 +159,11 @@ def our_conversation(folder: Path, messages: list[dict[str, str]]) -> tuple[list
     tokenizer = our_tokenizer(folder)
     ids: list[int] = []
     trained: list[int] = []
-    for piece in chat_pieces(messages):
-        new = tokenizer.encode(piece.text).tolist()
-        if piece.end:
-            new.append(tokenizer.eot)
-        ids += new
-        trained += new if piece.trained else [IGNORE_INDEX] * len(new)
+    for question, answer in questions_and_answers("messages", messages):
+        asked = tokenizer.encode(question).tolist()
+        answered = [*tokenizer.encode(answer).tolist(), tokenizer.eot]
+        ids += asked + answered
+        trained += [IGNORE_INDEX] * len(asked) + answered
     return ids, trained
 
 

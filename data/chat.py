@@ -1,0 +1,175 @@
+"""Write conversations as one text, in training and in sampling, by a model's chat template.
+
+A chat template is a program in Jinja that lies beside a model's tokenizer, where transformers finds
+it, too. {% generation %} and {% endgeneration %} stand around what is trained: the assistant's
+answers and the end token after each. transformers uses these tags for return_assistant_tokens_mask,
+and TRL for assistant_only_loss. They do not change the text.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] | capitalize + ':\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}"
+    "{{ message['content'].rstrip().lstrip('\n') }}{{ eos_token }}"  # code may begin with blanks
+    "{% endgeneration %}"
+    "{% else %}"
+    "{{ message['content'] | trim + '\n\n' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{{ '### Assistant:\n' if add_generation_prompt else '' }}"
+)
+# A conversation without a system message gets the one that most conversations of the data have.
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '### System:\n' + SYSTEM + '\n\n' }}{% endif %}"
+)
+# How a question of prompt-completion data is written: with as much of the prompts' common ending as
+# it lacks. Such data know no turns, so only the last question counts.
+PROMPT_TEMPLATE = (
+    "{% set ending = ENDING %}"
+    "{% set last = namespace(question=0, known=0) %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{% set last.question = loop.index0 %}{% endif %}"
+    "{% endfor %}"
+    "{% for message in messages[last.question:] %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}"
+    "{% for length in range(ending | length + 1) %}"
+    "{% if message['content'].endswith(ending[:length]) %}"
+    "{% set last.known = length %}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{{ message['content'] + ending[last.known:] }}"
+    "{% endif %}"
+    "{% endfor %}"
+)
+# Lone surrogates, which are in no text that was read from a file.
+BEGIN_TRAINED = "\ud800"
+END_TRAINED = "\ud801"
+# Prompts as different as this share words at their ends by intention, and not by chance.
+MANY_PROMPTS = 20
+ENDING_CHARACTERS = 1000  # a prompt's common ending is looked for in so many at its end
+MARKS = ".?!…。？！"  # end a sentence
+# Letters of scripts without spaces: Thai and Lao, Burmese, Khmer, kana and Han.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+
+
+def chat_template(
+    kind: str, has_end_token: bool, ending: str = "", system: str | None = None
+) -> str:
+    """Return the chat template for a model that is trained on conversations or prompts.
+
+    kind: "messages" for conversations; "prompt" for prompts and completions.
+    has_end_token: a character tokenizer has none. A line end stands in its place.
+    ending: the common ending of all prompts. system: the commonest system message.
+    """
+    if kind == "prompt":
+        template = PROMPT_TEMPLATE.replace("ENDING", json.dumps(ending, ensure_ascii=False), 1)
+    else:
+        template = CHAT_TEMPLATE
+        if system:
+            text = json.dumps(system, ensure_ascii=False)
+            template = DEFAULT_SYSTEM.replace("SYSTEM", text, 1) + template
+    return template if has_end_token else template.replace("{{ eos_token }}", r"{{ '\n' }}")
+
+
+def questions_and_answers(kind: str, messages: Sequence[Any]) -> list[tuple[str, str]]:
+    """Return each answer of a conversation, after the text that stands before it.
+
+    The answers have no end token.
+    """
+    text = _training_template(kind).render(messages=messages)
+    parts = re.split(f"[{BEGIN_TRAINED}{END_TRAINED}]", text)
+    return list(zip(parts[0::2], parts[1::2]))
+
+
+@functools.cache
+def _training_template(kind: str) -> Any:
+    marks = {"begin_trained": BEGIN_TRAINED, "end_trained": END_TRAINED}
+    return chat_environment(marks).from_string(chat_template(kind, has_end_token=True))
+
+
+def chat_environment(names: Mapping[str, Any]) -> ImmutableSandboxedEnvironment:
+    """Return a sandbox for chat templates, which may be a stranger's, as transformers has it.
+
+    names: what a template finds in it, such as eos_token.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
+    )
+    environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime, **names)
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    return environment
+
+
+class GenerationTag(Extension):
+    """Write begin_trained and end_trained, if they are known, around {% generation %} blocks."""
+
+    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return what stands between the tags, and the two names around it."""
+        line = next(parser.stream).lineno
+        begin, end = (
+            nodes.Output([nodes.Name(name, "load")], lineno=line)
+            for name in ("begin_trained", "end_trained")
+        )
+        return [begin, *parser.parse_statements(("name:endgeneration",), drop_needle=True), end]
+
+
+def raise_exception(message: str) -> NoReturn:
+    """Let a template refuse a conversation."""
+    raise TemplateError(message)
+
+
+class CommonEnding:
+    """Find the text with which all prompts end, so that a question can be ended in the same way.
+
+    It begins at the first line end that all prompts share, if they share one. Otherwise it is what
+    follows the sentence: " ->", but not "?". Words before it belong to it only if many different
+    prompts have them (" A:"); few may share a word by chance. In scripts without spaces, where the
+    answer's sign is the next sentence ("？答："), the ending begins at the last sentence mark.
+    """
+
+    def __init__(self) -> None:
+        self._longest: str | None = None
+        self._different: set[str] = set()  # at most MANY_PROMPTS
+
+    def add(self, prompt: str) -> None:
+        """Take a prompt into account."""
+        if len(self._different) < MANY_PROMPTS:
+            self._different.add(prompt)
+        end = prompt[-ENDING_CHARACTERS:]
+        others = end if self._longest is None else self._longest
+        self._longest = os.path.commonprefix([end[::-1], others[::-1]])[::-1]  # noqa: RUF071
+
+    def text(self) -> str:
+        """Return the ending, which is empty if there is none."""
+        longest = self._longest or ""
+        if "\n" in longest:
+            return longest[longest.index("\n") :]
+        first, between = rf"[^\w{MARKS}]", r"\W"
+        if len(self._different) >= MANY_PROMPTS:
+            first, between = rf"(?:{first}|[{UNSPACED}])", "."
+        for begin in (rf"[{MARKS}][{UNSPACED}][^{MARKS}]", first + between):
+            if found := re.search(rf"{begin}*(?<![\w{MARKS}])$", longest):
+                return found[0]
+        return ""
