@@ -417,7 +417,7 @@ class Trainer:
             base=run.config.init_from,
             say=self.log.say,
             interval_s=run.config.save_interval_s,
-            interval_is_exact="save_interval_s" in run.request.given,
+            interval_saves=0 if "save_interval_s" in run.request.given else 50,
             description=description(run),
         )
         self.updating = False  # whether an update is under way
@@ -560,7 +560,7 @@ class Trainer:
         """
         self.clock.stop()
         trained = self.progress.step > 0
-        saved = trained and (self.saver.is_saved() or self.saver.save("last"))
+        saved = trained and self.saver.save("last")
         if trained and not saved:
             status = status or 1
         self.log.close(status, saved, self.saver.total_s, failed)

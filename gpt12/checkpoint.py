@@ -27,6 +27,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -94,14 +95,13 @@ class Saver:
     base: str  # what the model was started from; adapters refer to it
     say: Callable[[str], None]  # prints a line
     interval_s: float  # seconds between two saves of last/
-    interval_is_exact: bool  # else it is at least 50 times what the last save took
+    interval_saves: float  # and at least so many times what the last one took
     description: dict[str, Any]  # what run.json holds
 
     def __post_init__(self) -> None:
         self.model = self.state.model
-        self.seconds = 0.0  # what the last save of last/ took
         self.total_s = 0.0  # what all saves took
-        self.saved_at = time.monotonic()
+        self.due_at = time.monotonic() + self.interval_s
         self.last_holds = self._how_far() if self.progress.step > 0 else None
         if is_adapted(self.model) and is_run(Path(self.base)):
             self.base = str(find_checkpoint(Path(self.base), ("best", "last"))[0])
@@ -120,46 +120,39 @@ class Saver:
 
     def is_due(self) -> bool:
         """Tell whether it is time to save last/."""
-        interval = self.interval_s
-        if not self.interval_is_exact:
-            interval = max(interval, 50 * self.seconds)
-        return time.monotonic() - self.saved_at >= interval
+        return time.monotonic() >= self.due_at
 
-    def is_saved(self) -> bool:
-        """Tell whether last/ holds all that was trained and evaluated."""
-        return self.last_holds == self._how_far()
+    def save(self, name: str) -> bool:
+        """Write the checkpoint "best" or "last" and tell whether that worked.
+
+        If it did not, the older checkpoint stays and training can go on. Nothing is written if
+        last/ already holds all that was trained and evaluated.
+        """
+        if name == "last" and self.last_holds == self._how_far():
+            return True
+        began = time.monotonic()
+        saved = self._save(name)
+        now = time.monotonic()
+        self.total_s += now - began
+        if name == "last":
+            self.due_at = now + max(self.interval_s, self.interval_saves * (now - began))
+            if saved:
+                self.last_holds = self._how_far()
+        return saved
 
     def _how_far(self) -> tuple[int, int]:
         """Return the number of finished steps, and the step of the last evaluation."""
         return self.progress.step, self.progress.evaluated_step
 
-    def save(self, name: str) -> bool:
-        """Write the checkpoint "best" or "last" and tell whether that worked.
-
-        If it did not, the older checkpoint stays and training can go on.
-        """
-        began = time.monotonic()
-        saved = self._save(name)
-        seconds = time.monotonic() - began
-        self.total_s += seconds
-        if name == "last":
-            self.seconds = seconds
-            self.saved_at = began + seconds
-            if saved:
-                self.last_holds = self._how_far()
-        return saved
-
     def _save(self, name: str) -> bool:
         folder = self.out_dir / name
-        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()])
-        if not finite.all():
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             self.say(f"not saving {folder}: weights are not finite. Try a lower learning_rate")
             return False
         if self.state.machine.rank != 0:
             return True
-        write = self._write_best if name == "best" else self._write_last
         try:
-            save_checkpoint(folder, write, self.progress)
+            save_checkpoint(folder, partial(self._write, name), self.progress)
             if name == "last":
                 write_atomically(self.out_dir / "run.json", json_bytes(self.description))
         except OSError as error:
@@ -169,28 +162,23 @@ class Saver:
             return False
         return True
 
-    def _write_best(self, folder: Path) -> None:
-        """Write the model, with LoRA's adapters merged, and the adapters beside it."""
-        save_pretrained(self.model, folder, self._write_tokenizer(folder))
-        if is_adapted(self.model):
-            save_adapter(self.model, folder / "adapter", self.base)
+    def _write(self, name: str, folder: Path) -> None:
+        """Write what a checkpoint holds into its temporary folder, all but trainer.json."""
+        from safetensors.torch import save_file
 
-    def _write_last(self, folder: Path) -> None:
-        """Write what resuming needs. The model of a LoRA run is its base and the adapters."""
-        save_trainer_state(folder, self.state)
-        end_of_text = self._write_tokenizer(folder)
-        if is_adapted(self.model):
+        end_of_text = None
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder, context=self.model.config.block_size)
+            end_of_text = self.tokenizer.eot
+        if name == "last":
+            save_file(trainer_tensors(self.state), folder / "trainer.safetensors")
+        if name == "last" and is_adapted(self.model):  # the model is its base and the adapters
             save_config(self.model, folder, end_of_text)
             save_adapter(self.model, folder, self.base)
-        else:
-            save_pretrained(self.model, folder, end_of_text)
-
-    def _write_tokenizer(self, folder: Path) -> int | None:
-        """Write the tokenizer's files and return the id of its end-of-text token."""
-        if self.tokenizer is None:
-            return None
-        self.tokenizer.save(folder, context=self.model.config.block_size)
-        return self.tokenizer.eot
+            return
+        save_pretrained(self.model, folder, end_of_text)  # adapters are merged
+        if is_adapted(self.model):
+            save_adapter(self.model, folder / "adapter", self.base)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -289,13 +277,6 @@ def _read_progress(folder: Path) -> Progress:
 #     optimizer.<parameter>.<key>:<part>   a part of an 8-bit state (codes, scale, table)
 #     scaler                               loss scale and growth counter, with float16
 #     rng.cpu, rng.cuda                    states of torch's random generators on rank 0
-
-
-def save_trainer_state(folder: Path, trainer: TrainerState) -> None:
-    """Write trainer.safetensors."""
-    from safetensors.torch import save_file
-
-    save_file(trainer_tensors(trainer), folder / "trainer.safetensors")
 
 
 def trainer_tensors(trainer: TrainerState) -> dict[str, Tensor]:

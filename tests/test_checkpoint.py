@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from gpt12.checkpoint import (
     FORMAT,
@@ -22,7 +21,7 @@ from gpt12.checkpoint import (
     find_checkpoint,
     load_trainer_state,
     save_checkpoint,
-    save_trainer_state,
+    trainer_tensors,
 )
 from gpt12.device import Machine
 from gpt12.errors import UserError, run_main
@@ -30,8 +29,8 @@ from gpt12.folder import lock_run, read_run, set_aside, write_json
 from gpt12.log import RunLog
 from tests.helpers import (
     CPU,
-    ROOT,
     built,
+    built_from,
     fill,
     losses,
     random_rows,
@@ -44,7 +43,7 @@ from tests.helpers import (
     trainer,
     weights,
 )
-from train import Trainer
+from train import Trainer, TrainStep
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -82,8 +81,14 @@ def loaded(out_dir: Path) -> int:
     return progress.step
 
 
-def fail_at(monkeypatch, n: int, failure: BaseException) -> list[str]:
-    """Let the n-th operation on the disk fail. Return the names of all that were tried."""
+OPERATIONS = ["mkdir", "write_bytes", "write_text", "rename", "fsync", "rmtree"]
+
+
+def fail_at(monkeypatch, n: int, failure: BaseException, names: list[str]) -> list[str]:
+    """Let the n-th of these operations on the disk fail. Return the names of all that were tried.
+
+    names: of methods of Path, and of functions of os and shutil.
+    """
     tried: list[str] = []
 
     def watch(owner, name):
@@ -97,10 +102,8 @@ def fail_at(monkeypatch, n: int, failure: BaseException) -> list[str]:
 
         monkeypatch.setattr(owner, name, call)
 
-    for name in ("mkdir", "write_text", "rename"):
-        watch(Path, name)
-    watch(os, "fsync")
-    watch(shutil, "rmtree")
+    for name in names:
+        watch({"fsync": os, "rmtree": shutil}.get(name, Path), name)
     return tried
 
 
@@ -118,7 +121,7 @@ def test_a_save_that_fails_at_any_operation_leaves_the_old_or_the_new_checkpoint
 
     out_dir = start("count")
     with monkeypatch.context() as m:
-        operations = fail_at(m, -1, Killed())
+        operations = fail_at(m, -1, Killed(), OPERATIONS)
         save(out_dir, 3)
     assert operations.count("rename") == (1 if first else 2)
     assert operations.count("fsync") == 6  # three files, adapter/, the checkpoint, its parent
@@ -126,7 +129,7 @@ def test_a_save_that_fails_at_any_operation_leaves_the_old_or_the_new_checkpoint
     for n in range(1, len(operations) + 1):
         out_dir = start(str(n))
         with monkeypatch.context() as m, pytest.raises(type(failure)):
-            fail_at(m, n, failure)
+            fail_at(m, n, failure, OPERATIONS)
             save(out_dir, 3)
         nothing_yet = first and not (out_dir / "last").exists()
         outcomes.add(None if nothing_yet else loaded(out_dir))
@@ -155,21 +158,20 @@ def test_the_previous_checkpoint_is_used_while_there_is_no_newer_one(tmp_path):
 
 def test_what_to_do_where_there_is_no_checkpoint_is_said(tmp_path):
     out_dir = tmp_path / "out"
-    for names in (("best", "last"), ("last",)):
-        message = rf"no checkpoint in {' or '.join(str(out_dir / name) for name in names)}: train"
-        with pytest.raises(UserError, match=message):
-            find_checkpoint(out_dir, names)
+    message = f"no checkpoint in {out_dir / 'best'} or {out_dir / 'last'}: train a model first"
+    with pytest.raises(UserError, match=message):
+        find_checkpoint(out_dir, ("best", "last"))
     with pytest.raises(UserError, match=f"no run in {out_dir}: name the folder of one"):
         resume(out_dir)
 
 
 @pytest.mark.parametrize("file", ["run.json", "last/trainer.json"])
-@pytest.mark.parametrize("damage", [b"", b"{", b"3", b"\xff"])
-def test_damaged_json_is_refused_by_name(finished, tmp_path, file, damage):
+def test_damaged_json_is_refused_by_name(finished, tmp_path, file):
     out_dir = shutil.copytree(finished, tmp_path / "out")
-    (out_dir / file).write_bytes(damage)
-    with pytest.raises(UserError, match=f"{file} is damaged"):
-        resume(out_dir, "--max_iters=6")
+    for damage in (b"", b"{", b"3", b"\xff"):
+        (out_dir / file).write_bytes(damage)
+        with pytest.raises(UserError, match=f"{file} is damaged"):
+            resume(out_dir, "--max_iters=6")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "trainer.safetensors", "config.json"])
@@ -195,27 +197,15 @@ def test_trainer_json_gives_back_the_progress_and_newer_formats_are_refused(tmp_
 # --------------------------------------------------------------------------------------------------
 # The lock, and what a run writes first
 
-HOLD = """
-import sys
-from pathlib import Path
-from gpt12.folder import lock_run
-with lock_run(Path(sys.argv[1])):
-    print(1, flush=True)
-    input()
-"""
 
-
-def test_a_folder_is_locked_for_a_second_run_until_the_first_process_has_ended(dataset, tmp_path):
-    argv = [sys.executable, "-c", HOLD, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(argv, cwd=ROOT, **pipes) as process:
-        assert process.stdout.readline() == b"1\n"
-        with pytest.raises(UserError, match=f"another run is writing to out_dir={tmp_path}"):
-            run(dataset, tmp_path, "--max_iters=1")
-        process.kill()
-    for _ in range(2):  # neither a killed run nor one that ended well keeps the lock
-        with lock_run(tmp_path):
-            pass
+def test_a_folder_is_locked_for_a_second_run_until_the_first_has_ended(dataset, tmp_path):
+    with (
+        lock_run(tmp_path),
+        pytest.raises(UserError, match=f"another run is writing to out_dir={tmp_path}"),
+    ):
+        run(dataset, tmp_path, "--max_iters=1")
+    with lock_run(tmp_path):
+        pass
 
 
 def test_a_disk_without_locks_is_not_taken_for_another_run(tmp_path, monkeypatch):
@@ -336,10 +326,8 @@ def test_a_run_that_goes_on_in_previous_is_not_replaced(tmp_path):
     make_run(tmp_path, 1)
     set_aside(tmp_path)
     make_run(tmp_path, 2)
-    with (
-        lock_run(tmp_path / "previous"),
-        pytest.raises(UserError, match="another run is writing to .*previous"),
-    ):
+    busy = pytest.raises(UserError, match="another run is writing to .*previous")
+    with lock_run(tmp_path / "previous"), busy:
         set_aside(tmp_path)
     assert version_of(tmp_path / "previous") == 1
     assert version_of(tmp_path) == 2
@@ -355,32 +343,50 @@ def test_a_run_without_a_step_displaces_no_trained_one(dataset, tmp_path, monkey
     assert not (tmp_path / "last").exists()
 
 
-@pytest.mark.parametrize("kill_at", range(1, 8))
-def test_a_kill_while_setting_aside_loses_nothing(tmp_path, monkeypatch, kill_at):
-    make_run(tmp_path, 1)
-    set_aside(tmp_path)
-    make_run(tmp_path, 2)
-    tried = []
+def test_a_kill_while_setting_aside_loses_nothing(tmp_path, monkeypatch):
+    for kill_at in range(1, 8):  # the earlier previous/ is deleted, six files and folders move
+        out_dir = tmp_path / str(kill_at)
+        out_dir.mkdir()
+        make_run(out_dir, 1)
+        set_aside(out_dir)
+        make_run(out_dir, 2)
+        with monkeypatch.context() as m, pytest.raises(Killed):
+            fail_at(m, kill_at, Killed(), ["rename", "rmtree"])
+            set_aside(out_dir)
+        set_aside(out_dir)
+        assert version_of(out_dir / "previous") == 2
 
-    def dying(original):
-        def call(*args):
-            tried.append(args)
-            if len(tried) == kill_at:
-                raise Killed
-            return original(*args)
 
-        return call
+# --------------------------------------------------------------------------------------------------
+# run.json of a resumed run
 
-    with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(Path, "rename", dying(Path.rename))
-        m.setattr(shutil, "rmtree", dying(shutil.rmtree))
-        set_aside(tmp_path)  # the earlier previous/, then six files and folders
-    set_aside(tmp_path)
-    assert version_of(tmp_path / "previous") == 2
+
+def test_run_json_of_a_resumed_run_follows_its_first_checkpoint(dataset, tmp_path, capsys):
+    """A run that is killed before it has saved again must not make other data look like its own."""
+    assert run(dataset, tmp_path / "out", "--max_iters=2") == 0
+    other = shutil.copytree(dataset, tmp_path / "other")
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"val_sha256": "1" * 64}))
+    argv = ["--init_from=resume", f"--out_dir={tmp_path / 'out'}", f"--dataset={other}"]
+    argv += ["--max_iters=4"]
+    for _ in range(2):  # the first is killed at once
+        killed = Trainer(built_from(argv))
+        killed.saver.open(resumed=True)
+        assert killed.progress.best_val_loss is None
+        assert "the data are not those that this run began with" in "".join(killed.run.notes)
+    killed.progress.step += 1
+    assert killed.saver.save("last")
+    assert read_run(tmp_path / "out").config["dataset"] == str(other)
+    assert "the data are not" not in "".join(built_from(argv).notes)
 
 
 # --------------------------------------------------------------------------------------------------
 # What resuming needs besides the weights
+
+
+def save_state(folder: Path, step: TrainStep) -> None:
+    """Write trainer.safetensors."""
+    save_file(trainer_tensors(step), folder / "trainer.safetensors")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -394,7 +400,7 @@ def test_a_saved_state_continues_as_the_unbroken_step_does(tmp_path, optimizer):
     for x, y in batches[:2]:
         fill(first, x, y)
         first(1e-2)
-    save_trainer_state(tmp_path, first)
+    save_state(tmp_path, first)
     second = small_step(optimizer=optimizer)
     second.model.load_state_dict(first.model.state_dict())
     load_trainer_state(tmp_path, second)
@@ -411,14 +417,11 @@ WPE = "optimizer.transformer.wpe.weight"
     ("optimizer", "name", "tensor"),
     [
         ("adamw", f"{WPE}.exp_avg", torch.zeros(())),
-        ("adamw", f"{WPE}.exp_avg", torch.zeros(1, 1)),
         ("adamw", f"{WPE}.exp_avg", None),
         ("adamw", f"{WPE}.step", torch.zeros(2)),
         ("adamw", f"{WPE}.exp_average", torch.zeros(8, 8)),
-        ("adamw", "optimizer.transformer.ln_f.bias.exp_avg", torch.zeros(9)),
         ("adamw", "optimizer.transformer.wqe.weight.exp_avg", torch.zeros(8, 8)),
         ("muon", "optimizer.transformer.h.0.mlp.c_fc.weight.momentum", torch.zeros(1, 32, 8)),
-        ("muon", "optimizer.transformer.h.0.mlp.c_fc.weight.mean_square", torch.zeros(8)),
         ("muon", "optimizer.transformer.h.1.mlp.c_fc.weight.momentum", torch.zeros(2, 32, 8)),
         ("adamw", "rng.cpu", torch.zeros(3)),
     ],
@@ -428,8 +431,7 @@ def test_a_state_that_the_optimizer_cannot_have_is_refused(tmp_path, optimizer, 
     step = small_step(optimizer=optimizer)
     fill(step, *random_rows())
     step(1e-2)
-    save_trainer_state(tmp_path, step)
-    tensors = load_file(tmp_path / "trainer.safetensors")
+    tensors = trainer_tensors(step)
     tensors[name] = tensor
     if tensor is None:
         del tensors[name]
@@ -439,7 +441,7 @@ def test_a_state_that_the_optimizer_cannot_have_is_refused(tmp_path, optimizer, 
 
 
 def test_a_parameter_that_was_never_updated_has_no_state_after_resuming_either(tmp_path):
-    save_trainer_state(tmp_path, small_step())
+    save_state(tmp_path, small_step())
     step = small_step()
     before = [p.detach().clone() for p in step.model.parameters()]
     load_trainer_state(tmp_path, step)
@@ -447,7 +449,7 @@ def test_a_parameter_that_was_never_updated_has_no_state_after_resuming_either(t
     assert same_weights(step.model, before)
 
 
-def test_the_names_of_the_tensors_are_those_that_the_format_says(tmp_path):
+def test_the_names_of_the_tensors_are_those_that_the_format_says():
     step = small_step(Machine(CPU.device, torch.float16, compiled=False))
     fill(step, *random_rows())
     step(1e-2)
@@ -455,9 +457,7 @@ def test_the_names_of_the_tensors_are_those_that_the_format_says(tmp_path):
     for name, _ in step.model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
             expected.add(f"optimizer.{name}.{key}")
-    (tmp_path / "last").mkdir()
-    save_trainer_state(tmp_path / "last", step)
-    assert set(weights(tmp_path, file="trainer")) == expected
+    assert trainer_tensors(step).keys() == expected
 
 
 def test_resuming_restores_the_loss_scale(tmp_path):
@@ -468,7 +468,7 @@ def test_resuming_restores_the_loss_scale(tmp_path):
     for step in (first, second):
         fill(step, *random_rows())
         step(1e-2)
-    save_trainer_state(tmp_path, first)
+    save_state(tmp_path, first)
     load_trainer_state(tmp_path, second)
     state = second.scaler.state_dict()
     assert (state["scale"], state["_growth_tracker"]) == (256.0, 1)
@@ -508,7 +508,7 @@ def clock(monkeypatch) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    ("interval", "exact", "cost", "expected"),
+    ("interval", "typed", "cost", "expected"),
     [
         (60, False, 0.1, 60),
         (60, False, 3.0, 150),  # at most 2% of the time
@@ -517,9 +517,9 @@ def clock(monkeypatch) -> SimpleNamespace:
     ],
 )
 def test_last_is_due_at_the_interval_or_later_if_saving_takes_long(
-    dataset, tmp_path, monkeypatch, clock, interval, exact, cost, expected
+    dataset, tmp_path, monkeypatch, clock, interval, typed, cost, expected
 ):
-    options = [f"--save_interval_s={interval}"] if exact else []
+    options = [f"--save_interval_s={interval}"] if typed else []
     saver = Trainer(built(dataset, tmp_path, *options)).saver
 
     def slow(*args):

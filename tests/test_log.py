@@ -255,7 +255,7 @@ def unbroken(dataset, tmp_path_factory) -> dict[str, torch.Tensor]:
         (RunLog, "_draw", 4),
         (EvalWindows, "batch", 2),
         (TrainStep, "load", 2),
-        (Saver, "_write_best", 2),
+        (Trainer, "save_best", 2),
     ],
 )
 def test_an_exception_in_the_loop_leaves_a_last_from_which_the_run_goes_on(
