@@ -2,9 +2,12 @@
 
 import ast
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from gpt12.settings import BenchConfig, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["model.py", "train.py", "sample.py", "bench.py"]
@@ -112,6 +115,17 @@ def test_the_packages_init_is_nearly_empty(folder):
     tree = parse(ROOT / folder / "__init__.py")
     assert all(isinstance(node, ast.Expr) for node in tree.body)  # a docstring at most
     assert len(tree.body) <= 1
+
+
+@pytest.mark.parametrize("settings", [TrainConfig, SampleConfig, BenchConfig])
+def test_every_key_is_read_somewhere(settings):
+    """A key in settings.py alone would be accepted and change nothing."""
+    read = set()
+    for file in FILES:
+        if file.name != "settings.py":
+            nodes = ast.walk(parse(file))
+            read |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert {field.name for field in fields(settings)} <= read
 
 
 HEAVY = {"datasets", "wandb", "matplotlib", "transformers", "torchao", "torch._dynamo", "peft"}
