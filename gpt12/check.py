@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from gpt12.device import Machine
+from gpt12.device import Machine, compile_model
 from gpt12.errors import UserError, one_line, say
 from gpt12.generate import KVCache, refill
-from gpt12.run import compile_model
 from gpt12.settings import TrainConfig, model_shape
 from gpt12.twin import TOLERANCE, VOCAB_SIZE, make_twin, sample_ids
 from gpt12.weights import from_pretrained, new_model, save_pretrained
