@@ -57,7 +57,7 @@ def check_model(config: TrainConfig, machine: Machine, train_step: Callable[...,
 
     def gradients(**how: Any) -> dict[str, torch.Tensor]:
         step = new_step(**how)
-        step.accumulate_gradients(None)
+        step.accumulate_gradients()
         return {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}
 
     def training(where: str, **how: Any) -> Callable[[], object]:
