@@ -66,15 +66,24 @@ def start(
     return Started(process, ours)  # type: ignore[arg-type]
 
 
-def start_ranks(main: Callable, *argv: str, count: int = 2) -> list[Started]:
-    """Start so many ranks of a script as torchrun does. One that is lost is not started again."""
+def start_ranks(
+    main: Callable, *argv: str, count: int = 2, folders: list[Path] | None = None
+) -> list[Started]:
+    """Start so many ranks of a script as torchrun does. One that is lost is not started again.
+
+    folders: a working directory each; then every rank is on a machine of its own.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
     ranks = []
     for rank in range(count):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(start(main, *argv, environment=meeting | place))
+        folder = ROOT
+        if folders is not None:
+            place |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            folder = folders[rank]
+        ranks.append(start(main, *argv, environment=meeting | place, folder=folder))
     return ranks
 
 

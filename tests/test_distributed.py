@@ -1,13 +1,12 @@
 """gpt12/distributed.py: several processes train as one and end together; signals end a run."""
 
 import os
-import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,15 +16,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import data.dataset
 import train
 from data.shards import Tokens
 from data.windows import EvalWindows, TrainWindows
+from gpt12 import memory
 from gpt12.distributed import (
     Ranks,
     StopSignal,
     first_ranks_first,
     is_lost_rank,
     lost_rank_advice,
+    process_group,
     reported_by_rank_0,
     torchrun_ranks,
 )
@@ -36,7 +38,6 @@ from tests.helpers import (
     ENDLESS,
     ROOT,
     TINY,
-    command,
     environment,
     evaluations,
     losses,
@@ -46,6 +47,7 @@ from tests.helpers import (
     trainer,
     weights,
 )
+from tests.processes import Started, start, start_ranks
 from train import TrainStep
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -155,116 +157,76 @@ def test_what_a_rank_draws_in_a_step_is_its_own_also_after_resuming(dataset, tmp
 # Two processes
 
 
-def torchrun(*argv: str) -> subprocess.Popen:
-    """Start two ranks of a script, on a port that torchrun finds. They end after LIMIT_S."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.Popen(
-        [*start, *argv],
-        cwd=ROOT,
-        env=environment(PYTHONPATH=str(ROOT)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    limit = threading.Timer(LIMIT_S, process.terminate)
-    limit.daemon = True
-    limit.start()
-    return process
+def train_elsewhere() -> int:
+    """Train, with prepared texts in the folder that comes first on the command line."""
+    data.dataset.DATA = Path(sys.argv.pop(1))
+    return train.main()
 
 
-def torchrun_succeeds(*argv: str) -> str:
-    """Run two ranks to their end and return what they printed."""
-    process = torchrun(*argv)
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    return said
+def end_well(processes: list[Started]) -> list[str]:
+    """Wait for the end of processes that succeed, and return what they printed."""
+    ends = [process.end() for process in processes]
+    assert [status for status, _ in ends] == [0] * len(ends), ends
+    return [said for _, said in ends]
 
 
-# train.py that prepares texts in the folder that comes first on its command line.
-ELSEWHERE = """
-import sys
-import threading
-import threading
-from pathlib import Path
+def write_letters(file: Path) -> Path:
+    """Write a text over 13 letters."""
+    letters = np.cumsum(np.random.default_rng(0).integers(1, 4, 4000)) % 13
+    file.write_text("".join("abcdefghijklm"[i] for i in letters))
+    return file
 
-import data.dataset
-import train
-from gpt12.errors import run_main
 
-data.dataset.DATA = Path(sys.argv.pop(1))
-run_main(train.main)
-"""
+def assert_same_run(one: Path, other: Path, keys: tuple[str, ...] = ("loss",)) -> None:
+    """Compare the curves and the weights of two runs, up to rounding."""
+    for key in keys:
+        expected = losses(one, key)
+        found = losses(other, key)
+        assert list(found) == list(expected)
+        assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-4)
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, weights(other)[name], atol=1e-5), name
 
 
 def test_two_ranks_prepare_a_text_once_and_train_like_one_process(tmp_path, monkeypatch):
     """The same windows and the same updates; and a single process can resume the run."""
     monkeypatch.setattr("data.dataset.DATA", tmp_path / "data")
-    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
-    letters = np.cumsum(np.random.default_rng(0).integers(1, 4, 4000)) % 13
-    text = tmp_path / "letters.txt"
-    text.write_text("".join("abcdefghijklm"[i] for i in letters))
+    text = write_letters(tmp_path / "letters.txt")
     # Two micro-batches a rank: gradients are averaged after the last one only.
-    options = ["--max_iters=6", "--eval_interval=3", "--gradient_accumulation_steps=4"]
+    options = ["--max_iters=4", "--eval_interval=2", "--gradient_accumulation_steps=4"]
     options += ["--eval_iters=0", "--tokenizer=char"]
     places = [f"--dataset={text}", f"--out_dir={tmp_path / 'two'}"]
-    script = [str(tmp_path / "elsewhere.py"), str(tmp_path / "data")]
-    said = torchrun_succeeds(*script, *TINY, *places, *options)
-    assert said.count("; curves: ") == 1  # only rank 0 tells
+    ranks = start_ranks(train_elsewhere, str(tmp_path / "data"), *TINY, *places, *options)
+    assert ["; curves: " in said for said in end_well(ranks)] == [True, False]
     (prepared,) = (tmp_path / "data/cache").iterdir()
     assert prepared.name.startswith("letters-")
     assert run(text, tmp_path / "one", *options) == 0
-    for key in ("loss", "grad_norm", "val_loss"):
-        one = losses(tmp_path / "one", key)
-        two = losses(tmp_path / "two", key)
-        assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-4)
-    for name, tensor in weights(tmp_path / "one").items():
-        assert torch.allclose(tensor, weights(tmp_path / "two")[name], atol=1e-5), name
-    assert resume(tmp_path / "two", "--max_iters=8") == 0
-    assert list(losses(tmp_path / "two")) == list(range(1, 9))
+    assert_same_run(tmp_path / "one", tmp_path / "two", ("loss", "grad_norm", "val_loss"))
+    assert resume(tmp_path / "two", "--max_iters=6") == 0
+    assert list(losses(tmp_path / "two")) == list(range(1, 7))
 
 
 def test_two_machines_prepare_their_own_data_and_resume_the_run_of_the_first(tmp_path, monkeypatch):
     """They share no disk: each has a working folder. The second gets the checkpoint on resuming."""
     monkeypatch.setattr("data.dataset.DATA", tmp_path / "data")
-    letters = np.cumsum(np.random.default_rng(0).integers(1, 4, 4000)) % 13
-    text = "".join("abcdefghijklm"[i] for i in letters)
-    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
     machines = [tmp_path / "first", tmp_path / "second"]
     for machine in machines:
         machine.mkdir()
-        (machine / "letters.txt").write_text(text)
+        write_letters(machine / "letters.txt")
     # A run that the second machine had is not the one that goes on.
     options = [*TINY, "--tokenizer=char", "--decay_lr=False", "--dataset=letters.txt"]
     options += ["--out_dir=out", "--init_from=auto"]
     monkeypatch.chdir(machines[1])
     assert train.main([*options, "--max_iters=2"]) == 0
     shutil.rmtree(machines[1] / "out" / "best")
-    for steps in (3, 6):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        started = []
-        for number, machine in enumerate(machines):
-            start = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
-            start += [f"--node_rank={number}", "--master_addr=127.0.0.1", f"--master_port={port}"]
-            start += [str(tmp_path / "elsewhere.py"), "data", *options, f"--max_iters={steps}"]
-            env = environment(PYTHONPATH=str(ROOT))
-            started.append(
-                subprocess.Popen(start, cwd=machine, env=env, stderr=subprocess.PIPE, text=True)
-            )
-        try:
-            for process in started:
-                _, said = process.communicate(timeout=LIMIT_S)
-                assert process.returncode == 0, said
-        finally:
-            for process in started:
-                process.terminate()
+    for steps in (2, 4):
+        argv = ["data", *options, f"--max_iters={steps}"]
+        end_well(start_ranks(train_elsewhere, *argv, folders=machines))
     monkeypatch.chdir(tmp_path)
-    assert run(machines[0] / "letters.txt", tmp_path / "one", *options[:-3], "--max_iters=6") == 0
-    one, two = losses(tmp_path / "one"), losses(machines[0] / "out")
-    assert list(two) == list(range(1, 7))
-    assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-4)
+    assert run(machines[0] / "letters.txt", tmp_path / "one", *options[:-3], "--max_iters=4") == 0
+    assert_same_run(tmp_path / "one", machines[0] / "out")
     second = machines[1] / "out"
-    assert trainer(second)["step"] == 3  # where it resumed
+    assert trainer(second)["step"] == 2  # where it resumed
     assert not (second / "best").exists()
     assert [len(list((machine / "data/cache").iterdir())) for machine in machines] == [1, 1]
 
@@ -280,12 +242,32 @@ def test_two_ranks_resume_the_run_of_one_although_they_share_the_targets_unevenl
     assert run(folder, tmp_path / "one", *fixed, "--max_iters=6") == 0
     assert run(folder, tmp_path / "both", *fixed, "--max_iters=3") == 0
     both = tmp_path / "both"
-    torchrun_succeeds("train.py", "--init_from=resume", f"--out_dir={both}", "--max_iters=6")
-    assert list(losses(both)) == list(range(1, 7))
-    expected = list(losses(tmp_path / "one").values())
-    assert list(losses(both).values()) == pytest.approx(expected, abs=1e-5)
-    for name, tensor in weights(tmp_path / "one").items():
-        assert torch.allclose(tensor, weights(both)[name], atol=1e-5), name
+    end_well(start_ranks(train.main, "--init_from=resume", f"--out_dir={both}", "--max_iters=6"))
+    assert_same_run(tmp_path / "one", both)
+
+
+def tell_least_memory() -> None:
+    memory._own_memory = lambda machine: 5.0 - torchrun_ranks().rank
+    with process_group("cpu", "gloo"):
+        print("least", memory.available_memory(CPU))
+
+
+def test_ranks_with_unequal_memory_decide_alike():
+    assert end_well(start_ranks(tell_least_memory)) == ["least 4.0\n"] * 2
+
+
+def test_a_rank_that_has_lost_the_others_says_how_the_run_goes_on(dataset, tmp_path):
+    places = [f"--dataset={dataset}", f"--out_dir={tmp_path}"]
+    ranks = start_ranks(train.main, *TINY, *ENDLESS, *places, "--save_interval_s=0")
+    assert any(line.startswith("step 12:") for line in ranks[0].stdout), "it ended before"
+    ranks[1].send(signal.SIGKILL)
+    status, said = ranks[0].end()
+    assert (status, ranks[1].end()[0]) == (2, -signal.SIGKILL)
+    assert "error: rank 0 has lost the others" in said
+    assert "Traceback" not in said
+    step = trainer(tmp_path)["step"]
+    assert resume(tmp_path, f"--max_iters={step + 2}") == 0
+    assert list(losses(tmp_path)) == list(range(1, step + 3))
 
 
 def process_of_rank(process: subprocess.Popen, rank: int) -> int:
@@ -300,44 +282,24 @@ def process_of_rank(process: subprocess.Popen, rank: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
-def test_a_rank_that_dies_is_started_again_with_all_and_else_a_checkpoint_is_left(
-    dataset, tmp_path
-):
-    """The run goes on from last/, as often as torchrun may start it again."""
+def test_torchrun_starts_all_ranks_again_if_one_dies_and_the_run_goes_on(dataset, tmp_path):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     places = [f"--dataset={dataset}", f"--out_dir={tmp_path}", "--init_from=auto"]
-    options = [*TINY, *ENDLESS, *places, "--save_interval_s=0"]
-    process = torchrun("--max_restarts=1", "train.py", *options)
-    assert any(line.startswith("step 12:") for line in process.stdout), "it ended before"
-    os.kill(process_of_rank(process, 1), signal.SIGKILL)
-    told = next((line for line in process.stdout if line.startswith("resuming at step")), "")
-    assert told, "it was not started again"
-    assert int(told.split()[-1]) >= 11
-    assert any(line.startswith("step ") for line in process.stdout), "it did not go on"
-    os.kill(process_of_rank(process, 1), signal.SIGKILL)
-    said, _ = process.communicate()
-    assert process.returncode == 1
-    assert "rank      : 1" in said  # torchrun's own report: which rank, and how it ended
-    assert "SIGKILL" in said
-    # Rank 0 says so too, unless torchrun's signals end it before it notices.
-    assert said.count("rank 0 has lost the others") <= 1
-    assert "[rank0]: Traceback" not in said
-    step = trainer(tmp_path)["step"]
-    assert resume(tmp_path, f"--max_iters={step + 2}") == 0
-    assert list(losses(tmp_path)) == list(range(1, step + 3))
-
-
-def test_ranks_with_unequal_memory_decide_alike(tmp_path):
-    script = tmp_path / "memory_of_ranks.py"
-    script.write_text(
-        "from gpt12 import memory\n"
-        "from gpt12.distributed import process_group, torchrun_ranks\n"
-        "from tests.helpers import CPU\n"
-        "memory._own_memory = lambda machine: 5.0 - torchrun_ranks().rank\n"
-        "with process_group('cpu', 'gloo'):\n"
-        "    print(f'least {memory.available_memory(CPU)}\\n', end='')\n"  # in one piece
-    )
-    said, _ = torchrun(str(script)).communicate()
-    assert said.count("least 4.0") == 2
+    argv = [*start, "--max_restarts=1", "train.py", *TINY, *ENDLESS, *places]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(
+        [*argv, "--save_interval_s=0"], cwd=ROOT, env=environment(), **pipes
+    ) as process:
+        limit = threading.Timer(LIMIT_S, process.terminate)
+        limit.start()
+        assert any(line.startswith("step 12:") for line in process.stdout), "it ended before"
+        os.kill(process_of_rank(process, 1), signal.SIGKILL)
+        told = next((line for line in process.stdout if line.startswith("resuming at step")), "")
+        assert told, "it was not started again"
+        assert int(told.split()[-1]) >= 11
+        assert any(line.startswith("step ") for line in process.stdout), "it did not go on"
+        process.terminate()
+        limit.cancel()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -458,76 +420,66 @@ def test_a_signal_ends_a_long_evaluation_early(dataset, tmp_path, monkeypatch, s
 
 
 # --------------------------------------------------------------------------------------------------
-# train.py as typed, in a process of its own
+# A run in a process of its own
 
 
-# train.py in a terminal, whose every step first waits for a byte of a pipe, or for the pipe's end.
-GATED = """
-import fcntl
-import os
-import signal
-import socket
-import sys
-import threading
-import termios
+def train_in_a_terminal() -> int:
+    """Train in the terminal of the command line; each step first waits for a file to appear."""
+    terminal, gate = sys.argv[1:3]
+    del sys.argv[1:3]
+    os.setsid()
+    opened = os.open(terminal, os.O_RDWR)  # closing the window sends SIGHUP here
+    for stream in range(3):
+        os.dup2(opened, stream)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started under nohup
+    make_step = TrainStep.__call__
 
-import train
-from gpt12.errors import run_main
+    def wait_and_step(self: TrainStep, *args: float) -> None:
+        while not Path(gate).exists():
+            time.sleep(0.01)
+        make_step(self, *args)
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started under nohup
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # closing the window sends SIGHUP here
-gate = int(sys.argv.pop(1))
-make_step = train.TrainStep.__call__
-
-
-def wait_and_step(self, *args):
-    os.read(gate, 1)
-    make_step(self, *args)
-
-
-train.TrainStep.__call__ = wait_and_step
-run_main(train.main)
-"""
+    TrainStep.__call__ = wait_and_step
+    return train.main()
 
 
 def test_a_run_whose_terminal_is_closed_saves_and_ends(dataset, tmp_path):
     """The window is closed before the first step, which the gate holds back until then."""
     pytest.importorskip("termios")
     window, theirs = os.openpty()
-    gate, opened = os.pipe()
-
-    options = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=3"]
-    argv = [sys.executable, "-c", GATED, str(gate), *options]
-    streams = dict.fromkeys(["stdin", "stdout", "stderr"], theirs)
-    with subprocess.Popen(
-        argv, cwd=ROOT, env=environment(), pass_fds=[gate], start_new_session=True, **streams
-    ) as process:
-        os.close(theirs)
-        os.close(gate)
-        shown = b""
-        while b"step 0: train loss" not in shown:
-            shown += os.read(window, 4096)
-        os.close(window)  # sends SIGHUP
-        os.close(opened)
-        assert process.wait() == 129
-    assert trainer(tmp_path)["step"] == 1
+    gate = tmp_path / "gate"
+    options = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--max_iters=3"]
+    process = start(train_in_a_terminal, os.ttyname(theirs), str(gate), *options)
+    shown = b""
+    while b"step 0: train loss" not in shown:
+        shown += os.read(window, 4096)
+    os.close(theirs)
+    os.close(window)  # sends SIGHUP
+    gate.touch()
+    assert process.end()[0] == 129
+    assert trainer(tmp_path / "out")["step"] == 1
 
 
 def test_a_run_saves_when_ctrl_c_also_ends_the_reader_of_its_log(dataset, tmp_path):
     """`python train.py | tee log`: the terminal interrupts both, and nobody reads what follows."""
-    argv = command("train.py", *TINY, *ENDLESS, f"--dataset={dataset}", f"--out_dir={tmp_path}")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(argv, cwd=ROOT, env=environment(), **pipes) as process:
-        assert any(line.startswith("step 12:") for line in process.stdout), "it ended before"
-        process.stdout.close()
-        process.send_signal(signal.SIGINT)
-        assert process.stderr.read() == ""
-        assert process.wait() == 130
-    assert trainer(tmp_path)["step"] >= 12
+    argv = [*TINY, *ENDLESS, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"]
+    process = start(train.main, *argv, errors=tmp_path / "errors")
+    assert any(line.startswith("step 12:") for line in process.stdout), "it ended before"
+    process.stdout.close()
+    process.send(signal.SIGINT)
+    assert process.end()[0] == 130
+    assert (tmp_path / "errors").read_text() == ""
+    assert trainer(tmp_path / "out")["step"] >= 12
+
+
+def train_without_output() -> int:
+    os.close(1)
+    os.close(2)
+    sys.stdout = sys.stderr = None
+    return train.main()
 
 
 def test_a_run_without_output_saves_all(dataset, tmp_path):
     options = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=2"]
-    line = f"{shlex.join(command('train.py', *options))} >&- 2>&-"
-    assert subprocess.run(line, shell=True, cwd=ROOT, env=environment()).returncode == 0
+    assert start(train_without_output, *options).end()[0] == 0
     assert trainer(tmp_path)["step"] == 2
