@@ -434,12 +434,12 @@ def train_in_a_terminal() -> int:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started under nohup
     make_step = TrainStep.__call__
 
-    def wait_and_step(self: TrainStep, *args: float) -> None:
+    def wait_and_step(self, *args):
         while not Path(gate).exists():
             time.sleep(0.01)
         make_step(self, *args)
 
-    TrainStep.__call__ = wait_and_step
+    pytest.MonkeyPatch().setattr(TrainStep, "__call__", wait_and_step)
     return train.main()
 
 
