@@ -15,7 +15,6 @@ SHAPE = {
     "batch_size": 3,
 }
 PLAIN = {"device": "cpu", "dtype": "float32", "compile": False, "real_data": False, "steps": 2}
-CPU = Machine(torch.device("cpu"), torch.float32, compiled=False)
 GPU = Machine(torch.device("cuda"), torch.bfloat16, compiled=True)
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.compiler import config as compiler_config
 
 from data.windows import TrainWindows
@@ -15,7 +16,8 @@ from gpt12 import measure
 from gpt12.generate import Sampling
 from gpt12.measure import RandomTokens, time_calls, time_decoding, warnings_about
 from model import GPT, GPTConfig
-from tests.bench_helpers import CPU, GPU
+from tests.bench_helpers import GPU
+from tests.helpers import CPU
 
 GIB = 2**30
 
@@ -74,17 +76,18 @@ def test_every_timed_interval_computes_a_token(monkeypatch, asked):
     assert timed == expected
 
 
-def test_a_compiled_graph_is_not_reused_with_another_attention_kernel():
-    """torch keeps compiled graphs on the disk, and a kernel is fixed inside of them.
-
-    The tag is part of a graph's key there.
-    """
+def test_the_attention_kernel_can_be_chosen_and_compiled_graphs_keep_to_it():
+    """torch keeps compiled graphs on the disk: the tag is part of a graph's key there."""
+    q = torch.randn(1, 2, 16, 16)
     tags = []
     for name in ("auto", "flash", "math"):
-        with measure.attention_kernel(name):
+        with measure.attention_kernel(name), torch.profiler.profile() as profiler:
+            F.scaled_dot_product_attention(q, q, q, is_causal=True)
             tags.append(compiler_config.cache_key_tag)
+        used = any("flash" in event.key for event in profiler.key_averages())
+        assert used == (name != "math")
     assert len(set(tags)) == 3
-    assert tags[0] == compiler_config.cache_key_tag
+    assert compiler_config.cache_key_tag == tags[0]
 
 
 # --------------------------------------------------------------------------------------------------

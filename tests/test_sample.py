@@ -4,12 +4,12 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 from itertools import takewhile, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from gpt12.errors import run_main
 from gpt12.generate import Sampling
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
-from tests.helpers import ROOT, command, environment
+from tests import processes
 from tests.models import save_nanogpt
 
 
@@ -158,17 +158,19 @@ def test_every_sampling_option_reaches_the_model(start, scripted):
     assert scripted.samplings == [Sampling(0.8, top_k=200), Sampling(0.7, 12, 0.8, 0.15, 1.3)]
 
 
-def test_a_prompt_comes_from_the_option_a_file_or_standard_input(start, scripted, tmp_path):
-    (tmp_path / "prompt.txt").write_text("f\u00e9e\n", "utf-8")
-    for option, stdin, prompt in (
-        (r"--start=a\nb", b"", "a\nb"),
-        (f"--start=FILE:{tmp_path / 'prompt.txt'}", b"", "f\u00e9e\n"),
-        ("--start=-", "p\u00efped".encode(), "p\u00efped"),
-    ):
-        scripted.script[:] = [b"!"]
-        status, out, err = start(option, "--num_samples=1", stdin=stdin)
-        assert (status, out) == (0, f"{prompt}!\n{sample.SEPARATOR}\n"), err
-        assert bytes(scripted.calls[-1]).decode() == prompt
+@pytest.mark.parametrize(
+    ("option", "prompt"),
+    [(r"a\nb", "a\nb"), ("FILE:prompt.txt", "f\u00e9e\n"), ("-", "p\u00efped")],
+)
+def test_a_prompt_comes_from_the_option_a_file_or_standard_input(
+    start, scripted, tmp_path, monkeypatch, option, prompt
+):
+    monkeypatch.chdir(tmp_path)
+    Path("prompt.txt").write_text("f\u00e9e\n", "utf-8")
+    scripted.script[:] = [b"!"]
+    status, out, err = start(f"--start={option}", "--num_samples=1", stdin=prompt.encode())
+    assert (status, out) == (0, f"{prompt}!\n{sample.SEPARATOR}\n"), err
+    assert bytes(scripted.calls[-1]).decode() == prompt
 
 
 CONVERSATIONS = {
@@ -183,12 +185,6 @@ CONVERSATIONS = {
         [b"hi", b"yo"],
         ["one", "two"],
         "a new conversation",
-    ),
-    "a full context forgets": (
-        b"aaaaaaaaaa\nccccc\n" + 30 * b"d",
-        [b"b" * 20, b"!", b"!"],
-        ["a" * 10, "ccccc", "d" * 30],
-        "",
     ),
     "a mistake is told": (b"x" * 33 + b"\ngood\n", [b"fine"], ["good"], "33 tokens"),
     "bytes that are no text": (b"a\xff\n\xe0", [b"", b""], ["a\ufffd", "a\ufffd\ufffd"], ""),
@@ -219,14 +215,6 @@ def test_a_start_is_the_first_message_of_a_conversation(start, scripted):
 # --------------------------------------------------------------------------------------------------
 # Chat templates
 
-# Earlier versions saved this one.
-OLDER_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] | trim }}"
-    "{{ eos_token if message['role'] == 'assistant' else '\n\n' }}"
-    "{% endfor %}"
-    "{{ '### Assistant:\n' if add_generation_prompt else '' }}"
-)
 DIALOGPT = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
 STRANGE = """{{ bos_token }}{%- if messages[0].role == 'system' %}
     {{- '<<' + messages[0].content + '>>' }}
@@ -246,8 +234,8 @@ TURNS += [{"role": "assistant", "content": "a\n"}, {"role": "user", "content": "
 def chat(tmp_path):
     """Make a folder with a random model of bytes and this chat template; it has room to talk."""
 
-    def make(template: str, tokenizer=None, room: int = 256) -> str:
-        tokenizer = tokenizer or ByteTokenizer()
+    def make(template: str, room: int = 256) -> str:
+        tokenizer = ByteTokenizer()
         tokenizer.chat_template = template
         save_pretrained(
             GPT(GPTConfig(room, tokenizer.vocab_size, 1, 1, 8)), tmp_path, tokenizer.eot
@@ -263,12 +251,11 @@ def chat(tmp_path):
     [
         CHAT_TEMPLATE,
         chat_template("messages", False),
-        OLDER_CHAT_TEMPLATE,
         chat_template("prompt", True, " ->"),
         DIALOGPT,
         STRANGE,
     ],
-    ids=["chat", "characters", "older", "prompt", "DialoGPT", "strange"],
+    ids=["chat", "characters", "prompt", "DialoGPT", "strange"],
 )
 def test_a_template_writes_here_what_it_writes_in_transformers(chat, template):
     folder = chat(template).partition("=")[2]
@@ -315,14 +302,6 @@ def test_every_answer_in_the_context_ends_as_those_it_was_trained_on(start, scri
     first = [*ask[0], *b"a", 256, *ask[1]]
     assert scripted.calls[1:3] == [first, [*first, *b"b.", 256, *ask[2]]]
     assert scripted.calls[3] == [*scripted.calls[2], *b"cc", 256, *ask[3]]
-
-
-def test_an_answer_of_a_model_of_characters_ends_with_a_line_end(start, scripted, chat):
-    folder = chat(chat_template("messages", False), CharTokenizer("".join(map(chr, range(128)))))
-    scripted.script[:] = [b"cut", b"done\n", b""]
-    assert start(folder, "--interactive", stdin=b"q\nr\ns\n")[0] == 0
-    ask = [f"### User:\n{c}\n\n### Assistant:\n" for c in "qrs"]
-    assert bytes(scripted.calls[2]).decode() == f"{ask[0]}cut\n{ask[1]}done\n{ask[2]}"
 
 
 def test_a_full_chat_forgets_its_oldest_turns_and_keeps_the_system_message(start, scripted, chat):
@@ -392,16 +371,15 @@ def test_ctrl_c_outside_of_a_conversation_ends_with_130(start, scripted):
     assert start("--start=q", "--num_samples=1")[:2] == (130, "qab")
 
 
-def test_sample_ends_quietly_when_nobody_reads_any_more(out_dir):
+def test_sample_ends_quietly_when_nobody_reads_any_more(out_dir, tmp_path):
     """`| head -c 10`: the reader is gone before the first text."""
-    argv = command("sample.py", f"--out_dir={out_dir}", "--device=cpu", "--num_samples=3")
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(argv, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, env=environment())
-    os.close(writer)
-    assert done.returncode == 141
-    assert b"Traceback" not in done.stderr
-    assert b"Exception" not in done.stderr
+    errors = tmp_path / "errors"
+    options = (f"--out_dir={out_dir}", "--device=cpu", "--num_samples=3")
+    started = processes.start(sample.main, *options, errors=errors)
+    started.stdout.close()
+    assert started.end()[0] == 141
+    assert "Traceback" not in errors.read_text()
+    assert "Exception" not in errors.read_text()
 
 
 def test_a_program_without_standard_output_says_so(start, monkeypatch):
@@ -446,54 +424,47 @@ def test_a_users_mistake_ends_with_a_message_and_status_2(start, options, messag
 ONE_TEXT = ("--start=ab", "--num_samples=1", "--max_new_tokens=9")
 
 
-def test_nanogpts_checkpoint_writes_with_the_tokenizer_beside_it(start, out_dir, tmp_path):
-    save_nanogpt(tmp_path / "ckpt.pt", from_pretrained(out_dir / "best"), 257)
-    ByteTokenizer().save(tmp_path)
-    status, out, _ = start(f"--init_from={tmp_path / 'ckpt.pt'}", *ONE_TEXT)
-    assert (status, out) == (0, start("--checkpoint=best", *ONE_TEXT)[1])
+@pytest.fixture
+def nanogpt(out_dir, tmp_path, monkeypatch):
+    """Write the model of best/ or last/ as nanoGPT's ckpt.pt. Returns the option that names it."""
+    letters = {"outside": "\nabcdefghij", "data/letters": "\nabcdefghij", "data/fewer": "abc"}
+    for folder in letters:
+        (tmp_path / folder).mkdir(parents=True)
+        CharTokenizer(letters[folder]).save(tmp_path / folder)
+    monkeypatch.setattr(sample, "DATA", tmp_path / "data")
+
+    def write(name: str, dataset: str | None = None) -> str:
+        model = from_pretrained(out_dir / name)
+        save_nanogpt(tmp_path / "ckpt.pt", model, model.config.vocab_size, dataset)
+        return f"--init_from={tmp_path / 'ckpt.pt'}"
+
+    return write
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("best", None), ("last", "letters")])
+def test_nanogpts_checkpoint_has_the_tokenizer_beside_it_or_of_its_data_set(
+    start, nanogpt, tmp_path, name, dataset
+):
+    if dataset is None:
+        ByteTokenizer().save(tmp_path)
+    status, out, err = start(nanogpt(name, dataset), *ONE_TEXT)
+    assert (status, out) == (0, start(f"--checkpoint={name}", *ONE_TEXT)[1]), err
+
+
+@pytest.mark.parametrize("dataset", [None, "unknown", "../outside", "fewer"])
+def test_nanogpts_checkpoint_without_a_known_tokenizer_asks_for_one(start, nanogpt, dataset):
+    status, out, err = start(nanogpt("last", dataset), *ONE_TEXT)
+    assert (status, out) == (2, "")
+    assert "ckpt.pt has no tokenizer" in err
 
 
 def test_nanogpts_checkpoint_of_gpt2s_vocabulary_has_gpt2s_tokenizer(start, tmp_path, monkeypatch):
     save_nanogpt(tmp_path / "ckpt.pt", GPT(GPTConfig(16, 50304, 1, 1, 2)), 50304)
-    asked = []
-
-    class Stub(ByteTokenizer):
-        def token_bytes(self, token):
-            return b"x"
-
-    monkeypatch.setattr(sample, "get_tokenizer", lambda name: asked.append(name) or Stub())
+    tokenizer = ByteTokenizer()
+    monkeypatch.setattr(tokenizer, "token_bytes", lambda token: b"x")
+    monkeypatch.setattr(sample, "get_tokenizer", {"gpt2": tokenizer}.get)
     status, out, err = start(f"--init_from={tmp_path / 'ckpt.pt'}", *ONE_TEXT)
-    assert (status, asked) == (0, ["gpt2"]), err
-    assert out == f"abxxxxxxxxx\n{sample.SEPARATOR}\n"
-
-
-def prepare(folder: Path, chars: str) -> None:
-    folder.mkdir()
-    CharTokenizer(chars).save(folder)
-
-
-def test_nanogpts_checkpoint_takes_the_tokenizer_of_its_data_set(
-    start, out_dir, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(sample, "DATA", tmp_path)
-    save_nanogpt(tmp_path / "ckpt.pt", from_pretrained(out_dir / "last"), 11, "letters")
-    prepare(tmp_path / "letters", "\nabcdefghij")
-    status, out, err = start(f"--init_from={tmp_path / 'ckpt.pt'}", *ONE_TEXT)
-    assert (status, out) == (0, start("--checkpoint=last", *ONE_TEXT)[1]), err
-
-
-@pytest.mark.parametrize("dataset", [None, "unknown", "../outside", "fewer"])
-def test_nanogpts_checkpoint_without_a_known_tokenizer_asks_for_one(
-    start, out_dir, tmp_path, monkeypatch, dataset
-):
-    monkeypatch.setattr(sample, "DATA", tmp_path / "data")
-    (tmp_path / "data").mkdir()
-    save_nanogpt(tmp_path / "ckpt.pt", from_pretrained(out_dir / "last"), 11, dataset)
-    prepare(tmp_path / "outside", "\nabcdefghij")
-    prepare(tmp_path / "data/fewer", "abc")
-    status, out, err = start(f"--init_from={tmp_path / 'ckpt.pt'}", *ONE_TEXT)
-    assert (status, out) == (2, "")
-    assert "ckpt.pt has no tokenizer" in err
+    assert (status, out) == (0, f"abxxxxxxxxx\n{sample.SEPARATOR}\n"), err
 
 
 def test_nanogpts_compile_is_taken_and_has_no_effect(start):
@@ -502,17 +473,10 @@ def test_nanogpts_compile_is_taken_and_has_no_effect(start):
     assert "compile: has no effect" in err
 
 
-@pytest.mark.parametrize("error", ["CUDA out of memory", "CUDA error: illegal memory access"])
-def test_only_a_lack_of_memory_is_called_out_of_memory(start, monkeypatch, error):
-    kind = torch.OutOfMemoryError if "out of" in error else RuntimeError
-
-    def fail(*args, **options):
-        raise kind(error)
-
-    monkeypatch.setattr(sample, "stream", fail)
-    if kind is RuntimeError:
-        with pytest.raises(RuntimeError, match=error):
-            start(*ONE_TEXT)
-    else:
-        status, _, err = start(*ONE_TEXT)
-        assert (status, "error: out of memory: ask for fewer" in err) == (2, True)
+def test_only_a_lack_of_memory_is_called_out_of_memory(start, monkeypatch):
+    errors = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("illegal access")]
+    monkeypatch.setattr(sample, "load", Mock(side_effect=errors))
+    status, _, err = start(*ONE_TEXT)
+    assert (status, "error: out of memory: ask for fewer" in err) == (2, True)
+    with pytest.raises(RuntimeError, match="illegal access"):
+        start(*ONE_TEXT)
