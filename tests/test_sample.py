@@ -173,45 +173,6 @@ def test_a_prompt_comes_from_the_option_a_file_or_standard_input(
     assert bytes(scripted.calls[-1]).decode() == prompt
 
 
-CONVERSATIONS = {
-    "keeps its context": (
-        b"\none\ntwo\nthree\n",
-        [b"hi", [*b"yo", 256, *b"x"], b"\n"],
-        ["one", "onehitwo", "onehitwoyo<|endoftext|>three"],
-        "The model reads each text together",
-    ),
-    "an empty line begins anew": (
-        b"one\n\ntwo\n",
-        [b"hi", b"yo"],
-        ["one", "two"],
-        "a new conversation",
-    ),
-    "a mistake is told": (b"x" * 33 + b"\ngood\n", [b"fine"], ["good"], "33 tokens"),
-    "bytes that are no text": (b"a\xff\n\xe0", [b"", b""], ["a\ufffd", "a\ufffd\ufffd"], ""),
-    "Ctrl-C ends a text": (b"one\ntwo\n", [[*b"par", None, 33], b""], ["one", "onepartwo"], ""),
-    "Ctrl-C before the first": (b"one\ntwo\n", [[None], b""], ["one", "onetwo"], "no token"),
-}
-
-
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_a_conversation(start, scripted, name):
-    stdin, script, prompts, told = CONVERSATIONS[name]
-    scripted.script[:] = script
-    shown = [bytes(takewhile(lambda t: t not in (None, 256), text)).decode() for text in script]
-    status, out, err = start("--interactive", stdin=stdin)
-    assert (status, out) == (0, "".join(f"{text}\n" for text in shown)), err
-    assert scripted.calls == [ids_of(prompt) for prompt in prompts]
-    assert told in err
-    assert "Traceback" not in err
-
-
-def test_a_start_is_the_first_message_of_a_conversation(start, scripted):
-    scripted.script[:] = [b"hi", b"yo"]
-    status, _, err = start("--interactive", "--start=one", stdin=b"two\n")
-    assert (status, scripted.calls) == (0, [[*b"one"], [*b"onehitwo"]])
-    assert "> one" in err
-
-
 # --------------------------------------------------------------------------------------------------
 # Chat templates
 
@@ -293,34 +254,88 @@ def test_a_start_is_put_into_the_template_once(start, scripted, chat, template, 
     assert scripted.calls == [ids_of(prompt)]
 
 
-def test_every_answer_in_the_context_ends_as_those_it_was_trained_on(start, scripted, chat):
-    """However it ended: by itself, by a stop string or by Ctrl-C."""
-    options = (chat(CHAT_TEMPLATE), "--interactive", "--stop=.")
-    scripted.script[:] = [[*b"a", 256], b"b.", [*b"cc", None], b""]
-    assert start(*options, stdin=b"q\nr\ns\nt\n")[0] == 0
-    ask = [[*f"### User:\n{c}\n\n### Assistant:\n".encode()] for c in "qrst"]
-    first = [*ask[0], *b"a", 256, *ask[1]]
-    assert scripted.calls[1:3] == [first, [*first, *b"b.", 256, *ask[2]]]
-    assert scripted.calls[3] == [*scripted.calls[2], *b"cc", 256, *ask[3]]
+def ask(*turns: str) -> str:
+    """Return a prompt of CHAT_TEMPLATE: questions, and between them the answers."""
+    questions = [f"### User:\n{turn}\n\n### Assistant:\n" for turn in turns[::2]]
+    answers = [f"{turn}<|endoftext|>" for turn in turns[1::2]]
+    return "".join(map("".join, zip_longest(questions, answers, fillvalue="")))
 
 
-def test_a_full_chat_forgets_its_oldest_turns_and_keeps_the_system_message(start, scripted, chat):
-    scripted.script[:] = [b"one", b"two", b"three", b"!"]
-    options = (chat(CHAT_TEMPLATE, room=128), "--interactive", "--system=Be brief.")
-    assert start(*options, stdin=b"q\nr\ns\nt\n")[0] == 0
-    system = "### System:\nBe brief.\n\n"
-    calls = [bytes(min(token, 255) for token in call).decode("latin") for call in scripted.calls]
-    assert all(call.startswith(f"{system}### User:\n") for call in calls)
-    assert [call.count("### User:") for call in calls] == [1, 2, 3, 1]
-    assert calls[3] == f"{system}### User:\nt\n\n### Assistant:\n"
+SYSTEM = "### System:\nBe brief.\n\n"
+# Template and options; what is typed; what the model writes; its prompts; what is told.
+CONVERSATIONS = {
+    "keeps its context": (
+        [],
+        b"\none\ntwo\nthree\n",
+        [b"hi", [*b"yo", 256, *b"x"], b"\n"],
+        ["one", "onehitwo", "onehitwoyo<|endoftext|>three"],
+        "The model reads each text together",
+    ),
+    "an empty line begins anew": (
+        [],
+        b"one\n\ntwo\n",
+        [b"hi", b"yo"],
+        ["one", "two"],
+        "a new conversation",
+    ),
+    "a start is the first message": (
+        ["--start=one"],
+        b"two\n",
+        [b"hi", b"yo"],
+        ["one", "onehitwo"],
+        "> one",
+    ),
+    "a mistake is told": ([], b"x" * 33 + b"\ngood\n", [b"fine"], ["good"], "33 tokens"),
+    "bytes that are no text": ([], b"a\xff\n\xe0", [b"", b""], ["a\ufffd", "a\ufffd\ufffd"], ""),
+    "Ctrl-C ends a text": ([], b"one\ntwo\n", [[*b"par", None, 33], b""], ["one", "onepartwo"], ""),
+    "Ctrl-C before the first": ([], b"one\ntwo\n", [[None], b""], ["one", "onetwo"], "no token"),
+    # Every answer in the context ends as those that the model was trained on.
+    "however it ended": (
+        [CHAT_TEMPLATE, "--stop=."],
+        b"q\nr\ns\nt\n",
+        [[*b"a", 256], b"b.", [*b"cc", None], b""],
+        [
+            ask("q"),
+            ask("q", "a", "r"),
+            ask("q", "a", "r", "b.", "s"),
+            ask("q", "a", "r", "b.", "s", "cc", "t"),
+        ],
+        "",
+    ),
+    "a full chat forgets its oldest turns": (
+        [CHAT_TEMPLATE, "--system=Be brief."],
+        b"q\nr\ns\nt\n",
+        [b"one", b"two", b"three", b"!"],
+        [
+            SYSTEM + ask("q"),
+            SYSTEM + ask("q", "one", "r"),
+            SYSTEM + ask("q", "one", "r", "two", "s"),
+            SYSTEM + ask("t"),
+        ],
+        "",
+    ),
+    "single-turn data begin anew": (
+        [chat_template("prompt", True, "\n")],
+        b"What?\nWhy?\n",
+        [b"a", b"b"],
+        ["What?\n", "Why?\n"],
+        "answers each question without those before it",
+    ),
+}
 
 
-def test_single_turn_data_begin_anew_with_each_question_and_say_so(start, scripted, chat):
-    scripted.script[:] = [b"a", b"b"]
-    folder = chat(chat_template("prompt", True, "\n"))
-    status, _, err = start(folder, "--interactive", stdin=b"What?\nWhy?\n")
-    assert (status, [bytes(call) for call in scripted.calls]) == (0, [b"What?\n", b"Why?\n"])
-    assert "answers each question without those before it" in err
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_conversation(start, scripted, chat, name):
+    options, stdin, script, prompts, told = CONVERSATIONS[name]
+    if options and not options[0].startswith("--"):
+        options = [chat(options[0], room=128), *options[1:]]
+    scripted.script[:] = script
+    texts = [bytes(takewhile(lambda t: t not in (None, 256), text)).decode() for text in script]
+    status, out, err = start("--interactive", *options, stdin=stdin)
+    assert (status, out) == (0, "".join(f"{text.rstrip('.')}\n" for text in texts)), err
+    assert scripted.calls == [ids_of(prompt) for prompt in prompts]
+    assert told in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
