@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import gpt12.log
 from gpt12.errors import run_main
 from tests.helpers import ROOT
 
@@ -93,7 +94,7 @@ def _server() -> multiprocessing.context.ForkServerContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system does not fork")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.figure"])
+    context.set_forkserver_preload(["train", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as m:
         m.chdir(ROOT)
         forkserver.ensure_running()
@@ -116,5 +117,6 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    gpt12.log.draw_losses = lambda *arguments: None  # as in conftest.py
     sys.argv = [f"{main.__module__}.py", *argv]
     run_main(main)

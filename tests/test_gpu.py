@@ -27,6 +27,7 @@ from tests.helpers import (
     losses,
     resume,
     run,
+    same_tensors,
     same_weights,
     weights,
     write_shard,
@@ -80,6 +81,23 @@ def fill(step: train.TrainStep, seed: int = 0) -> None:
     ids %= step.model.config.vocab_size
     step.x.copy_(ids[..., :-1])
     step.y.copy_(ids[..., 1:])
+
+
+def curve_of(step: train.TrainStep, steps: range) -> list[float]:
+    """Return the losses of updates at the same rate, each on data of its own."""
+    curve = []
+    for i in steps:
+        fill(step, i)
+        step(1e-3)
+        curve.append(step.loss.item())
+    return curve
+
+
+def free_memory() -> None:
+    """Free what an earlier step or test left: it would be freed while the next one measures."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,13 +208,10 @@ def test_a_recorded_step_gives_the_plain_steps_losses(optimizer, compiled):
         )
         step.model.train()
         torch.manual_seed(1)
-        curve = []
-        for i in range(30):
-            if i in (0, 10):
-                step.set_context_length(32 if i == 0 else 128)
-            fill(step, i)
-            step(1e-3)
-            curve.append(step.loss.item())
+        step.set_context_length(32)
+        curve = curve_of(step, range(10))
+        step.set_context_length(128)
+        curve += curve_of(step, range(10, 30))
         assert (step.graph is not None) == graph
         curves.append(torch.tensor(curve))
     spread = (curves[0] - curves[1]).abs().max().item()
@@ -208,12 +223,7 @@ def test_200_steps_of_the_fastest_path_end_where_the_plain_path_ends():
     fastest = {"recompute": "pointwise", "cuda_graph": True}
     ends = []
     for options in (plain, fastest):
-        step = make_step(**options)
-        curve = []
-        for i in range(200):
-            fill(step, i)
-            step(1e-3)
-            curve.append(step.loss.item())
+        curve = curve_of(make_step(**options), range(200))
         ends.append(sum(curve[150:]) / 50)
     print("mean of the last 50 losses, plain fp32 and the fastest path:", ends)
     assert ends[0] == pytest.approx(ends[1], abs=0.01)
@@ -250,9 +260,7 @@ def test_a_step_takes_the_memory_that_is_predicted(
     n_layer, n_head, n_embd, compiled, recompute, batch_size
 ):
     shape = GPTConfig(1024, 50257, n_layer, n_head, n_embd)
-    gc.collect()  # what an earlier test left would be freed while this one measures
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    free_memory()
     before = torch.cuda.memory_allocated()
     step = make_step(shape, compiled=compiled, recompute=recompute, batch_size=batch_size)
     for _ in range(2):
@@ -273,8 +281,7 @@ def test_saving_takes_no_second_model_on_the_device(tmp_path, lora):
     model = GPT(GPTConfig(256, 5000, 8, 8, 512)).cuda()
     if lora:
         add_lora(model, rank=8, alpha=16.0)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    free_memory()
     before = torch.cuda.memory_allocated()
     save_pretrained(model, tmp_path)
     largest_matrix = 4 * 4 * 512 * 512  # bytes; there are 16 of them, and 16 smaller ones
@@ -342,18 +349,14 @@ def test_deterministic_training_resumes_bit_for_bit(letters, tmp_path, monkeypat
         torch.use_deterministic_algorithms(False)
     assert losses(broken) == losses(whole)
     for file in ("model", "trainer"):
-        expected = weights(whole, file=file)
-        found = weights(broken, file=file)
-        assert found.keys() == expected.keys()
-        assert not [name for name in found if not torch.equal(found[name], expected[name])]
+        assert same_tensors(weights(broken, file=file), weights(whole, file=file))
 
 
 def reserved_by_rung(found) -> list[tuple[Any, int]]:
     """Return each rung of a run's ladder with the most memory that it reserves."""
     reserved = []
     for rung in fit.ladder(found.config):
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
         assert fit.fits_in_a_trial(rung, found, train.TrainStep)
         reserved.append((rung, torch.cuda.max_memory_reserved()))
     return reserved
@@ -383,11 +386,9 @@ def test_less_memory_leads_down_the_ladder_to_the_same_losses(letters, tmp_path)
                 continue  # no cap between the two would be safe
             name = f"{rung.recompute}-{rung.batch_size}"
             typed = [f"--{key}={getattr(rung, key)}" for key in MEMORY_KEYS]
-            gc.collect()
-            torch.cuda.empty_cache()
+            free_memory()
             assert run(letters, tmp_path / f"typed-{name}", *options, *typed) == 0
-            gc.collect()
-            torch.cuda.empty_cache()
+            free_memory()
             torch.cuda.set_per_process_memory_fraction((less + more) / 2 / total)
             assert run(letters, tmp_path / f"fallen-{name}", *options) == 0
             torch.cuda.set_per_process_memory_fraction(1.0)

@@ -108,19 +108,16 @@ def test_the_readme_is_short_enough_to_be_read():
     assert len(README.split()) <= 1800
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "```sh\npython train.py config/train_gpt2.py --batch_sise=8\n```",
-        "```sh\npython train.py config/train_gpt3.py\n```",
-        "```sh\ntorchrun --nproc_per_node=2 train.py --seed=x\n```",
-        "```sh\npip install -r requirement.txt && python train.py\n```",
-        "Do `python -m tests.manual.kill_loops`.",
-        "Do `python data/nowhere/prepare.py`.",
-    ],
-)
-def test_a_wrong_command_is_found(text):
-    assert [problem_of(words) for words in commands(text) if problem_of(words)]
+def test_a_wrong_command_is_found():
+    for line in (
+        "python train.py config/train_gpt2.py --batch_sise=8",
+        "python train.py config/train_gpt3.py",
+        "torchrun --nproc_per_node=2 train.py --seed=x",
+        "pip install -r requirement.txt",
+        "python -m tests.manual.kill_loops",
+        "python data/nowhere/prepare.py",
+    ):
+        assert problem_of(line.split()), line
 
 
 def is_quick(words: list[str]) -> bool:

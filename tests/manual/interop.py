@@ -31,8 +31,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.chat import CHAT_TEMPLATE, questions_and_answers
-from data.tokenizers import END_OF_TEXT
+from data.chat import CHAT_TEMPLATE
 from gpt12.weights import from_pretrained
 from tests.manual.interop_models import (
     MESSAGES,
@@ -41,7 +40,6 @@ from tests.manual.interop_models import (
     Runs,
     batch,
     largest_difference,
-    our_conversation,
     our_logits,
     our_loss,
     our_text,
@@ -75,18 +73,15 @@ def gpt2_runs(runs: Runs) -> Runs:
 # transformers
 
 
-def test_logits(runs: Runs) -> None:
+@pytest.mark.parametrize("name", ["text", "char", "lora", "chat"])
+def test_logits_and_greedy_text(runs: Runs, name: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    for folder in (runs.text, runs.char, runs.lora, runs.chat):
-        ids = batch(folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
-        assert largest_difference(our_logits(folder, ids), theirs(ids).logits) <= CLOSE
-
-
-def test_greedy_text(runs: Runs) -> None:
-    for folder in (runs.text, runs.char, runs.lora, runs.chat):
-        assert our_text(folder) == their_text(folder)
+    folder = getattr(runs, name)
+    ids = batch(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert largest_difference(our_logits(folder, ids), theirs(ids).logits) <= CLOSE
+    assert our_text(folder) == their_text(folder)
 
 
 def their_text(folder: Path) -> str:
@@ -120,32 +115,6 @@ def test_pipeline(runs: Runs) -> None:
     question = [{"role": "user", "content": "say eve"}]
     (said,) = write(question, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert our_text(runs.chat, "say eve") == said["generated_text"][-1]["content"]
-
-
-def test_chat_template(runs: Runs) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(runs.chat)
-    ours = ""
-    for question, answer in questions_and_answers("messages", MESSAGES):
-        ours += question + answer + END_OF_TEXT
-    assert ours == tokenizer.apply_chat_template(MESSAGES, tokenize=False)
-    ids, trained = our_conversation(runs.chat, MESSAGES)
-    theirs = tokenizer.apply_chat_template(
-        MESSAGES, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    assert ids == list(theirs["input_ids"])
-    assert [int(token >= 0) for token in trained] == list(theirs["assistant_masks"])
-
-
-def test_char_tokenizer(runs: Runs) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(runs.char)
-    encoded = tokenizer(PROMPT)
-    assert sorted(encoded) == ["attention_mask", "input_ids"]
-    assert our_tokenizer(runs.char).encode(PROMPT).tolist() == encoded["input_ids"]
-    assert PROMPT == tokenizer.decode(encoded["input_ids"])
 
 
 # --------------------------------------------------------------------------------------------------
