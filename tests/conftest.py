@@ -12,13 +12,14 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Hugging Face's libraries read this when they are imported. No test may depend on the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+from hypothesis import HealthCheck, settings
+
 # Runs wait for the disk in each of their saves. All tests together write 0.1 GB.
 MEMORY = Path("/dev/shm")
 if MEMORY.exists() and shutil.disk_usage(MEMORY).free > 1e9:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
-
-import pytest
-from hypothesis import HealthCheck, settings
 
 # HYPOTHESIS_PROFILE=long is the slow search, for before a release. Neither profile looks at the
 # clock: on a busy machine a deadline, or the check that data come fast enough, would fail by
