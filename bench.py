@@ -33,7 +33,7 @@ import torch
 from data.windows import TrainWindows
 from gpt12.cards import CARDS, find_card
 from gpt12.config import load_config
-from gpt12.device import Machine, open_machine
+from gpt12.device import Machine, available_memory, open_machine, ran_out_of_memory
 from gpt12.distributed import is_rank_0, process_group, reported_by_rank_0, torchrun_ranks
 from gpt12.fit import cap_memory
 from gpt12.folder import describe_run, write_json
@@ -52,11 +52,9 @@ from gpt12.measure import (
 from gpt12.memory import (
     LARGEST_BATCH,
     RECOMPUTE,
-    available_memory,
     needed_memory,
     predict,
     predict_sizes,
-    ran_out_of_memory,
 )
 from gpt12.run import check_ranks, prepare_model
 from gpt12.settings import BenchConfig, Recompute, SampleConfig, model_shape

@@ -36,7 +36,7 @@ from data.windows import EvalWindows, TrainWindows
 from gpt12.check import check_model, check_start
 from gpt12.checkpoint import Saver, load_trainer_state
 from gpt12.cuda_graph import record, use_graph_for_training
-from gpt12.device import Machine, open_machine
+from gpt12.device import Machine, open_machine, ran_out_of_memory
 from gpt12.distributed import (
     StopSignal,
     data_parallel,
@@ -49,7 +49,6 @@ from gpt12.distributed import (
 from gpt12.fit import ADVICE, fit, tenth_is_free
 from gpt12.log import RunLog, perplexity
 from gpt12.loss import IGNORE_INDEX
-from gpt12.memory import ran_out_of_memory
 from gpt12.optimizer import OPTIMIZERS, set_learning_rate, update_all
 from gpt12.run import (
     Run,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpt12.distributed import torchrun_ranks
+from gpt12.distributed import least_of_ranks, torchrun_ranks
 from gpt12.errors import UserError, one_line
 from model import GPT
 
@@ -190,3 +191,67 @@ def compile_model(model: GPT) -> None:
     for layer in layers:
         layer.compile(dynamic=False)
     model.fused_loss = model.lm_head.weight.is_cuda
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory of the machine
+
+ROOT = Path("/")  # of the files in which Linux tells how much memory there is
+
+
+def available_memory(machine: Machine) -> float:
+    """Return the bytes that a process may use, including what it already holds.
+
+    On a GPU its own memory, on a CPU the RAM, or less if a container limits it. Infinity where the
+    system does not tell. With several ranks it is the least of theirs, so that all decide the same.
+    """
+    return least_of_ranks(_own_memory(machine), machine.device)
+
+
+def _own_memory(machine: Machine) -> float:
+    if machine.on_gpu:
+        free, total = torch.cuda.mem_get_info(machine.device)
+        share = torch.cuda.get_per_process_memory_fraction(machine.device)
+        return min(free + torch.cuda.memory_reserved(machine.device), share * total)
+    try:
+        free = 1024 * _read_number(ROOT / "proc/meminfo", "MemAvailable")
+        held = 1024 * _read_number(ROOT / "proc/self/status", "VmRSS")
+    except OSError:  # not Linux
+        return math.inf
+    return held + min(free, _left_in_container())
+
+
+def _left_in_container() -> float:
+    """Return the bytes that the limit of a container leaves, infinity without a limit.
+
+    The kernel gives up pages of files that are not in use before it kills a process, so these count
+    as free.
+    """
+    cgroup = ROOT / "sys/fs/cgroup"  # of version 2
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+        unused_files = _read_number(cgroup / "memory.stat", "inactive_file")
+    except (OSError, ValueError):  # no such cgroup, or "max": no limit
+        return math.inf
+    return float(limit - used + unused_files)
+
+
+def _read_number(file: Path, name: str) -> int:
+    """Return the number in a line `name: 123 kB` or `name 123` of a file of the kernel."""
+    for line in file.read_text().splitlines():
+        words = line.split()
+        if words[0].rstrip(":") == name:
+            return int(words[1])
+    raise OSError(f"{file} does not tell {name}")
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that the memory is used up.
+
+    While a CUDA graph is recorded, running out of memory breaks off the recording, which raises an
+    error of its own. If a CPU's RAM or a Mac's memory runs out, only the message says so.
+    """
+    if any(words in str(error) for words in ("DefaultCPUAllocator", "MPS backend out of memory")):
+        return True
+    return any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))

@@ -33,8 +33,8 @@ from gpt12.device import Machine
 from gpt12.errors import UserError, one_line, printable
 from gpt12.folder import write_file
 from gpt12.generate import Sampling, generate
-from gpt12.memory import GIB, needed_memory
-from gpt12.run import Run, warn_of_long_run
+from gpt12.memory import GIB, needed_memory, warn_of_long_run
+from gpt12.run import Run
 from gpt12.twin import is_gpt2
 from model import parameter_count
 

@@ -2,7 +2,6 @@
 
 step_memory     bytes at the peak of a step, fitted to GPT-2; for a changed model an estimate
 predict         the same with the time on a card, for bench.py
-available_memory, ran_out_of_memory     what there is, and whether it was too little
 
 Time follows the roofline model (Williams et al. 2009), but as a sum: matrix products run at a share
 of the card's peak rate, everything else at a share of its bandwidth, and the two do not overlap.
@@ -13,16 +12,13 @@ B batch, T time (block_size), C channels, L layers, H heads, V padded vocabulary
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpt12.cards import Card
 from gpt12.device import Machine
-from gpt12.distributed import least_of_ranks
 from gpt12.loss import CHUNK_ROWS
 from gpt12.muon import NEWTON_SCHULZ_ITERATIONS
 from gpt12.settings import Recompute, TrainConfig
@@ -149,73 +145,9 @@ def _kept_per_layer(shape: GPTConfig, config: TrainConfig, eager: bool, on_cpu: 
     return kept
 
 
-# --------------------------------------------------------------------------------------------------
-# Memory of the machine
-
-ROOT = Path("/")  # of the files in which Linux tells how much memory there is
-
-
 def needed_memory(shape: GPTConfig, config: TrainConfig, machine: Machine) -> float:
     """Return the predicted bytes at the peak of a step on this machine."""
     return sum(step_memory(shape, config, machine).values())
-
-
-def available_memory(machine: Machine) -> float:
-    """Return the bytes that a process may use, including what it already holds.
-
-    On a GPU its own memory, on a CPU the RAM, or less if a container limits it. Infinity where the
-    system does not tell. With several ranks it is the least of theirs, so that all decide the same.
-    """
-    return least_of_ranks(_own_memory(machine), machine.device)
-
-
-def _own_memory(machine: Machine) -> float:
-    if machine.on_gpu:
-        free, total = torch.cuda.mem_get_info(machine.device)
-        share = torch.cuda.get_per_process_memory_fraction(machine.device)
-        return min(free + torch.cuda.memory_reserved(machine.device), share * total)
-    try:
-        free = 1024 * _read_number(ROOT / "proc/meminfo", "MemAvailable")
-        held = 1024 * _read_number(ROOT / "proc/self/status", "VmRSS")
-    except OSError:  # not Linux
-        return math.inf
-    return held + min(free, _left_in_container())
-
-
-def _left_in_container() -> float:
-    """Return the bytes that the limit of a container leaves, infinity without a limit.
-
-    The kernel gives up pages of files that are not in use before it kills a process, so these count
-    as free.
-    """
-    cgroup = ROOT / "sys/fs/cgroup"  # of version 2
-    try:
-        limit = int((cgroup / "memory.max").read_text())
-        used = int((cgroup / "memory.current").read_text())
-        unused_files = _read_number(cgroup / "memory.stat", "inactive_file")
-    except (OSError, ValueError):  # no such cgroup, or "max": no limit
-        return math.inf
-    return float(limit - used + unused_files)
-
-
-def _read_number(file: Path, name: str) -> int:
-    """Return the number in a line `name: 123 kB` or `name 123` of a file of the kernel."""
-    for line in file.read_text().splitlines():
-        words = line.split()
-        if words[0].rstrip(":") == name:
-            return int(words[1])
-    raise OSError(f"{file} does not tell {name}")
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that the memory is used up.
-
-    While a CUDA graph is recorded, running out of memory breaks off the recording, which raises an
-    error of its own. If a CPU's RAM or a Mac's memory runs out, only the message says so.
-    """
-    if any(words in str(error) for words in ("DefaultCPUAllocator", "MPS backend out of memory")):
-        return True
-    return any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -347,3 +279,23 @@ def predict_sizes(
             label = f"--batch_size={size} --recompute={config.recompute}"
             rows.append(predict(shape, sized(size), card) | {"label": label})
     return rows
+
+
+# A core does about this many operations a second in float32.
+CPU_FLOPS_PER_CORE = 25e9
+LONG_RUN_HOURS = 2
+
+
+def warn_of_long_run(shape: GPTConfig, config: TrainConfig, steps: int, cores: int) -> str | None:
+    """Return a warning if the steps that are left will take many hours on this CPU."""
+    step_tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size
+    flops = float(flops_per_token(shape)) * steps * step_tokens
+    hours = flops / (cores * CPU_FLOPS_PER_CORE) / 3600
+    if hours < LONG_RUN_HOURS:
+        return None
+    return (
+        f"warning: this run will take about {hours:,.0f} hours on this CPU. "
+        "config/train_shakespeare_cpu.py trains a small model in half a minute, also on your own "
+        "text: "
+        "python train.py config/train_shakespeare_cpu.py --dataset=my.txt --tokenizer=char"
+    )

@@ -36,10 +36,6 @@ from model import GPT, GPTConfig, flops_per_token
 
 # compile=auto: a run with fewer operations than this is over before compiling has paid off.
 COMPILE_FROM_FLOPS = 6e15
-# A core does about this many operations a second in float32; only used to warn before a very long
-# run.
-CPU_FLOPS_PER_CORE = 25e9
-LONG_RUN_HOURS = 2
 EVAL_TOKENS = 12 * 1024  # eval_iters counts portions of this many tokens, nanoGPT's default batch
 # What a resumed run cannot change, because its weights or its optimizer's state depend on it.
 FIXED_ON_RESUME = {
@@ -295,7 +291,8 @@ def build_run(request: Request) -> Run:
         _refuse_unread_keys(request, model.config)
 
     config = resolve(config, request, dataset, progress)
-    flops = training_flops(model.config, config, config.max_iters)
+    step_tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size
+    flops = flops_per_token(model.config) * step_tokens * config.max_iters
     machine = open_machine(
         config.device,
         config.dtype,
@@ -617,26 +614,3 @@ def prepare_model(model: GPT, config: TrainConfig, machine: Machine) -> None:
     model.set_recompute(config.recompute)
     if machine.compiled:
         compile_model(model)
-
-
-# --------------------------------------------------------------------------------------------------
-# Length
-
-
-def training_flops(shape: GPTConfig, config: TrainConfig, steps: int) -> float:
-    """Return the operations of this number of steps."""
-    rows = config.batch_size * config.gradient_accumulation_steps
-    return float(flops_per_token(shape)) * steps * rows * config.block_size
-
-
-def warn_of_long_run(shape: GPTConfig, config: TrainConfig, steps: int, cores: int) -> str | None:
-    """Return a warning if the steps that are left will take many hours on this CPU."""
-    hours = training_flops(shape, config, steps) / (cores * CPU_FLOPS_PER_CORE) / 3600
-    if hours < LONG_RUN_HOURS:
-        return None
-    return (
-        f"warning: this run will take about {hours:,.0f} hours on this CPU. "
-        "config/train_shakespeare_cpu.py trains a small model in half a minute, also on your own "
-        "text: "
-        "python train.py config/train_shakespeare_cpu.py --dataset=my.txt --tokenizer=char"
-    )

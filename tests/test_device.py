@@ -1,5 +1,6 @@
 """gpt12/device.py: what "auto" becomes, on machines that are acted where they are not there."""
 
+import math
 import os
 from types import SimpleNamespace
 
@@ -9,6 +10,8 @@ import torch
 from gpt12 import device
 from gpt12.device import COMPILE_THREADS, CUDA_WHEELS, Machine, open_machine
 from gpt12.errors import UserError
+from gpt12.memory import COMPILED_GPU, GIB
+from tests.helpers import CPU as ON_CPU
 from tests.helpers import read_rows, run
 
 CUDA = torch.device("cuda")
@@ -154,3 +157,52 @@ def test_a_run_says_what_auto_became(dataset, tmp_path, capsys):
     assert out.count("device: ") == 1
     assert out.count("compile: off") == 1
     assert read_rows(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory of the machine
+
+
+def test_memory_that_this_process_holds_counts_as_free_and_a_cap_counts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 12 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
+    for share, usable in ((1.0, 5.0), (0.25, 3.0)):
+        monkeypatch.setattr(
+            torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share
+        )
+        assert device.available_memory(COMPILED_GPU) == usable * GIB
+
+
+@pytest.mark.parametrize(
+    ("limit_file", "used_file", "limit", "available"),
+    [
+        ("none", "none", "", 2 + 7),
+        ("memory.max", "memory.current", "1000000", 5),
+        ("memory.max", "memory.current", "max", 2 + 7),
+    ],
+)
+def test_free_ram_and_what_the_process_holds_are_available_up_to_a_containers_limit(
+    monkeypatch, tmp_path, limit_file, used_file, limit, available
+):
+    """Files as Linux shows them, with a cgroup of version 2. Unused pages of files are free."""
+    cgroups = tmp_path / "sys/fs/cgroup"
+    contents = {
+        tmp_path / "proc/meminfo": "MemTotal: 12 kB\nMemAvailable: 7 kB\n",
+        tmp_path / "proc/self/status": "VmRSS:\t2 kB\n",
+        cgroups / limit_file: limit,
+        cgroups / used_file: "997952",
+        (cgroups / limit_file).parent / "memory.stat": "file 9999\ninactive_file 1024\n",
+    }
+    for file, content in contents.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    monkeypatch.setattr(device, "ROOT", tmp_path)
+    assert device.available_memory(ON_CPU) == available * 1024
+
+
+def test_a_system_that_does_not_tell_its_free_ram_counts_as_unlimited(monkeypatch, tmp_path):
+    monkeypatch.setattr(device, "ROOT", tmp_path)
+    assert device.available_memory(ON_CPU) == math.inf
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 12 kB\n")
+    assert device.available_memory(ON_CPU) == math.inf

@@ -20,7 +20,7 @@ import data.dataset
 import train
 from data.shards import Tokens
 from data.windows import EvalWindows, TrainWindows
-from gpt12 import memory
+from gpt12 import device
 from gpt12.distributed import (
     Ranks,
     StopSignal,
@@ -247,9 +247,9 @@ def test_two_ranks_resume_the_run_of_one_although_they_share_the_targets_unevenl
 
 
 def tell_least_memory() -> None:
-    memory._own_memory = lambda machine: 5.0 - torchrun_ranks().rank
+    device._own_memory = lambda machine: 5.0 - torchrun_ranks().rank
     with process_group("cpu", "gloo"):
-        print("least", memory.available_memory(CPU))
+        print("least", device.available_memory(CPU))
 
 
 def test_ranks_with_unequal_memory_decide_alike():

@@ -1,6 +1,5 @@
 """gpt12/memory.py: counted bytes and work against torch's own counters and against measurements."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -9,12 +8,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt12 import memory
 from gpt12.cards import CARDS
 from gpt12.log import RunLog
 from gpt12.lora import add_lora
 from gpt12.memory import (
     COMPILED_GPU,
+    CPU_FLOPS_PER_CORE,
     CPU_GAPS,
     GIB,
     RECOMPUTE,
@@ -23,10 +22,11 @@ from gpt12.memory import (
     product_flops,
     step_memory,
     trained_parameters,
+    warn_of_long_run,
 )
 from gpt12.muon import orthogonalize
 from gpt12.settings import model_shape
-from model import GPT, GPTConfig, Shared
+from model import GPT, GPTConfig, Shared, flops_per_token
 from tests.bench_helpers import SHAPE, make, make_124m
 from tests.helpers import CPU, built, config
 
@@ -266,52 +266,19 @@ def test_methods_that_save_memory_do_and_those_that_cost_time_do():
 
 
 # --------------------------------------------------------------------------------------------------
-# Memory of the machine
+# What a run tells
 
 
-def test_memory_that_this_process_holds_counts_as_free_and_a_cap_counts(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 12 * GIB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
-    for share, usable in ((1.0, 5.0), (0.25, 3.0)):
-        monkeypatch.setattr(
-            torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share
-        )
-        assert memory.available_memory(COMPILED_GPU) == usable * GIB
-
-
-@pytest.mark.parametrize(
-    ("limit_file", "used_file", "limit", "available"),
-    [
-        ("none", "none", "", 2 + 7),
-        ("memory.max", "memory.current", "1000000", 5),
-        ("memory.max", "memory.current", "max", 2 + 7),
-    ],
-)
-def test_free_ram_and_what_the_process_holds_are_available_up_to_a_containers_limit(
-    monkeypatch, tmp_path, limit_file, used_file, limit, available
-):
-    """Files as Linux shows them, with a cgroup of version 2. Unused pages of files are free."""
-    cgroups = tmp_path / "sys/fs/cgroup"
-    contents = {
-        tmp_path / "proc/meminfo": "MemTotal: 12 kB\nMemAvailable: 7 kB\n",
-        tmp_path / "proc/self/status": "VmRSS:\t2 kB\n",
-        cgroups / limit_file: limit,
-        cgroups / used_file: "997952",
-        (cgroups / limit_file).parent / "memory.stat": "file 9999\ninactive_file 1024\n",
-    }
-    for file, content in contents.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content)
-    monkeypatch.setattr(memory, "ROOT", tmp_path)
-    assert memory.available_memory(CPU) == available * 1024
-
-
-def test_a_system_that_does_not_tell_its_free_ram_counts_as_unlimited(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "ROOT", tmp_path)
-    assert memory.available_memory(CPU) == math.inf
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 12 kB\n")
-    assert memory.available_memory(CPU) == math.inf
+def test_a_run_of_hours_on_a_cpu_is_warned_of_and_the_small_preset_named():
+    shape = GPTConfig(bias=False)
+    a_second = CPU_FLOPS_PER_CORE / flops_per_token(shape)  # tokens
+    warnings = []
+    for hours in (1.9, 5):
+        steps = round(hours * 3600 * 2 * a_second / 1024)
+        length = config(batch_size=1, block_size=1024)
+        warnings.append(warn_of_long_run(shape, length, steps, cores=2))
+    assert warnings[0] is None
+    assert "about 5 hours on this CPU. config/train_shakespeare_cpu.py" in warnings[1]
 
 
 @pytest.mark.parametrize("is_gpt2", [True, False])

@@ -22,16 +22,14 @@ from gpt12.device import Machine
 from gpt12.errors import UserError
 from gpt12.log import RunLog
 from gpt12.run import (
-    CPU_FLOPS_PER_CORE,
     load_start,
     prepare_model,
     read_request,
     resolve,
-    warn_of_long_run,
 )
 from gpt12.settings import TrainConfig
 from gpt12.weights import from_pretrained, save_pretrained
-from model import GPT, GPTConfig, flops_per_token
+from model import GPT, GPTConfig
 from tests.helpers import (
     CPU,
     TINY,
@@ -610,18 +608,6 @@ def test_only_a_compiled_run_compiles_its_layers(monkeypatch):
         prepare_model(model, config(), machine)
         assert len(compiled) == (3 if wanted else 0)  # two layers and the last norm
         assert not model.fused_loss  # a GPU's kernel
-
-
-def test_a_run_of_hours_on_a_cpu_is_warned_of_and_the_small_preset_named():
-    shape = GPTConfig(bias=False)
-    a_second = CPU_FLOPS_PER_CORE / flops_per_token(shape)  # tokens
-    warnings = []
-    for hours in (1.9, 5):
-        steps = round(hours * 3600 * 2 * a_second / 1024)
-        length = config(batch_size=1, block_size=1024)
-        warnings.append(warn_of_long_run(shape, length, steps, cores=2))
-    assert warnings[0] is None
-    assert "about 5 hours on this CPU. config/train_shakespeare_cpu.py" in warnings[1]
 
 
 @pytest.mark.parametrize(("key", "value"), [("lora_dropout", 0.1), ("lora_targets", "c_attn")])
