@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
@@ -140,36 +140,24 @@ def raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-class CommonEnding:
-    """Find the text with which all prompts end, so that a question can be ended in the same way.
+def common_ending(prompts: Collection[str]) -> str:
+    """Return the text with which all prompts end, so that a question can be ended in the same way.
 
     It begins at the first line end that all prompts share, if they share one. Otherwise it is what
     follows the sentence: " ->", but not "?". Words before it belong to it only if many different
     prompts have them (" A:"); few may share a word by chance. In scripts without spaces, where the
     answer's sign is the next sentence ("？答："), the ending begins at the last sentence mark.
+
+    prompts: their last ENDING_CHARACTERS are enough.
     """
-
-    def __init__(self) -> None:
-        self._longest: str | None = None
-        self._different: set[str] = set()  # at most MANY_PROMPTS
-
-    def add(self, prompt: str) -> None:
-        """Take a prompt into account."""
-        if len(self._different) < MANY_PROMPTS:
-            self._different.add(prompt)
-        end = prompt[-ENDING_CHARACTERS:]
-        others = end if self._longest is None else self._longest
-        self._longest = os.path.commonprefix([end[::-1], others[::-1]])[::-1]  # noqa: RUF071
-
-    def text(self) -> str:
-        """Return the ending, which is empty if there is none."""
-        longest = self._longest or ""
-        if "\n" in longest:
-            return longest[longest.index("\n") :]
-        first, between = rf"[^\w{MARKS}]", r"\W"
-        if len(self._different) >= MANY_PROMPTS:
-            first, between = rf"(?:{first}|[{UNSPACED}])", "."
-        for begin in (rf"[{MARKS}][{UNSPACED}][^{MARKS}]", first + between):
-            if found := re.search(rf"{begin}*(?<![\w{MARKS}])$", longest):
-                return found[0]
-        return ""
+    reversed_ones = [prompt[::-1] for prompt in prompts]
+    shared = os.path.commonprefix(reversed_ones)[::-1]  # noqa: RUF071 (of characters, not folders)
+    if "\n" in shared:
+        return shared[shared.index("\n") :]
+    first, between = rf"[^\w{MARKS}]", r"\W"
+    if len(prompts) >= MANY_PROMPTS:
+        first, between = rf"(?:{first}|[{UNSPACED}])", "."
+    for begin in (rf"[{MARKS}][{UNSPACED}][^{MARKS}]", first + between):
+        if found := re.search(rf"{begin}*(?<![\w{MARKS}])$", shared):
+            return found[0]
+    return ""

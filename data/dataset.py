@@ -48,8 +48,8 @@ class Dataset:
         self.val_sha256: str | None = meta.get("val_sha256")
         self.window: int | None = meta.get("window", meta.get("row"))  # "row" until FORMAT 6
         self.warnings: list[str] = list(meta.get("notes", ()))
-        self.val = Tokens.open(folder, "val")
-        self.train = Tokens.open(folder, "train") if find_shards(folder, "train") else None
+        self.val = Tokens(folder, "val")
+        self.train = Tokens(folder, "train") if find_shards(folder, "train") else None
         splits = [self.val] if self.train is None else [self.val, self.train]
         self.tokenizer = load_tokenizer(folder)
         if self.tokenizer is None and not meta and not (folder / "meta.pkl").exists():
@@ -99,9 +99,9 @@ def open_dataset(
             _prepare_named(folder)
         else:
             source = name if name.startswith("hf:") else str(folder)
+            documents = Documents(source, text_column, encoding)
             asked = "gpt2" if tokenizer == "auto" else tokenizer
-            reading = {"text_column": text_column, "encoding": encoding}
-            folder = _prepare_text(source, reading, asked, val_fraction, block_size)
+            folder = _prepare_documents(documents, asked, val_fraction, block_size)
     except OSError as error:  # a full disk, no right to write, the network
         raise UserError(
             f"{name} could not be prepared: {error}. "
@@ -155,45 +155,36 @@ def _prepare_named(folder: Path) -> None:
     importlib.import_module(f"data.{folder.name}.prepare").prepare(folder)
 
 
-def _prepare_text(
-    source: str,
-    reading: dict[str, str],
-    tokenizer: str | Tokenizer,
-    val_fraction: float,
-    block_size: int,
+def _prepare_documents(
+    documents: Documents, tokenizer: str | Tokenizer, val_fraction: float, block_size: int
 ) -> Path:
-    """Return the folder in data/cache/ that holds a text's shards, after preparing it if needed.
+    """Return the folder in data/cache/ that holds some documents' shards, preparing it if needed.
 
     The folder's name has a hash of everything that decides what the shards hold, so a folder that
     exists is what was asked for. That of packed examples ends with their block_size, too.
-
-    reading: the other arguments of Documents.
     """
-    documents = None
-    content: object = source
-    if not source.startswith("hf:"):  # the hub is asked only for what is not there yet
-        documents = Documents(source, **reading)
-        content = [(file.name, sha256(file)) for file in documents.files]
+    files = [(file.name, sha256(file)) for file in documents.files]
+    content = files or documents.source  # the hub is asked only for what is not there yet
     made_with = tokenizer
     if isinstance(tokenizer, Tokenizer):
         # By name, so that a resumed run, which brings its model's tokenizer, finds its data again.
         made_with = tokenizer.name if tokenizer.name in ("gpt2", "bytes") else tokenizer.sha256
-    decisive = [FORMAT, content, *reading.values(), made_with, val_fraction]
-    digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:12]
-    stem = re.sub(r"[^\w.-]+", "-", Path(source).stem)[:50] or "texts"  # as all systems allow
+    reading = (documents.text_column, documents.encoding)
+    decisive = json.dumps([FORMAT, content, *reading, made_with, val_fraction])
+    digest = hashlib.sha256(decisive.encode()).hexdigest()[:12]
+    stem = re.sub(r"[^\w.-]+", "-", Path(documents.source).stem)[:50] or "texts"
     texts = DATA / "cache" / f"{stem}-{digest}"
     packed = DATA / "cache" / f"{stem}-{digest}-{block_size}"
     for folder in (texts, packed):
         if folder.exists():
             return folder
-    documents = documents or Documents(source, **reading)
     finished = texts if documents.kind == "text" else packed
     if tokenizer == "char":
         tokenizer = _characters_of(documents)
     elif isinstance(tokenizer, str):
         tokenizer = get_tokenizer(tokenizer)
     building = finished.with_name(f"{finished.name}.tmp")
-    prepare_texts(source, documents, tokenizer, building, val_fraction, block_size=block_size)
+    prepare_texts(documents, tokenizer, building, val_fraction, block_size=block_size)
     return building.rename(finished)
 
 

@@ -28,6 +28,7 @@ from data.shards import (
     Tokens,
     find_shards,
     token_dtype,
+    write_shards,
 )
 from data.texts import FEW_DOCUMENTS, Documents, Piece
 from data.tokenizers import Tokenizer
@@ -60,7 +61,6 @@ class Encoded(NamedTuple):
 
 
 def prepare_texts(
-    name: str,
     documents: Documents,
     tokenizer: Tokenizer,
     folder: Path,
@@ -79,7 +79,7 @@ def prepare_texts(
     """
     locked = f"Another process is preparing the data in {folder}. Wait until it has ended."
     with lock_folder(folder, if_locked=UserError(locked)):
-        encoded = _encode(name, documents, tokenizer)
+        encoded = _encode(documents, tokenizer)
         if documents.kind == "text":
             dtype = token_dtype(tokenizer.text_ids)
             progress = _write_texts(documents, encoded, folder, dtype, val_fraction, max_tokens)
@@ -89,8 +89,8 @@ def prepare_texts(
             )
         if min(progress.train, progress.val) < 2:
             tokens = progress.train + progress.val
-            problem = f"{name} is too short to train on and to validate: it has {tokens} tokens."
-            raise UserError(" ".join([problem, *documents.notes]))
+            problem = f"is too short to train on and to validate: it has {tokens} tokens."
+            raise UserError(" ".join([documents.source, problem, *documents.notes]))
         blank = progress.next - progress.documents
         if blank:
             documents.notes.append(f"{blank:,} blank texts or answers were left out.")
@@ -136,7 +136,7 @@ def _hash_below_one(document: int) -> float:
     return int.from_bytes(digest[:4], "little") / 2**32
 
 
-def _encode(name: str, documents: Documents, tokenizer: Tokenizer) -> Iterator[Encoded]:
+def _encode(documents: Documents, tokenizer: Tokenizer) -> Iterator[Encoded]:
     """Encode pieces on all cores. (The tokenizers let other threads run meanwhile.)"""
     from tqdm import tqdm
 
@@ -158,7 +158,8 @@ def _encode(name: str, documents: Documents, tokenizer: Tokenizer) -> Iterator[E
     cores = os.cpu_count() or 1
     with (
         ThreadPoolExecutor(cores) as threads,
-        tqdm(desc=name, unit=" tokens", unit_scale=True, disable=None) as bar,  # on a terminal
+        # disable=None: shown on a terminal only
+        tqdm(desc=documents.source, unit=" tokens", unit_scale=True, disable=None) as bar,
     ):
         while ahead := list(itertools.islice(batches, 2 * cores)):
             for batch in threads.map(encode, ahead):
@@ -217,7 +218,7 @@ def _write_texts(
 
 def _move_end(val: ShardWriter, folder: Path, keep: int) -> None:
     """Move all but the first `keep` tokens from the train shards to val."""
-    tokens = Tokens.open(folder, "train")
+    tokens = Tokens(folder, "train")
     for start in range(keep, len(tokens), CHUNK_TOKENS):
         length = min(CHUNK_TOKENS, len(tokens) - start)
         val.add(tokens.gather(np.array([start]), length)[0])
@@ -318,8 +319,6 @@ def write_packed(
         tokens[place : place + len(ids)] = ids
         mask[place : place + len(ids)] = trained
         mask[place] = EXAMPLE_START
-    for stem, content in ((split, tokens), (f"{split}_mask", mask)):
-        writer = ShardWriter(folder, stem, content.dtype)
-        writer.add(content)
-        writer.close()
+    write_shards(folder, split, tokens, dtype)
+    write_shards(folder, f"{split}_mask", mask, UINT8)
     return length

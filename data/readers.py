@@ -30,7 +30,7 @@ START_OF_TEXT = "<|startoftext|>"  # begins them in files made for gpt-2-simple,
 REPLACE = "utf-8-replace"  # the encoding in which bytes that are not UTF-8 become U+FFFD
 # The common ones besides UTF-8, of which the likeliest are shown.
 ENCODINGS = """cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 koi8_r cp932 euc_jp cp949
-    gb18030 big5""".split()
+    gb18030 big5 utf_16_le utf_16_be""".split()
 SAMPLE_BYTES = 1 << 18  # what a file's encoding is guessed from, after
 SAMPLE_LINES = 100  # so many lines before the bad one
 ROWS_AT_ONCE = 1000  # from parquet files and the hub; row by row takes three times as long
@@ -287,17 +287,12 @@ def _explain_encoding(file: Path, encoding: str) -> str:
     if sum(character > "\x7f" for character in decoded) > 2 * bad_bytes:
         return f"{message} To go on with U+FFFD in the place of such bytes: --encoding={REPLACE}"
     strange = line[0 if bad < 40 else bad :][:80]
-    if b"\0" in strange:  # every other byte of Latin text in UTF-16 is 0
-        guesses = ["utf_16_be" if strange[:1] == b"\0" else "utf_16_le"]
-    else:
-        guesses = []
-        for match in charset_normalizer.from_bytes(sample, cp_isolation=ENCODINGS):
-            same = match.could_be_from_charset  # the encodings in which the sample is this text
-            guesses.append("cp1252" if "cp1252" in same else match.encoding)
-        fitting = [name for name in ENCODINGS if _find_bad_byte(line, name) < 0]
-        guesses = guesses[:3] or fitting
+    guesses = []
+    for match in charset_normalizer.from_bytes(sample, cp_isolation=ENCODINGS):
+        same = match.could_be_from_charset  # the encodings in which the sample is this text
+        guesses.append("cp1252" if "cp1252" in same else match.encoding)
     message += " Pass the encoding in which this line is right:"
-    for guess in guesses:
+    for guess in guesses[:3] or [name for name in ENCODINGS if _find_bad_byte(line, name) < 0]:
         shown = strange.decode(guess, "replace").splitlines()[0]
         message += f"\n  --encoding={guess:10} {shown}"
     return message

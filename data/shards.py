@@ -131,6 +131,13 @@ class ShardWriter:
         self._file = None
 
 
+def write_shards(folder: Path, stem: str, tokens: np.ndarray, dtype: np.dtype) -> None:
+    """Write an array of ids as shards."""
+    writer = ShardWriter(folder, stem, dtype)
+    writer.add(tokens)
+    writer.close()
+
+
 # ----------------------------------------------------------------------------------------------
 # Reading
 
@@ -164,34 +171,30 @@ class Tokens:
     Opening reads each header and compares it with the length of the file. Do not shorten a shard
     that is in use: reading a page that a map has lost ends the process (SIGBUS).
 
+    split: "train" or "val"; or "train_mask" or "val_mask", as which each opens its mask.
     paths: the shard files. dtype: the type of a token in the first of them.
     mask: the split's mask shards as Tokens of the same length, or None.
     """
 
-    def __init__(self, paths: list[Path], mask: Tokens | None = None) -> None:
-        self.paths = paths
-        self.mask = mask
-        self._shards = [_inspect(path) for path in paths]
+    def __init__(self, folder: Path, split: str) -> None:
+        self.paths = find_shards(folder, split)
+        if not self.paths:
+            raise UserError(
+                f"{folder} has no {split} shards ({split}_*.bin, *_{split}_*.bin or {split}.bin)."
+            )
+        self._shards = [_inspect(path) for path in self.paths]
         self.dtype = self._shards[0].dtype
         self._ends = list(itertools.accumulate(shard.length for shard in self._shards))
         self._vocab_size = math.inf
         self._map = functools.lru_cache(maxsize=MAX_OPEN_MAPS)(_map_shard)
-        if mask is not None and len(mask) != len(self):
-            raise UserError(
-                f"The mask shards in {paths[0].parent} do not fit the token shards. "
-                "Prepare the data again."
-            )
-
-    @classmethod
-    def open(cls, folder: Path, split: str) -> Tokens:
-        """Open the split "train" or "val" of a folder, with its mask shards if there are any."""
-        paths = find_shards(folder, split)
-        if not paths:
-            raise UserError(
-                f"{folder} has no {split} shards ({split}_*.bin, *_{split}_*.bin or {split}.bin)."
-            )
-        mask_paths = sorted(folder.glob(f"{split}_mask_*.bin"))
-        return cls(paths, mask=cls(mask_paths) if mask_paths else None)
+        self.mask: Tokens | None = None
+        if find_shards(folder, f"{split}_mask"):
+            self.mask = Tokens(folder, f"{split}_mask")
+            if len(self.mask) != len(self):
+                raise UserError(
+                    f"The mask shards in {folder} do not fit the token shards. "
+                    "Prepare the data again."
+                )
 
     def __len__(self) -> int:
         return self._ends[-1]

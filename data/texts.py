@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.chat import CommonEnding, chat_template, questions_and_answers
+from data.chat import ENDING_CHARACTERS, chat_template, common_ending, questions_and_answers
 from data.readers import (
     END_OF_TEXT,
     REPLACE,
@@ -38,7 +38,6 @@ PIECE_CHARACTERS = 20_000
 # between the two has the same ids as the uncut text. Such a line ends where it can be cut.
 CUT = re.compile(r"\S\n\Z")
 FEW_DOCUMENTS = 20  # fewer texts are split by tokens: one of them may be most of the data
-FILES_NAMED = 8  # in a note
 
 
 class Form(NamedTuple):
@@ -96,7 +95,6 @@ class Documents:
     source: a path, or "hf:owner/name", "hf:owner/name:config", "hf:owner/name:config:split".
     text_column: the column with the text. "line" makes each line of a text file a document.
     encoding: of the files that are not UTF-8; REPLACE is UTF-8 whose bad bytes become U+FFFD.
-    kind: that of all rows' form.
     files: the files that are read, in this order; none for the hub.
     notes: what the user should know about the files and their form.
     skip: leave out this many documents at the beginning.
@@ -113,22 +111,26 @@ class Documents:
         self.notes: list[str] = []
         self.skip = 0
         self.count = 0
-        self._ending = CommonEnding()
+        self._prompts: set[str] = set()
         self._systems: collections.Counter[str | None] = collections.Counter()
         if not self.source.startswith("hf:"):
             self._find_files()
-        self.kind = "text"
+
+    @functools.cached_property
+    def kind(self) -> str:
+        """The kind of all rows' form, which the first row shows; columns not used are noted."""
         for where, row in itertools.islice(self._rows(), 1):
             form = self._form(where, row)
-            self.kind = form.kind
             used = {*form.columns, *form.optional, *REFUSED}
             unused = [repr(column) for column in row if column not in used]
-            if self.kind != "text" and unused:
+            if form.kind != "text" and unused:
                 columns = " and ".join(form.columns)
                 self.notes.append(
                     f"{self.source} is read by its columns {columns}. Columns not used: "
                     f"{', '.join(unused)}."
                 )
+            return form.kind
+        return "text"
 
     @functools.cached_property
     def first(self) -> list[int]:
@@ -147,11 +149,11 @@ class Documents:
     @property
     def ending(self) -> str:
         """The text with which all prompts end that were read."""
-        return self._ending.text()
+        return common_ending(self._prompts)
 
     def __iter__(self) -> Iterator[tuple[int, Piece]]:
         self.count = self.skip
-        self._ending = CommonEnding()
+        self._prompts.clear()
         self._systems.clear()
         for index, (where, row) in enumerate(self._rows(), self.skip):
             self.count += 1
@@ -218,7 +220,7 @@ class Documents:
             pieces.append(Piece(answer, trained=trained))
         if not any(piece.trained for piece in pieces):
             return []
-        self._ending.add(pieces[0].text)
+        self._prompts.add(pieces[0].text[-ENDING_CHARACTERS:])
         first = messages[0]
         self._systems[first["content"].strip() if first["role"] == "system" else None] += 1
         return pieces
@@ -236,34 +238,28 @@ class Documents:
             raise UserError(f"There is no encoding {self.encoding!r}. utf-8 is one.") from None
         path = Path(self.source).expanduser()
         self.files, skipped = find_files(path)
-        if any(suffix_of(file) not in ("", *SUFFIXES) for file in self.files):
-            self._leave_out_tables()
+        if any(suffix_of(file) not in ("", *SUFFIXES) for file in self.files):  # source code
+            skipped += [file for file in self.files if not self._is_usable(file)]
+            self.files = [file for file in self.files if file not in skipped]
         if path.is_dir():
-            note = (
-                f"{self.source}: {len(self.files):,} files are read, {_count_endings(self.files)}"
-            )
+            note = f"{self.source}: {len(self.files):,} files are read: {_count(self.files)}"
             if skipped:
-                note += f"; {len(skipped):,} that are no text are not, {_count_endings(skipped)}"
+                note += f"; {len(skipped):,} without a text are not: {_count(skipped)}"
             self.notes.append(f"{note}.")
 
-    def _leave_out_tables(self) -> None:
-        """Leave out what lies beside source code and has no text, such as a package.json."""
-        left_out = []
-        for file in self.files:
-            try:
-                if suffix_of(file) in TABLES:
-                    for where, row in itertools.islice(self._file_rows(file), 1):
-                        self._form(where, row)
-            except UserError:
-                left_out.append(file)
-        if left_out:
-            self.files = [file for file in self.files if file not in left_out]
-            names = ", ".join(map(str, left_out[:FILES_NAMED]))
-            more = ", ..." if len(left_out) > FILES_NAMED else ""
-            self.notes.append(f"not read, because their first row cannot be used: {names}{more}.")
+    def _is_usable(self, file: Path) -> bool:
+        """Tell whether a file is no table, or has a text. A package.json has none."""
+        try:
+            if suffix_of(file) in TABLES:
+                for where, row in itertools.islice(self._file_rows(file), 1):
+                    self._form(where, row)
+        except UserError:
+            return False
+        return True
 
 
-def _count_endings(files: Sequence[Path]) -> str:
+def _count(files: Sequence[Path]) -> str:
+    """Return how many files there are of the commonest endings."""
     counter = collections.Counter(suffix_of(file) or file.name for file in files)
     return ", ".join(f"{count:,} {ending}" for ending, count in counter.most_common(8))
 

@@ -139,9 +139,9 @@ def test_too_little_text_is_refused_and_leaves_no_data_set(house, text):
 def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypatch):
     made = []
 
-    def prepare_and_note(name, *args, **kwargs):
-        made.append(name)
-        return prepare_texts(name, *args, **kwargs)
+    def prepare_and_note(documents, *args, **kwargs):
+        made.append(documents.source)
+        return prepare_texts(documents, *args, **kwargs)
 
     monkeypatch.setattr(dataset_module, "prepare_texts", prepare_and_note)
     (house / "my text.txt").write_text("some text, long enough for all of this " * 3)
@@ -190,7 +190,7 @@ def test_what_was_read_and_left_out_is_said_each_time(house):
     (house / "texts/c.pdf").write_bytes(b"\0")
     for dataset in (open_bytes("texts"), open_bytes("texts")):  # the second time out of the cache
         assert dataset.warnings == [
-            "texts: 2 files are read, 1 .md, 1 .jsonl; 1 that are no text are not, 1 .pdf.",
+            "texts: 2 files are read: 1 .md, 1 .jsonl; 1 without a text are not: 1 .pdf.",
             "1 blank texts or answers were left out.",
         ]
         assert len(dataset.train) > 8
@@ -269,7 +269,7 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
 
     def work(folder):
         Counting.encoded = 0
-        prepare_texts("a", Documents(source), Counting(), folder, max_tokens=4000)
+        prepare_texts(Documents(source), Counting(), folder, max_tokens=4000)
         return contents(folder)
 
     expected = work(house / "unbroken")
@@ -331,7 +331,7 @@ def test_preparing_a_longer_text_takes_no_more_memory(house, monkeypatch):
     for lines in (50_000, 100_000):  # 2.2 and 4.4 MB
         (house / "a.txt").write_text("All work and no play makes Jack a dull boy.\n" * lines)
         tracemalloc.start()
-        prepare_texts("a", Documents("a.txt"), ByteTokenizer(), house / f"{lines}")
+        prepare_texts(Documents("a.txt"), ByteTokenizer(), house / f"{lines}")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 1e6
@@ -423,7 +423,7 @@ def test_prompts_keep_their_common_ending_as_a_template(house):
 def test_rows_of_another_length_are_refused(house):
     folder = house / "data" / "mine"
     name = jsonl(house / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 30)
-    prepare_texts("mine", Documents(name), ByteTokenizer(), folder, block_size=16)
+    prepare_texts(Documents(name), ByteTokenizer(), folder, block_size=16)
     assert len(open_bytes("mine", block_size=16).val) == 17
     with pytest.raises(UserError, match="--block_size=16"):
         open_bytes("mine", block_size=8)

@@ -234,7 +234,7 @@ def test_two_machines_prepare_their_own_data_and_resume_the_run_of_the_first(tmp
 def test_two_ranks_resume_the_run_of_one_although_they_share_the_targets_unevenly(tmp_path):
     """Rows with few targets, and steps in which one rank has none, count as in one process."""
     folder = make_answers(tmp_path / "rows")
-    windows = TrainWindows(Tokens.open(folder, "train"), 16, 1337)
+    windows = TrainWindows(Tokens(folder, "train"), 16, 1337)
     _, y, _ = windows.batch(24, 24)  # of the three steps after resuming
     targets = (y.reshape(3, 2, -1) != IGNORE_INDEX).sum(2)  # by step and rank
     assert ((targets == 0).sum(1) == 1).any()

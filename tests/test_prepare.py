@@ -107,7 +107,7 @@ def shelf(tmp_path, monkeypatch):
 
 
 def ids(folder, split):
-    tokens = Tokens.open(folder, split)
+    tokens = Tokens(folder, split)
     return tokens.gather(np.array([0]), len(tokens))[0].tolist()
 
 

@@ -123,7 +123,7 @@ def test_keys_that_follow_from_others_are_decided_once_and_told(
 
 
 def test_num_epochs_sets_the_number_of_steps(dataset, tmp_path):
-    per_epoch = TrainWindows(Tokens.open(dataset, "train"), 16, 1337).per_epoch
+    per_epoch = TrainWindows(Tokens(dataset, "train"), 16, 1337).per_epoch
     found = built(dataset, tmp_path, "--num_epochs=1.5")
     assert found.windows_per_step == 8
     assert found.config.max_iters == math.ceil(1.5 * per_epoch / 8)

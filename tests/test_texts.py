@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from data import texts
-from data.chat import CHAT_TEMPLATE, CommonEnding, chat_template
+from data.chat import CHAT_TEMPLATE, chat_template, common_ending
 from data.texts import Documents, Piece, split_text
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt12.errors import UserError
@@ -147,10 +147,8 @@ def test_a_folder_of_source_code_is_read_and_described(tmp_path):
     for encoding in ("utf-8", "utf-8-replace"):
         assert read(tmp_path, "text", encoding) == [*texts, "a row"]
         assert Documents(tmp_path, "text", encoding).notes == [
-            f"not read, because their first row cannot be used: {tmp_path}/rows.csv, "
-            f"{tmp_path}/sub/package.json.",
-            f"{tmp_path}: 5 files are read, 2 .py, 1 .md, 1 Makefile, 1 .csv; 1 that are no text "
-            "are not, 1 .png.",
+            f"{tmp_path}: 5 files are read: 2 .py, 1 .md, 1 Makefile, 1 .csv; 3 without a text "
+            "are not: 1 .png, 1 .csv, 1 .json.",
         ]
     assert read(tmp_path / "a.py") == ["text of a.py"]
     for name in ("a.py", "b.py"):
@@ -191,9 +189,9 @@ def test_a_data_set_in_the_hubs_form_is_read_and_skipped_through(tmp_path):
     for source in (f"hf:{tmp_path}:default:test", f"hf:{tmp_path}::test"):
         assert read(source) == ["test 0", "test 1", "test 2"]
     with pytest.raises(UserError, match="row 0 has no 'body', only 'id', 'text'"):
-        Documents(f"hf:{tmp_path}", "body")
+        read(f"hf:{tmp_path}", "body")
     with pytest.raises(UserError, match="klingon' not found"):
-        Documents(f"hf:{tmp_path}:klingon")
+        read(f"hf:{tmp_path}:klingon")
 
 
 # Encodings
@@ -287,8 +285,9 @@ def test_an_input_and_a_system_message_belong_to_the_question(tmp_path):
 def test_a_row_with_two_forms_says_which_is_used(tmp_path):
     row = FORMS["Alpaca"] | FORMS["ShareGPT"] | {"text": "all of it"}
     file = write_jsonl(tmp_path / "a.jsonl", [row])
-    assert pieces_of(file) == ONE
-    assert Documents(file).notes == [
+    documents = Documents(file)
+    assert [piece for _, piece in documents] == ONE
+    assert documents.notes == [
         f"{file} is read by its columns conversations. Columns not used: 'instruction', "
         "'input', 'output', 'text'."
     ]
@@ -318,7 +317,9 @@ def test_prompts_and_completions_are_read_verbatim(tmp_path):
 )
 def test_columns_that_questions_and_answers_do_not_use_are_named(tmp_path, columns, unused):
     row = dict.fromkeys(columns, "x") | ({"tools": []} if "tools" in columns else {})
-    notes = Documents(write_jsonl(tmp_path / "a.jsonl", [row])).notes
+    documents = Documents(write_jsonl(tmp_path / "a.jsonl", [row]))
+    assert (documents.kind == "text") == (columns[0] == "text")
+    notes = documents.notes
     assert [note.partition("Columns not used: ")[2] for note in notes] == (
         [f"{unused}."] if unused else []
     )
@@ -418,10 +419,7 @@ MANY = [f"{word} no. {i}" for i in range(9) for word in ("one", "two", "three")]
     ],
 )
 def test_the_ending_of_prompts_is_what_they_share_after_the_sentence(prompts, ending):
-    common = CommonEnding()
-    for prompt in prompts:
-        common.add(prompt)
-    assert common.text() == ending
+    assert common_ending(set(prompts)) == ending
 
 
 @pytest.mark.parametrize("ending", [" ->", "\n\n###\n\n", '"%}\\\\é🙂\\"\n'])
@@ -469,13 +467,6 @@ def test_reading_a_long_text_takes_constant_memory(tmp_path):
         assert sum(len(piece.text) for _, piece in Documents(tmp_path / file)) == size
         assert tracemalloc.get_traced_memory()[1] < 6e6
         tracemalloc.stop()
-
-
-def test_no_more_than_the_end_of_a_long_prompt_is_compared():
-    common = CommonEnding()
-    common.add("a" * 200_000)
-    common.add("a" * 200_000)
-    assert common.text() == ""
 
 
 # Broken input

@@ -198,7 +198,7 @@ def loading_step(batch_size, micro_batches, rank=0, world=1, packed=False):
 def test_ranks_together_draw_every_window_of_an_epoch_once(tmp_path, world):
     """A step has the same windows with any number of ranks: 4 micro-batches of 2 in all."""
     write_shard(tmp_path / "train_000000.bin", np.arange(48 * 5 + 5, dtype=np.uint16))
-    windows = TrainWindows(Tokens.open(tmp_path, "train"), 5, seed=3)
+    windows = TrainWindows(Tokens(tmp_path, "train"), 5, seed=3)
     assert windows.per_epoch == 48
     steps = [loading_step(2, 4 // world, rank, world) for rank in range(world)]
     for epoch in range(3):
@@ -223,7 +223,7 @@ def test_of_masked_data_the_examples_are_loaded_and_the_targets_of_a_micro_batch
     mask[[6, 8, 9]] = 1  # with three targets
     write_shard(tmp_path / "train_000000.bin", tokens)
     write_shard(tmp_path / "train_mask_000000.bin", mask)
-    windows = TrainWindows(Tokens.open(tmp_path, "train"), 5, seed=3)
+    windows = TrainWindows(Tokens(tmp_path, "train"), 5, seed=3)
     step = loading_step(1, 4, packed=True)  # each row is a micro-batch
     step.load(windows, 0)
     assert sorted(step.targets_per_batch) == [0, 0, 0, 3]
@@ -240,7 +240,7 @@ def test_the_host_waits_for_a_copy_and_on_cuda_only_before_it_fills_the_array_an
 ):
     """A Mac's GPU would copy after the host has filled the array: its copies are waited for."""
     calls = []
-    windows = TrainWindows(Tokens.open(dataset, "train"), 5, seed=3)
+    windows = TrainWindows(Tokens(dataset, "train"), 5, seed=3)
     step = loading_step(1, 1)
     monkeypatch.setattr(Machine, "on_gpu", on_gpu)
     step.on_host = torch.zeros_like(step.batch)  # page-locked memory needs a GPU
@@ -486,7 +486,7 @@ def test_a_mac_which_lacks_fused_kernels_and_float64_trains_the_same(
 ):
     """Clipped and skipped updates, and evaluation. The machine is acted, on the CPU."""
     fused = small_step(grad_clip=0.1, optimizer=optimizer)
-    windows = EvalWindows(Tokens.open(dataset, "val"), 8)
+    windows = EvalWindows(Tokens(dataset, "val"), 8)
     expected = loss_over(fused.model, windows, 5)
     mac = small_step(grad_clip=0.1, optimizer=optimizer)
     mac.on_device = False
@@ -513,7 +513,7 @@ def test_a_mac_which_lacks_fused_kernels_and_float64_trains_the_same(
 def test_an_evaluation_is_the_mean_over_every_target_once(dataset):
     """Of 400 tokens: 50 windows, the last one short, in batches of 6, the last one short too."""
     model = small_gpt(dropout=0.5)
-    tokens = Tokens.open(dataset, "val")
+    tokens = Tokens(dataset, "val")
     ids = torch.from_numpy(tokens.gather(np.array([0]), 400)[0].astype(np.int64))
     model.eval()
     with torch.no_grad():
@@ -545,7 +545,7 @@ def test_an_evaluation_of_packed_rows_is_the_mean_over_examples_computed_alone(t
                 total -= log_probs[t - 1, ids[t]].item()
                 targets += 1
     write_packed(tmp_path, "val", examples, 8, UINT16, padding=0)
-    windows = EvalWindows(Tokens.open(tmp_path, "val"), 8)
+    windows = EvalWindows(Tokens(tmp_path, "val"), 8)
     assert windows.count < 25  # packed
     assert loss_over(model, windows) == pytest.approx(total / targets, rel=1e-5)
 

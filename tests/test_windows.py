@@ -17,7 +17,7 @@ def split(folder, size, shard=100, mask=None):
         if mask is not None:
             part = np.array(mask[start : start + shard], UINT8)
             write_shard(folder / f"train_mask_{i:06d}.bin", part)
-    return Tokens.open(folder, "train")
+    return Tokens(folder, "train")
 
 
 @pytest.mark.parametrize("size", [*range(1, 20), 255, 256, 257, 99991])

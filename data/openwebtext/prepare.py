@@ -45,7 +45,7 @@ def prepare_corpus(
         )
     documents = Documents(source)
     tokenizer = get_tokenizer("gpt2")
-    prepare_texts(folder.name, documents, tokenizer, folder, val_fraction, max_tokens=max_tokens)
+    prepare_texts(documents, tokenizer, folder, val_fraction, max_tokens=max_tokens)
 
 
 if __name__ == "__main__":

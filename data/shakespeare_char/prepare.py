@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 from data.download import download, fetch, read_wheel
 from data.prepare import complete
-from data.shards import ShardWriter, token_dtype
+from data.shards import token_dtype, write_shards
 from data.texts import Documents
 from data.tokenizers import CharTokenizer, Tokenizer
 from gpt12.errors import UserError, run_main
@@ -57,20 +57,15 @@ def prepare(folder: Path = HERE, tokenizer: Tokenizer | None = None) -> None:
     text = read_input()
     if tokenizer is None:
         tokenizer = CharTokenizer("".join(sorted(set(text))))
-    end_of_train = int(len(text) * TRAIN_FRACTION)
-    ids = {
-        "train": tokenizer.encode(text[:end_of_train]),
-        "val": tokenizer.encode(text[end_of_train:]),
-    }
-    if min(len(ids["train"]), len(ids["val"])) < 2:
+    if len(text) < 20:
         raise UserError(f"{INPUTS[0]} is too short to train on and to validate.")
+    end_of_train = int(len(text) * TRAIN_FRACTION)
     # The val shard comes last: a data set is there when it has one.
-    for split, split_ids in ids.items():
-        writer = ShardWriter(folder, split, token_dtype(tokenizer.vocab_size))
-        writer.add(split_ids)
-        writer.close()
+    for split, part in (("train", text[:end_of_train]), ("val", text[end_of_train:])):
+        ids = tokenizer.encode(part)
+        write_shards(folder, split, ids, token_dtype(tokenizer.vocab_size))
         vocabulary = f"vocabulary {tokenizer.vocab_size:,}"
-        print(f"{folder.name}: {len(split_ids):,} {split} tokens, {vocabulary}")
+        print(f"{folder.name}: {len(ids):,} {split} tokens, {vocabulary}")
     complete(folder, tokenizer, documents=1, notes=[])
 
 
