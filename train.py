@@ -47,6 +47,7 @@ from gpt12.distributed import (
     reported_by_rank_0,
 )
 from gpt12.fit import ADVICE, fit, tenth_is_free
+from gpt12.introduction import introduction
 from gpt12.log import RunLog, perplexity
 from gpt12.loss import IGNORE_INDEX
 from gpt12.optimizer import OPTIMIZERS, set_learning_rate, update_all
@@ -423,7 +424,7 @@ class Trainer:
 
     def train(self) -> int:
         """Train, save what was trained, and return the exit status."""
-        self.log.introduce()
+        self.log.introduce(introduction(self.run))
         self.saver.open(self.run.request.resumed)
         self.log.open()
         self.run.model.train()

@@ -19,6 +19,7 @@ The step      optimizer.py      the optimizers that --optimizer can name
 
 The folder    folder.py         run.json, the lock, an earlier run
               checkpoint.py     best/ and last/, what resuming needs, and when they are saved
+              introduction.py   what a run says first
               log.py            terminal, metrics.jsonl, loss.png, wandb, clock
 
 bench.py      measure.py        times steps and texts     memory.py  predicts them

@@ -9,7 +9,6 @@ gpt12/weights.py merges the adapters into the weights when it saves the model.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
 from gpt12.errors import UserError
-from gpt12.folder import read_json
+from gpt12.folder import json_bytes, read_json
 
 
 class LoRALinear(nn.Module):
@@ -118,8 +117,7 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    text = json.dumps(content, indent=2) + "\n"
-    (folder / "adapter_config.json").write_text(text, "utf-8")
+    (folder / "adapter_config.json").write_bytes(json_bytes(content))
     tensors = {}
     for name, layer in layers.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().contiguous()

@@ -16,10 +16,9 @@ Nothing is unpickled except tensors and plain values by torch's safe reader.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from gpt12.errors import UserError, say
 from gpt12.files import exists
-from gpt12.folder import read_json, what_is_wrong
+from gpt12.folder import json_bytes, read_json, what_is_wrong
 from gpt12.lora import LoRALinear, base_of_adapter, is_adapted, load_adapter
 from gpt12.twin import fingerprint, has_fingerprint, is_gpt2
 from model import GPT, GPTConfig, NothingDrawn, meta_model
@@ -310,15 +309,11 @@ def save_config(model: GPT, folder: Path, eot: int | None) -> None:
     shape = asdict(config)
     del shape["block_size"], shape["dropout"]  # they have other names above
     shape["fingerprint"] = fingerprint(config)
-    _write_json(folder / "config.json", content | shape)
-    if (folder / "generation_config.json").exists():
-        return  # it came with the tokenizer of the model that was loaded
-    ends = {"_from_model_config": True, "bos_token_id": eot, "eos_token_id": eot}
-    _write_json(folder / "generation_config.json", ends)
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    (folder / "config.json").write_bytes(json_bytes(content | shape))
+    file = folder / "generation_config.json"
+    if not file.exists():  # else it came with the tokenizer of the model that was loaded
+        ends = {"_from_model_config": True, "bos_token_id": eot, "eos_token_id": eot}
+        file.write_bytes(json_bytes(ends))
 
 
 def find_pretrained(path_or_name: str | Path) -> Path:
@@ -399,19 +394,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-@dataclass
-class WeightIndex:
-    """What a model.safetensors.index.json says: which file holds which tensor."""
-
-    weight_map: dict[str, str]
-
-
 def _weight_files(folder: Path) -> list[str]:
     """Return the names of the files with the weights: one, or the shards that an index names."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.exists():
-            names = set(read_json(index, WeightIndex).weight_map.values())
+            weight_map = read_json(index).get("weight_map")
+            names = set(_validate(dict[str, str], weight_map, index).values())
             for part in names:
                 if not re.fullmatch(r"\w[\w.-]*", part):  # a path would lead out of the folder
                     raise UserError(f"{index}: {part!r} is no name of a file beside it")

@@ -1,4 +1,4 @@
-"""gpt12/log.py: lines on the terminal, metrics.jsonl, loss.png, Weights & Biases, the clock."""
+"""gpt12/introduction.py and log.py: lines, metrics.jsonl, loss.png, Weights & Biases, the clock."""
 
 import itertools
 import json
@@ -20,7 +20,8 @@ from data.windows import EvalWindows
 from gpt12.checkpoint import Progress, Saver
 from gpt12.device import Machine
 from gpt12.errors import UserError
-from gpt12.log import Clock, RunLog, draw_losses, drop_later_rows, introduction
+from gpt12.introduction import introduction
+from gpt12.log import Clock, RunLog, draw_losses, drop_later_rows
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig, parameter_count
 from tests.helpers import (
@@ -98,7 +99,7 @@ def test_other_ranks_than_0_say_nothing(dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     log = RunLog(built(dataset, tmp_path))
     capsys.readouterr()
-    log.introduce()
+    log.introduce(["a line"])
     assert capsys.readouterr().out == ""
 
 

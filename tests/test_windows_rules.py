@@ -11,7 +11,6 @@ from data.dataset import open_dataset
 from gpt12.files import write_atomically
 from tests.helpers import TINY, losses, resume, trainer
 
-datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.usefixtures("windows", "no_picture", "own_cache")
 TEXT = "to be, or not to be: that is the question.\n" * 40
 
@@ -56,20 +55,20 @@ def test_a_run_on_a_text_saves_resumes_starts_anew_and_writes(text, tmp_path, mo
     import sample
 
     out_dir = tmp_path / "out"
-    options = ["--tokenizer=char", "--eval_interval=2"]
-    assert train_on(text, out_dir, *options, "--max_iters=4") == 0
-    assert resume(out_dir, "--max_iters=8") == 0
+    options = ["--tokenizer=char", "--eval_interval=1", "--eval_iters=1"]
+    assert train_on(text, out_dir, *options, "--max_iters=2") == 0
+    assert resume(out_dir, "--max_iters=3") == 0
     monkeypatch.setattr(
         sys, "argv", ["sample.py", f"--out_dir={out_dir}", "--device=cpu", "--max_new_tokens=8"]
     )
     assert not sample.main()
-    assert train_on(text, out_dir, *options, "--max_iters=3") == 0
-    assert trainer(out_dir)["step"] == 3
-    assert trainer(out_dir / "previous")["step"] == 8
-    fine = [f"--init_from={out_dir / 'previous'}", "--lora_rank=2", "--max_iters=2"]
+    assert train_on(text, out_dir, *options, "--max_iters=1") == 0
+    assert trainer(out_dir)["step"] == 1
+    assert trainer(out_dir / "previous")["step"] == 3
+    fine = [f"--init_from={out_dir / 'previous'}", "--lora_rank=2", "--max_iters=1"]
     assert train_on(text, tmp_path / "lora", *fine) == 0
-    assert resume(tmp_path / "lora", "--max_iters=4") == 0
-    assert list(losses(tmp_path / "lora")) == [1, 2, 3, 4]
+    assert resume(tmp_path / "lora", "--max_iters=2") == 0
+    assert list(losses(tmp_path / "lora")) == [1, 2]
     assert "could not save" not in capsys.readouterr().out
 
 
@@ -87,6 +86,7 @@ def test_prompts_and_answers_are_prepared(tmp_path):
 
 
 def test_a_data_set_of_the_hub_becomes_a_folder_whose_name_windows_allows(monkeypatch):
+    datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"text": TEXT[:43]}] * 30).to_iterable_dataset()
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
     assert open_dataset("hf:owner/name:config", tokenizer="bytes", block_size=16).documents == 30
