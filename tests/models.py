@@ -1,10 +1,12 @@
 """Models and comparisons that several test files share."""
 
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt12.loss import IGNORE_INDEX
 from model import GPT, GPTConfig
@@ -17,8 +19,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def random_transformers_model() -> GPT2LMHeadModel:
+def random_transformers_model() -> Any:
     """A random GPT-2 in which every tensor matters: no bias is 0 and no norm is 1."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # slow to import
+
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
         GPT2Config(n_positions=32, bos_token_id=0, eos_token_id=0, **SHAPE)  # type: ignore[arg-type]
@@ -74,3 +78,31 @@ def save_nanogpt(file: Path, model: GPT, vocab_size: int, dataset: str | None = 
     if dataset is not None:
         content["config"] = {"dataset": dataset}
     torch.save(content, file)
+
+
+# --------------------------------------------------------------------------------------------------
+# Changing model.py
+
+
+def extend(
+    monkeypatch: pytest.MonkeyPatch, owner: type, change: Callable, method: str = "__init__"
+) -> None:
+    """Let change(self) run after a method of a class of model.py."""
+    original = getattr(owner, method)
+
+    def extended(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        change(self)
+
+    monkeypatch.setattr(owner, method, extended)
+
+
+def use_function(monkeypatch: pytest.MonkeyPatch, **functions: Callable) -> None:
+    """Replace functions of torch.nn.functional in model.py alone."""
+    changed = types.SimpleNamespace(**vars(torch.nn.functional) | functions)
+    monkeypatch.setattr("model.F", changed)
+
+
+def use_exact_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change what is computed from the same parameters."""
+    use_function(monkeypatch, gelu=lambda x, approximate: torch.nn.functional.gelu(x))

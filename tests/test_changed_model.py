@@ -1,8 +1,6 @@
 """A model that somebody has changed in model.py: nothing is lost, and nothing is pretended."""
 
 import json
-import types
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +15,7 @@ from gpt12.twin import unread_fields
 from gpt12.weights import from_pretrained, new_model, save_pretrained
 from model import GPT, GPTConfig
 from tests.helpers import losses, resume, run, same_tensors, weights
+from tests.models import extend, use_exact_gelu
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 SHAPE = GPTConfig(block_size=16, vocab_size=13, n_layer=1, n_head=2, n_embd=16)
@@ -27,17 +26,6 @@ def forget() -> None:
     twin.is_gpt2.cache_clear()
     twin.fingerprint.cache_clear()
     model.meta_model.cache_clear()
-
-
-def extend(monkeypatch, owner: type, change: Callable, method: str = "__init__") -> None:
-    """Let change(self) run after a method of a class of model.py."""
-    original = getattr(owner, method)
-
-    def extended(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        change(self)
-
-    monkeypatch.setattr(owner, method, extended)
 
 
 def use_rms_norm(monkeypatch):
@@ -134,13 +122,6 @@ def test_a_parameter_that_the_file_or_the_model_lacks_is_named(tmp_path, monkeyp
     refused = "ln_1.bias is missing" if change is use_rms_norm else CHANGES[change]
     with pytest.raises(UserError, match=refused):
         from_pretrained(tmp_path / "changed", new_run=True)
-
-
-def use_exact_gelu(monkeypatch):
-    """The same parameters, which compute something else."""
-    changed = types.SimpleNamespace(**vars(nn.functional))
-    changed.gelu = lambda x, approximate: nn.functional.gelu(x)
-    monkeypatch.setattr(model, "F", changed)
 
 
 @pytest.mark.parametrize("how", ["resume", "sample", "lora"])

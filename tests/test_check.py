@@ -1,6 +1,5 @@
 """--check: green for the model as it is, and for each line a broken model that turns it red."""
 
-import types
 from dataclasses import replace
 
 import pytest
@@ -17,6 +16,7 @@ from gpt12.generate import refill
 from gpt12.optimizer import OPTIMIZERS, Entry
 from model import GPTConfig
 from tests.helpers import CPU, config
+from tests.models import extend, use_function
 
 SHAPE = {"block_size": 12, "n_layer": 1, "n_head": 2, "n_embd": 16}
 
@@ -38,31 +38,26 @@ def test_the_command_finds_the_model_as_it_is_in_order(capsys):
     assert wrong_lines(capsys, optimizer="muon") == []
 
 
+def use_scale(monkeypatch, make_scales):
+    """Multiply what the MLPs add by the first of some scales."""
+    forward = model.MLP.forward
+    extend(monkeypatch, model.MLP, lambda mlp: setattr(mlp, "scales", make_scales()))
+    monkeypatch.setattr(model.MLP, "forward", lambda self, x: self.scales[0] * forward(self, x))
+
+
 def state_beside_the_parameters(monkeypatch):
     """A tensor that is no parameter and no buffer."""
-    init = model.MLP.__init__
-    forward = model.MLP.forward
-
-    def init_with_scale(self, config):
-        init(self, config)
-        self.scale = torch.rand(())
-
-    monkeypatch.setattr(model.MLP, "__init__", init_with_scale)
-    monkeypatch.setattr(model.MLP, "forward", lambda self, x: self.scale * forward(self, x))
+    use_scale(monkeypatch, lambda: [torch.rand(())])
 
 
 def window_in_training_only(monkeypatch):
-    attention = F.scaled_dot_product_attention
-
     def near(q, k, v, attn_mask, is_causal, **options):
         if is_causal:
             T = q.size(2)
             attn_mask = torch.ones(T, T, dtype=torch.bool).tril().triu(-4)
-        return attention(q, k, v, attn_mask=attn_mask, **options)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
 
-    changed = types.SimpleNamespace(**vars(F))
-    changed.scaled_dot_product_attention = near
-    monkeypatch.setattr(model, "F", changed)
+    use_function(monkeypatch, scaled_dot_product_attention=near)
 
 
 def a_token_lost_at_the_contexts_end(monkeypatch):
@@ -115,25 +110,13 @@ def a_loss_that_evaluation_counts(monkeypatch):
 
 
 def parameters_in_a_plain_list(monkeypatch):
-    init = model.MLP.__init__
-    forward = model.MLP.forward
-
-    def init_with_scales(self, config):
-        init(self, config)
-        self.scales = [nn.Parameter(torch.ones(config.n_embd))]
-
-    monkeypatch.setattr(model.MLP, "__init__", init_with_scales)
-    monkeypatch.setattr(model.MLP, "forward", lambda self, x: self.scales[0] * forward(self, x))
+    use_scale(monkeypatch, lambda: [nn.Parameter(torch.ones(16))])
 
 
 def a_parameter_without_use(monkeypatch):
-    init = model.Block.__init__
-
-    def init_with_more(self, config):
-        init(self, config)
-        self.gain = nn.Parameter(torch.ones(3))
-
-    monkeypatch.setattr(model.Block, "__init__", init_with_more)
+    extend(
+        monkeypatch, model.Block, lambda block: setattr(block, "gain", nn.Parameter(torch.ones(3)))
+    )
 
 
 def an_optimizer_that_never_skips(monkeypatch):
@@ -165,13 +148,10 @@ def a_cap_in_the_loss_alone(monkeypatch):
 
 
 def a_head_that_nobody_draws(monkeypatch):
-    init = model.GPT.__init__
+    def untie(gpt):
+        gpt.lm_head.weight = nn.Parameter(torch.empty_like(gpt.lm_head.weight))
 
-    def untie(self, config):
-        init(self, config)
-        self.lm_head.weight = nn.Parameter(torch.empty_like(self.lm_head.weight))
-
-    monkeypatch.setattr(model.GPT, "__init__", untie)
+    extend(monkeypatch, model.GPT, untie)
 
 
 def a_layer_that_raises_when_it_is_recomputed(monkeypatch):
