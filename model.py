@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -49,21 +49,6 @@ class GPTConfig:
         return (self.vocab_size + 63) // 64 * 64
 
 
-class Cache(Protocol):
-    """What layers keep of earlier tokens while text is written (KVCache in gpt12/generate.py)."""
-
-    slots: Tensor  # (1, S), the positions of the tokens for which there is room
-
-    def take_positions(self, T: int) -> Tensor:
-        """Begin a forward pass over T more tokens of each text; return their positions, (B, T)."""
-
-    def extend(self, new: Tensor) -> Tensor:
-        """Store what a layer keeps of the new tokens, (B, T, ...).
-
-        Returns what it keeps of all tokens, (B, S, ...).
-        """
-
-
 class Shared(NamedTuple):
     """What all layers of one forward pass share. Whatever else a layer needs can be added here."""
 
@@ -72,7 +57,9 @@ class Shared(NamedTuple):
     # (B, 1, T, S), added to the attention scores: 0 where a token sees another one, else -inf.
     # None: each token sees itself and all before it.
     mask: Tensor | None
-    cache: Cache | None
+    # What layers keep of earlier tokens while text is written: KVCache in gpt12/generate.py. Each
+    # layer gives what is to be kept of the new tokens, (B, T, ...), and gets all, (B, S, ...).
+    cache: Any
 
 
 class LayerNorm(nn.LayerNorm):
@@ -220,7 +207,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         idx: Tensor,
-        cache: Cache | None = None,
+        cache: Any = None,
         example_starts: Tensor | None = None,
         context_length: int | None = None,
     ) -> Tensor:
@@ -346,8 +333,6 @@ class GPT(nn.Module):
     @torch.no_grad()
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context in place: drop the embeddings of the later positions."""
-        if block_size == self.config.block_size:
-            return
         table = self.transformer.wpe.weight
         table.data = table[:block_size].clone()
         self.transformer.block_size = block_size

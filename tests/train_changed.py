@@ -14,11 +14,22 @@ import pytest
 import torch
 
 import gpt12.log
+import train
 from gpt12.generate import Sampling, generate
 from gpt12.optimizer import OPTIMIZERS
 from gpt12.weights import from_pretrained
 from model import GPT
-from tests.helpers import built, losses, make_dataset, resume, run, same_tensors, trainer, weights
+from tests.helpers import (
+    TINY,
+    built,
+    losses,
+    make_dataset,
+    resume,
+    run,
+    same_tensors,
+    trainer,
+    weights,
+)
 from train import Trainer
 
 
@@ -106,6 +117,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     options = sys.argv[2:]
     torch.manual_seed(0)
+    assert train.main(["--check", *TINY, "--bias=True", *options]) == 0
     if "--device=cuda" in options:
         train_on_a_gpu(folder, options)
         return
