@@ -61,14 +61,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return train_runs(Path(kept).resolve() if kept else tmp_path_factory.mktemp("runs"))
 
 
-@pytest.fixture
-def gpt2_runs(runs: Runs) -> Runs:
-    """Return the models if they have GPT-2's tokenizer."""
-    if runs.tokenizer != "gpt2":
-        pytest.skip("GPT-2's tokenizer is not here")
-    return runs
-
-
 # --------------------------------------------------------------------------------------------------
 # transformers
 
@@ -182,18 +174,18 @@ def check_came_home(runs: Runs, folder: Path, model: Any) -> None:
     run_script("train.py", f"--init_from={folder}", dataset, out_dir, *again, folder=runs.work)
 
 
-def test_trl(gpt2_runs: Runs) -> None:
+def test_trl(runs: Runs) -> None:
     pytest.importorskip("trl")
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(gpt2_runs.chat)
+    tokenizer = AutoTokenizer.from_pretrained(runs.chat)
     tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(gpt2_runs.chat)
-    with (gpt2_runs.work / "chat.jsonl").open(encoding="utf-8") as stream:
+    model = AutoModelForCausalLM.from_pretrained(runs.chat)
+    with (runs.work / "chat.jsonl").open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream][:16]
-    options = training_options(gpt2_runs.work / "trl") | {"per_device_eval_batch_size": 1}
+    options = training_options(runs.work / "trl") | {"per_device_eval_batch_size": 1}
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**options, assistant_only_loss=True),
@@ -202,11 +194,11 @@ def test_trl(gpt2_runs: Runs) -> None:
         processing_class=tokenizer,
     )
     theirs = trainer.evaluate()["eval_loss"]
-    assert our_loss(gpt2_runs.chat, MESSAGES) == pytest.approx(theirs, abs=CLOSE)
+    assert our_loss(runs.chat, MESSAGES) == pytest.approx(theirs, abs=CLOSE)
     trainer.train()
-    trainer.save_model(str(gpt2_runs.work / "trl"))
-    check_came_home(gpt2_runs, gpt2_runs.work / "trl", model)
-    template = our_tokenizer(gpt2_runs.work / "trl").chat_template
+    trainer.save_model(str(runs.work / "trl"))
+    check_came_home(runs, runs.work / "trl", model)
+    template = our_tokenizer(runs.work / "trl").chat_template
     assert template.strip() == CHAT_TEMPLATE
 
 
@@ -325,28 +317,28 @@ def test_torch_onnx(runs: Runs) -> None:
     assert largest_difference(our_logits(runs.text, ids), torch.tensor(logits)) <= CLOSE
 
 
-def test_gguf(gpt2_runs: Runs) -> None:
+def test_gguf(runs: Runs) -> None:
     if "LLAMA_CPP" not in os.environ:
         pytest.skip("LLAMA_CPP, llama.cpp's folder, is not set")
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
     from llama_cpp import Llama
 
-    tokens = our_tokenizer(gpt2_runs.text).encode(PROMPT).tolist()
-    expected = our_text(gpt2_runs.text)
+    tokens = our_tokenizer(runs.text).encode(PROMPT).tolist()
+    expected = our_text(runs.text)
     for kind in ("f32", "f16"):
-        file = convert_to_gguf(gpt2_runs, gpt2_runs.text, kind)
+        file = convert_to_gguf(runs, runs.text, kind)
         model = Llama(str(file), n_ctx=64, n_threads=1, verbose=False)
         assert tokens == model.tokenize(PROMPT.encode(), add_bos=False)
         said = model(PROMPT, max_tokens=NEW_TOKENS, temperature=0, repeat_penalty=1.0)
         assert expected == said["choices"][0]["text"]
-    file = convert_to_gguf(gpt2_runs, gpt2_runs.chat, "f32")
+    file = convert_to_gguf(runs, runs.chat, "f32")
     model = Llama(str(file), n_ctx=64, n_threads=1, verbose=False)
     question = [{"role": "user", "content": "say eve"}]
     said = model.create_chat_completion(
         question, max_tokens=NEW_TOKENS, temperature=0, repeat_penalty=1.0
     )
-    assert our_text(gpt2_runs.chat, "say eve") == said["choices"][0]["message"]["content"]
+    assert our_text(runs.chat, "say eve") == said["choices"][0]["message"]["content"]
 
 
 def convert_to_gguf(runs: Runs, folder: Path, kind: str) -> Path:

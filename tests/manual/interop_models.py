@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from data.chat import questions_and_answers
-from data.tokenizers import get_tokenizer, load_tokenizer
-from gpt12.errors import UserError
+from data.tokenizers import load_tokenizer
 from gpt12.loss import IGNORE_INDEX
 from gpt12.weights import from_pretrained
 
@@ -41,41 +40,32 @@ NEW_TOKENS = 20
 
 @dataclass
 class Runs:
-    """The best/ folders of the runs, and files for the checks.
+    """The best/ folders of the runs, and a folder for what the checks write.
 
     text: GPT-2's tokenizer, no biases. char: a character tokenizer, biases. lora: adapters on top
     of `text`. chat: conversations, on top of `text`.
-    tokenizer: "gpt2", or "bytes" if GPT-2's files are neither cached nor reachable.
-    work: a folder for what the checks write.
     """
 
     text: Path
     char: Path
     lora: Path
     chat: Path
-    tokenizer: str
     work: Path
 
 
 def train_runs(work: Path) -> Runs:
     """Train the runs in the folder `work`. Runs that are already there are taken as they are."""
-    tokenizer = "gpt2"
-    try:
-        get_tokenizer("gpt2")
-    except UserError as error:
-        print(f"GPT-2's tokenizer is not available, bytes take its place: {error}")
-        tokenizer = "bytes"
     work.mkdir(parents=True, exist_ok=True)
     (work / "sentences.txt").write_text(sentences(400, "\n"), "utf-8")
     (work / "chat.jsonl").write_text(conversations(200), "utf-8")
-    text = f"--tokenizer={tokenizer}"
-    run_train(work, "text", "--dataset=sentences.txt", text, "--bias=False", *SHAPE)
-    run_train(work, "char", "--dataset=sentences.txt", "--tokenizer=char", "--bias=True", *SHAPE)
+    texts = "--dataset=sentences.txt"
+    run_train(work, "text", texts, "--tokenizer=gpt2", "--bias=False", *SHAPE)
+    run_train(work, "char", texts, "--tokenizer=char", "--bias=True", *SHAPE)
     # By a relative path, which must not keep PEFT from finding the base from elsewhere.
-    run_train(work, "lora", "--dataset=sentences.txt", "--init_from=text/best", "--lora_rank=4")
+    run_train(work, "lora", texts, "--init_from=text/best", "--lora_rank=4")
     run_train(work, "chat", "--dataset=chat.jsonl", "--init_from=text")
     best = {name: work / name / "best" for name in ("text", "char", "lora", "chat")}
-    return Runs(**best, tokenizer=tokenizer, work=work)
+    return Runs(**best, work=work)
 
 
 def run_train(work: Path, name: str, *options: str) -> None:
