@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.windows import EvalWindows, TrainWindows
+from data.windows import NOT_TRAINED, EvalWindows, TrainWindows
 from gpt12.check import check_model, check_start
 from gpt12.checkpoint import Saver, load_trainer_state
 from gpt12.cuda_graph import record, use_graph_for_training
@@ -49,7 +49,6 @@ from gpt12.distributed import (
 from gpt12.fit import ADVICE, fit, tenth_is_free
 from gpt12.introduction import introduction
 from gpt12.log import RunLog, perplexity
-from gpt12.loss import IGNORE_INDEX
 from gpt12.optimizer import OPTIMIZERS, set_learning_rate, update_all
 from gpt12.run import (
     Run,
@@ -238,7 +237,7 @@ class TrainStep:
         if self.copied is not None:
             self.copied.record()
         if self.example_starts is not None:
-            targets = self.on_host[1] != IGNORE_INDEX
+            targets = self.on_host[1] != NOT_TRAINED
             self.targets_per_batch = targets.sum((1, 2)).tolist()
 
     def __call__(self, lr: float) -> None:
@@ -375,12 +374,12 @@ def mean_loss(run: Run, windows: EvalWindows, stop: Callable[[], bool] | None = 
             part = chosen[first : first + batch]
             # The last batch is filled up, so that there is one shape to compile.
             inputs, outputs, *starts = windows.batch(np.resize(part, batch))
-            outputs[len(part) :] = IGNORE_INDEX
+            outputs[len(part) :] = NOT_TRAINED
             arrays = [inputs, outputs, *starts]
             tensors = [torch.from_numpy(array).to(machine.device) for array in arrays]
             _, loss = model(*tensors, divisor=1.0)
             losses.append(loss)
-            targets += int((outputs != IGNORE_INDEX).sum())
+            targets += int((outputs != NOT_TRAINED).sum())
     model.train(was_training)
     total = sum(torch.stack(losses).tolist())  # Python adds in float64
     if machine.world > 1:

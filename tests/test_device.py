@@ -12,7 +12,6 @@ from gpt12.device import COMPILE_THREADS, CUDA_WHEELS, Machine, open_machine
 from gpt12.errors import UserError
 from gpt12.memory import COMPILED_GPU, GIB
 from tests.helpers import CPU as ON_CPU
-from tests.helpers import read_rows, run
 
 CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -147,16 +146,6 @@ def test_products_have_the_lower_precision_under_autocast_and_weights_stay_float
     with Machine(CPU, torch.float32, compiled=False).autocast():
         assert layer(torch.ones(1, 4)).dtype == torch.float32
     assert layer.weight.dtype == torch.float32
-
-
-@pytest.mark.usefixtures("no_picture")
-def test_a_run_says_what_auto_became(dataset, tmp_path, capsys):
-    options = ["--device=auto", "--dtype=auto", "--compile=auto", "--max_iters=1"]
-    assert run(dataset, tmp_path, *options) == 0
-    out = capsys.readouterr().out
-    assert out.count("device: ") == 1
-    assert out.count("compile: off") == 1
-    assert read_rows(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------

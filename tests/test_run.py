@@ -122,6 +122,11 @@ def test_keys_that_follow_from_others_are_decided_once_and_told(
     assert (note in found.notes) == (found.config.warmup_iters < 2000)
 
 
+def test_a_run_says_what_auto_became(dataset, tmp_path):
+    notes = built(dataset, tmp_path, "--device=auto", "--compile=auto").notes
+    assert [note.partition(":")[0] for note in notes] == ["device", "compile"]
+
+
 def test_num_epochs_sets_the_number_of_steps(dataset, tmp_path):
     per_epoch = TrainWindows(Tokens(dataset, "train"), 16, 1337).per_epoch
     found = built(dataset, tmp_path, "--num_epochs=1.5")
