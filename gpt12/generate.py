@@ -3,6 +3,10 @@
     for ids in stream(model, prompts, max_new_tokens=100):   # one new id for each prompt
     texts = generate(model, prompts, max_new_tokens=100)     # all new ids at the end
 
+In one step the newest token of each text goes through the model. Its layers add the token's keys
+and values to the cache and read those of all tokens before it there, so that nothing is computed
+twice. The last layer's output gives a logit for each id, and from these the next token is drawn.
+
 Reading order: how a token is chosen (Sampling, sample_token), the cache (KVCache), one decoding
 step (Decoder), the loop (stream), and from ids to shown text (TextStream).
 
@@ -258,7 +262,8 @@ def stream(
         seeds = range(len(texts))
     draws = torch.stack([uniform_draws(seed, max_new_tokens) for seed in seeds])
     decoder = Decoder(model, cache, sampling, draws.to(device))
-    half = max(0, limit // 2 - 1)  # what a full text keeps; its newest token completes the half
+    # What a full text keeps. Its newest token, which comes next, makes it half a context.
+    half = max(0, limit // 2 - 1)
     advance = decoder.advance
     decoder.read_prompts(texts)
     for step in range(1, max_new_tokens + 1):

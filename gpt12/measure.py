@@ -22,7 +22,6 @@ from torch.compiler import config as compiler_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.dataset import DATA
-from data.shards import find_shards
 from gpt12.device import Machine
 from gpt12.errors import UserError, say
 from gpt12.generate import Sampling, stream
@@ -69,7 +68,7 @@ def open_tokens(config: BenchConfig) -> tuple[Any, int, str]:
     use_dataset = config.real_data
     if use_dataset == "auto":
         folders = (DATA / config.dataset, Path(config.dataset))
-        use_dataset = any(find_shards(folder, "train") for folder in folders)
+        use_dataset = any(shard for folder in folders for shard in folder.glob("*train*.bin"))
     if not use_dataset:
         return RandomTokens(config.vocab_size), config.vocab_size, "random tokens"
     dataset = open_data(config)

@@ -4,7 +4,6 @@ No test looks at how long anything took: a shared machine would make it fail or 
 """
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -172,17 +171,13 @@ def test_a_step_reports_its_tokens_its_time_and_its_operations(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "lora_rank"), [("known", 0), ("known", 2), ("unknown", 0)])
-def test_mfu_and_prediction_follow_from_the_datasheet(monkeypatch, name, lora_rank):
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_mfu_and_prediction_follow_from_the_datasheet(monkeypatch, lora_rank):
     card = Card(tflops=0.5, bandwidth_gbs=20, vram_gb=10, fp32_tflops=0.25)
     runner = StepRunner(make(dtype="bfloat16", lora_rank=lora_rank))
-    monkeypatch.setattr(bench, "CARDS", {runner.machine.name if name == "known" else name: card})
+    monkeypatch.setitem(CARDS, runner.machine.name, card)
     row = {"flops_per_token": 7, "tokens_per_s": 100.0, "micro_steps": 1}
-    measured = dict(row)
     bench.compare_with_datasheet(row, runner)
-    if name == "unknown":
-        assert row == measured
-        return
     # 6N + 12LCT counts a gradient for every weight, so LoRA has none.
     assert row.get("mfu") == (None if lora_rank else pytest.approx(7 * 100.0 / 0.5e12))
     prediction = predict(runner.shape, runner.config, card)
@@ -227,20 +222,20 @@ def test_every_rung_of_the_ladder_does_the_same_work(run, device):
         assert row["cuda_graph"] or row["loss"] == pytest.approx(first["loss"], abs=0.02)
 
 
-def test_on_a_gpu_the_ladder_has_all_rungs_and_each_switches_one_thing_on(monkeypatch):
+def test_on_a_gpu_every_rung_of_the_ladder_switches_one_thing_on(monkeypatch):
     config = make(dtype="bfloat16", compile=True)
     measured = fake_steps(monkeypatch)
     monkeypatch.setattr(bench, "decide", lambda config: (config, GPU))
-    rows = bench.climb_ladder(config)
-    labels = [f"+ {name}" for name in [*bench.TECHNIQUES, "CUDA graph"]]
-    assert [row["label"] for row in rows] == ["fp32, eager", *labels]
-    rungs = []
-    for rung, cuda_graph in measured:
-        rungs.append((rung.dtype, rung.compile, rung.attention, rung.recompute, cuda_graph))
-    assert rungs[0] == ("float32", False, "math", "none", False)
-    assert rungs[-1] == ("bfloat16", True, "auto", "pointwise", True)
-    for before, after in pairwise(rungs):
-        assert sum(a != b for a, b in zip(before, after)) == 1
+    bench.climb_ladder(config)
+    rungs = [(c.dtype, c.compile, c.attention, c.recompute, graph) for c, graph in measured]
+    assert rungs == [
+        ("float32", False, "math", "none", False),
+        ("bfloat16", False, "math", "none", False),
+        ("bfloat16", True, "math", "none", False),
+        ("bfloat16", True, "auto", "none", False),
+        ("bfloat16", True, "auto", "pointwise", False),
+        ("bfloat16", True, "auto", "pointwise", True),
+    ]
 
 
 def test_rungs_that_do_not_fit_are_rows_and_speeds_are_multiples_of_the_first(capsys):
@@ -334,15 +329,12 @@ def test_the_plan_for_the_4070_ti(run, monkeypatch):
     found = json.loads(Path("plan.json").read_text())["plan"]
     assert not Path("bench.json").exists()  # a prediction does not replace what was measured
     assert found["card"] == "NVIDIA GeForce RTX 4070 Ti"
-    for kind in RECOMPUTE:
-        rows = [row for row in found["rows"] if row["recompute"] == kind]
-        assert [row["batch_size"] for row in rows[:2]] == [1, 4]
-        for row in rows:
-            assert sum(row["memory_gib"].values()) == pytest.approx(row["peak_gib"])
-            assert row["peak_gib"] <= 11
-            assert row["tokens_per_s"] * row["ms"] / 1e3 == pytest.approx(row["batch_size"] * 1024)
-            # 798 MFLOP a token with causal attention: the datasheet allows no more than this.
-            assert row["tokens_per_s"] < 80.2e12 / 798e6
+    assert {row["recompute"] for row in found["rows"]} == set(RECOMPUTE)
+    for row in found["rows"]:
+        assert row["peak_gib"] <= 11
+        assert row["tokens_per_s"] * row["ms"] / 1e3 == pytest.approx(row["batch_size"] * 1024)
+        # 798 MFLOP a token with causal attention: the datasheet allows no more than this.
+        assert row["tokens_per_s"] < 80.2e12 / 798e6
     # The README's prediction.
     assert (found["best"]["batch_size"], found["best"]["recompute"]) == (30, "none")
     assert found["best"]["tokens_per_s"] == pytest.approx(65_000, rel=0.01)

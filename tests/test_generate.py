@@ -58,8 +58,8 @@ def test_past_block_size_the_last_half_is_computed_anew(both, tmp_path, block_si
     both[0].save_pretrained(tmp_path)
     model = with_loud_padding(from_pretrained(tmp_path, block_size).eval())
     prompts = [prompt[:block_size] for prompt in PROMPTS]
-    expected = [recomputed(model, prompt, 100, decided=1e-5) for prompt in prompts]
-    assert generate(model, prompts, 100, sampling=GREEDY) == expected
+    expected = [recomputed(model, prompt, 70, decided=1e-5) for prompt in prompts]
+    assert generate(model, prompts, 70, sampling=GREEDY) == expected
 
 
 def window_of_five(self, query, key, example=None):

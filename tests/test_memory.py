@@ -51,7 +51,7 @@ def predicted_gib(options):
 
 
 # --------------------------------------------------------------------------------------------------
-# Memory. tests/test_gpu.py and test_bench.py compare it with the allocator's peak.
+# Memory. tests/test_gpu.py compares it with the allocator's peak.
 
 
 def growth_per_layer(shape, options, machine=COMPILED_GPU):
