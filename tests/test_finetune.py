@@ -8,11 +8,9 @@ import sys
 import threading
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -174,6 +172,8 @@ def test_lora_learns_is_merged_in_best_and_opens_in_peft(start, text, tmp_path):
     merged = GPT2LMHeadModel.from_pretrained(tmp_path / "best").eval()(x).logits
     base = GPT2LMHeadModel.from_pretrained(start).eval()
     plain = base(x).logits
+    from peft import PeftModel
+
     adapted = PeftModel.from_pretrained(base, tmp_path / "best/adapter").eval()(x).logits
     assert (adapted - merged).abs().max() < 1e-5 * merged.abs().max()
     assert (plain - merged).abs().max() > 0.01 * merged.abs().max()
@@ -481,6 +481,8 @@ def test_a_model_that_the_hub_does_not_know_ends_with_a_message(
 def test_a_data_set_that_the_hub_does_not_know_ends_with_a_message(
     start, tmp_path, capsys, monkeypatch
 ):
+    import datasets
+
     def unknown(*args, **options):
         raise datasets.exceptions.DatasetNotFoundError("no such name")
 

@@ -8,7 +8,6 @@ import gzip
 import io
 import json
 import re
-import tracemalloc
 
 import pyarrow
 import pytest
@@ -357,10 +356,9 @@ def in_transformers(tokenizer, folder, template):
     return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_transformers_renders_a_conversation_to_the_ids_that_are_trained(name, tmp_path, request):
+def test_transformers_renders_a_conversation_to_the_ids_that_are_trained(tmp_path):
     """And its generation tags stand around exactly what is trained."""
-    tokenizer = request.getfixturevalue("gpt2") if name == "gpt2" else ByteTokenizer()
+    tokenizer = ByteTokenizer()
     theirs = in_transformers(tokenizer, tmp_path, chat_template("messages", True))
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     encoded = theirs.apply_chat_template(CHAT, **options)
@@ -371,8 +369,14 @@ def test_transformers_renders_a_conversation_to_the_ids_that_are_trained(name, t
         trained += [int(piece.trained)] * (len(ids) - len(trained))
     assert encoded["input_ids"] == ids
     assert encoded["assistant_masks"] == trained
+    whole = theirs.apply_chat_template(CHAT, tokenize=False)
     asked = theirs.apply_chat_template(CHAT[:-1], tokenize=False, add_generation_prompt=True)
-    assert asked == theirs.apply_chat_template(CHAT, tokenize=False).rpartition("    Bye!")[0]
+    assert asked == whole.rpartition("    Bye!")[0]
+    # Characters have no end token. A line end takes its place.
+    tokenizer = CharTokenizer("".join(map(chr, range(128))))
+    theirs = in_transformers(tokenizer, tmp_path, chat_template("messages", False))
+    ended = theirs.apply_chat_template(CHAT, tokenize=False)
+    assert ended == whole.replace("<|endoftext|>", "\n")
 
 
 def test_the_commonest_system_message_is_the_default_of_the_template(tmp_path):
@@ -385,14 +389,6 @@ def test_the_commonest_system_message_is_the_default_of_the_template(tmp_path):
         given = theirs.apply_chat_template(chat, tokenize=False)
         assert given.endswith(plain.apply_chat_template(CHAT[1:], tokenize=False))
     assert theirs.apply_chat_template(CHAT, tokenize=False).startswith("### System:\nBe kind.\n\n#")
-
-
-def test_without_an_end_token_the_template_ends_an_answer_with_a_line_end(tmp_path):
-    tokenizer = CharTokenizer("".join(map(chr, range(128))))
-    theirs = in_transformers(tokenizer, tmp_path, chat_template("messages", False))
-    pieces = pieces_of(write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}]))
-    expected = "".join(piece.text + "\n" * piece.end for piece in pieces)
-    assert theirs.apply_chat_template(CHAT, tokenize=False) == expected
 
 
 MANY = [f"{word} no. {i}" for i in range(9) for word in ("one", "two", "three")]
@@ -445,7 +441,7 @@ GAPS = st.sampled_from([" ", "   ", "\n\n\n", "\n", "  ", "\n\n", " \n", "\n\t "
 
 
 @given(st.lists(st.tuples(WORDS, GAPS).map("".join), min_size=1))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(FEW, suppress_health_check=list(HealthCheck))
 def test_pieces_have_the_ids_of_the_whole(monkeypatch, parts):
     monkeypatch.setattr(texts, "PIECE_CHARACTERS", 12)
     text = "x" + "".join(parts)
@@ -456,17 +452,6 @@ def test_pieces_have_the_ids_of_the_whole(monkeypatch, parts):
     assert [piece.end for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     ids = [i for piece in pieces for i in tiny.encode(piece.text)]
     assert ids == tiny.encode(text).tolist()
-
-
-def test_reading_a_long_text_takes_constant_memory(tmp_path):
-    (tmp_path / "big.txt").write_bytes(b"some words of a text\n" * 500_000)  # 10.5 MB
-    with (tmp_path / "big.jsonl").open("w") as stream:
-        stream.writelines(json.dumps({"text": "word " * 200}) + "\n" for _ in range(10_000))
-    for file, size in (("big.txt", 10_500_000), ("big.jsonl", 10_000_000)):
-        tracemalloc.start()
-        assert sum(len(piece.text) for _, piece in Documents(tmp_path / file)) == size
-        assert tracemalloc.get_traced_memory()[1] < 6e6
-        tracemalloc.stop()
 
 
 # Broken input
@@ -540,11 +525,11 @@ SCRAPS = st.text(PUNCTUATION).map(lambda text: text.encode(errors="replace"))
 
 
 @given(
+    st.sampled_from([".json", ".csv", ".txt", ".parquet"]),
     st.sampled_from([b"", b"text\n", b"id,text\n", b"\xef\xbb\xbf"]),
     st.binary() | SCRAPS | JSONL | st.tuples(JSONL, st.binary(max_size=3), JSONL).map(b"".join),
 )
 @settings(FEW)
-@pytest.mark.parametrize("suffix", [".json", ".csv", ".txt", ".parquet"])
 def test_any_bytes_are_read_or_refused(tmp_path_factory, suffix, head, body):
     file = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
     file.write_bytes(head + body)
@@ -553,17 +538,3 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, suffix, head, body):
             assert all(isinstance(piece.text, str) for _, piece in Documents(file))
     except UserError as error:
         assert str(file) in str(error)
-
-
-@pytest.mark.parametrize(
-    "column",
-    [
-        pyarrow.array([10**9], pyarrow.date32()),
-        pyarrow.array([b"\xff"]).view(pyarrow.string()),
-    ],
-)
-def test_parquet_values_that_python_cannot_hold_are_reported(tmp_path, column):
-    file = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"text": ["a"], "value": column}), file)
-    with pytest.raises(UserError, match=r"a\.parquet cannot be read: "):
-        read(file)
