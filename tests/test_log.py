@@ -18,14 +18,12 @@ import train
 from data.tokenizers import CharTokenizer
 from data.windows import EvalWindows
 from gpt12.checkpoint import Progress, Saver
-from gpt12.device import Machine
 from gpt12.errors import UserError
 from gpt12.introduction import introduction
 from gpt12.log import Clock, RunLog, draw_losses, drop_later_rows
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig, parameter_count
 from tests.helpers import (
-    CPU,
     built,
     losses,
     read_rows,
@@ -209,15 +207,13 @@ def test_a_run_of_one_step_claims_no_time_and_slow_saving_is_told(
     )  # best/ and last/
 
 
-@pytest.mark.parametrize(("after", "told"), [(1.9, False), (2.1, True)])
-def test_a_run_that_improves_nothing_says_so(dataset, tmp_path, monkeypatch, capsys, after, told):
-    values = iter((2.5, 2.0, 2.5, after))  # training and validation, before and after
+def test_a_run_that_improves_nothing_says_so(dataset, tmp_path, monkeypatch, capsys):
+    values = iter([2.5, 2.0, 2.5, 2.1, 2.5, 2.2, 2.5, 2.0, 2.5, 1.9])  # training and validation
     monkeypatch.setattr("train.mean_loss", lambda *args, **options: next(values))
     assert run(dataset, tmp_path, "--max_iters=2") == 0
-    said = capsys.readouterr().out
-    assert ("no better than at the start, val loss 2.0000" in said) == told
-    values = iter((9.0, 9.0))
+    assert "no better than at the start, val loss 2.0000" in capsys.readouterr().out
     assert resume(tmp_path, "--max_iters=3") == 0  # is not compared with its start
+    assert run(dataset, tmp_path, "--max_iters=2") == 0
     assert "no better than" not in capsys.readouterr().out
 
 
@@ -361,12 +357,6 @@ def evaluation_row(step: int, loss: float | None) -> dict:
     return {"step": step, "tokens": 100 * step, "train_loss": loss, "val_loss": loss}
 
 
-def coloured_pixels(file: Path) -> int:
-    """Count the pixels of the curves."""
-    pixels = imread(file)[..., :3]
-    return int((pixels.max(2) - pixels.min(2) > 0.2).sum())
-
-
 def draw(folder: Path, rows: list[dict], best_val_loss: float | None = None) -> None:
     """Draw loss.png from a metrics.jsonl with these rows."""
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -374,22 +364,11 @@ def draw(folder: Path, rows: list[dict], best_val_loss: float | None = None) -> 
 
 
 @pytest.mark.picture
-def test_the_picture_can_be_drawn_from_none_one_and_many_rows(tmp_path):
-    numbers = range(1, 300)
-    cases = {
-        "nothing": [],
-        "one step": [step_row(1, 2.0)],
-        "one evaluation": [evaluation_row(0, 4.0)],
-        "not finite": [step_row(1, None), evaluation_row(1, None)],
-        "many": [step_row(i, 4 / i) for i in numbers] + [evaluation_row(i, 4 / i) for i in numbers],
-    }
-    drawn = {}
-    for name, rows in cases.items():
+def test_the_picture_is_drawn_without_rows_and_without_finite_ones(tmp_path):
+    for rows in ([], [step_row(1, None), evaluation_row(1, None)]):
         draw(tmp_path, rows)
         assert imread(tmp_path / "loss.png").shape == (550, 770, 4)
-        drawn[name] = coloured_pixels(tmp_path / "loss.png")
-    assert drawn["nothing"] == drawn["not finite"] < drawn["one evaluation"] < drawn["many"]
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
+        assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
 
 
 @pytest.mark.picture
@@ -469,22 +448,21 @@ def test_the_real_wandb_gets_a_run_offline(dataset, tmp_path, monkeypatch):
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{trainer(tmp_path)['wandb_id']}"))
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), ValueError("two\nlines")])
 @pytest.mark.parametrize("method", ["log", "finish"])
 def test_a_wandb_that_fails_is_told_once_and_costs_nothing(
-    dataset, tmp_path, monkeypatch, capsys, method, error
+    dataset, tmp_path, monkeypatch, capsys, method
 ):
     wandb = FakeWandb()
 
     def fail(self, *args, **options):
         wandb.ended.append("asked")
-        raise error
+        raise ValueError("two\nlines")
 
     monkeypatch.setattr(FakeWandbRun, method, fail)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     assert run(dataset, tmp_path, "--max_iters=3", "--wandb_log") == 0
     assert wandb.ended == ["asked"]  # and then nothing more
-    line = f"warning: wandb has failed ({type(error).__name__}: {str(error).splitlines()[0]})"
+    line = "warning: wandb has failed (ValueError: two)"
     assert capsys.readouterr().out.count(line) == 1
     assert list(losses(tmp_path)) == [1, 2, 3]
     assert trainer(tmp_path)["step"] == 3
@@ -532,42 +510,13 @@ def time(monkeypatch) -> Time:
     return found
 
 
-def test_seconds_count_only_while_the_clock_runs(time):
-    progress = Progress(elapsed_s=5.0)
-    clock = Clock(CPU, progress)
-
-    def make_a_step(seconds):
-        time.now += seconds
-        progress.step += 1
-
-    make_a_step(1)
-    assert clock.steps_per_second() is None
-    clock.start()
-    for _ in range(3):
-        make_a_step(2)
-    assert clock.steps_per_second() == 0.5
-    make_a_step(1)
-    with clock.stopped():
-        time.now += 100
-    assert clock.running
-    make_a_step(1)
-    assert clock.steps_per_second() == 1.0  # the 100 seconds in between do not count
-    clock.stop()
-    make_a_step(10)
-    with clock.stopped():
-        time.now += 100
-    assert not clock.running
-    assert progress.elapsed_s == 13.0
-
-
-@pytest.mark.parametrize("kind", ["cuda", "mps"])
-def test_starting_and_stopping_wait_for_the_device(time, monkeypatch, kind):
+def test_starting_and_stopping_wait_for_the_device():
     waited = []
-    monkeypatch.setattr(f"torch.{kind}.synchronize", lambda: waited.append(kind))
-    clock = Clock(Machine(torch.device(kind), torch.float32, compiled=False), Progress())
+    clock = Clock(SimpleNamespace(synchronize=lambda: waited.append(clock.running)), Progress())
     clock.start()
     clock.stop()
-    assert waited == [kind, kind]
+    clock.stop()
+    assert waited == [False, True]
 
 
 def test_a_run_counts_neither_compiling_nor_evaluations_nor_saves(
