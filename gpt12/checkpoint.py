@@ -46,7 +46,7 @@ from model import GPT
 
 # The version of trainer.json and trainer.safetensors. Version 1 has LoRA's matrices in
 # trainer.safetensors, and a merged model in last/. Files without the number are of version 1.
-FORMAT = 2
+TRAINER_FORMAT = 2
 Number = Annotated[int, Field(ge=0, lt=2**62)]  # NumPy counts windows in int64
 # What a tensor of a wrong name, shape or type leads to.
 TENSOR_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -65,15 +65,15 @@ class Progress:
     worse_evaluations: Number = 0  # evaluations in a row without a new best, for `patience`
     evaluated_step: int = -1  # the step of the last evaluation
     wandb_id: str | None = None
-    format: int = FORMAT
+    format: int = TRAINER_FORMAT
 
 
 # --------------------------------------------------------------------------------------------------
 # Saving: what is written, and when
 
 
-class TrainerState(Protocol):
-    """The objects whose tensors are saved: train.py's TrainStep holds them."""
+class SavedStep(Protocol):
+    """What is saved of train.py's TrainStep."""
 
     model: GPT
     optimizers: list[Optimizer]
@@ -90,7 +90,7 @@ class Saver:
 
     out_dir: Path
     progress: Progress
-    state: TrainerState  # what resuming needs besides the weights
+    train_step: SavedStep  # what resuming needs besides the weights
     tokenizer: Any
     base: str  # what the model was started from; adapters refer to it
     say: Callable[[str], None]  # prints a line
@@ -99,7 +99,7 @@ class Saver:
     description: dict[str, Any]  # what run.json holds
 
     def __post_init__(self) -> None:
-        self.model = self.state.model
+        self.model = self.train_step.model
         self.total_s = 0.0  # what all saves took
         self.due_at = time.monotonic() + self.interval_s
         self.last_holds = self._how_far() if self.progress.step > 0 else None
@@ -112,7 +112,7 @@ class Saver:
         That of a resumed run is written with its first checkpoint. Until then last/ is what the
         earlier keys and data made, and resuming compares with these.
         """
-        if self.state.machine.rank == 0 and not resumed:
+        if self.train_step.machine.rank == 0 and not resumed:
             told = set_aside(self.out_dir)
             if told is not None:
                 self.say(told)
@@ -149,7 +149,7 @@ class Saver:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             self.say(f"not saving {folder}: weights are not finite. Try a lower learning_rate")
             return False
-        if self.state.machine.rank != 0:
+        if self.train_step.machine.rank != 0:
             return True
         try:
             save_checkpoint(folder, partial(self._write, name), self.progress)
@@ -171,7 +171,7 @@ class Saver:
             self.tokenizer.save(folder, context=self.model.config.block_size)
             end_of_text = self.tokenizer.eot
         if name == "last":
-            save_file(trainer_tensors(self.state), folder / "trainer.safetensors")
+            save_file(trainer_tensors(self.train_step), folder / "trainer.safetensors")
         if name == "last" and is_adapted(self.model):  # the model is its base and the adapters
             save_config(self.model, folder, end_of_text)
             save_adapter(self.model, folder, self.base)
@@ -199,7 +199,7 @@ def save_checkpoint(folder: Path, write: Callable[[Path], None], progress: Progr
     try:
         temporary.mkdir()
         write(temporary)
-        content = asdict(progress) | {"format": FORMAT}
+        content = asdict(progress) | {"format": TRAINER_FORMAT}
         (temporary / "trainer.json").write_bytes(json_bytes(content))
         _force_to_disk(temporary)
     except (OSError, SafetensorError) as error:  # safetensors wraps the disk's error
@@ -263,10 +263,10 @@ def _read_progress(folder: Path) -> Progress:
     """Read trainer.json. What an older file lacks keeps its default."""
     file = folder / "trainer.json"
     progress: Progress = read_json(file, Progress)
-    if progress.format > FORMAT:
+    if progress.format > TRAINER_FORMAT:
         raise UserError(
             f"{file} has format {progress.format}, written by a newer version; this one reads up "
-            f"to {FORMAT}: update the program"
+            f"to {TRAINER_FORMAT}: update the program"
         )
     return progress
 
@@ -279,24 +279,24 @@ def _read_progress(folder: Path) -> Progress:
 #     rng.cpu, rng.cuda                    states of torch's random generators on rank 0
 
 
-def trainer_tensors(trainer: TrainerState) -> dict[str, Tensor]:
+def trainer_tensors(train_step: SavedStep) -> dict[str, Tensor]:
     """Return all tensors of trainer.safetensors by name."""
-    tensors = optimizer_tensors(trainer)
+    tensors = optimizer_tensors(train_step)
     tensors["rng.cpu"] = torch.get_rng_state()
-    if trainer.machine.on_gpu:
+    if train_step.machine.on_gpu:
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    if trainer.scaler.is_enabled():
-        state = trainer.scaler.state_dict()
+    if train_step.scaler.is_enabled():
+        state = train_step.scaler.state_dict()
         values = [state["scale"], state["_growth_tracker"]]
         tensors["scaler"] = torch.tensor(values, dtype=torch.float64)
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def optimizer_tensors(trainer: TrainerState) -> dict[str, Tensor]:
+def optimizer_tensors(train_step: SavedStep) -> dict[str, Tensor]:
     """Return the tensors of the optimizers' states by name, themselves and no copies."""
     tensors: dict[str, Tensor] = {}
-    for parameter_name, parameter in trainer.model.named_parameters():
-        for optimizer in trainer.optimizers:
+    for parameter_name, parameter in train_step.model.named_parameters():
+        for optimizer in train_step.optimizers:
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
                 name = f"optimizer.{parameter_name}.{key}"
@@ -310,7 +310,7 @@ def optimizer_tensors(trainer: TrainerState) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_trainer_state(folder: Path, trainer: TrainerState) -> None:
+def load_trainer_state(folder: Path, train_step: SavedStep) -> None:
     """Read the checkpoint's state back into model, optimizers, loss scale and random generators.
 
     The file is memory-mapped and copied tensor by tensor into the states that the optimizers
@@ -320,23 +320,23 @@ def load_trainer_state(folder: Path, trainer: TrainerState) -> None:
     import safetensors
 
     if exists(folder / "adapter_config.json"):
-        load_adapter(trainer.model, folder)
-    trainer.make_states()
-    trainer.model.zero_grad()
-    places = optimizer_tensors(trainer)
+        load_adapter(train_step.model, folder)
+    train_step.make_states()
+    train_step.model.zero_grad()
+    places = optimizer_tensors(train_step)
     file = folder / "trainer.safetensors"
     try:
         with safetensors.safe_open(file, framework="pt") as content:
             saved = set(content.keys())
             for name in saved:
-                _load_tensor(trainer, places, name, content.get_tensor(name))
-        _forget_states_not_saved(trainer, places.keys() - saved, saved)
+                _load_tensor(train_step, places, name, content.get_tensor(name))
+        _forget_states_not_saved(train_step, places.keys() - saved, saved)
     except (*TENSOR_ERRORS, safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged ({error}). Restore it or delete {folder}") from None
 
 
 def _load_tensor(
-    trainer: TrainerState, places: dict[str, Tensor], name: str, tensor: Tensor
+    train_step: SavedStep, places: dict[str, Tensor], name: str, tensor: Tensor
 ) -> None:
     """Copy a saved tensor to where it belongs. places: the optimizers' tensors by name."""
     kind, _, rest = name.partition(".")
@@ -350,24 +350,24 @@ def _load_tensor(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(place.shape)}")
         place.copy_(tensor)
     elif kind == "adapter":  # of format 1
-        trainer.model.get_parameter(rest).copy_(tensor)
-    elif name == "rng.cpu" and trainer.machine.rank == 0:  # the others keep that of their start
+        train_step.model.get_parameter(rest).copy_(tensor)
+    elif name == "rng.cpu" and train_step.machine.rank == 0:  # the others keep that of their start
         torch.set_rng_state(tensor)
-    elif name == "rng.cuda" and trainer.machine.rank == 0 and trainer.machine.on_gpu:
+    elif name == "rng.cuda" and train_step.machine.rank == 0 and train_step.machine.on_gpu:
         torch.cuda.set_rng_state(tensor)
-    elif kind == "scaler" and trainer.scaler.is_enabled():
+    elif kind == "scaler" and train_step.scaler.is_enabled():
         scale = {"scale": tensor[0].item(), "_growth_tracker": int(tensor[1])}
-        trainer.scaler.load_state_dict(trainer.scaler.state_dict() | scale)
+        train_step.scaler.load_state_dict(train_step.scaler.state_dict() | scale)
 
 
-def _forget_states_not_saved(trainer: TrainerState, lacking: set[str], saved: set[str]) -> None:
+def _forget_states_not_saved(train_step: SavedStep, lacking: set[str], saved: set[str]) -> None:
     """Take the state of a parameter that was never updated away from the optimizers again."""
     updated = {name.rpartition(".")[0] for name in saved}
     for name in lacking:
         owner = name.rpartition(".")[0]
         if owner not in updated:
-            parameter = trainer.model.get_parameter(owner.removeprefix("optimizer."))
-            for optimizer in trainer.optimizers:
+            parameter = train_step.model.get_parameter(owner.removeprefix("optimizer."))
+            for optimizer in train_step.optimizers:
                 optimizer.state.pop(parameter, None)
         elif not name.endswith(".mean_square"):  # older versions of Muon have none
             raise ValueError(f"it has no {name}")

@@ -101,13 +101,6 @@ def test_what_somebody_adds_is_saved_and_a_resumed_run_is_the_unbroken_one(
     assert content["model_type"] == "gpt12"
 
 
-def test_a_run_says_once_that_its_model_is_not_gpt2(dataset, tmp_path, monkeypatch, capsys):
-    """Another activation has GPT-2's names and shapes."""
-    monkeypatch.setattr(model.MLP, "forward", lambda mlp, x: mlp.c_proj(mlp.c_fc(x).relu()))
-    assert run(dataset, tmp_path, "--max_iters=2", "--eval_interval=1") == 0
-    assert capsys.readouterr().out.count("model.py does not compute what GPT-2 computes") == 1
-
-
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_parameter_that_the_file_or_the_model_lacks_is_named(tmp_path, monkeypatch, change):
     save_pretrained(new_model(SHAPE), tmp_path / "plain")

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from gpt12.checkpoint import (
-    FORMAT,
+    TRAINER_FORMAT,
     Progress,
     find_checkpoint,
     load_trainer_state,
@@ -26,7 +25,6 @@ from gpt12.checkpoint import (
 from gpt12.device import Machine
 from gpt12.errors import UserError, run_main
 from gpt12.folder import lock_run, read_run, set_aside, write_json
-from gpt12.log import RunLog
 from tests.helpers import (
     CPU,
     built,
@@ -186,11 +184,11 @@ def test_a_checkpoint_with_half_a_file_is_refused_by_its_name(finished, tmp_path
 
 def test_trainer_json_gives_back_the_progress_and_newer_formats_are_refused(tmp_path):
     values = {field.name: number for number, field in enumerate(fields(Progress), start=3)}
-    progress = Progress(**values | {"format": FORMAT, "wandb_id": "abc"})
+    progress = Progress(**values | {"format": TRAINER_FORMAT, "wandb_id": "abc"})
     save_checkpoint(tmp_path / "last", lambda folder: None, progress)
     assert find_checkpoint(tmp_path, ("last",))[1] == progress
-    (tmp_path / "last" / "trainer.json").write_text(json.dumps({"format": FORMAT + 1}))
-    message = rf"format {FORMAT + 1}, written by a newer version.*update"
+    (tmp_path / "last" / "trainer.json").write_text(json.dumps({"format": TRAINER_FORMAT + 1}))
+    message = rf"format {TRAINER_FORMAT + 1}, written by a newer version.*update"
     with pytest.raises(UserError, match=message):
         find_checkpoint(tmp_path, ("last",))
 
@@ -566,10 +564,6 @@ def test_only_rank_0_writes(dataset, tmp_path, monkeypatch):
 # A disk that is full or cannot be written
 
 
-def fail_to_save(*args):
-    raise FULL
-
-
 def test_a_full_disk_costs_neither_the_run_nor_the_old_checkpoint(
     dataset, tmp_path, monkeypatch, capsys
 ):
@@ -618,21 +612,3 @@ def test_a_best_that_could_not_be_saved_does_not_count_as_the_best(
     assert trainer(tmp_path)["best_step"] == 2
     assert trainer(tmp_path)["best_val_loss"] == values[2]
     assert f"best val loss {values[2]:.4f} at step 2" in capsys.readouterr().out
-
-
-def test_a_signal_whose_save_fails_prints_no_line_to_resume_with(
-    dataset, tmp_path, monkeypatch, capsys
-):
-    log_step = RunLog.log_step
-
-    def interrupted(self, *values):
-        if self.progress.step == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return log_step(self, *values)
-
-    monkeypatch.setattr(RunLog, "log_step", interrupted)
-    monkeypatch.setattr("gpt12.checkpoint.save_checkpoint", fail_to_save)
-    assert run(dataset, tmp_path, "--max_iters=9") == 143
-    out = capsys.readouterr().out
-    assert "stopped at step 2" in out
-    assert "--init_from=resume" not in out
