@@ -27,9 +27,9 @@ from gpt12.config import REPOSITORY, Loaded, Said, checked, load_config, merge
 from gpt12.device import Machine, compile_model, open_machine
 from gpt12.distributed import copy_from_rank_0, first_ranks_first, is_rank_0, torchrun_ranks
 from gpt12.errors import UserError, say
-from gpt12.folder import describe_run, is_run, lock_run, read_run
+from gpt12.folder import SavedRun, describe_run, is_run, lock_run, read_run
 from gpt12.lora import add_lora
-from gpt12.settings import TrainConfig, model_shape, with_shape
+from gpt12.settings import REPLACES, TrainConfig, model_shape, with_shape
 from gpt12.twin import unread_fields
 from gpt12.weights import check_code, find_pretrained, from_pretrained, new_model
 from model import GPT, GPTConfig, flops_per_token
@@ -189,7 +189,8 @@ def resume(loaded: Loaded[TrainConfig], out_dir: Path) -> Request:
     """
     now = loaded.config  # as if it were a new run
     saved = read_run(out_dir)
-    asked = asked_at_the_start(out_dir)
+    file = out_dir / "run.json"
+    asked = checked(TrainConfig, said_in(file, saved.config | asked_at_the_start(saved)), ())
     typed = {key: said for key, said in loaded.typed.items() if key not in WHICH_RUN}
     if now.init_from == "auto":  # the same line began the run: only what is new in it is a change
         typed = {key: said for key, said in typed.items() if _differs(key, now, asked)}
@@ -199,9 +200,10 @@ def resume(loaded: Loaded[TrainConfig], out_dir: Path) -> Request:
     own = saved.config | {"out_dir": str(out_dir), "lr_decay_iters": asked.lr_decay_iters}
     if not MEMORY_KEYS.isdisjoint(typed):
         own |= {key: getattr(asked, key) for key in MEMORY_KEYS}
-    said = said_in(out_dir / "run.json", own)
-    given = merge(dict.fromkeys(saved.given or (), Said(None, "")), typed)
-    config = checked(TrainConfig, merge(said, typed), given.keys())
+    said = said_in(file, own)
+    still_given = {key for key in saved.given or () if REPLACES.get(key) not in typed}
+    given = still_given | typed.keys()
+    config = checked(TrainConfig, merge(said, typed), given)
 
     notes = []
     for key, preset in loaded.files.items():
@@ -225,13 +227,11 @@ def _differs(key: str, a: TrainConfig, b: TrainConfig) -> bool:
     return bool(getattr(a, key) != getattr(b, key))
 
 
-def asked_at_the_start(out_dir: Path) -> TrainConfig:
+def asked_at_the_start(saved: SavedRun) -> dict[str, Any]:
     """Return what the user asked for when a run began, with what was typed on resuming since."""
-    saved = read_run(out_dir)
-    requested = saved.requested
     if saved.given is None:  # of an earlier version, some of whose values mean nothing here
-        requested = {"lr_decay_iters": requested.get("lr_decay_iters")}
-    return checked(TrainConfig, said_in(out_dir / "run.json", saved.config | requested), ())
+        return {"lr_decay_iters": saved.requested.get("lr_decay_iters")}
+    return saved.requested
 
 
 def said_in(file: Path, values: dict[str, Any]) -> dict[str, Said]:

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt12.cards import CARDS
-from gpt12.log import RunLog
+from gpt12.introduction import introduction
 from gpt12.lora import add_lora
 from gpt12.memory import (
     COMPILED_GPU,
@@ -282,10 +282,10 @@ def test_a_run_of_hours_on_a_cpu_is_warned_of_and_the_small_preset_named():
 
 
 @pytest.mark.parametrize("is_gpt2", [True, False])
-def test_the_predicted_memory_of_a_run_is_told(dataset, tmp_path, monkeypatch, capsys, is_gpt2):
-    monkeypatch.setattr("gpt12.log.is_gpt2", lambda shape: is_gpt2)
-    RunLog(built(dataset, tmp_path)).introduce()
-    line = next(s for s in capsys.readouterr().out.splitlines() if s.startswith("memory:"))
+def test_the_predicted_memory_of_a_run_is_told(dataset, tmp_path, monkeypatch, is_gpt2):
+    monkeypatch.setattr("gpt12.introduction.is_gpt2", lambda shape: is_gpt2)
+    lines = introduction(built(dataset, tmp_path))
+    line = next(line for line in lines if line.startswith("memory:"))
     known = "memory: about 0.435 GiB at the peak of a step (recompute=none)"
     doubt = "" if is_gpt2 else ", an estimate, because model.py is not GPT-2's"
     assert line == known + doubt
