@@ -5,7 +5,6 @@ A data set that is small, or a text, is prepared when it is first opened.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import json
@@ -127,12 +126,9 @@ def check_exists(name: str) -> None:
     if _is_named(name) or name.startswith("hf:") or exists(os.path.expanduser(name)):  # noqa: PTH111
         return
     known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
-    problem = f"There is no data set {name[:200]!r}: no such file or folder exists."
-    for near in difflib.get_close_matches(name, known, 1):
-        problem += f" Did you mean {near}?"
     raise UserError(
-        f"{problem} It may be one of {', '.join(known)}, a file, a folder of texts, or "
-        "hf:owner/name."
+        f"There is no data set {name[:200]!r}: no such file or folder exists. It may be one of "
+        f"{', '.join(known)}, a file, a folder of texts, or hf:owner/name."
     )
 
 

@@ -154,6 +154,7 @@ def _encode(documents: Documents, tokenizer: Tokenizer) -> Iterator[Encoded]:
         return encoded
 
     pieces = iter(documents)
+    # Lists of pieces, until one is empty.
     batches = iter(lambda: list(itertools.islice(pieces, PIECES_AT_ONCE)), [])
     cores = os.cpu_count() or 1
     with (
@@ -204,7 +205,7 @@ def _write_texts(
             val.flush()
             write_atomically(file, json.dumps(asdict(progress)).encode())
             saved = written
-    else:
+    else:  # all was read, perhaps with blank texts at the end
         progress.next = documents.count
     train.close()
     if few and train.count >= 2:

@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -174,10 +174,7 @@ def _parquet_rows(file: Path) -> Rows:
 
     try:
         with _open(file) as stream:
-            batches = parquet.ParquetFile(stream).iter_batches(ROWS_AT_ONCE)
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-            for number, row in enumerate(rows, 1):
-                yield f"{file}, row {number}", row
+            yield from _numbered(file, parquet.ParquetFile(stream).iter_batches(ROWS_AT_ONCE))
     except Exception as error:  # the library raises many kinds of exceptions
         raise UserError(f"{file} cannot be read: {error}.") from None
 
@@ -193,16 +190,20 @@ def hub_rows(source: str) -> Rows:
     name, config, split, *_ = [*source.removeprefix("hf:").split(":"), "", ""]
     try:
         stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        tables = stream.with_format("arrow").iter(ROWS_AT_ONCE)
-        rows = itertools.chain.from_iterable(table.to_pylist() for table in tables)
-        for number, row in enumerate(rows):
-            yield f"{source}, row {number}", row
+        yield from _numbered(source, stream.with_format("arrow").iter(ROWS_AT_ONCE))
     except Exception as error:  # the library raises many kinds of exceptions
         raise UserError(
             f"{source} cannot be read: {type(error).__name__}: {error}\n"
             "Check the name, the network and, for a private data set, `hf auth login`. Or save its "
             "texts as .txt, .csv or .jsonl files: python train.py --dataset=FOLDER"
         ) from error
+
+
+def _numbered(source: object, tables: Iterable[Any]) -> Rows:
+    """Yield the place and the content of each row of pyarrow's tables."""
+    rows = itertools.chain.from_iterable(table.to_pylist() for table in tables)
+    for number, row in enumerate(rows, 1):
+        yield f"{source}, row {number}", row
 
 
 # --------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ FORMATS: dict[np.dtype, tuple[int, int]] = {
     UINT16: (20240520, 1),
     UINT32: (20240801, 7),
 }  # (magic number, version)
-# The bits of a mask. Masks of older versions have no EXAMPLE_START: a row of theirs is one example.
+# The bits of a mask. Older masks have no EXAMPLE_START: there a window is one example.
 TRAINED = 1  # the token is a target
 EXAMPLE_START = 2  # it is the first token of an example
 BARE_NAMES = ("train.bin", "val.bin")  # the only files that may have no header
@@ -219,11 +219,11 @@ class Tokens:
                 window[filled : filled + len(part)] = part
                 filled += len(part)
         if windows.max(initial=0) >= self._vocab_size:
-            row, column = np.argwhere(windows >= self._vocab_size)[0].tolist()
-            shard, position = self._locate(int(starts[row]) + column)
+            number, place = np.argwhere(windows >= self._vocab_size)[0].tolist()
+            shard, position = self._locate(int(starts[number]) + place)
             raise UserError(
-                f"{shard.path}: token {position} is {windows[row, column]}, but the vocabulary has "
-                f"ids 0 to {self._vocab_size - 1}. "
+                f"{shard.path}: token {position} is {windows[number, place]}, but the vocabulary "
+                f"has ids 0 to {self._vocab_size - 1}. "
                 "The file is damaged, or another tokenizer made it. Prepare the data again."
             )
         return windows

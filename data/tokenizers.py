@@ -205,7 +205,7 @@ class GPT2Tokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # tiktoken gives up on a million blanks in a row
+        except ValueError:  # tiktoken gives up on a million blanks without a word
             return super().encode(text)
 
 

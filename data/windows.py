@@ -5,7 +5,7 @@ order. What an evaluation sees is always the same.
 
 A batch is the windows' inputs and targets. For instruction data (a split with a mask) a third array
 gives the example starts: for each input token, the index in its window of the first token of the
-example that it belongs to. A window of such data is a row of whole examples (data/prepare.py).
+example that it belongs to. A window of such data holds whole examples (data/prepare.py).
 
 B: windows in a batch. T: block_size, tokens in a window.
 """
@@ -32,7 +32,7 @@ class TrainWindows:
 
     An epoch has `per_epoch` windows and draws each once, in a random order of its own. They lie T
     tokens apart. The first begins at the epoch's phase, a random number of tokens below T.
-    Instruction data are packed into rows of T tokens, so there the phase is always 0.
+    Examples are packed into windows of T tokens, so there the phase is always 0.
     """
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int) -> None:

@@ -445,7 +445,7 @@ def test_a_name_in_data_comes_first_and_a_missing_one_names_the_nearest(house):
     (house / "mine").write_text("a file of the same name")
     assert open_bytes("mine").folder == house / "data" / "mine"
     (house / "data" / "mine" / "prepare.py").write_text("")
-    with pytest.raises(UserError, match="no data set 'mime'.* Did you mean mine?"):
+    with pytest.raises(UserError, match="no data set 'mime'.* one of mine, a file"):
         open_bytes("mime")
     for name in ("own.txt", "texts/own", "./own"):
         with pytest.raises(UserError, match="no such file or folder exists"):

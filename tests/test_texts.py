@@ -187,7 +187,7 @@ def test_a_data_set_in_the_hubs_form_is_read_and_skipped_through(tmp_path):
         assert [(index, piece.text) for index, piece in documents] == rest
     for source in (f"hf:{tmp_path}:default:test", f"hf:{tmp_path}::test"):
         assert read(source) == ["test 0", "test 1", "test 2"]
-    with pytest.raises(UserError, match="row 0 has no 'body', only 'id', 'text'"):
+    with pytest.raises(UserError, match="row 1 has no 'body', only 'id', 'text'"):
         read(f"hf:{tmp_path}", "body")
     with pytest.raises(UserError, match="klingon' not found"):
         read(f"hf:{tmp_path}:klingon")

@@ -138,11 +138,6 @@ def test_saved_files_open_here_and_in_transformers(name, tmp_path, request):
             assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_the_tiny_byte_pair_encoding_opens_in_transformers(tmp_path):
-    tiny.save(tmp_path)
-    opens_in_transformers(tmp_path, load_tokenizer(tmp_path))
-
-
 GERMAN = "Die Straße führt über Köln. Ärger über süße Äpfel, größere Öfen und müßige Mönche. " * 9
 
 

@@ -78,19 +78,7 @@ def test_a_position_means_the_same_window_at_every_batch_size(tmp_path):
     np.testing.assert_array_equal(windows.batch(far, 3)[0][2], windows.batch(far + 2, 1)[0][0])
 
 
-def test_rows_of_instruction_data_are_drawn_whole(tmp_path):
-    mask = [int(i % 8 not in (0, 1) and i < 40) for i in range(41)]
-    windows = TrainWindows(split(tmp_path, 41, shard=13, mask=mask), 8, seed=0)
-    assert windows.per_epoch == 5
-    for epoch in range(4):
-        x, y, starts = windows.batch(epoch * 5, 5)
-        assert not starts.any()  # an old mask marks no example: a row is one
-        assert sorted(x[:, 0]) == [0, 8, 16, 24, 32]
-        for row_x, row_y in zip(x.tolist(), y.tolist(), strict=True):
-            assert row_y == [t + 1 if mask[t + 1] else -1 for t in row_x]
-
-
-def test_a_packed_rows_tokens_know_where_their_example_starts(tmp_path):
+def test_the_tokens_of_a_packed_window_know_where_their_example_starts(tmp_path):
     """Marked by 2 in the mask, at any place in the row, and across the borders of shards."""
     firsts = {0, 3, 4, 8, 17, 23, 25}
     mask = [2 if i in firsts else i % 2 for i in range(27)]
