@@ -208,11 +208,12 @@ def test_the_extreme_draws_and_logits_stay_in_the_distribution(how):
             assert chosen[0] == 0
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("different", [3, 300, 10**9])
-def test_the_most_likely_of_a_long_row_are_those_of_topk(different, in_order):
+def test_the_most_likely_of_a_long_row_are_those_of_topk(different, in_order, device):
     """Ties included: with few different logits any of those that tie may be chosen."""
-    logits = torch.randint(different, (5, 50304)).float()[:, :50257]
+    logits = torch.randint(different, (5, 50304), device=device).float()[:, :50257]
     for k in (1, 2, 200, 400):
         scores, ids = most_likely(logits, k, in_order)
         assert torch.equal(
@@ -230,12 +231,14 @@ def test_the_nucleus_ends_with_the_token_that_reaches_top_p():
 def test_the_repetition_penalty_counts_prompt_and_text(both):
     _, model = both
     prompt = PROMPTS[2]
-    [written] = generate(model, [prompt], 30, sampling=Sampling(0, repetition_penalty=1.5))
+    how = Sampling(0, repetition_penalty=1.5)
+    [written] = generate(model, [prompt], 30, sampling=how)
     text = prompt + written
     for end in range(len(prompt), len(text)):
-        row = model(torch.tensor([text[:end]]))[0][0, -1].tolist()
-        row = [(x / 1.5 if x > 0 else x * 1.5) if i in text[:end] else x for i, x in enumerate(row)]
-        assert text[end] == int(np.argmax(row))
+        seen = torch.zeros(1, VOCAB, dtype=torch.bool)
+        seen[0, text[:end]] = True
+        logits = model(torch.tensor([text[:end]]))[0][:, -1]
+        assert text[end] == sample_token(logits, torch.zeros(1), how, seen).item()
 
 
 def test_a_prompt_of_one_token_works_under_autocast(both):

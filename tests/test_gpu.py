@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -304,6 +305,17 @@ def test_the_recorded_decoder_writes_what_a_cpu_writes(penalty):
     sampling = Sampling(temperature=0, repetition_penalty=penalty)
     expected = generate(model, prompts, 150, sampling=sampling)
     assert generate(model.cuda(), prompts, 150, sampling=sampling) == expected
+
+
+def test_a_recorded_decoder_draws_what_a_plain_one_draws(monkeypatch):
+    """By the same kernels. Every text has a length of its own, and all pass the context's end."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 50257, 2, 4, 128)).eval().to("cuda", torch.bfloat16)
+    prompts = [[1, 2, 3], [7], [5] * 20]
+    sampling = Sampling(0.8, top_k=200)
+    recorded = generate(model, prompts, 150, sampling=sampling)
+    monkeypatch.setattr("gpt12.generate.record", lambda step: SimpleNamespace(replay=step))
+    assert generate(model, prompts, 150, sampling=sampling) == recorded
 
 
 # --------------------------------------------------------------------------------------------------
