@@ -1,12 +1,14 @@
 """The changes of docs/changes/, each applied to a copy of the tree: all else goes on working."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import CHANGES, changed_copy, environment
+from tests.helpers import CHANGES, ROOT, changed_copy, environment
+from tests.manual.changes import changed_lines
 
 # What a change needs at tiny size to make a difference.
 OPTIONS = {
@@ -43,7 +45,11 @@ def test_a_changed_model_is_compiled_and_recorded_on_a_gpu(name, tmp_path):
 
 def test_a_change_says_what_it_does_in_two_sentences_and_touches_one_file():
     assert len(NAMES) == 11  # ten, and five of them together
+    table = (ROOT / "docs" / "changes.md").read_text()
     for name in NAMES:
+        assert re.search(
+            rf"^\| \[{name}\].* {re.escape(changed_lines(name))} \|", table, re.MULTILINE
+        )
         text = (CHANGES / f"{name}.diff").read_text()
         head, *files = text.split("diff --git ")
         assert head.endswith(".\n\n")
