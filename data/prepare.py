@@ -39,7 +39,7 @@ PIECES_AT_ONCE = 32  # a thread's share at a time: handing it over then costs li
 SAVE_TOKENS = 20_000_000  # tokens between two saves of the progress
 OPEN_WINDOWS = 64  # windows that wait for an example that still fits
 # Version of what is made of texts. What an older version prepared in data/cache is prepared again.
-FORMAT = 6
+FORMAT = 7
 
 
 @dataclass
@@ -87,13 +87,13 @@ def prepare_texts(
             progress = _write_examples(
                 documents, encoded, tokenizer, folder, val_fraction, block_size
             )
+        blank = progress.next - progress.documents
+        if blank:
+            documents.notes.append(f"{blank:,} blank texts or answers were left out.")
         if min(progress.train, progress.val) < 2:
             tokens = progress.train + progress.val
             problem = f"is too short to train on and to validate: it has {tokens} tokens."
             raise UserError(" ".join([documents.source, problem, *documents.notes]))
-        blank = progress.next - progress.documents
-        if blank:
-            documents.notes.append(f"{blank:,} blank texts or answers were left out.")
         window = None if documents.kind == "text" else block_size
         complete(folder, tokenizer, progress.documents, documents.notes, window)
         (folder / "progress.json").unlink(missing_ok=True)
@@ -272,6 +272,11 @@ def _write_examples(
         documents.notes.append(
             "This tokenizer has no end-of-text token, so answers will not end by themselves. "
             f"{advice}"
+        )
+    if documents.unanswered > 0:
+        documents.notes.append(
+            f"{documents.unanswered:,} conversations end with a message that has no answer. It was "
+            "left out."
         )
     if documents.kind == "prompt" and documents.ending == "":
         documents.notes.append(

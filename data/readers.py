@@ -22,11 +22,11 @@ from typing import Any, BinaryIO
 from gpt12.errors import UserError
 from gpt12.files import exists
 
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".jsonlines", ".parquet")
 SUFFIXES = (".txt", ".md", *TABLES)  # each also as .gz
 DELIMITERS = (",", ";", "\t", "|")
 END_OF_TEXT = "<|endoftext|>"  # separates the documents of a text file
-START_OF_TEXT = "<|startoftext|>"  # begins them in files made for gpt-2-simple, and says nothing
+START_OF_TEXT = "<|startoftext|>"  # begins them in files made for gpt-2-simple
 REPLACE = "utf-8-replace"  # the encoding in which bytes that are not UTF-8 become U+FFFD
 # The common ones besides UTF-8, of which the likeliest are shown.
 ENCODINGS = """cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 koi8_r cp932 euc_jp cp949
@@ -54,7 +54,7 @@ def file_rows(file: Path, text_column: str, encoding: str) -> Rows:
     lines = _lines(file, encoding)
     if suffix in (".csv", ".tsv"):
         return _csv_rows(file, lines)
-    if suffix in (".json", ".jsonl"):
+    if suffix in TABLES:
         return _json_rows(file, lines)
     if text_column == "line":
         return ((str(file), {"line": line.rstrip("\n")}) for line in lines if not line.isspace())
@@ -107,8 +107,9 @@ def _texts(lines: Iterator[str]) -> Iterator[Iterator[str]]:
     def parts() -> Iterator[tuple[int, str]]:
         document = 0
         for line in lines:
-            first, *others = line.replace(START_OF_TEXT, "").split(END_OF_TEXT)
-            yield document, first
+            first, *others = line.replace(START_OF_TEXT, END_OF_TEXT).split(END_OF_TEXT)
+            if first:
+                yield document, first
             for other in others:
                 document += 1
                 if text := other.removeprefix("\n"):

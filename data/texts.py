@@ -37,6 +37,7 @@ PIECE_CHARACTERS = 20_000
 # GPT-2's tokenizer never joins a line end to a non-white character before it. A text that is cut
 # between the two has the same ids as the uncut text. Such a line ends where it can be cut.
 CUT = re.compile(r"\S\n\Z")
+SPLIT_NAME = re.compile(r"(train|valid|validation|val|dev|test)[.-]")  # as in test.jsonl
 FEW_DOCUMENTS = 20  # fewer texts are split by tokens: one of them may be most of the data
 
 
@@ -74,7 +75,9 @@ ROLES = {
 # Columns, and keys of a message, that change what is to be learned.
 REFUSED = ("tool_calls", "function_call", "tools", "history")
 
-Message = dict[str, Any]  # role, content and, from some data, weight
+MESSAGE_KEYS = ("role", "from", "content", "value", "weight", "train")
+
+Message = dict[str, Any]  # role, content and, from some data, whether it is ignored
 
 
 class Piece(NamedTuple):
@@ -99,6 +102,7 @@ class Documents:
     notes: what the user should know about the files and their form.
     skip: leave out this many documents at the beginning.
     count: how many documents the iteration has read so far, with those that it leaves out.
+    unanswered: how many conversations it has read that end with a question.
     """
 
     def __init__(
@@ -111,6 +115,8 @@ class Documents:
         self.notes: list[str] = []
         self.skip = 0
         self.count = 0
+        self.unanswered = 0
+        self._begin = self.source  # the place of the first row
         self._prompts: set[str] = set()
         self._systems: collections.Counter[str | None] = collections.Counter()
         if not self.source.startswith("hf:"):
@@ -120,14 +126,19 @@ class Documents:
     def kind(self) -> str:
         """The kind of all rows' form, which the first row shows; columns not used are noted."""
         for where, row in itertools.islice(self._rows(), 1):
+            self._begin = where
             form = self._form(where, row)
             used = {*form.columns, *form.optional, *REFUSED}
             unused = [repr(column) for column in row if column not in used]
+            for message in _given_messages(row, form):
+                if isinstance(message, dict):
+                    keys = message.keys() - {*MESSAGE_KEYS, *REFUSED}
+                    unused += [f"{key!r} of a message" for key in sorted(keys)]
             if form.kind != "text" and unused:
                 columns = " and ".join(form.columns)
                 self.notes.append(
                     f"{self.source} is read by its columns {columns}. Columns not used: "
-                    f"{', '.join(unused)}."
+                    f"{', '.join(dict.fromkeys(unused))}."
                 )
             return form.kind
         return "text"
@@ -153,6 +164,7 @@ class Documents:
 
     def __iter__(self) -> Iterator[tuple[int, Piece]]:
         self.count = self.skip
+        self.unanswered = 0
         self._prompts.clear()
         self._systems.clear()
         for index, (where, row) in enumerate(self._rows(), self.skip):
@@ -160,8 +172,8 @@ class Documents:
             form = self._form(where, row)
             if form.kind != self.kind:
                 raise UserError(
-                    f"{where} is of kind {form.kind!r}, and the rows before are of kind "
-                    f"{self.kind!r}. Put them into separate data sets."
+                    f"{where} is of kind {form.kind!r}, and the rows before, from {self._begin}, "
+                    f"are of kind {self.kind!r}. Put them into separate data sets."
                 )
             if form.kind == "text":
                 pieces = self._text(where, row)
@@ -178,34 +190,55 @@ class Documents:
         if self.source.startswith("hf:"):
             rows = hub_rows(self.source)
         else:
-            rows = itertools.chain.from_iterable(map(self._file_rows, self.files))
-        return itertools.islice(rows, self.skip, None)
+            rows = itertools.chain.from_iterable(
+                file_rows(file, self.text_column, self.encoding) for file in self.files
+            )
+        for where, row in itertools.islice(rows, self.skip, None):
+            yield where, self._with_known_names(where, row)
 
-    def _file_rows(self, file: Path) -> Rows:
-        return file_rows(file, self.text_column, self.encoding)
+    @functools.cached_property
+    def _forms(self) -> list[Form]:
+        """The forms that a row may have; the first one counts whose columns it has."""
+        text = Form("text", (self.text_column,))
+        return [*FORMS, text] if self.text_column == "text" else [text, *FORMS]
 
-    def _form(self, where: str, row: Row) -> Form:
-        """Return the form that a row has."""
+    @functools.cached_property
+    def _known_names(self) -> dict[str, str]:
+        """The columns that mean something, by their names in lower case."""
+        columns = (column for form in self._forms for column in (*form.columns, *form.optional))
+        return {column.lower(): column for column in columns}
+
+    def _with_known_names(self, where: str, row: Row) -> Row:
+        """Return a row in which a column that is written as `Question` is the `question`."""
         if not isinstance(row, dict):
             raise UserError(
                 f'{where} should be an object like {{"text": "..."}} but is {row!r:.60}.'
             )
-        text = Form("text", (self.text_column,))
-        for form in [*FORMS, text] if self.text_column == "text" else [text, *FORMS]:
+        renamed = {}
+        for column, value in row.items():
+            known = self._known_names.get(column.lower())
+            renamed[column if known is None or known in row else known] = value
+        return renamed
+
+    def _form(self, where: str, row: Row) -> Form:
+        """Return the form that a row has."""
+        for form in self._forms:
             if all(column in row for column in form.columns):
                 return form
         known = ", ".join(" with ".join(form.columns) for form in FORMS)
+        file = where.partition(", line ")[0]
+        place = f"The header of {file}" if suffix_of(Path(file)) in (".csv", ".tsv") else where
         raise UserError(
-            f"{where} has no {self.text_column!r}, only {', '.join(map(repr, row))}. Name the "
+            f"{place} has no {self.text_column!r}, only {', '.join(map(repr, row))}. Name the "
             f"column with the text (--text_column=), or give questions and answers: {known}."
         )
 
     def _text(self, where: str, row: Row) -> Iterator[Piece]:
-        """Yield the pieces of a row's text. What END_OF_TEXT separates in it is one document."""
+        """Yield the pieces of a row's text. What the marks separate in it is one document."""
         text = row[self.text_column]
         if isinstance(text, Iterator):
             return split_text(text)
-        cell = _read_cell(where, row, self.text_column).replace(START_OF_TEXT, "")
+        cell = _read_cell(where, row, self.text_column).replace(START_OF_TEXT, END_OF_TEXT)
         parts = re.split(re.escape(END_OF_TEXT) + "\n?", cell)
         return itertools.chain.from_iterable(split_text(io.StringIO(part)) for part in parts)
 
@@ -215,11 +248,12 @@ class Documents:
         pieces = []
         answers = [message for message in messages if message["role"] == "assistant"]
         for message, (question, answer) in zip(answers, questions_and_answers(self.kind, messages)):
-            trained = message.get("weight") != 0 and answer.strip() != ""
+            trained = not message.get("ignored") and answer.strip() != ""
             pieces.append(Piece(question, trained=False, end=False))
             pieces.append(Piece(answer, trained=trained))
         if not any(piece.trained for piece in pieces):
             return []
+        self.unanswered += messages[-1]["role"] == "user"
         self._prompts.add(pieces[0].text[-ENDING_CHARACTERS:])
         first = messages[0]
         self._systems[first["content"].strip() if first["role"] == "system" else None] += 1
@@ -246,13 +280,19 @@ class Documents:
             if skipped:
                 note += f"; {len(skipped):,} without a text are not: {_count(skipped)}"
             self.notes.append(f"{note}.")
+            found = map(SPLIT_NAME.match, (file.name.lower() for file in self.files))
+            splits = sorted({match[1] for match in found if match})
+            if len(splits) > 1:
+                self.notes.append(
+                    f"The files named {' and '.join(splits)} are read as one data set, which is "
+                    "split anew. Move those away that should not be trained on."
+                )
 
     def _is_usable(self, file: Path) -> bool:
         """Tell whether a file is no table, or has a text. A package.json has none."""
         try:
             if suffix_of(file) in TABLES:
-                for where, row in itertools.islice(self._file_rows(file), 1):
-                    self._form(where, row)
+                return Documents(file, self.text_column, self.encoding).kind != ""
         except UserError:
             return False
         return True
@@ -268,16 +308,19 @@ def _count(files: Sequence[Path]) -> str:
 # The content of a row
 
 
+def _given_messages(row: Row, form: Form) -> list[Any]:
+    """Return the messages that a row holds; none if its form has a column for each text."""
+    if form.kind == "text" or len(form.columns) > 1:
+        return []
+    given = row[form.columns[0]]
+    return given if isinstance(given, list) else [given]
+
+
 def _read_messages(where: str, row: Row, form: Form) -> list[Message]:
-    """Return a row's conversation, which ends with an answer."""
+    """Return a row's conversation."""
     _refuse(where, row)
-    if len(form.columns) == 1:
-        given = row[form.columns[0]]
-        messages = [
-            _read_message(where, message)
-            for message in (given if isinstance(given, list) else [given])
-        ]
-    else:
+    messages = [_read_message(where, message) for message in _given_messages(row, form)]
+    if len(form.columns) > 1:
         question, answer = (_read_cell(where, row, column) for column in form.columns)
         if "input" in form.optional and row.get("input"):
             question += f"\n\n{_read_cell(where, row, 'input')}"
@@ -287,33 +330,28 @@ def _read_messages(where: str, row: Row, form: Form) -> list[Message]:
         ]
     if "system" in form.optional and row.get("system"):
         messages.insert(0, {"role": "system", "content": _read_cell(where, row, "system")})
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not messages:
-        raise UserError(
-            f"{where} has no message of the assistant, so there is nothing to train on."
-        )
     return messages
 
 
 def _read_message(where: str, given: Any) -> Message:
-    """Return a message with role and content, from which "weight" may stay."""
+    """Return a message with role, content and whether it may be trained."""
     message = given if isinstance(given, dict) else {}
     _refuse(where, message)
     role = ROLES.get(str(message.get("role", message.get("from"))))
     column = "content" if "content" in message else "value"
-    if role is None or not isinstance(message.get(column), str):
+    if role is None or column not in message:
         raise UserError(
             f'{where}: a message should be {{"role": ..., "content": a text}}, where a role is '
             f"system, user or assistant, and is {given!r:.100}."
         )
     content = _without_end(_read_cell(where, message, column))
-    return {"role": role, "content": content, "weight": message.get("weight")}
+    ignored = message.get("weight") == 0 or message.get("train") is False
+    return {"role": role, "content": content, "ignored": ignored}
 
 
 def _refuse(where: str, row: Row) -> None:
     for key in REFUSED:
-        if row.get(key):
+        if row.get(key) and row[key] != "[]":
             raise UserError(f"{where} has {key!r}, which cannot be trained here.")
 
 

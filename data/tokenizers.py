@@ -313,7 +313,10 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
 def _read_library(folder: Path, files: Mapping[str, bytes]) -> tokenizers.Tokenizer:
     """Read tokenizer.json, or the older vocab.json and merges.txt."""
     if "tokenizer.json" in files:
-        return tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+        library = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+        library.no_truncation()  # transformers keeps here what its last call asked for
+        library.no_padding()
+        return library
     model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     library = byte_level(model)
     added = _read_json(files, "added_tokens.json")

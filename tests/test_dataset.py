@@ -186,17 +186,27 @@ def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypat
 def test_what_was_read_and_left_out_is_said_each_time(house):
     (house / "texts").mkdir()
     (house / "texts/a.md").write_text("some text, long enough for all of this " * 3)
-    jsonl(house / "texts/b.jsonl", [{"text": " "}])
+    jsonl(house / "texts/test.jsonl", [{"text": " "}])
+    jsonl(house / "texts/train.jsonl", [{"text": "another text, as long as this"}])
     (house / "texts/c.pdf").write_bytes(b"\0")
     for dataset in (open_bytes("texts"), open_bytes("texts")):  # the second time out of the cache
         assert dataset.warnings == [
-            "texts: 2 files are read: 1 .md, 1 .jsonl; 1 without a text are not: 1 .pdf.",
+            "texts: 3 files are read: 2 .jsonl, 1 .md; 1 without a text are not: 1 .pdf.",
+            "The files named test and train are read as one data set, which is split anew. Move "
+            "those away that should not be trained on.",
             "1 blank texts or answers were left out.",
         ]
         assert len(dataset.train) > 8
     (house / "data/mine").mkdir()  # a folder in data/ without a prepare.py
     (house / "data/mine/a.txt").write_text("some text, long enough for all of this " * 3)
-    assert ids(open_bytes("mine").train) == ids(dataset.train)
+    assert len(open_bytes("mine").train) > 8
+    question, answer = ({"role": role, "content": "x"} for role in ("user", "assistant"))
+    chats = [[question], [question, answer, question], [question, answer], [question, answer]]
+    jsonl(house / "chats.jsonl", [{"messages": chat} for chat in chats])
+    assert open_bytes("chats.jsonl", block_size=64).warnings == [
+        "1 conversations end with a message that has no answer. It was left out.",
+        "1 blank texts or answers were left out.",
+    ]
 
 
 def test_unknown_characters_of_a_text_are_refused(house):

@@ -77,6 +77,8 @@ CONTAINERS = {
     "a.json": write_array,
     "lines.json": write_jsonl,
     "a.JSONL": write_jsonl,
+    "a.ndjson": write_jsonl,
+    "a.jsonlines": write_jsonl,
     "a.parquet": write_parquet,
 }
 
@@ -125,6 +127,10 @@ def test_end_of_text_separates_the_documents_of_a_text_file(tmp_path):
         (0, Piece("3")),
     ]
     assert read(file, "line") == ["one", "two", "3"]
+    file.write_text("<|startoftext|>one\nmore\n<|startoftext|>\ntwo<|startoftext|>3")
+    assert read(file) == ["one\nmore\n", "two", "3"]
+    write_jsonl(tmp_path / "a.jsonl", [{"text": file.read_text()}])
+    assert read(tmp_path / "a.jsonl") == ["one\nmore\n", "two", "3"]
     file.write_text(("x" * 99_999 + "\n") * 20 + "<|endoftext|>" + "y")
     assert sum(piece.end for _, piece in Documents(file)) == 2
     assert len("".join(read(file))) == 2_000_001
@@ -152,7 +158,7 @@ def test_a_folder_of_source_code_is_read_and_described(tmp_path):
     assert read(tmp_path / "a.py") == ["text of a.py"]
     for name in ("a.py", "b.py"):
         (tmp_path / name).unlink()
-    with pytest.raises(UserError, match=r"rows\.csv, line 2 has no 'text', only"):
+    with pytest.raises(UserError, match=r"header of .*rows\.csv has no 'text', only"):
         read(tmp_path)  # without source code a table without text is a mistake
 
 
@@ -251,6 +257,8 @@ ONE = [
 FORMS = {
     "Alpaca": {"instruction": "Hi?", "input": "", "output": "Ho."},
     "question": {"question": "Hi?", "answer": "\nHo. "},
+    "capitals": {"Question": "Hi?", "ANSWER": "Ho."},
+    "no tools": {"question": "Hi?", "answer": "Ho.", "tools": "[]"},
     "response": {"prompt": " Hi?\n", "response": "Ho.<|endoftext|>\n<|endoftext|>"},
     "messages": {
         "messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]
@@ -312,10 +320,13 @@ def test_prompts_and_completions_are_read_verbatim(tmp_path):
         (("prompt", "completion", "input"), "'input'"),
         (("instruction", "input", "output", "tools"), None),
         (("text", "id"), None),
+        (("messages", "id"), "'id', 'name' of a message"),
     ],
 )
 def test_columns_that_questions_and_answers_do_not_use_are_named(tmp_path, columns, unused):
     row = dict.fromkeys(columns, "x") | ({"tools": []} if "tools" in columns else {})
+    if "messages" in columns:
+        row["messages"] = [message | {"name": "x"} for message in CHAT]
     documents = Documents(write_jsonl(tmp_path / "a.jsonl", [row]))
     assert (documents.kind == "text") == (columns[0] == "text")
     notes = documents.notes
@@ -335,12 +346,14 @@ def test_conversations_are_read_as_questions_and_trained_answers(tmp_path):
     ]
     assert pieces_of(write_jsonl(tmp_path / "a.jsonl", [row, row])) == 2 * expected
     # A message of weight 0 is read and not trained; a blank answer neither.
-    for change, text in (({"weight": 0}, "Hello  you."), ({"content": " "}, "")):
+    ignored = [({key: value}, "Hello  you.") for key, value in (("weight", 0), ("train", False))]
+    for change, text in (*ignored, ({"content": " "}, ""), ({"content": None}, "")):
         row = {"messages": [*CHAT[:2], CHAT[2] | change, *CHAT[3:]]}
         found = pieces_of(write_jsonl(tmp_path / "a.jsonl", [row]))
         changed = expected[1]._replace(trained=False, text=text)
         assert found == [expected[0], changed, *expected[2:]]
-    rows = [{"messages": [CHAT[1], CHAT[2] | {"weight": 0}]}] * 2
+    blank = [[CHAT[1], CHAT[2] | {"weight": 0}], [CHAT[1], CHAT[2] | {"content": "\n"}]]
+    rows = [{"messages": messages} for messages in (*blank, [CHAT[1]], [])]
     assert pieces_of(write_jsonl(tmp_path / "a.jsonl", rows)) == []
 
 
@@ -460,14 +473,14 @@ def test_pieces_have_the_ids_of_the_whole(monkeypatch, parts):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "id,body\n1,x\n", r"line 2 has no 'text', only 'id', 'body'\..*--text_column="),
+        ("a.csv", "id,body\n1,x\n", r"The header of .*a.csv has no 'text', only 'id', 'body'\. "),
         (
             "a.csv",
             'text\n"never closed\n',
             "line 2 begins a row of broken CSV: unexpected end.* each mark in the text twice",
         ),
-        ("a.csv", "sep=\nx\n", "line 2 has no 'text', only 'sep='"),
-        ("a.csv", 'sep="\nx\n', "line 2 has no 'text', only"),
+        ("a.csv", "sep=\nx\n", "has no 'text', only 'sep='.*--text_column="),
+        ("a.csv", 'sep="\nx\n', "has no 'text', only"),
         ("a.json", '{\n "text": "a"\n}', r"line 1 is broken JSON: .* as a list"),
         ("a.json", '{"a": 1,\n "text": "a"}', "line 1 is broken JSON"),
         ("a.csv", "id,text\n1,x\n2,well, then\n", r"line 3 has more fields than the header.* ','"),
@@ -485,7 +498,7 @@ def test_pieces_have_the_ids_of_the_whole(monkeypatch, parts):
         (
             "a.jsonl",
             '{"text": "x"}\n{"prompt": "x", "completion": ""}\n',
-            "line 2 is of kind 'prompt', and the rows before are of kind 'text'",
+            r"line 2 is of kind 'prompt', and .* from .*a\.jsonl, line 1, are of kind 'text'",
         ),
         ("a.jsonl", '{"messages": "hello"}\n', "a message should be"),
         ("a.jsonl", '{"messages": [{"role": "tool", "content": "x"}]}\n', "system, user or assist"),
@@ -496,7 +509,6 @@ def test_pieces_have_the_ids_of_the_whole(monkeypatch, parts):
             "has 'tool_calls', which cannot be trained here",
         ),
         ("a.jsonl", '{"messages": [], "tools": "x"}\n', "'tools', which cannot be trained here"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "no message of the ass"),
         ("a.pdf", "%PDF\0", r"a\.pdf holds no text.*\.txt, .*\.parquet, each also as \.gz"),
         (".hidden.txt", "", "holds no text and no val shards"),
     ],

@@ -176,6 +176,7 @@ def test_any_tokenizer_of_a_model_gives_the_ids_of_transformers(make, tmp_path):
     theirs.add_special_tokens(names)
     theirs.chat_template = "{{ messages[0]['content'] }}"
     folder = tmp_path / "model"
+    theirs("cut", truncation=True, max_length=3, padding="max_length")  # tokenizer.json keeps this
     theirs.save_pretrained(folder)
     end = theirs.convert_tokens_to_ids("</s>")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 7]}))
