@@ -134,14 +134,12 @@ def fits_in_a_trial(config: TrainConfig, run: Run, make_step: Callable[..., Any]
     micro_steps = min(2, config.gradient_accumulation_steps)
     alone = replace(run.machine, rank=0, world=1)
     small = replace(config, gradient_accumulation_steps=micro_steps)
-    devices = []
+    device = run.machine.device
     run.model.set_recompute(config.recompute)
-    if run.machine.on_gpu:
-        devices.append(run.machine.device)
-        torch.cuda.reset_peak_memory_stats(run.machine.device)
+    torch.cuda.reset_peak_memory_stats(device)
     fitted = True
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([device]):
             try_step(make_step(run.model, small, alone, run.packed, cuda_graph=False))
     except RuntimeError as error:
         if not ran_out_of_memory(error):

@@ -261,8 +261,8 @@ def test_a_run_that_is_killed_four_times_ends_like_the_unbroken_run():
 SAVE_ONCE = ["--eval_interval=12", "--save_interval_s=1e9", "--gradient_accumulation_steps=1"]
 
 
-def poison_loss(monkeypatch, steps: tuple[int, ...], value: float) -> None:
-    """Let the training loss of these steps, counted from 1, be `value`."""
+def poison_loss(monkeypatch, steps: tuple[int, ...]) -> None:
+    """Let the training loss of these steps, counted from 1, be NaN."""
     forward = GPT.forward
     count = itertools.count(1)
 
@@ -270,26 +270,25 @@ def poison_loss(monkeypatch, steps: tuple[int, ...], value: float) -> None:
         logits, loss = forward(self, *args, **kwargs)
         is_twin = self.config.vocab_size == VOCAB_SIZE  # tried before the first step
         if self.training and not is_twin and next(count) in steps:
-            loss = loss * value
+            loss = loss * math.nan
         return logits, loss
 
     monkeypatch.setattr(GPT, "forward", poisoned)
 
 
 def test_updates_skipped_between_two_logs_are_reported(dataset, tmp_path, monkeypatch, capsys):
-    poison_loss(monkeypatch, (2, 3), math.nan)
+    poison_loss(monkeypatch, (2, 3))
     assert run(dataset, tmp_path, "--max_iters=12", "--log_interval=4", *SAVE_ONCE) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
     assert len(told) == 1
     assert told[0].startswith("step 4: loss or gradient not finite; skipped 2 update(s)")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_reported_and_its_update_skipped(
-    dataset, tmp_path, monkeypatch, capsys, value
+    dataset, tmp_path, monkeypatch, capsys
 ):
     """Of 12 updates those two do not happen, the others do, and no file holds a NaN."""
-    poison_loss(monkeypatch, (5, 6), value)
+    poison_loss(monkeypatch, (5, 6))
     assert run(dataset, tmp_path, "--max_iters=12", *SAVE_ONCE) == 0
     out = capsys.readouterr().out
     assert "step 5: loss or gradient not finite" in out

@@ -182,6 +182,7 @@ def test_ranks_take_the_lowest_rung_of_all(monkeypatch, capsys):
     assert "another rank has less memory: recompute=block, batch_size=1" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("acted_gpu")
 @pytest.mark.parametrize(
     ("optimizer", "fitting", "packed"),
     [("adamw", True, False), ("muon", False, True), ("rmsprop", True, True)],

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import shutil
 import sys
 from dataclasses import asdict
@@ -14,9 +13,7 @@ import torch
 
 import train
 from data.dataset import open_dataset
-from data.shards import Tokens
 from data.tokenizers import CharTokenizer
-from data.windows import TrainWindows
 from gpt12.checkpoint import Progress
 from gpt12.device import Machine
 from gpt12.errors import UserError
@@ -119,13 +116,6 @@ def test_keys_that_follow_from_others_are_decided_once_and_told(
     reason = "because it was not set: at most a tenth of all steps"
     note = f"warmup_iters={found.config.warmup_iters}, {reason}"
     assert (note in found.notes) == (found.config.warmup_iters < 2000)
-
-
-def test_num_epochs_sets_the_number_of_steps(dataset, tmp_path):
-    per_epoch = TrainWindows(Tokens(dataset, "train"), 16, 1337).per_epoch
-    found = built(dataset, tmp_path, "--num_epochs=1.5")
-    assert found.windows_per_step == 8
-    assert found.config.max_iters == math.ceil(1.5 * per_epoch / 8)
 
 
 def test_a_loaded_model_brings_its_own_shape(dataset, finished, tmp_path):
