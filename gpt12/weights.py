@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,17 +99,17 @@ def from_pretrained(
         a change is an error.
     Raises UserError naming the file, the tensor or the setting that this model cannot represent.
     """
-    source, adapters = _find_base(find_pretrained(path_or_name))
-    for folder in adapters:
-        config = check_code(folder, new_run)
-        block_size = block_size or config.block_size
+    source, adapters = _base_and_adapters(find_pretrained(path_or_name))
+    if adapters and block_size is None:
+        block_size = _read_config(adapters[0])[0].block_size
     model = _read_model(source, block_size, dropout, new_run or bool(adapters))
     for folder in reversed(adapters):
         load_adapter(model, folder)
+        check_code(folder, new_run)
     return model
 
 
-def _find_base(source: Path) -> tuple[Path, list[Path]]:
+def _base_and_adapters(source: Path) -> tuple[Path, list[Path]]:
     """Return the model that adapters adapt, and their folders: a base may hold adapters itself."""
     adapters: list[Path] = []
     while (base := base_of_adapter(source)) is not None:
@@ -153,14 +153,13 @@ def _read_model(source: Path, block_size: int | None, dropout: float, new_run: b
     return model
 
 
-def check_code(folder: Path, new_run: bool = False) -> GPTConfig:
+def check_code(folder: Path, new_run: bool = False) -> None:
     """Read a model's config.json, and compare what model.py computes now with what it did then.
 
     Raises UserError if these differ, or only says so for a new run and for another program's model.
     """
     config, saved = _read_config(folder)
     _compare_code(folder, config, saved, new_run)
-    return config
 
 
 def _compare_code(
@@ -382,20 +381,17 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     tensors: dict[str, Tensor] = {}
-    for name in _weight_files(folder):
-        file = folder / name
-        if name.endswith(".bin"):
-            tensors |= _held_tensors(_read_pickle(file), file)
-            continue
+    for file in _weight_files(folder):
         try:
-            tensors |= load_file(file)
+            is_pickle = file.suffix == ".bin"
+            tensors |= _held_tensors(_read_pickle(file), file) if is_pickle else load_file(file)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{file} is missing, damaged or no safetensors file: {error}") from None
     return tensors
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """Return the names of the files with the weights: one, or the shards that an index names."""
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files with the weights: one, or the shards that an index names."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.exists():
@@ -404,10 +400,10 @@ def _weight_files(folder: Path) -> list[str]:
             for part in names:
                 if not re.fullmatch(r"\w[\w.-]*", part):  # a path would lead out of the folder
                     raise UserError(f"{index}: {part!r} is no name of a file beside it")
-            return sorted(names)
+            return [folder / part for part in sorted(names)]
         if (folder / name).exists():
-            return [name]
-    return ["model.safetensors"]
+            return [folder / name]
+    return [folder / "model.safetensors"]
 
 
 def _held_tensors(content: Any, file: Path) -> dict[str, Tensor]:
@@ -441,30 +437,35 @@ def _read_pickle(file: Path) -> Any:
 # nanoGPT's ckpt.pt
 
 
+@dataclass
+class NanoGPTFile:
+    """What we read of a ckpt.pt of nanoGPT's train.py."""
+
+    model_args: dict[str, Any]
+    model: dict[str, InstanceOf[Tensor]]
+    config: dict[str, Any] = field(default_factory=dict)
+
+
 class NanoGPTCheckpoint(NamedTuple):
-    """What a ckpt.pt of nanoGPT's train.py holds."""
+    """The same in our words. The tensors are as a folder has them."""
 
     config: GPTConfig
     tensors: dict[str, Tensor]
-    dataset: str | None  # the data set that it was trained on
+    dataset: Any  # the name of the data set that it was trained on
 
 
 def read_nanogpt(file: Path) -> NanoGPTCheckpoint:
     """Read nanoGPT's ckpt.pt. Raises UserError if it is something else."""
-    content = _read_pickle(file)
-    try:
-        config = _make_config(content["model_args"], file)  # without a `bias` it has biases
-        if config.vocab_size == NANOGPT_PADDED_VOCAB_SIZE:
-            config = replace(config, vocab_size=50257)
-        tensors = {}
-        for name, tensor in _held_tensors(content["model"], file).items():
-            name = name.removeprefix("_orig_mod.")  # torch.compile's prefix
-            if name in VOCABULARY:
-                tensor = tensor[: config.vocab_size]
-            elif name.startswith("transformer.h.") and tensor.ndim == 2:
-                tensor = tensor.t()  # as a folder has it
-            tensors[name] = tensor
-        dataset = dict(content.get("config", {})).get("dataset")
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is no checkpoint of nanoGPT ({error!r:.200})") from None
-    return NanoGPTCheckpoint(config, tensors, dataset if isinstance(dataset, str) else None)
+    content: NanoGPTFile = _validate(NanoGPTFile, _read_pickle(file), file)
+    config = _make_config(content.model_args, file)  # without a `bias` it has biases
+    if config.vocab_size == NANOGPT_PADDED_VOCAB_SIZE:
+        config = replace(config, vocab_size=50257)
+    tensors = {}
+    for name, tensor in _held_tensors(content.model, file).items():
+        name = name.removeprefix("_orig_mod.")  # torch.compile's prefix
+        if name in VOCABULARY and tensor.ndim == 2:
+            tensor = tensor[: config.vocab_size]
+        elif name.startswith("transformer.h.") and tensor.ndim == 2:
+            tensor = tensor.t()
+        tensors[name] = tensor
+    return NanoGPTCheckpoint(config, tensors, content.config.get("dataset"))
