@@ -76,7 +76,9 @@ def train(name: str, steps: int, options: list[str], gpus: Queue[int]) -> Figure
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {name}: {steps} steps, {options[-1]}\n")
     with tempfile.TemporaryDirectory() as place:
         copy = changed_copy(Path(place) / "copy", None if name == AS_IT_IS else name)
-        (copy / "data" / "cache").symlink_to(ROOT / "data" / "cache")
+        cache = ROOT / "data" / "cache"  # the text is prepared once
+        cache.mkdir(exist_ok=True)
+        (copy / "data" / "cache").symlink_to(cache)
         command = [sys.executable, "-c", TRAIN, "config/train_gpt2_fast.py", "--out_dir=out"]
         command += [f"--max_iters={steps}", f"--eval_interval={steps}"]
         command += [f"--warmup_iters={steps // 10}", *KEYS.get(name, []), *options]
@@ -85,7 +87,7 @@ def train(name: str, steps: int, options: list[str], gpus: Queue[int]) -> Figure
         gpus.put(gpu)
         if done.returncode != 0:
             lines = (done.stdout + done.stderr).splitlines()
-            raise UserError("\n".join([f"{name} ended with {done.returncode}:", *lines[-15:]]))
+            raise UserError("\n".join([f"it ended with {done.returncode}:", *lines[-15:]]))
         rows = [json.loads(line) for line in (copy / "out" / "metrics.jsonl").open()]
     speeds = [row["tokens_per_s"] for row in rows if row.get("tokens_per_s")]
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
@@ -143,8 +145,8 @@ def table(names: list[str], runs: dict[str, list[Future[Figures]]]) -> Iterator[
     for name in [AS_IT_IS, *names]:
         try:
             found = together([run.result() for run in runs[name]])
-        except UserError as error:  # the other changes go on
-            say(str(error))
+        except Exception as error:  # the other changes go on
+            say(f"{name}: {error}")
         else:
             yield row(name, found, first, gain=half.loss - first.loss)
 
