@@ -95,7 +95,8 @@ def train(name: str, steps: int, options: list[str], gpus: Queue[int]) -> Figure
     peak = re.search(r"^peak ([\d.]+)", done.stdout, re.MULTILINE)
     return Figures(
         parameters=parameters[1] if parameters else "",
-        speed=statistics.harmonic_mean(speeds),  # each is of equally many tokens
+        # Each is of equally many tokens. A run of few steps has none.
+        speed=statistics.harmonic_mean(speeds or [math.nan]),
         memory=f"{float(peak[1]):.2f}" if peak else "",
         loss=losses[-1],
     )
