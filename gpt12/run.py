@@ -230,7 +230,8 @@ def _differs(key: str, a: TrainConfig, b: TrainConfig) -> bool:
 def asked_at_the_start(saved: SavedRun) -> dict[str, Any]:
     """Return what the user asked for when a run began, with what was typed on resuming since."""
     if saved.given is None:  # of an earlier version, some of whose values mean nothing here
-        return {"lr_decay_iters": saved.requested.get("lr_decay_iters")}
+        usable = {"lr_decay_iters"} & saved.requested.keys()
+        return {key: saved.requested[key] for key in usable}
     return saved.requested
 
 

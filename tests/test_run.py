@@ -283,9 +283,11 @@ def test_what_a_run_fitted_into_memory_stays_until_such_a_key_is_typed(tmp_path,
 
 
 def test_values_that_an_older_program_chose_stay_as_they_became(tmp_path):
-    write_run(tmp_path, MEMORY, requested={"batch_size": "auto", "recompute": "auto"})
+    became = MEMORY | {"lr_decay_iters": 77}
+    write_run(tmp_path, became, requested={"batch_size": "auto", "recompute": "auto"})
     made = read_request(["--init_from=resume", f"--out_dir={tmp_path}", "--recompute=none"]).config
     assert (made.batch_size, made.gradient_accumulation_steps, made.recompute) == (6, 8, "none")
+    assert made.lr_decay_iters == 77
 
 
 def test_one_command_starts_a_run_goes_on_with_it_and_finds_it_complete(
