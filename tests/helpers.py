@@ -7,7 +7,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,16 +103,6 @@ def changed_copy(folder: Path, change: str | None) -> Path:
 
 # --------------------------------------------------------------------------------------------------
 # Running
-
-
-def command(script: str, *options: str) -> list[str]:
-    """Return the command line that starts one of our scripts with ROOT as working directory."""
-    return [sys.executable, script, *options]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """Return the environment of a process that a test starts: one thread, and `more`."""
-    return os.environ | {"OMP_NUM_THREADS": "1"} | more
 
 
 def run(dataset: Path, out_dir: Path, *options: str) -> int:

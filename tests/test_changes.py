@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import CHANGES, ROOT, changed_copy, environment
+from tests.helpers import CHANGES, ROOT, changed_copy
 from tests.manual.changes import changed_lines
 
 # What a change needs at tiny size to make a difference.
@@ -20,9 +20,7 @@ NAMES = sorted(file.stem for file in CHANGES.glob("*.diff"))
 
 def python(copy: Path, *argv: str) -> subprocess.CompletedProcess:
     """Run Python in a copy of the tree."""
-    return subprocess.run(
-        [sys.executable, *argv], cwd=copy, env=environment(), capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, *argv], cwd=copy, capture_output=True, text=True)
 
 
 @pytest.mark.changes

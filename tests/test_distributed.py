@@ -38,7 +38,6 @@ from tests.helpers import (
     ENDLESS,
     ROOT,
     TINY,
-    environment,
     evaluations,
     losses,
     make_answers,
@@ -287,9 +286,7 @@ def test_torchrun_starts_all_ranks_again_if_one_dies_and_the_run_goes_on(dataset
     places = [f"--dataset={dataset}", f"--out_dir={tmp_path}", "--init_from=auto"]
     argv = [*start, "--max_restarts=1", "train.py", *TINY, *ENDLESS, *places]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(
-        [*argv, "--save_interval_s=0"], cwd=ROOT, env=environment(), **pipes
-    ) as process:
+    with subprocess.Popen([*argv, "--save_interval_s=0"], cwd=ROOT, **pipes) as process:
         limit = threading.Timer(LIMIT_S, process.terminate)
         limit.start()
         assert any(line.startswith("step 12:") for line in process.stdout), "it ended before"

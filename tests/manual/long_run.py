@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from tests.helpers import OPTIONS, ROOT, command, make_dataset
+from tests.helpers import OPTIONS, ROOT, make_dataset
 
 PARTS = 10
 
@@ -34,7 +34,7 @@ def long_run(steps: int, folder: Path, options: list[str]) -> list[tuple[float, 
     """Return what was observed at every steps/200."""
     places = [f"--dataset={make_dataset(folder / 'letters')}", f"--out_dir={folder / 'out'}"]
     plan = [f"--max_iters={steps}", f"--eval_interval={steps // 40}", "--save_interval_s=5"]
-    argv = command("train.py", *OPTIONS, *places, *plan, *options)
+    argv = [sys.executable, "train.py", *OPTIONS, *places, *plan, *options]
     process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     seen = []
     for line in process.stdout or ():

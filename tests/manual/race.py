@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt12.errors import run_main
-from tests.helpers import ROOT, command
+from tests.helpers import ROOT
 
 SEQUENCES = {"nanoGPT": 64, "ours": 16}  # of 1,024 tokens, in a step
 BOTH = (
@@ -55,7 +55,7 @@ def run(name: str, steps: int, micro_batch: int, options: list[str], out_dir: Pa
         f"--gradient_accumulation_steps={SEQUENCES[name] // micro_batch}",
         f"--out_dir={out_dir}",
     ]
-    argv = command("train.py", *BOTH.split(), *RECIPES[name].split(), *plan, *options)
+    argv = [sys.executable, "train.py", *BOTH.split(), *RECIPES[name].split(), *plan, *options]
     print(f"{name}: {' '.join(argv)}", flush=True)
     start = time.perf_counter()
     if subprocess.run(argv, cwd=ROOT).returncode != 0:

@@ -28,7 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.helpers import TINY, changed_copy, environment, losses, trainer
+from tests.helpers import TINY, changed_copy, losses, trainer
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for all processes
 
 OPTIONS = [
     *TINY,
@@ -60,7 +62,7 @@ class Machine:
         own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with open(self.log, "a") as log:
             self.agent = subprocess.Popen(
-                self.argv, cwd=self.folder, env=environment(**own_store), stdout=log, stderr=log
+                self.argv, cwd=self.folder, env=os.environ | own_store, stdout=log, stderr=log
             )
 
     def lose(self) -> None:
@@ -134,7 +136,7 @@ def main() -> int:
             for machine in (first, second):
                 machine.lose()
         alone = [sys.executable, "train.py", *OPTIONS, "--out_dir=alone"]
-        subprocess.run(alone, cwd=first.folder, env=environment(), check=True, capture_output=True)
+        subprocess.run(alone, cwd=first.folder, check=True, capture_output=True)
         two, one = losses(first.folder / "out"), losses(first.folder / "alone")
         assert list(two) == list(one), "steps are missing"
         apart = max(abs(two[step] - one[step]) for step in one)
