@@ -320,7 +320,7 @@ def refused(capsys, out_dir, *options) -> str:
         (
             "long.jsonl",
             (json.dumps({"prompt": "ada asks " * 9, "completion": "bob"}) + "\n").encode() * 40,
-            ["40 of 40 examples were longer than a row of 32 tokens", "--block_size="],
+            ["40 of 40 examples were longer than 32 tokens", "--block_size="],
         ),
         ("foreign.txt", "ada asks Ørsted. ".encode() * 99, ["'Ø'"]),
     ],
