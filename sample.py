@@ -196,12 +196,17 @@ class ChatTemplate:
 
         None if it is not in the template.
         """
-        before, _, after = self.write([user_message(MARK)]).partition(MARK)
-        words = after.strip()
+        *openings, after = self.write([user_message(MARK)]).split(MARK)
+        with contextlib.suppress(UserError):  # a template may refuse a system message
+            system = {"role": "system", "content": MARK}
+            openings += self.write([system, user_message(MARK)]).split(MARK)[:-1]
+        words = after.strip()  # the answer's heading
+        begins = [opening.strip() for opening in openings]
+        if words not in text or not text.lstrip().startswith(tuple(begins)):
+            return None
         if words and text.rstrip().endswith(words):
             return text.rstrip() + after[len(after.rstrip()) :]
-        before = before.strip()
-        return text if before and before in text else None
+        return text if all(begins) else None
 
 
 def user_message(text: str) -> Message:
@@ -383,7 +388,10 @@ def answer(writer: Writer, messages: Sequence[Message], question: str) -> Sequen
             show(new)
     show(text.finish("length") + "\n")
     say(speed(times))
-    if writer.template.forgets() or writer.template.complete(question) is not None:
+    if writer.template.forgets():
+        return []
+    if writer.template.complete(question) is not None:
+        say("that text was in the model's template already: the conversation begins anew")
         return []
     said = writer.tokenizer.decode(text.ids)  # with the stop string, which is not shown
     ended = text.finish_reason == "end"

@@ -38,14 +38,21 @@ CHAT_TEMPLATE = (
 DEFAULT_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}{{ '### System:\n' + SYSTEM + '\n\n' }}{% endif %}"
 )
-# How a question of prompt-completion data is written: with as much of the prompts' common ending as
-# it lacks. Such data know no turns, so only the last question counts.
-PROMPT_TEMPLATE = (
-    "{% set ending = ENDING %}"
+# Data whose conversations all have one question know no turns, so only the last question counts.
+LAST_QUESTION = (
     "{% set last = namespace(question=0, known=0) %}"
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{% set last.question = loop.index0 %}{% endif %}"
     "{% endfor %}"
+)
+SINGLE_TURN = LAST_QUESTION + (
+    "{% set system = messages[:1] if messages[0]['role'] == 'system' else [] %}"
+    "{% set messages = system + messages[last.question:] %}"
+)
+# How a question of prompt-completion data is written: with as much of the prompts' common ending as
+# it lacks.
+PROMPT_TEMPLATE = LAST_QUESTION + (
+    "{% set ending = ENDING %}"
     "{% for message in messages[last.question:] %}"
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
@@ -71,13 +78,18 @@ UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 
 
 def chat_template(
-    kind: str, has_end_token: bool, ending: str = "", system: str | None = None
+    kind: str,
+    has_end_token: bool,
+    ending: str = "",
+    system: str | None = None,
+    single_turn: bool = False,
 ) -> str:
     """Return the chat template for a model that is trained on conversations or prompts.
 
     kind: "messages" for conversations; "prompt" for prompts and completions.
     has_end_token: a character tokenizer has none. A line end stands in its place.
     ending: the common ending of all prompts. system: the commonest system message.
+    single_turn: each conversation has one question.
     """
     if kind == "prompt":
         template = PROMPT_TEMPLATE.replace("ENDING", json.dumps(ending, ensure_ascii=False), 1)
@@ -86,6 +98,8 @@ def chat_template(
         if system:
             text = json.dumps(system, ensure_ascii=False)
             template = DEFAULT_SYSTEM.replace("SYSTEM", text, 1) + template
+        if single_turn:
+            template = SINGLE_TURN + template
     return template if has_end_token else template.replace("{{ eos_token }}", r"{{ '\n' }}")
 
 

@@ -13,6 +13,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -53,7 +54,7 @@ def file_rows(file: Path, text_column: str, encoding: str) -> Rows:
         return _parquet_rows(file)
     lines = _lines(file, encoding)
     if suffix in (".csv", ".tsv"):
-        return _csv_rows(file, lines)
+        return _csv_rows(file, lines, encoding)
     if suffix in TABLES:
         return _json_rows(file, lines)
     if text_column == "line":
@@ -141,7 +142,7 @@ def _parse(where: str, text: str) -> Any:
         ) from None
 
 
-def _csv_rows(file: Path, lines: Iterator[str]) -> Rows:
+def _csv_rows(file: Path, lines: Iterator[str], encoding: str) -> Rows:
     """Yield the rows of a table with a header."""
     csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
     header = next(lines, "")
@@ -151,8 +152,14 @@ def _csv_rows(file: Path, lines: Iterator[str]) -> Rows:
         delimiter = match[1]
         header = next(lines, "")
         before = 1
+    quoted = suffix_of(file) != ".tsv" or _has_quotation(_lines(file, encoding))
     # strict, because else a quotation mark that is never closed swallows the rest of the file.
-    reader = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(
+        itertools.chain([header], lines),
+        delimiter=delimiter,
+        strict=True,
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+    )
     end = before + 1  # of what was read
     advice = f"A text with {delimiter!r} or a quotation mark in it should stand in quotation marks"
     try:
@@ -168,6 +175,30 @@ def _csv_rows(file: Path, lines: Iterator[str]) -> Rows:
             f"{file}, line {end + 1} begins a row of broken CSV: {error}. {advice}, and each mark "
             "in the text twice."
         ) from None
+
+
+def _has_quotation(lines: Iterator[str]) -> bool:
+    """Tell whether the quotation marks of a .tsv file quote. In many they are only characters.
+
+    They do not if one is not closed, or if they join lines that have all their tabs already.
+    """
+    held: list[str] = []  # the lines of a row
+
+    def read_lines() -> Iterator[str]:
+        for line in lines:
+            held.append(line)
+            yield line
+
+    tabs = 0
+    try:
+        for row in csv.reader(read_lines(), delimiter="\t", strict=True):
+            tabs = tabs or len(row) - 1  # of the header
+            if len(held) > 1 and tabs > 0 and all(line.count("\t") == tabs for line in held):
+                return False
+            held.clear()
+    except csv.Error:
+        return False
+    return True
 
 
 def _parquet_rows(file: Path) -> Rows:
@@ -288,15 +319,19 @@ def _explain_encoding(file: Path, encoding: str) -> str:
     bad_bytes = decoded.count("\ufffd") + decoded.count("\0")
     if sum(character > "\x7f" for character in decoded) > 2 * bad_bytes:
         return f"{message} To go on with U+FFFD in the place of such bytes: --encoding={REPLACE}"
-    strange = line[0 if bad < 40 else bad :][:80]
     guesses = []
     for match in charset_normalizer.from_bytes(sample, cp_isolation=ENCODINGS):
         same = match.could_be_from_charset  # the encodings in which the sample is this text
         guesses.append("cp1252" if "cp1252" in same else match.encoding)
     message += " Pass the encoding in which this line is right:"
-    for guess in guesses[:3] or [name for name in ENCODINGS if _find_bad_byte(line, name) < 0]:
-        shown = strange.decode(guess, "replace").splitlines()[0]
-        message += f"\n  --encoding={guess:10} {shown}"
+    guesses = guesses[:3] or [name for name in ENCODINGS if _find_bad_byte(line, name) < 0]
+    rest = sample[sample.index(line) :]
+    decoded_lines = zip(*[rest.decode(guess, "replace").splitlines() for guess in guesses])
+    shown = max(decoded_lines, key=lambda same_line: len(set(same_line)), default=())
+    strange = len(os.path.commonprefix(shown))  # noqa: RUF071 (of characters, not folders)
+    begin = 0 if strange < 60 else strange - 20
+    for guess, text in zip(guesses, shown):
+        message += f"\n  --encoding={guess:10} {text[begin:][:80]}"
     return message
 
 

@@ -116,6 +116,7 @@ class Documents:
         self.skip = 0
         self.count = 0
         self.unanswered = 0
+        self._most_answers = 0  # in one conversation
         self._begin = self.source  # the place of the first row
         self._prompts: set[str] = set()
         self._systems: collections.Counter[str | None] = collections.Counter()
@@ -155,7 +156,9 @@ class Documents:
             return None
         ranking = self._systems.most_common(1)
         system = ranking[0][0] if ranking else None
-        return chat_template(self.kind, has_end_token, self.ending, system)
+        return chat_template(
+            self.kind, has_end_token, self.ending, system, single_turn=self._most_answers == 1
+        )
 
     @property
     def ending(self) -> str:
@@ -165,6 +168,7 @@ class Documents:
     def __iter__(self) -> Iterator[tuple[int, Piece]]:
         self.count = self.skip
         self.unanswered = 0
+        self._most_answers = 0
         self._prompts.clear()
         self._systems.clear()
         for index, (where, row) in enumerate(self._rows(), self.skip):
@@ -253,6 +257,7 @@ class Documents:
             pieces.append(Piece(answer, trained=trained))
         if not any(piece.trained for piece in pieces):
             return []
+        self._most_answers = max(self._most_answers, len(answers))
         self.unanswered += messages[-1]["role"] == "user"
         self._prompts.add(pieces[0].text[-ENDING_CHARACTERS:])
         first = messages[0]

@@ -195,7 +195,8 @@ class RunLog:
                 "learning_rate"
             )
         if status == 0 and saved and self.run.dataset.tokenizer is not None:
-            yield f"read what it writes: python sample.py --out_dir={typed}"
+            talk = " --interactive" if self.run.packed else ""
+            yield f"read what it writes: python sample.py --out_dir={typed}{talk}"
 
     def _record(self, **values: float | None) -> None:
         """Write a row into metrics.jsonl and, under the same names, to Weights & Biases."""

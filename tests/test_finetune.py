@@ -341,6 +341,7 @@ def test_a_question_in_the_chat_ends_as_the_prompts_did(tmp_path, monkeypatch, c
     shape = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=64", "--max_iters=2"]
     argv = [*QUICK, *shape, "--tokenizer=bytes", f"--dataset={file}", f"--out_dir={tmp_path}/out"]
     assert train.main(argv) == 0
+    assert capsys.readouterr().out.endswith("/out --interactive\n")
     asked: list[bytes] = []
 
     def stream(model, prompts, *args, **options):

@@ -177,6 +177,12 @@ def test_a_prompt_comes_from_the_option_a_file_or_standard_input(
 # Chat templates
 
 DIALOGPT = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+SHORT = (
+    "{% for message in messages %}"
+    "{{ 'user: ' if message.role == 'user' else 'bot: ' }}{{ message.content }}\n"
+    "{% endfor %}bot:"
+)
+DEFAULT = chat_template("messages", True, system="Be brief.")
 STRANGE = """{{ bos_token }}{%- if messages[0].role == 'system' %}
     {{- '<<' + messages[0].content + '>>' }}
 {%- endif %}
@@ -213,10 +219,11 @@ def chat(tmp_path):
         CHAT_TEMPLATE,
         chat_template("messages", False),
         chat_template("prompt", True, " ->"),
+        chat_template("messages", True, system="Be kind.", single_turn=True),
         DIALOGPT,
         STRANGE,
     ],
-    ids=["chat", "characters", "prompt", "DialoGPT", "strange"],
+    ids=["chat", "characters", "prompt", "single-turn", "DialoGPT", "strange"],
 )
 def test_a_template_writes_here_what_it_writes_in_transformers(chat, template):
     folder = chat(template).partition("=")[2]
@@ -240,6 +247,11 @@ def test_a_template_writes_here_what_it_writes_in_transformers(chat, template):
         (chat_template("prompt", True, " ->"), "Hi", "Hi ->"),
         (chat_template("prompt", True, " ->"), "Hi ->", None),
         (chat_template("prompt", True, "\n\n##\n"), "Hi\n\n##", "Hi\n\n##\n"),
+        (SHORT, "FAQ of the superuser: how?", "user: FAQ of the superuser: how?\nbot:"),
+        (SHORT, "user: how?", "user: user: how?\nbot:"),
+        (SHORT, "user: how?\nbot: So", None),
+        (SHORT, "What is a bot:", "user: What is a bot:\nbot:"),
+        (DEFAULT, "### User:\nHi\n\n### Assistant:", "### User:\nHi\n\n### Assistant:\n"),
         (DIALOGPT, "Hi", "Hi<|endoftext|>"),
         (DIALOGPT, "Hi<|endoftext|>", None),
     ],
@@ -314,12 +326,26 @@ CONVERSATIONS = {
         ],
         "",
     ),
-    "single-turn data begin anew": (
+    "prompts have no turns": (
         [chat_template("prompt", True, "\n")],
         b"What?\nWhy?\n",
         [b"a", b"b"],
         ["What?\n", "Why?\n"],
         "answers each question without those before it",
+    ),
+    "single-turn data begin anew": (
+        [chat_template("messages", True, system="Be brief.", single_turn=True)],
+        b"q\nr\n",
+        [b"a", b"b"],
+        [SYSTEM + ask("q"), SYSTEM + ask("r")],
+        "answers each question without those before it",
+    ),
+    "a text in the template begins anew": (
+        [DIALOGPT],
+        b"q\nr<|endoftext|>\ns\n",
+        [b"a", b"b", b"c"],
+        ["q<|endoftext|>", "r<|endoftext|>", "s<|endoftext|>"],
+        "that text was in the model's template already",
     ),
 }
 

@@ -109,6 +109,25 @@ def test_a_line_end_is_the_same_everywhere(tmp_path):
         assert read(tmp_path / "c.txt", "line") == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("table", "texts"),
+    [
+        (
+            'id\ttext\n1\t"Oui, dit Jean.\n2\tComment ?\n3\tBien."\n',
+            '"Oui, dit Jean.|Comment ?|Bien."',
+        ),
+        ('id\ttext\n1\t"Sim", disse\n2\tO "3" e 5"\n', '"Sim", disse|O "3" e 5"'),
+        ('id\ttext\n1\t"never\n2\tclosed\n', '"never|closed'),
+        ('id\ttext\n1\t"two\nlines"\n2\t"a ""b"""\n', 'two\nlines|a "b"'),
+        ('id\ttext\n1\t"two\n\t\tlines"\n', "two\n\t\tlines"),
+        ('text\n"two\nlines"\n', "two\nlines"),
+    ],
+)
+def test_quotation_marks_that_join_whole_lines_of_a_tsv_are_characters(tmp_path, table, texts):
+    (tmp_path / "a.tsv").write_text(table)
+    assert read(tmp_path / "a.tsv") == texts.split("|")
+
+
 def test_end_of_text_separates_the_documents_of_a_text_file(tmp_path):
     """As in files made for gpt-2-simple."""
     file = tmp_path / "a.txt"
@@ -230,6 +249,15 @@ def test_a_file_in_another_encoding_is_shown_in_the_likely_ones(tmp_path, encodi
     assert read(file, "text", asked) == [content]
 
 
+def test_the_line_is_shown_in_which_the_likely_encodings_differ(tmp_path):
+    lines = "Café fermé.", "Où êtes-vous, à bientôt, très bien"
+    (tmp_path / "a.txt").write_bytes("\n".join(lines).encode("cp1252"))
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / "a.txt")
+    shown = [line.split()[1] for line in str(caught.value).splitlines()[1:]]
+    assert sorted(shown) == ["Où", "Oů"]
+
+
 def test_a_bad_byte_in_good_utf8_is_replaced_only_if_asked(tmp_path):
     (tmp_path / "a.txt").write_bytes("naïve ü\nbad \udcff é\n".encode("utf-8", "surrogateescape"))
     said = r"line 2 holds the byte 0xff\. .* --encoding=utf-8-replace$"
@@ -286,7 +314,8 @@ def test_an_input_and_a_system_message_belong_to_the_question(tmp_path):
     rows = [row, row, row | {"system": "Be kind."}, row | {"system": ""}]
     documents = Documents(write_jsonl(tmp_path / "a.jsonl", rows))
     assert [piece.text for _, piece in documents][:2] == [prompt, "3"]
-    assert "Count." in documents.chat_template(has_end_token=True)
+    template = chat_template("messages", True, system="Count.", single_turn=True)
+    assert documents.chat_template(has_end_token=True) == template
 
 
 def test_a_row_with_two_forms_says_which_is_used(tmp_path):
