@@ -123,7 +123,8 @@ def open_dataset(
 
 def check_exists(name: str) -> None:
     """Raise UserError if there is no data set of this name. This takes no time."""
-    if _is_named(name) or name.startswith("hf:") or exists(os.path.expanduser(name)):  # noqa: PTH111
+    path = os.path.expanduser(name)  # noqa: PTH111 (that of Path raises for an unknown user)
+    if _is_named(name) or name.startswith("hf:") or exists(path):
         return
     known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
     raise UserError(

@@ -259,7 +259,8 @@ class Documents:
             return []
         self._most_answers = max(self._most_answers, len(answers))
         self.unanswered += messages[-1]["role"] == "user"
-        self._prompts.add(pieces[0].text[-ENDING_CHARACTERS:])
+        if self.kind == "prompt":
+            self._prompts.add(pieces[0].text[-ENDING_CHARACTERS:])
         first = messages[0]
         self._systems[first["content"].strip() if first["role"] == "system" else None] += 1
         return pieces

@@ -13,6 +13,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import tokenizers
 
 from data import dataset as dataset_module
 from data import prepare
@@ -404,18 +405,24 @@ def test_examples_too_long_are_cut_and_counted(house):
 
 
 def test_a_data_set_of_conversations_keeps_the_chat_template(house):
+    """Without an end token a line end follows each answer: the template and a warning say so."""
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}] * 2
-    dataset = open_bytes(jsonl(house / "a.jsonl", [{"messages": chat}] * 25), block_size=128)
-    assert dataset.tokenizer.chat_template == CHAT_TEMPLATE
-    pairs = zip(ids(dataset.train), ids(dataset.train.mask), strict=True)
-    text = dataset.tokenizer.decode([token for token, mark in pairs if mark == TRAINED])
-    assert set(text.split("<|endoftext|>")) == {"Ho", ""}
-    # Characters have no end token: a line end follows each answer, and the template says so.
-    dataset = open_bytes("a.jsonl", block_size=128, tokenizer="char")
-    assert dataset.tokenizer.chat_template == chat_template("messages", False)
-    pairs = zip(ids(dataset.train), ids(dataset.train.mask), strict=True)
-    text = dataset.tokenizer.decode([token for token, mark in pairs if mark == TRAINED])
-    assert set(text.split("\n")) == {"Ho", ""}
+    jsonl(house / "a.jsonl", [{"messages": chat}] * 25)
+    without_end = tokenizers.ByteLevelBPETokenizer()
+    without_end.train_from_iterator(["Hi Ho"], vocab_size=260, show_progress=False)
+    for tokenizer, end in (
+        ("bytes", "<|endoftext|>"),
+        ("char", "\n"),
+        (Tokenizer(without_end._tokenizer), "\n"),
+    ):
+        dataset = open_bytes("a.jsonl", tokenizer=tokenizer, block_size=128)
+        template = CHAT_TEMPLATE if end != "\n" else chat_template("messages", False)
+        assert dataset.tokenizer.chat_template == template
+        pairs = zip(ids(dataset.train), ids(dataset.train.mask), strict=True)
+        text = dataset.tokenizer.decode([token for token, mark in pairs if mark == TRAINED])
+        assert set(text.split(end)) == {"Ho", ""}
+        stops = [note.partition("--stop=")[2] for note in dataset.warnings]
+        assert stops == (["'\\n'."] if end == "\n" else [])
 
 
 def test_prompts_keep_their_common_ending_as_a_template(house):
