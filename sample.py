@@ -247,12 +247,14 @@ class Writer:
         If it does, the oldest messages go first, until half of the context is free.
         """
         room = self.model.config.block_size
-        ids = self.tokenizer.encode_prompt(self.prompt(messages))
+        # transformers gives a text its first token; a chat template writes it itself.
+        begin = [] if self.tokenizer.chat_template else self.tokenizer.begin
+        ids = begin + self.tokenizer.encode_prompt(self.prompt(messages))
         longest = room
         while len(ids) > longest and len(messages) > 1:
             longest = room // 2
             messages = messages[2:]
-            ids = self.tokenizer.encode_prompt(self.prompt(messages))
+            ids = begin + self.tokenizer.encode_prompt(self.prompt(messages))
         if len(ids) > room:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, the model's context only {room}: shorten it"

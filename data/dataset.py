@@ -214,8 +214,13 @@ def _as_asked(dataset: Dataset, asked: str | Tokenizer) -> Tokenizer:
     """
     own = dataset.tokenizer
     if own is not None and isinstance(asked, Tokenizer) and own.sha256 == asked.sha256:
-        if dataset.val.mask is not None:
-            asked.chat_template = own.chat_template
+        if asked.chat_template not in (None, own.chat_template):
+            dataset.warnings.append(
+                "The model's chat template gives way to that of the data."
+                if own.chat_template
+                else "The model's chat template is left out, because the data are plain text."
+            )
+        asked.chat_template = own.chat_template
         return asked  # it may have more tokens, and its files go back as they came
     if own is not None and own.name == asked:
         return own

@@ -7,6 +7,7 @@ see each other: they are packed whole into windows of a fixed length.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -71,6 +72,7 @@ def prepare_texts(
 ) -> None:
     """Write the train and val shards of some documents, and what belongs to them, into a folder.
 
+    The tokenizer there has the chat template for questions like those of the examples.
     If this is killed and called again, it goes on after the last saved text and leaves the same
     shards. Examples, which are small, start again; their windows have block_size tokens.
 
@@ -95,6 +97,8 @@ def prepare_texts(
             problem = f"is too short to train on and to validate: it has {tokens} tokens."
             raise UserError(" ".join([documents.source, problem, *documents.notes]))
         window = None if documents.kind == "text" else block_size
+        tokenizer = copy.copy(tokenizer)  # the model's own one keeps its template
+        tokenizer.chat_template = documents.chat_template(has_end_token=tokenizer.eot is not None)
         complete(folder, tokenizer, progress.documents, documents.notes, window)
         (folder / "progress.json").unlink(missing_ok=True)
 
@@ -144,16 +148,25 @@ def _encode(documents: Documents, tokenizer: Tokenizer) -> Iterator[Encoded]:
     if tokenizer.eot is None and len(documents.first) == 1:
         end = []  # a line end keeps several documents apart; after a single text it is not needed
 
-    def encode(batch: list[tuple[int, Piece]]) -> list[Encoded]:
+    is_text = documents.kind == "text"
+
+    def encode(batch: list[tuple[tuple[int, Piece], tuple[int, Piece]]]) -> list[Encoded]:
         encoded = []
-        for document, piece in batch:
-            ids = tokenizer.encode(piece.text)
+        for (last, before), (document, piece) in batch:
+            if document == last and not (is_text and before.end):
+                after_end = before.end and tokenizer.eot is not None
+                ids = tokenizer.encode_rest(piece.text, after_end)
+            else:
+                ids = tokenizer.encode(piece.text)
+                if is_text:
+                    ids = np.insert(ids, 0, tokenizer.begin)
             if piece.end:
                 ids = np.append(ids, np.array(end, ids.dtype))
             encoded.append(Encoded(document, ids, piece.trained))
         return encoded
 
-    pieces = iter(documents)
+    # Each piece with the one before it.
+    pieces = itertools.pairwise(itertools.chain([(-1, Piece(""))], documents))
     # Lists of pieces, until one is empty.
     batches = iter(lambda: list(itertools.islice(pieces, PIECES_AT_ONCE)), [])
     cores = os.cpu_count() or 1
@@ -242,7 +255,7 @@ def _write_examples(
     val_fraction: float,
     block_size: int,
 ) -> Progress:
-    """Write examples as windows, and give the tokenizer the template for questions like theirs.
+    """Write examples as windows.
 
     An example that is longer than a window is cut, and left out if nothing trained remains.
     """
@@ -266,7 +279,6 @@ def _write_examples(
     padding = tokenizer.eot or 0
     progress.train = write_packed(folder, "train", examples["train"], block_size, dtype, padding)
     progress.val = write_packed(folder, "val", examples["val"], block_size, dtype, padding)
-    tokenizer.chat_template = documents.chat_template(has_end_token=tokenizer.eot is not None)
     if tokenizer.eot is None:
         advice = "Sample with --stop='\\n'." if tokenizer.end else "Use another --tokenizer=."
         documents.notes.append(

@@ -37,6 +37,13 @@ GPT2_VOCAB_SIZE = 50257
 GPT2_PATTERN = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # A model's tokenizer with GPT-2's vocabulary is GPT-2's if it cuts this text in the same way.
 PROBE = "It's the 1st naïve 猫🙂\n\n  end "
+# What puts a blank before a text, in tokenizer.json, and what puts none.
+BLANKS = {
+    '"prepend_scheme":"first"': '"prepend_scheme":"never"',
+    '"prepend_scheme":"always"': '"prepend_scheme":"never"',
+    '"prepend":"▁"': '"prepend":""',
+    '"add_prefix_space":true': '"add_prefix_space":false',
+}
 MAX_IDS = 2**24  # far more than any tokenizer has; a table of them still fits into memory
 SHOWN_CHARACTERS = 20  # of those that a character tokenizer does not know
 # The files of a Hugging Face folder that belong to its tokenizer.
@@ -104,7 +111,12 @@ class Tokenizer:
         """The hash of what decides the ids of texts. GPT-2's is that of its encoder.json."""
         if self.name == "gpt2":
             return GPT2_FILES["encoder.json"]
-        return _sha256(f"{self.library.to_str()} {self.eot}")
+        return _sha256(f"{self._described} {self.eot}")
+
+    @functools.cached_property
+    def _described(self) -> str:
+        """What tokenizer.json holds."""
+        return self.library.to_str()
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, 1-D. Threads may call this at once.
@@ -112,6 +124,33 @@ class Tokenizer:
         `<|endoftext|>` and other special tokens in the text are ordinary text.
         """
         return np.array(self.library.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    def encode_rest(self, text: str, after_end: bool) -> np.ndarray:
+        """Return the ids of what goes on with a text, without a blank in front that is not there.
+
+        after_end: it comes after an end token. Some tokenizers put a blank there, too.
+        """
+        only_first = '"prepend_scheme":"first"' in self._described
+        if self.name != "model" or (after_end and not only_first):
+            return self.encode(text)
+        return np.array(self._within_text.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    @functools.cached_property
+    def _within_text(self) -> tokenizers.Tokenizer:
+        """The same tokenizer without the blank that it may put before a text."""
+        described = self._described
+        for with_blank, without in BLANKS.items():
+            described = described.replace(with_blank, without)
+        library = tokenizers.Tokenizer.from_str(described)
+        library.encode_special_tokens = True
+        return library
+
+    @functools.cached_property
+    def begin(self) -> list[int]:
+        """The ids that transformers puts before a text that is in no chat template."""
+        encoding = self.library.encode(PROBE)
+        count = len(list(itertools.takewhile(bool, encoding.special_tokens_mask)))
+        return encoding.ids[:count]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a prompt, in which the names of special tokens become these tokens."""
@@ -127,7 +166,7 @@ class Tokenizer:
             return [self.eot]
         if self.name == "char" and "\n" not in self.names:
             return []
-        return self.encode("\n").tolist()
+        return self.encode_rest("\n", after_end=False).tolist()
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of an id. They may be a part of a character.
@@ -336,7 +375,7 @@ def _recognize(library: tokenizers.Tokenizer, end_ids: list[int]) -> Tokenizer:
     ends_as_gpt2 = not end_ids or end_ids[0] == GPT2_VOCAB_SIZE - 1
     if ends_as_gpt2 and _sha256(encoder) == GPT2_FILES["encoder.json"]:
         gpt2 = GPT2Tokenizer(library)
-        if gpt2.encode(PROBE).tolist() == library.encode(PROBE, add_special_tokens=False).ids:
+        if gpt2.encode(PROBE).tolist() == library.encode(PROBE).ids:
             return gpt2
     tokenizer = Tokenizer(library)
     tokenizer.eot = end_ids[0] if end_ids else None

@@ -14,6 +14,8 @@ import tracemalloc
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from data import dataset as dataset_module
 from data import prepare
@@ -23,11 +25,12 @@ from data.prepare import is_for_validation, prepare_texts
 from data.shakespeare_char import prepare as shakespeare_char
 from data.shards import EXAMPLE_START, TRAINED, UINT16, ShardWriter
 from data.texts import Documents
-from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from data.windows import TrainWindows
 from gpt12.errors import UserError
 from gpt12.files import lock_folder
 from tests.helpers import write_shard
+from tests.test_tokenizers import metaspace
 from tests.tiny_bpe import tiny, tiny_library
 
 EOT = 256
@@ -423,6 +426,56 @@ def test_a_data_set_of_conversations_keeps_the_chat_template(house):
         assert set(text.split(end)) == {"Ho", ""}
         stops = [note.partition("--stop=")[2] for note in dataset.warnings]
         assert stops == (["'\\n'."] if end == "\n" else [])
+
+
+@pytest.mark.parametrize("blank", ["first", "always", "never", "Prepend"])
+def test_the_ids_are_those_of_transformers_for_the_whole(house, monkeypatch, blank):
+    """Also if the tokenizer begins each text with a token, or with a blank."""
+    library = metaspace()
+    scheme = blank.replace("Prepend", "never")
+    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    if blank == "Prepend":
+        library.normalizer = normalizers.Prepend("▁")
+    library.add_special_tokens(["<s>", "</s>"])
+    begin = library.token_to_id("<s>")
+    library.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", begin)])
+    theirs = PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>")
+    theirs.save_pretrained("model")
+    ours = load_tokenizer(house / "model")
+    monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 100)
+    text = "Köln ist alt.\nDie Straße ist süß.\n" * 20
+    (house / "text.txt").write_text(text, "utf-8")
+    dataset = open_bytes("text.txt", tokenizer=ours)
+    assert ids(dataset.train) + ids(dataset.val) == [*theirs(text).input_ids, theirs.eos_token_id]
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}] * 2
+    dataset = open_bytes(
+        jsonl(house / "a.jsonl", [{"messages": chat}] * 25), tokenizer=ours, block_size=256
+    )
+    theirs.chat_template = dataset.tokenizer.chat_template
+    whole = theirs.apply_chat_template(chat, return_dict=True)["input_ids"]
+    assert ids(dataset.train)[: len(whole)] == whole
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [{"text": "so long that it is cut"}] * 25,
+            "is left out, because the data are plain text",
+        ),
+        ([{"prompt": "Hi\n", "completion": "Ho"}] * 25, "gives way to that of the data"),
+    ],
+)
+def test_a_models_chat_template_is_replaced_with_a_line(house, rows, said):
+    name = jsonl(house / "a.jsonl", rows)
+    for template in ("{{ messages }}", "{{ messages }}", None):  # new, and twice out of the cache
+        model = CharTokenizer(" \nHabcdefghilnoprstu")
+        model.chat_template = template
+        dataset = open_bytes(name, tokenizer=model, block_size=16)
+        told = f"The model's chat template {said}."
+        assert (told in dataset.warnings) == (template is not None)
+        ending = chat_template("prompt", False, "\n")
+        assert dataset.tokenizer.chat_template == (None if "text" in rows[0] else ending)
 
 
 def test_prompts_keep_their_common_ending_as_a_template(house):

@@ -14,10 +14,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 import sample
 from data.chat import CHAT_TEMPLATE, chat_template
-from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
+from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from gpt12.checkpoint import Progress, save_checkpoint
 from gpt12.errors import run_main
 from gpt12.generate import Sampling
@@ -25,6 +26,7 @@ from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 from tests import processes
 from tests.models import save_nanogpt
+from tests.tiny_bpe import END, tiny_library
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +173,21 @@ def test_a_prompt_comes_from_the_option_a_file_or_standard_input(
     status, out, err = start(f"--start={option}", "--num_samples=1", stdin=prompt.encode())
     assert (status, out) == (0, f"{prompt}!\n{sample.SEPARATOR}\n"), err
     assert bytes(scripted.calls[-1]).decode() == prompt
+
+
+def test_a_prompt_begins_with_the_token_that_transformers_puts_there(start, scripted, tmp_path):
+    library = tiny_library()
+    end = library.token_to_id(END)
+    library.post_processor = TemplateProcessing(f"{END} $A", None, [(END, end)])
+    tokenizer = Tokenizer(library)
+    save_pretrained(GPT(GPTConfig(32, tokenizer.vocab_size, 1, 1, 8)), tmp_path, end)
+    tokenizer.save(tmp_path)
+    scripted.script[:] = [b"!"]
+    start(f"--init_from={tmp_path}", "--start=the cat", "--num_samples=1")
+    assert scripted.calls == [
+        transformers.AutoTokenizer.from_pretrained(tmp_path).encode("the cat")
+    ]
+    assert scripted.calls[0][0] == end
 
 
 # --------------------------------------------------------------------------------------------------
