@@ -216,7 +216,8 @@ def _as_asked(dataset: Dataset, asked: str | Tokenizer) -> Tokenizer:
     if own is not None and isinstance(asked, Tokenizer) and own.sha256 == asked.sha256:
         if asked.chat_template not in (None, own.chat_template):
             dataset.warnings.append(
-                "The model's chat template gives way to that of the data."
+                "The model's chat template gives way to that of the data: ### User: and "
+                "### Assistant: in conversations, or prompts as they are."
                 if own.chat_template
                 else "The model's chat template is left out, because the data are plain text."
             )

@@ -463,7 +463,7 @@ def test_the_ids_are_those_of_transformers_for_the_whole(house, monkeypatch, bla
             [{"text": "so long that it is cut"}] * 25,
             "is left out, because the data are plain text",
         ),
-        ([{"prompt": "Hi\n", "completion": "Ho"}] * 25, "gives way to that of the data"),
+        ([{"prompt": "Hi\n", "completion": "Ho"}] * 25, "gives way to that of the data: "),
     ],
 )
 def test_a_models_chat_template_is_replaced_with_a_line(house, rows, said):
@@ -472,8 +472,8 @@ def test_a_models_chat_template_is_replaced_with_a_line(house, rows, said):
         model = CharTokenizer(" \nHabcdefghilnoprstu")
         model.chat_template = template
         dataset = open_bytes(name, tokenizer=model, block_size=16)
-        told = f"The model's chat template {said}."
-        assert (told in dataset.warnings) == (template is not None)
+        told = f"The model's chat template {said}" in "".join(dataset.warnings)
+        assert told == (template is not None)
         ending = chat_template("prompt", False, "\n")
         assert dataset.tokenizer.chat_template == (None if "text" in rows[0] else ending)
 
