@@ -149,7 +149,7 @@ class TrainStep:
         loss        mean over the targets of the step, in nats per token
         grad_norm   norm of all gradients before clipping
         bad         how many updates in a row, ending with the latest, were skipped as not finite
-        skipped     number of updates skipped so far
+        skipped     number of updates skipped so far; each counts as a step
     On a GPU, a small step on plain text is recorded as a CUDA graph in its fourth call and replayed
     from then on. bench.py measures this object.
     """

@@ -277,6 +277,7 @@ def _read_progress(folder: Path) -> Progress:
 #     optimizer.<parameter>.<key>:<part>   a part of an 8-bit state (codes, scale, table)
 #     scaler                               loss scale and growth counter, with float16
 #     rng.cpu, rng.cuda                    states of torch's random generators on rank 0
+#         (a step seeds them itself; they are for code of yours that draws between two steps)
 
 
 def trainer_tensors(train_step: SavedStep) -> dict[str, Tensor]:

@@ -30,7 +30,6 @@ from model import GPT
 SLOTS_MULTIPLE = 64
 ALMOST_GREEDY = 1e-5  # temperatures below this choose like 0, and dividing by them may overflow
 LARGEST_DRAW = 1 - 1e-6  # so that a sum's rounding cannot lead past the last candidate
-LARGEST_GROUP = 32  # ids that are compared as one in the search for the most likely
 
 
 # --------------------------------------------------------------------------------------------------
@@ -73,7 +72,8 @@ def sample_token(
     if sampling.temperature < ALMOST_GREEDY:
         return logits.argmax(dim=1)
     k = min(sampling.top_k or logits.size(1), logits.size(1))
-    scores, ids = most_likely(logits, k, in_order=sampling.top_p < 1)
+    # Select in the logits' own dtype and without sorting, which is faster. Only top_p needs order.
+    scores, ids = logits.topk(k, sorted=sampling.top_p < 1)
     probs = (scores.float() / sampling.temperature).softmax(dim=1)  # (B, k)
     allowed = probs
     if sampling.min_p > 0:
@@ -88,28 +88,6 @@ def sample_token(
     # Weights that are not finite give no order at all, and must not end the run here.
     chosen = torch.searchsorted(cumulative, target, right=True).clamp_(max=k - 1)
     return ids.gather(1, chosen)[:, 0]
-
-
-def most_likely(logits: Tensor, k: int, in_order: bool) -> tuple[Tensor, Tensor]:
-    """Return the k largest logits of each row (B, V), and their ids: two tensors (B, k).
-
-    topk is slow in a long row. So ids are put into groups, and only the members of the k groups
-    with the largest maxima are compared: they contain the k largest logits.
-    in_order: from the largest to the smallest.
-    """
-    B, V = logits.shape
-    members = max(m for m in range(1, LARGEST_GROUP + 1) if V % m == 0)
-    if members == 1 or 4 * k * members > V:  # hardly fewer would be compared
-        return logits.topk(k, sorted=in_order)
-    groups = V // members  # a group's ids are this far apart
-    maxima = logits.view(B, members, groups).amax(dim=1)  # (B, groups)
-    first_members = maxima.topk(k, sorted=False).indices  # (B, k)
-    steps = torch.arange(0, V, groups, device=logits.device)[:, None]  # (members, 1)
-    ids = (first_members[:, None] + steps).flatten(1)  # (B, members * k)
-    # On a GPU the order takes a kernel more, on a CPU almost nothing.
-    in_order = in_order or not logits.is_cuda
-    scores, chosen = logits.gather(1, ids).topk(k, sorted=in_order)
-    return scores, ids.gather(1, chosen)
 
 
 def uniform_draws(seed: int, count: int) -> Tensor:
@@ -262,18 +240,18 @@ def stream(
         seeds = range(len(texts))
     draws = torch.stack([uniform_draws(seed, max_new_tokens) for seed in seeds])
     decoder = Decoder(model, cache, sampling, draws.to(device))
-    # What a full text keeps. Its newest token, which comes next, makes it half a context.
-    half = max(0, limit // 2 - 1)
     advance = decoder.advance
     decoder.read_prompts(texts)
     for step in range(1, max_new_tokens + 1):
+        # The device computes the next tokens while the host hands out the newest ones. Until then
+        # these are in decoder.token, and not yet in `texts` and in the cache.
         newest = decoder.token.to("cpu", copy=True, non_blocking=on_gpu)
         copied = torch.cuda.current_stream().record_event() if on_gpu else None
-        # The device computes the next tokens while the host hands out these.
         if step < max_new_tokens:
             for b, text in enumerate(texts):
-                if len(text) == limit:  # the newest token has no place
-                    texts[b] = text[limit - half :]
+                if len(text) == limit:  # no place for the newest token
+                    kept = max(0, limit // 2 - 1)  # with the newest token, half a context
+                    texts[b] = text[limit - kept :]
                     refill(model, cache, b, texts[b])
             if step == 2 and on_gpu:  # the first step has set up what cannot be recorded
                 advance = record(decoder.advance).replay

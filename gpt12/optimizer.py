@@ -1,4 +1,4 @@
-"""The optimizers that --optimizer can name, and what the training step may ask of each.
+"""The optimizers that --optimizer can name, and how train.py updates the weights with them.
 
 Each is a torch.optim.Optimizer. To add one, add an entry to OPTIMIZERS, for example:
 
@@ -27,13 +27,16 @@ Betas = tuple[float, float]  # beta1 and beta2
 
 @dataclass(frozen=True)
 class Entry:
-    """How an optimizer is built, and what it can do.
+    """How an optimizer is built, and who clips and skips for it.
 
-    on_device: it can divide the gradients and skip an update by tensors on the device, so that
-    nothing waits for the device. step() divides by the tensor in its attribute `grad_scale`, and
-    changes nothing if `found_inf` is 1. Its learning rate is one float32 tensor. Without it the
-    host divides the gradients, leaves out the step that is skipped, and writes the rate.
-    recordable: its step asks the device for nothing, so that a CUDA graph can hold it.
+    on_device=False, as for most: train.py divides the gradients to clip them, leaves out a step
+    that is skipped, and writes the rate as a float. For that the host waits for the device.
+    on_device=True: step() does all this, and nothing waits. It divides the gradients by the tensor
+    in its attribute `grad_scale`, changes nothing if the tensor `found_inf` is 1, and takes its
+    rate from one float32 tensor. The names are those of torch's fused AdamW.
+    recordable: step() asks the device for nothing, so that a CUDA graph can hold it.
+
+    The first step() must make all state: a resumed run makes one of rate 0 before it loads.
     """
 
     build: Callable[[Groups, Tensor | float, Betas], list[Optimizer]]
@@ -98,7 +101,10 @@ def update_all(
     skip: Tensor,
     on_device: bool,
 ) -> None:
-    """Divide the gradients and update the weights, or change nothing if `skip` is 1."""
+    """Update the weights with the gradients divided by `divide_by`; if `skip` is 1, change nothing.
+
+    on_device: as in Entry.
+    """
     if not on_device:
         if skip > 0:  # waits for the device
             return

@@ -18,7 +18,6 @@ from gpt12.generate import (
     Sampling,
     TextStream,
     generate,
-    most_likely,
     sample_token,
     store_by_columns,
 )
@@ -206,21 +205,6 @@ def test_the_extreme_draws_and_logits_stay_in_the_distribution(how):
         assert chosen[2] == 1
         if how != Sampling():
             assert chosen[0] == 0
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("in_order", [False, True])
-@pytest.mark.parametrize("different", [3, 300, 10**9])
-def test_the_most_likely_of_a_long_row_are_those_of_topk(different, in_order, device):
-    """Ties included: with few different logits any of those that tie may be chosen."""
-    logits = torch.randint(different, (5, 50304), device=device).float()[:, :50257]
-    for k in (1, 2, 200, 400):
-        scores, ids = most_likely(logits, k, in_order)
-        assert torch.equal(
-            scores if in_order else scores.sort(descending=True)[0], logits.topk(k)[0]
-        )
-        assert torch.equal(logits.gather(1, ids), scores)
-        assert all(len(row.unique()) == k for row in ids)
 
 
 def test_the_nucleus_ends_with_the_token_that_reaches_top_p():
