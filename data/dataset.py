@@ -188,7 +188,7 @@ def _prepare_documents(
 def _characters_of(documents: Documents) -> CharTokenizer:
     """Return a tokenizer that knows the characters of some documents."""
     found: set[str] = set()
-    for _, piece in documents:
+    for _, piece in documents.pieces():
         found.update(piece.text)
     if len(documents.first) > 1:
         found.add("\n")  # a line end keeps documents apart

@@ -44,8 +44,8 @@ FORMAT = 7
 
 
 @dataclass
-class Progress:
-    """How far a preparation has come. progress.json keeps it beside the shards."""
+class Written:
+    """What has been written of a data set. progress.json keeps it, so that a later call goes on."""
 
     next: int = 0  # the index of the document that comes next
     documents: int = 0  # written; the others were blank
@@ -81,25 +81,22 @@ def prepare_texts(
     """
     locked = f"Another process is preparing the data in {folder}. Wait until it has ended."
     with lock_folder(folder, if_locked=UserError(locked)):
-        encoded = _encode(documents, tokenizer)
         if documents.kind == "text":
-            dtype = token_dtype(tokenizer.text_ids)
-            progress = _write_texts(documents, encoded, folder, dtype, val_fraction, max_tokens)
+            written = _write_texts(documents, tokenizer, folder, val_fraction, max_tokens)
+            packed_for = None
         else:
-            progress = _write_examples(
-                documents, encoded, tokenizer, folder, val_fraction, block_size
-            )
-        blank = progress.next - progress.documents
+            written = _write_examples(documents, tokenizer, folder, val_fraction, block_size)
+            packed_for = block_size
+        blank = written.next - written.documents
         if blank:
             documents.notes.append(f"{blank:,} blank texts or answers were left out.")
-        if min(progress.train, progress.val) < 2:
-            tokens = progress.train + progress.val
+        if min(written.train, written.val) < 2:
+            tokens = written.train + written.val
             problem = f"is too short to train on and to validate: it has {tokens} tokens."
             raise UserError(" ".join([documents.source, problem, *documents.notes]))
-        window = None if documents.kind == "text" else block_size
         tokenizer = copy.copy(tokenizer)  # the model's own one keeps its template
         tokenizer.chat_template = documents.chat_template(has_end_token=tokenizer.eot is not None)
-        complete(folder, tokenizer, progress.documents, documents.notes, window)
+        complete(folder, tokenizer, written.documents, documents.notes, packed_for)
         (folder / "progress.json").unlink(missing_ok=True)
 
 
@@ -108,15 +105,16 @@ def complete(
     tokenizer: Tokenizer,
     documents: int,
     notes: list[str],
-    window: int | None = None,
+    packed_for: int | None = None,
 ) -> None:
     """Write what belongs to the shards of a data set: the tokenizer's files and meta.json.
 
-    notes: what the user should know about the data. window: the length of packed windows.
+    notes: what the user should know about the data.
+    packed_for: the block_size for which examples were packed.
     """
     tokenizer.save(folder)
     digests = [sha256(shard) for shard in find_shards(folder, "val")]
-    meta = {"documents": documents, "val_sha256": digests[0], "window": window, "notes": notes}
+    meta = {"documents": documents, "val_sha256": digests[0], "window": packed_for, "notes": notes}
     write_atomically(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
 
 
@@ -140,33 +138,30 @@ def _hash_below_one(document: int) -> float:
     return int.from_bytes(digest[:4], "little") / 2**32
 
 
-def _encode(documents: Documents, tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """Encode pieces on all cores. (The tokenizers let other threads run meanwhile.)"""
+def _encode(documents: Documents, tokenizer: Tokenizer, skip: int = 0) -> Iterator[Encoded]:
+    """Encode the pieces of the documents after `skip`, on all cores, and show how far it is.
+
+    The tokenizers let other threads run meanwhile.
+    """
     from tqdm import tqdm
 
+    begin = tokenizer.begin if documents.kind == "text" else []
     end = tokenizer.end
     if tokenizer.eot is None and len(documents.first) == 1:
         end = []  # a line end keeps several documents apart; after a single text it is not needed
 
-    is_text = documents.kind == "text"
-
-    def encode(batch: list[tuple[tuple[int, Piece], tuple[int, Piece]]]) -> list[Encoded]:
+    def encode(batch: list[tuple[int, Piece]]) -> list[Encoded]:
         encoded = []
-        for (last, before), (document, piece) in batch:
-            if document == last and not (is_text and before.end):
-                after_end = before.end and tokenizer.eot is not None
-                ids = tokenizer.encode_rest(piece.text, after_end)
-            else:
-                ids = tokenizer.encode(piece.text)
-                if is_text:
-                    ids = np.insert(ids, 0, tokenizer.begin)
+        for document, piece in batch:
+            ids = tokenizer.encode_after(piece.after, piece.text)
+            if not piece.after:
+                ids = np.append(np.array(begin, ids.dtype), ids)
             if piece.end:
                 ids = np.append(ids, np.array(end, ids.dtype))
             encoded.append(Encoded(document, ids, piece.trained))
         return encoded
 
-    # Each piece with the one before it.
-    pieces = itertools.pairwise(itertools.chain([(-1, Piece(""))], documents))
+    pieces = documents.pieces(skip)
     # Lists of pieces, until one is empty.
     batches = iter(lambda: list(itertools.islice(pieces, PIECES_AT_ONCE)), [])
     cores = os.cpu_count() or 1
@@ -187,57 +182,64 @@ def _encode(documents: Documents, tokenizer: Tokenizer) -> Iterator[Encoded]:
 
 def _write_texts(
     documents: Documents,
-    encoded: Iterator[Encoded],
+    tokenizer: Tokenizer,
     folder: Path,
-    dtype: np.dtype,
     val_fraction: float,
     max_tokens: float,
-) -> Progress:
-    """Write each text to the shards of its split, and save the progress now and then.
+) -> Written:
+    """Write each text to the shards of its split, after those that an interrupted call has saved.
 
-    Few documents are all written to train first; then its end moves to val.
+    Few texts are all written to train. Then the end of train moves to val.
     """
     file = folder / "progress.json"
-    progress = Progress(**json.loads(file.read_bytes())) if file.exists() else Progress()
+    written = Written(**json.loads(file.read_bytes())) if file.exists() else Written()
     first = documents.first
     few = len(first) < FEW_DOCUMENTS
-    documents.skip = progress.next
-    train = ShardWriter(folder, "train", dtype, start=progress.train)
-    val = ShardWriter(folder, "val", dtype, start=progress.val)
-    saved = train.count + val.count
+    dtype = token_dtype(tokenizer.text_ids)
+    train = ShardWriter(folder, "train", dtype, start=written.train)
+    val = ShardWriter(folder, "val", dtype, start=written.val)
+    total = saved = written.train + written.val
+    encoded = _encode(documents, tokenizer, skip=written.next)
     for document, pieces in itertools.groupby(encoded, key=lambda piece: piece.document):
-        to_val = not few and is_for_validation(document, first, val_fraction)
+        is_val = not few and is_for_validation(document, first, val_fraction)
+        writer = val if is_val else train
         for piece in pieces:
-            (val if to_val else train).add(piece.ids)
-        progress = Progress(document + 1, progress.documents + 1, train.count, val.count)
-        written = train.count + val.count
-        if written >= max_tokens:
+            writer.add(piece.ids)
+        written = Written(document + 1, written.documents + 1, train.count, val.count)
+        total = train.count + val.count
+        if total >= max_tokens:
             break
-        if written - saved >= SAVE_TOKENS:
+        if total - saved >= SAVE_TOKENS:
             train.flush()
             val.flush()
-            write_atomically(file, json.dumps(asdict(progress)).encode())
-            saved = written
-    else:  # all was read, perhaps with blank texts at the end
-        progress.next = documents.count
+            write_atomically(file, json.dumps(asdict(written)).encode())
+            saved = total
+    if total < max_tokens:  # all was read, perhaps with blank texts at the end
+        written.next = documents.count
     train.close()
-    if few and train.count >= 2:
-        file.unlink(missing_ok=True)  # what follows is not repeatable
-        progress.train = min(int(train.count * (1 - val_fraction)), train.count - 2)
-        _move_end(val, folder, keep=progress.train)
-        progress.val = val.count
     val.close()
-    return progress
+    if few:
+        _move_end_to_val(folder, written, val_fraction)
+    return written
 
 
-def _move_end(val: ShardWriter, folder: Path, keep: int) -> None:
-    """Move all but the first `keep` tokens from the train shards to val."""
+def _move_end_to_val(folder: Path, written: Written, val_fraction: float) -> None:
+    """Move the last tokens of the train shards, at least two, to val."""
+    keep = min(int(written.train * (1 - val_fraction)), written.train - 2)
+    if keep < 2:
+        return  # there is too little text
+    # A call that is interrupted from here on cannot be continued, and starts again.
+    (folder / "progress.json").unlink(missing_ok=True)
     tokens = Tokens(folder, "train")
+    val = ShardWriter(folder, "val", tokens.dtype)
     for start in range(keep, len(tokens), CHUNK_TOKENS):
         length = min(CHUNK_TOKENS, len(tokens) - start)
         val.add(tokens.gather(np.array([start]), length)[0])
     tokens.close()
-    ShardWriter(folder, "train", val.dtype, start=keep).close()
+    ShardWriter(folder, "train", tokens.dtype, start=keep).close()
+    val.close()  # the last step: a data set is there when it has a val shard
+    written.val = written.train - keep
+    written.train = keep
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,20 +251,20 @@ Example = tuple[np.ndarray, np.ndarray]
 
 def _write_examples(
     documents: Documents,
-    encoded: Iterator[Encoded],
     tokenizer: Tokenizer,
     folder: Path,
     val_fraction: float,
     block_size: int,
-) -> Progress:
-    """Write examples as windows.
+) -> Written:
+    """Write examples, packed into windows, and note what the user should know about them.
 
     An example that is longer than a window is cut, and left out if nothing trained remains.
     """
     first = documents.first
     examples: dict[str, list[Example]] = {"train": [], "val": []}
-    progress = Progress()
+    written = Written()
     cut = 0
+    encoded = _encode(documents, tokenizer)
     for document, group in itertools.groupby(encoded, key=lambda piece: piece.document):
         pieces = list(group)
         ids = np.concatenate([piece.ids for piece in pieces])
@@ -270,15 +272,15 @@ def _write_examples(
             [np.full(len(piece.ids), TRAINED * piece.trained, UINT8) for piece in pieces]
         )
         cut += len(ids) > block_size
-        progress.documents += 1
+        written.documents += 1
         if mask[1:block_size].any():
             split = "val" if is_for_validation(document, first, val_fraction) else "train"
             examples[split].append((ids[:block_size], mask[:block_size]))
-    progress.next = documents.count
+    written.next = documents.count
     dtype = token_dtype(tokenizer.text_ids)
     padding = tokenizer.eot or 0
-    progress.train = write_packed(folder, "train", examples["train"], block_size, dtype, padding)
-    progress.val = write_packed(folder, "val", examples["val"], block_size, dtype, padding)
+    written.train = write_packed(folder, "train", examples["train"], block_size, dtype, padding)
+    written.val = write_packed(folder, "val", examples["val"], block_size, dtype, padding)
     if tokenizer.eot is None:
         advice = "Sample with --stop='\\n'." if tokenizer.end else "Use another --tokenizer=."
         documents.notes.append(
@@ -296,13 +298,13 @@ def _write_examples(
             "its answer begins. End every prompt in the same way, for example with a line end."
         )
     if cut > 0:
-        left_out = progress.documents - len(examples["train"]) - len(examples["val"])
+        left_out = written.documents - len(examples["train"]) - len(examples["val"])
         documents.notes.append(
-            f"{cut:,} of {progress.documents:,} examples were longer than {block_size} tokens and "
+            f"{cut:,} of {written.documents:,} examples were longer than {block_size} tokens and "
             f"were cut; {left_out:,} were left out, because nothing of the answer remained. A "
             "larger --block_size= keeps more."
         )
-    return progress
+    return written
 
 
 def write_packed(

@@ -11,7 +11,7 @@ import functools
 import io
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +65,7 @@ FORMS = (
     Form("messages", ("prompt", "response")),
     Form("prompt", ("prompt", "completion"), ()),
 )
+COLUMNS = {column for form in FORMS for column in (*form.columns, *form.optional)}
 ROLES = {
     "system": "system",
     "user": "user",
@@ -81,9 +82,13 @@ Message = dict[str, Any]  # role, content and, from some data, whether it is ign
 
 
 class Piece(NamedTuple):
-    """A part of a document that is tokenized by itself."""
+    """A part of a document that is tokenized by itself.
+
+    A short text is one piece. In examples each answer is one, and what stands before each answer.
+    """
 
     text: str
+    after: str = ""  # what comes before it: nothing, a "text" that it goes on with, an "end" token
     trained: bool = True  # its tokens, and the end token after it, are targets
     end: bool = True  # the end token follows
 
@@ -91,8 +96,6 @@ class Piece(NamedTuple):
 class Documents:
     """The documents of a file, a folder or a hub data set, as a stream of pieces.
 
-    Each iteration starts at the beginning and yields a document's index with each of its pieces.
-    Blank texts and examples with a blank answer are left out; they have an index all the same.
     Reading raises UserError, with file and line, for what cannot be read.
 
     source: a path, or "hf:owner/name", "hf:owner/name:config", "hf:owner/name:config:split".
@@ -100,8 +103,7 @@ class Documents:
     encoding: of the files that are not UTF-8; REPLACE is UTF-8 whose bad bytes become U+FFFD.
     files: the files that are read, in this order; none for the hub.
     notes: what the user should know about the files and their form.
-    skip: leave out this many documents at the beginning.
-    count: how many documents the iteration has read so far, with those that it leaves out.
+    count: how many documents pieces() has read so far, with those that it leaves out.
     unanswered: how many conversations it has read that end with a question.
     """
 
@@ -113,7 +115,6 @@ class Documents:
         self.encoding = encoding
         self.files: list[Path] = []
         self.notes: list[str] = []
-        self.skip = 0
         self.count = 0
         self.unanswered = 0
         self._most_answers = 0  # in one conversation
@@ -131,15 +132,14 @@ class Documents:
             form = self._form(where, row)
             used = {*form.columns, *form.optional, *REFUSED}
             unused = [repr(column) for column in row if column not in used]
-            for message in _given_messages(row, form):
-                if isinstance(message, dict):
-                    keys = message.keys() - {*MESSAGE_KEYS, *REFUSED}
-                    unused += [f"{key!r} of a message" for key in sorted(keys)]
+            messages = [given for given in _given_messages(row, form) if isinstance(given, dict)]
+            keys = set[str]().union(*messages) - {*MESSAGE_KEYS, *REFUSED}
+            unused += [f"{key!r} of a message" for key in sorted(keys)]
             if form.kind != "text" and unused:
                 columns = " and ".join(form.columns)
                 self.notes.append(
                     f"{self.source} is read by its columns {columns}. Columns not used: "
-                    f"{', '.join(dict.fromkeys(unused))}."
+                    f"{', '.join(unused)}."
                 )
             return form.kind
         return "text"
@@ -147,7 +147,7 @@ class Documents:
     @functools.cached_property
     def first(self) -> list[int]:
         """The indices of the first FEW_DOCUMENTS documents, or of all if they are fewer."""
-        documents = itertools.groupby(index for index, _ in self)
+        documents = itertools.groupby(index for index, _ in self.pieces())
         return [index for index, _ in itertools.islice(documents, FEW_DOCUMENTS)]
 
     def chat_template(self, has_end_token: bool) -> str | None:
@@ -165,13 +165,17 @@ class Documents:
         """The text with which all prompts end that were read."""
         return common_ending(self._prompts)
 
-    def __iter__(self) -> Iterator[tuple[int, Piece]]:
-        self.count = self.skip
+    def pieces(self, skip: int = 0) -> Iterator[tuple[int, Piece]]:
+        """Yield each piece with the index of its document, but none of the first `skip` documents.
+
+        Blank texts and examples with a blank answer are left out; they have an index all the same.
+        """
+        self.count = skip
         self.unanswered = 0
         self._most_answers = 0
         self._prompts.clear()
         self._systems.clear()
-        for index, (where, row) in enumerate(self._rows(), self.skip):
+        for index, (where, row) in enumerate(self._rows(skip), skip):
             self.count += 1
             form = self._form(where, row)
             if form.kind != self.kind:
@@ -189,44 +193,34 @@ class Documents:
     # ----------------------------------------------------------------------------------------------
     # Rows
 
-    def _rows(self) -> Rows:
-        """Yield the place and the content of each row but those to skip."""
+    def _rows(self, skip: int = 0) -> Rows:
+        """Yield the place and the content of each row, but not of the first `skip` ones."""
         if self.source.startswith("hf:"):
             rows = hub_rows(self.source)
         else:
             rows = itertools.chain.from_iterable(
                 file_rows(file, self.text_column, self.encoding) for file in self.files
             )
-        for where, row in itertools.islice(rows, self.skip, None):
+        for where, row in itertools.islice(rows, skip, None):
             yield where, self._with_known_names(where, row)
-
-    @functools.cached_property
-    def _forms(self) -> list[Form]:
-        """The forms that a row may have; the first one counts whose columns it has."""
-        text = Form("text", (self.text_column,))
-        return [*FORMS, text] if self.text_column == "text" else [text, *FORMS]
-
-    @functools.cached_property
-    def _known_names(self) -> dict[str, str]:
-        """The columns that mean something, by their names in lower case."""
-        columns = (column for form in self._forms for column in (*form.columns, *form.optional))
-        return {column.lower(): column for column in columns}
 
     def _with_known_names(self, where: str, row: Row) -> Row:
         """Return a row in which a column that is written as `Question` is the `question`."""
-        if not isinstance(row, dict):
+        if not isinstance(row, Mapping):
             raise UserError(
                 f'{where} should be an object like {{"text": "..."}} but is {row!r:.60}.'
             )
+        known = {column.lower(): column for column in (*COLUMNS, self.text_column)}
         renamed = {}
         for column, value in row.items():
-            known = self._known_names.get(column.lower())
-            renamed[column if known is None or known in row else known] = value
+            name = known.get(column.lower(), column)
+            renamed[column if name in row else name] = value
         return renamed
 
     def _form(self, where: str, row: Row) -> Form:
         """Return the form that a row has."""
-        for form in self._forms:
+        text = Form("text", (self.text_column,))
+        for form in [*FORMS, text] if self.text_column == "text" else [text, *FORMS]:
             if all(column in row for column in form.columns):
                 return form
         known = ", ".join(" with ".join(form.columns) for form in FORMS)
@@ -249,12 +243,13 @@ class Documents:
     def _example(self, where: str, row: Row, form: Form) -> list[Piece]:
         """Return the pieces of a row with questions and answers; none if no answer is trained."""
         messages = _read_messages(where, row, form)
-        pieces = []
+        pieces: list[Piece] = []
         answers = [message for message in messages if message["role"] == "assistant"]
         for message, (question, answer) in zip(answers, questions_and_answers(self.kind, messages)):
             trained = not message.get("ignored") and answer.strip() != ""
-            pieces.append(Piece(question, trained=False, end=False))
-            pieces.append(Piece(answer, trained=trained))
+            before = "end" if pieces else ""
+            pieces.append(Piece(question, before, trained=False, end=False))
+            pieces.append(Piece(answer, "text", trained))
         if not any(piece.trained for piece in pieces):
             return []
         self._most_answers = max(self._most_answers, len(answers))
@@ -385,15 +380,15 @@ def split_text(lines: Iterable[str]) -> Iterator[Piece]:
     """
     held: list[str] = []
     length = 0
-    is_cut = False
+    after = ""
     for line in lines:
         held.append(line)
         length += len(line)
         if length > PIECE_CHARACTERS and CUT.search(line):
-            yield Piece("".join(held)[:-1], end=False)
+            yield Piece("".join(held)[:-1], after, end=False)
             held = ["\n"]
             length = 1
-            is_cut = True
+            after = "text"
     text = "".join(held)
-    if is_cut or text.strip():
-        yield Piece(text)
+    if after or text.strip():
+        yield Piece(text, after)

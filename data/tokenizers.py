@@ -125,13 +125,16 @@ class Tokenizer:
         """
         return np.array(self.library.encode(text, add_special_tokens=False).ids, np.uint32)
 
-    def encode_rest(self, text: str, after_end: bool) -> np.ndarray:
-        """Return the ids of what goes on with a text, without a blank in front that is not there.
+    def encode_after(self, before: str, text: str) -> np.ndarray:
+        """Return the ids of a text that comes after nothing (""), a "text" or an "end" token.
 
-        after_end: it comes after an end token. Some tokenizers put a blank there, too.
+        Many tokenizers put a blank before a text. Within a text none belongs there; after an end
+        token it depends on the tokenizer.
         """
-        only_first = '"prepend_scheme":"first"' in self._described
-        if self.name != "model" or (after_end and not only_first):
+        begins = before == ""
+        if before == "end":
+            begins = '"prepend_scheme":"first"' not in self._described
+        if begins or self.name != "model":
             return self.encode(text)
         return np.array(self._within_text.encode(text, add_special_tokens=False).ids, np.uint32)
 
@@ -166,7 +169,7 @@ class Tokenizer:
             return [self.eot]
         if self.name == "char" and "\n" not in self.names:
             return []
-        return self.encode_rest("\n", after_end=False).tolist()
+        return self.encode_after("text", "\n").tolist()
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of an id. They may be a part of a character.

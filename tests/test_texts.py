@@ -42,7 +42,7 @@ CHAT = [
 
 
 def read(source, *args):
-    return [piece.text for _, piece in Documents(source, *args)]
+    return [piece.text for _, piece in Documents(source, *args).pieces()]
 
 
 def write_jsonl(file, rows):
@@ -93,9 +93,9 @@ def test_every_container_of_rows_is_read(tmp_path, name):
     filled = [(i, text) for i, text in enumerate(ODD) if text.strip()]
     assert read(file, "body") == [text[::-1] for _, text in filled]
     for documents in (Documents(file), Documents(compressed)):
-        for documents.skip in (0, 2, 5):
-            rest = [(index, piece.text) for index, piece in documents]
-            assert rest == [(i, text) for i, text in filled if i >= documents.skip]
+        for skip in (0, 2, 5):
+            rest = [(index, piece.text) for index, piece in documents.pieces(skip)]
+            assert rest == [(i, text) for i, text in filled if i >= skip]
             assert documents.count == len(rows)
 
 
@@ -136,10 +136,10 @@ def test_end_of_text_separates_the_documents_of_a_text_file(tmp_path):
         "<|endoftext|>\n"
     )
     documents = Documents(file)
-    assert [piece.text for _, piece in documents] == ["one\n", "two", "3"]
+    assert [piece.text for _, piece in documents.pieces()] == ["one\n", "two", "3"]
     assert (len(documents.first), documents.count) == (3, 3)  # nothing counts as blank
     rows = [{"text": file.read_text()}, {"text": "<|endoftext|>"}]
-    pieces = list(Documents(write_jsonl(tmp_path / "a.jsonl", rows)))
+    pieces = list(Documents(write_jsonl(tmp_path / "a.jsonl", rows)).pieces())
     assert pieces == [
         (0, Piece("one\n")),
         (0, Piece("two")),
@@ -151,7 +151,7 @@ def test_end_of_text_separates_the_documents_of_a_text_file(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": file.read_text()}])
     assert read(tmp_path / "a.jsonl") == ["one\nmore\n", "two", "3"]
     file.write_text(("x" * 99_999 + "\n") * 20 + "<|endoftext|>" + "y")
-    assert sum(piece.end for _, piece in Documents(file)) == 2
+    assert sum(piece.end for _, piece in Documents(file).pieces()) == 2
     assert len("".join(read(file))) == 2_000_001
 
 
@@ -195,7 +195,7 @@ def test_another_encoding_holds_for_the_files_of_a_folder_that_are_not_utf8(tmp_
         ):
             read(tmp_path)
     documents = Documents(tmp_path, "text", "cp1252")
-    pieces = [piece.text for _, piece in documents]
+    pieces = [piece.text for _, piece in documents.pieces()]
     first = line if name == "a.csv" else old
     assert pieces == [first, old, old, "plain\n"]
     assert read(tmp_path / "b.txt", "text", "UTF8") == [old]
@@ -207,9 +207,9 @@ def test_a_data_set_in_the_hubs_form_is_read_and_skipped_through(tmp_path):
         rows = [{"id": i, "text": f"{split} {i}"} for i in range(count)]
         write_jsonl(tmp_path / f"{split}.jsonl", rows)
     documents = Documents(f"hf:{tmp_path}")
-    for documents.skip in (0, 1234):
-        rest = [(i, f"train {i}") for i in range(documents.skip, 2500)]
-        assert [(index, piece.text) for index, piece in documents] == rest
+    for skip in (0, 1234):
+        rest = [(i, f"train {i}") for i in range(skip, 2500)]
+        assert [(index, piece.text) for index, piece in documents.pieces(skip)] == rest
     for source in (f"hf:{tmp_path}:default:test", f"hf:{tmp_path}::test"):
         assert read(source) == ["test 0", "test 1", "test 2"]
     with pytest.raises(UserError, match="row 1 has no 'body', only 'id', 'text'"):
@@ -280,7 +280,7 @@ def test_a_bad_byte_in_good_utf8_is_replaced_only_if_asked(tmp_path):
 
 ONE = [
     Piece("### User:\nHi?\n\n### Assistant:\n", trained=False, end=False),
-    Piece("Ho."),
+    Piece("Ho.", after="text"),
 ]
 FORMS = {
     "Alpaca": {"instruction": "Hi?", "input": "", "output": "Ho."},
@@ -298,7 +298,7 @@ FORMS = {
 
 
 def pieces_of(source):
-    return [piece for _, piece in Documents(source)]
+    return [piece for _, piece in Documents(source).pieces()]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -313,7 +313,7 @@ def test_an_input_and_a_system_message_belong_to_the_question(tmp_path):
     prompt = "### System:\nCount.\n\n### User:\nAdd.\n\n1 2\n\n### Assistant:\n"
     rows = [row, row, row | {"system": "Be kind."}, row | {"system": ""}]
     documents = Documents(write_jsonl(tmp_path / "a.jsonl", rows))
-    assert [piece.text for _, piece in documents][:2] == [prompt, "3"]
+    assert [piece.text for _, piece in documents.pieces()][:2] == [prompt, "3"]
     template = chat_template("messages", True, system="Count.", single_turn=True)
     assert documents.chat_template(has_end_token=True) == template
 
@@ -322,7 +322,7 @@ def test_a_row_with_two_forms_says_which_is_used(tmp_path):
     row = FORMS["Alpaca"] | FORMS["ShareGPT"] | {"text": "all of it"}
     file = write_jsonl(tmp_path / "a.jsonl", [row])
     documents = Documents(file)
-    assert [piece for _, piece in documents] == ONE
+    assert [piece for _, piece in documents.pieces()] == ONE
     assert documents.notes == [
         f"{file} is read by its columns conversations. Columns not used: 'instruction', "
         "'input', 'output', 'text'."
@@ -335,10 +335,10 @@ def test_prompts_and_completions_are_read_verbatim(tmp_path):
     rows = [{"prompt": " Q: \n", "completion": " A "}, {"prompt": "", "completion": " \n"}]
     documents = Documents(write_jsonl(tmp_path / "a.jsonl", rows))
     assert documents.kind == "prompt"
-    question = Piece(" Q: \n", trained=False, end=False)
-    assert list(documents) == [(0, question), (0, Piece(" A "))]  # a blank answer is no example
+    pieces = [Piece(" Q: \n", trained=False, end=False), Piece(" A ", after="text")]
+    assert list(documents.pieces()) == [(0, piece) for piece in pieces]  # a blank answer is none
     rows[0]["completion"] += "<|endoftext|>\n"
-    assert list(Documents(write_jsonl(tmp_path / "a.jsonl", rows))) == list(documents)
+    assert pieces_of(write_jsonl(tmp_path / "a.jsonl", rows)) == pieces
 
 
 @pytest.mark.parametrize(
@@ -369,9 +369,9 @@ def test_conversations_are_read_as_questions_and_trained_answers(tmp_path):
     first = "### System:\nBe kind.\n\n### User:\nHi\n\nthere\n\n### Assistant:\n"
     expected = [
         Piece(first, trained=False, end=False),
-        Piece("Hello  you."),
-        Piece("### User:\nBye\n\n### Assistant:\n", trained=False, end=False),
-        Piece("    Bye!"),
+        Piece("Hello  you.", after="text"),
+        Piece("### User:\nBye\n\n### Assistant:\n", after="end", trained=False, end=False),
+        Piece("    Bye!", after="text"),
     ]
     assert pieces_of(write_jsonl(tmp_path / "a.jsonl", [row, row])) == 2 * expected
     # A message of weight 0 is read and not trained; a blank answer neither.
@@ -544,7 +544,7 @@ def test_pieces_have_the_ids_of_the_whole(monkeypatch, parts):
 def test_broken_input_is_reported_with_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        list(Documents(tmp_path if name[0] == "." else tmp_path / name))
+        list(Documents(tmp_path if name[0] == "." else tmp_path / name).pieces())
 
 
 def test_a_missing_path_is_refused(tmp_path):
@@ -575,6 +575,6 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, suffix, head, body):
     file.write_bytes(head + body)
     try:
         with harmless("/nowhere"):
-            assert all(isinstance(piece.text, str) for _, piece in Documents(file))
+            assert all(isinstance(piece.text, str) for _, piece in Documents(file).pieces())
     except UserError as error:
         assert str(file) in str(error)

@@ -80,7 +80,7 @@ def read_input() -> str:
             "with those published for it. (The edition on PyPI has losses about 0.03 higher.)",
             file=sys.stderr,
         )
-    return "".join(piece.text for _, piece in Documents(path))
+    return "".join(piece.text for _, piece in Documents(path).pieces())
 
 
 def read_plays() -> bytes:
