@@ -32,7 +32,7 @@ class Dataset:
     warnings: what the user should know about the data.
     documents: their number, or None if it is not known.
     val_sha256: the hash of the first val shard, or None for shards that were not made here.
-    window: the length of packed windows, or None for texts, whose windows may have any length.
+    packed_for: the block_size for which examples were packed, or None for texts, which go with any.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -45,7 +45,7 @@ class Dataset:
         meta = _read_meta(folder / "meta.json")
         self.documents: int | None = meta.get("documents")
         self.val_sha256: str | None = meta.get("val_sha256")
-        self.window: int | None = meta.get("window", meta.get("row"))  # "row" until FORMAT 6
+        self.packed_for: int | None = meta.get("window", meta.get("row"))  # "row" until FORMAT 6
         self.warnings: list[str] = list(meta.get("notes", ()))
         self.val = Tokens(folder, "val")
         self.train = Tokens(folder, "train") if find_shards(folder, "train") else None
@@ -107,10 +107,10 @@ def open_dataset(
             "What is done so far is kept: run the command again to continue."
         ) from error
     dataset = Dataset(name, folder)
-    if dataset.window not in (None, block_size):
+    if dataset.packed_for not in (None, block_size):
         raise UserError(
-            f"{folder} was prepared for block_size={dataset.window}. Use "
-            f"--block_size={dataset.window}."
+            f"{folder} was prepared for block_size={dataset.packed_for}. Use "
+            f"--block_size={dataset.packed_for}."
         )
     if tokenizer != "auto":
         dataset.tokenizer = _as_asked(dataset, tokenizer)

@@ -220,22 +220,22 @@ class Tokens:
                 filled += len(part)
         if windows.max(initial=0) >= self._vocab_size:
             number, place = np.argwhere(windows >= self._vocab_size)[0].tolist()
-            shard, position = self._locate(int(starts[number]) + place)
+            shard, index = self._locate(int(starts[number]) + place)
             raise UserError(
-                f"{shard.path}: token {position} is {windows[number, place]}, but the vocabulary "
+                f"{shard.path}: token {index} is {windows[number, place]}, but the vocabulary "
                 f"has ids 0 to {self._vocab_size - 1}. "
                 "The file is damaged, or another tokenizer made it. Prepare the data again."
             )
         return windows
 
-    def _locate(self, position: int) -> tuple[Shard, int]:
-        """Return the shard that holds a position of the split, and the position within it."""
-        index = bisect.bisect_right(self._ends, position)
-        shard = self._shards[index]
-        return shard, position - (self._ends[index] - shard.length)
+    def _locate(self, index: int) -> tuple[Shard, int]:
+        """Return the shard that holds the token of an index, and the token's index in the shard."""
+        number = bisect.bisect_right(self._ends, index)
+        shard = self._shards[number]
+        return shard, index - (self._ends[number] - shard.length)
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raise UserError with file, position and id if an id is not below vocab_size.
+        """Raise UserError with file, token index and id if an id is not below vocab_size.
 
         This reads the whole of a split of up to 50 million tokens, and 50 million tokens spread
         over a larger one. From now on gather() checks what it reads: on a GPU such an id would fail

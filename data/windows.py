@@ -21,7 +21,8 @@ from data.shards import EXAMPLE_START, TRAINED, Tokens
 from gpt12.errors import UserError
 
 FEISTEL_ROUNDS = 6
-NOT_TRAINED = -1  # the target that the loss ignores, as in nanoGPT
+# The target that the loss ignores, as in nanoGPT. gpt12/loss.py names it IGNORE_INDEX.
+NOT_TRAINED = -1
 
 
 class TrainWindows:
@@ -31,8 +32,9 @@ class TrainWindows:
     the number of ranks.
 
     An epoch has `per_epoch` windows and draws each once, in a random order of its own. They lie T
-    tokens apart. The first begins at the epoch's phase, a random number of tokens below T.
-    Examples are packed into windows of T tokens, so there the phase is always 0.
+    tokens apart. The first begins at the epoch's phase, a random number of tokens below T. So each
+    epoch cuts a text at other places. Examples are packed into windows of T tokens, so there the
+    phase is always 0.
     """
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int) -> None:
@@ -45,13 +47,12 @@ class TrainWindows:
         self.tokens = tokens
         self.block_size = block_size
         self.seed = seed
-        if tokens.mask is not None:
-            self.per_epoch = (len(tokens) - 1) // block_size
-            self._phases = 1
-        else:
-            # One window less than fits at phase 0, so that the same number fits at every phase.
-            self.per_epoch = max(1, (len(tokens) - block_size) // block_size)
-            self._phases = min(block_size, len(tokens) - self.per_epoch * block_size)
+        targets = len(tokens) - 1
+        last_phase = 0 if tokens.mask is not None else block_size - 1
+        # Every epoch has as many windows as fit behind the last phase.
+        self.per_epoch = max(1, (targets - last_phase) // block_size)
+        # In a text shorter than two windows the only one must still fit behind the phase.
+        self._last_phase = min(last_phase, targets - self.per_epoch * block_size)
 
     def starts(self, positions: np.ndarray) -> np.ndarray:
         """Return the index of the first token of the window at each position, int64."""
@@ -60,7 +61,7 @@ class TrainWindows:
         for epoch in np.unique(epochs).tolist():
             in_epoch = epochs == epoch
             key = _epoch_key(self.seed, epoch)
-            phase = key % self._phases  # where the epoch's first window begins
+            phase = key % (self._last_phase + 1)  # where the epoch's first window begins
             order = permute(indices[in_epoch], self.per_epoch, key)
             starts[in_epoch] = phase + order * self.block_size
         return starts

@@ -23,6 +23,7 @@ except ImportError:
     triton = None
 
 # Marks a position which is not a training target. It is nanoGPT's value; torch's default is -100.
+# data/windows.py, which knows no loss, names it NOT_TRAINED.
 IGNORE_INDEX = -1
 CHUNK_ROWS = 4096  # rows of logits in memory at a time: 0.4 GB in bf16 at GPT-2's vocabulary
 
