@@ -103,8 +103,8 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.unbind(dim=2)  # each (B, T, H, D)
         if shared.cache is not None:
-            # Stored at once, because each store is a kernel. Where k and v are not simply parts of
-            # qkv, store torch.stack((k, v), dim=2).
+            # One call stores both, because each call costs a kernel. If you change k or v above,
+            # store torch.stack((k, v), dim=2).
             kv = shared.cache.extend(qkv[:, :, 1:])  # (B, S, 2, H, D)
             k, v = kv.unbind(dim=2)
         y = F.scaled_dot_product_attention(
@@ -244,8 +244,8 @@ class Transformer(nn.Module):
         if cache is not None or example_starts is not None or not self.is_causal:
             key = position if cache is None else cache.slots
             seen = self.sees(position, key, example_starts)[:, None]  # (B, 1, T, S)
-            # Given a boolean mask, the attention of every layer would make such a mask of its own
-            # and keep it for the backward pass.
+            # All layers share this mask of floats. Every layer would turn a boolean mask into one
+            # of its own and keep it for the backward pass.
             mask = torch.full_like(seen, -torch.inf, dtype=x.dtype).masked_fill_(seen, 0)
         shared = Shared(position, mask, cache)
         for block in self.h:

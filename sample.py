@@ -44,8 +44,9 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
 )
 MARK = "~~question~~"  # stands for a user's text, to see what a chat template makes of it
-PASTE_SECONDS = 0.05
-# A message as chat templates expect it: role and content; and "ended" if the model ended it itself.
+PASTE_SECONDS = 0.05  # a line that follows another one sooner was pasted
+# A message has "role" and "content", as chat templates expect. An answer also has "ended": whether
+# the model ended it itself.
 Message = dict[str, Any]
 Times = list[tuple[float, int]]  # seconds on a clock, and how many tokens came then
 
@@ -192,9 +193,9 @@ class ChatTemplate:
         return MARK not in self.write([user_message(MARK), answer, user_message("?")])
 
     def complete(self, text: str) -> str | None:
-        """Return a prompt that is in the template already, with the white space that it lacks.
+        """Return the text, if it is written in the template already; else None.
 
-        None if it is not in the template.
+        The white space that the template has at its end is added.
         """
         *openings, after = self.write([user_message(MARK)]).split(MARK)
         with contextlib.suppress(UserError):  # a template may refuse a system message
@@ -376,7 +377,8 @@ def converse(writer: Writer, first_message: str = "") -> None:
 def answer(writer: Writer, messages: Sequence[Message], question: str) -> Sequence[Message]:
     """Show the model's answer to a question, and return the conversation with both.
 
-    Nothing is remembered if the template forgets, or after a prompt that was in the template.
+    The conversation is empty afterwards if the template forgets, or if the question was written in
+    the template already.
     """
     try:
         asked, prompt = writer.fit([*messages, user_message(question)])

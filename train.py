@@ -174,7 +174,7 @@ class TrainStep:
         kind = OPTIMIZERS[config.optimizer]
         self.on_device = kind.on_device and machine.device.type != "mps"
         rate: Tensor | float = float(config.learning_rate)
-        if self.on_device:  # a recorded step has no other way to the rate of its update
+        if self.on_device:  # a CUDA graph reads the rate from this tensor
             rate = torch.tensor(rate, device=machine.device)
         groups = parameter_groups(model, config.weight_decay)
         self.optimizers = kind.build(groups, rate, (config.beta1, config.beta2))
@@ -267,8 +267,8 @@ class TrainStep:
         """
         step_targets = sum(self.targets_per_batch)
         world = self.machine.world
-        # DistributedDataParallel averages the ranks' gradients. To get their sum / N, each rank
-        # divides by N / world. N is the sum of the ranks' targets: all_reduce adds them up.
+        # N is the number of targets on all ranks. The gradient is the ranks' sum, divided by N.
+        # DistributedDataParallel computes the ranks' mean, so each rank divides by N / world.
         self.divisor.fill_(step_targets / world)
         if world > 1:
             dist.all_reduce(self.divisor)
@@ -480,7 +480,7 @@ class Trainer:
         self.train_step.load(self.windows, self.progress.position)
 
     def updates_keep_failing(self) -> bool:
-        """Tell whether the last MAX_BAD_STEPS updates were skipped. Looks every so many steps."""
+        """Tell whether the last MAX_BAD_STEPS updates were skipped, every so many steps."""
         if self.progress.step % MAX_BAD_STEPS != 0:
             return False  # looking waits for the device
         bad = int(self.train_step.bad)
@@ -502,8 +502,8 @@ class Trainer:
     def evaluate(self) -> None:
         """Evaluate both splits, and save the model if it is the best so far.
 
-        A signal cuts it short, and then nothing has changed. It does not with several ranks: to
-        tell the others, a rank would have to wait for them at every batch.
+        A signal cuts it short and leaves everything as it was. With several ranks it runs to its
+        end: to stop together, the ranks would have to wait for each other at every batch.
         """
         progress = self.progress
         with self.clock.stopped():

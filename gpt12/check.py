@@ -94,7 +94,7 @@ def saving(model: GPT) -> None:  # on the CPU
         loaded = from_pretrained(folder).eval().requires_grad_(False)
     found, expected = (m.state_dict() | {"logits": m(idx)[0]} for m in (loaded, model))
     compare(found, expected, "what is no parameter and no buffer, or gpt12/weights.py")
-    if found["logits"].requires_grad:  # although no parameter does
+    if found["logits"].requires_grad:  # its parameters do not
         raise UserError("something gets gradients and is no parameter; look at plain lists")
 
 
@@ -122,7 +122,7 @@ def packing(model: GPT, idx: torch.Tensor) -> None:
 
 @torch.no_grad()
 def losing(model: GPT, idx: torch.Tensor) -> None:
-    model.lm_head.weight *= 50  # so large that a cap on the logits shows
+    model.lm_head.weight *= 50  # makes the logits so large that a cap would change them
     found = {"loss": model(idx, idx.roll(-1), divisor=1.0)[1]}  # as evaluation calls it
     expected = {"loss": cross_entropy(model(idx)[0][0], idx[0].roll(-1), reduction="sum")}
     compare(found, expected, "GPT.forward, GPT.logits and gpt12/loss.py")

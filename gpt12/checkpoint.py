@@ -95,7 +95,7 @@ class Saver:
     base: str  # what the model was started from; adapters refer to it
     say: Callable[[str], None]  # prints a line
     interval_s: float  # seconds between two saves of last/
-    interval_saves: float  # and at least so many times what the last one took
+    interval_saves: float  # the least interval, as a multiple of the last save's duration
     description: dict[str, Any]  # what run.json holds
 
     def __post_init__(self) -> None:
@@ -294,7 +294,7 @@ def trainer_tensors(train_step: SavedStep) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(train_step: SavedStep) -> dict[str, Tensor]:
-    """Return the tensors of the optimizers' states by name, themselves and no copies."""
+    """Return the tensors of the optimizers' states by name, without copying them."""
     tensors: dict[str, Tensor] = {}
     for parameter_name, parameter in train_step.model.named_parameters():
         for optimizer in train_step.optimizers:
@@ -304,7 +304,7 @@ def optimizer_tensors(train_step: SavedStep) -> dict[str, Tensor]:
                 if hasattr(value, "__tensor_flatten__"):  # torchao's 8-bit tensor
                     for part in value.__tensor_flatten__()[0]:
                         tensors[f"{name}:{part}"] = getattr(value, part)
-                elif value is not None:  # as a momentum that is switched off
+                elif value is not None:  # SGD without momentum has None
                     state[key] = torch.as_tensor(value)  # it may be a plain number
                     tensors[name] = state[key]
     return tensors

@@ -93,7 +93,7 @@ def load_config(schema: type[Schema], argv: Sequence[str]) -> Loaded[Schema]:
 
 
 def merge(earlier: Mapping[str, Said], later: Mapping[str, Said]) -> dict[str, Said]:
-    """Return both; of a key in both, and of two keys that replace each other, the later counts."""
+    """Return both. A later key removes the same earlier key, and the one that it replaces."""
     replaced = {REPLACES.get(key) for key in later}
     return {key: said for key, said in earlier.items() if key not in replaced} | dict(later)
 
@@ -107,7 +107,8 @@ def checked(
     """Return the configuration of what was said, or raise UserError with every mistake.
 
     given: the keys that the user set; the others are those of a run that is resumed.
-    mistakes: those found so far. After one in a file, any value might be another.
+    mistakes: those found so far. If there are any, keys are not compared with each other: a file
+    that was not read might have changed them.
     """
     values = {key: one.value for key, one in said.items()}
     wrong: dict[str, str] = {}
@@ -229,7 +230,7 @@ def help_page(schema: type[Schema]) -> str:
     for line in inspect.cleandoc(schema.__doc__ or "").splitlines():
         lines.append(f"  {line}" if line.startswith("python ") else line)
     lines += ["", *HOW_TO_SET_KEYS.splitlines()]
-    inherited = asdict(TrainConfig()) if schema is BenchConfig else {}  # on train.py's own page
+    inherited = asdict(TrainConfig()) if schema is BenchConfig else {}  # train.py --help shows them
     for key, kind in kinds_of(schema).items():
         if key in inherited and inherited[key] == kind["default"]:
             continue

@@ -73,7 +73,8 @@ def process_group(device: str, backend: str, before: bool = False) -> Iterator[N
     """Join the other processes for the duration of the block. Does nothing for a single process.
 
     device: the `device` key of the configuration. backend: torch.distributed's backend for GPUs.
-    before: another group follows. It must not take this one's addresses for its own.
+    before: this group ends before the run's own group begins. Each has its own part of the store,
+        so that neither reads the other's addresses.
     """
     ranks = torchrun_ranks()
     if ranks.world == 1:
@@ -105,9 +106,9 @@ def process_group(device: str, backend: str, before: bool = False) -> Iterator[N
 def _meeting_place() -> dist.Store:
     """Return the store in which the ranks find each other.
 
-    It is kept: where rank 0 serves it, a rank that still talks to the first group's store while
-    rank 0 opens the second one's would lose the connection. Where torchrun serves it, it still
-    holds the addresses of the processes that torchrun has started again.
+    All groups share one store. If rank 0 serves it and opened a second one, ranks that still use
+    the first would lose their connection. If torchrun serves it, it holds the addresses of
+    processes that have ended, so each restart gets its own part of the store.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -208,7 +209,7 @@ def is_lost_rank(error: RuntimeError) -> bool:
 def least_of_ranks(value: float, device: torch.device) -> float:
     """Return the smallest of the ranks' values. All ranks have to ask for it together.
 
-    For what only rank 0 knows, the others give a value that is not smaller.
+    If only rank 0 knows the value, the others must give one that is at least as large.
     """
     if not dist.is_initialized():
         return value
@@ -281,8 +282,8 @@ class StopSignal:
     def agreed(self) -> bool:
         """Tell whether to stop now. Call it once per step, on all ranks.
 
-        With several ranks the largest flag is found now and read in the next call, so that the host
-        does not wait for the GPU. All ranks read the same one, so all stop after the same step.
+        With several ranks, a call begins to compute the largest flag, and the next call reads it.
+        So the host does not wait for the GPU, and all ranks stop after the same step.
         """
         if torchrun_ranks().world == 1:
             return self.number > 0

@@ -25,7 +25,8 @@ from gpt12.memory import needed_memory
 from gpt12.run import Run
 from gpt12.settings import TrainConfig
 
-# A micro-batch of so many tokens keeps a GPU busy. Recompute whole blocks before going below.
+# A micro-batch of this many tokens keeps a GPU busy. Whole blocks are recomputed before it gets
+# smaller.
 SMALL_MICRO_BATCH = 4096
 ADVICE = (
     "end other programs that use it, or take a smaller model or --block_size, "
@@ -129,8 +130,8 @@ def fits_in_a_trial(config: TrainConfig, run: Run, make_step: Callable[..., Any]
 
     The weights and the random numbers are afterwards as before.
     """
-    # Without other ranks nothing waits for them. DistributedDataParallel keeps all gradients as
-    # long as it lives, as the second of two micro-batches finds them.
+    # The trial runs as a single rank, so that it waits for no other. Its second micro-batch finds
+    # the gradients of the first in memory, as DistributedDataParallel always keeps all gradients.
     micro_steps = min(2, config.gradient_accumulation_steps)
     alone = replace(run.machine, rank=0, world=1)
     small = replace(config, gradient_accumulation_steps=micro_steps)
@@ -161,7 +162,7 @@ def try_step(step: Any) -> None:
     """
     step.make_states()
     if step.example_starts is not None:
-        # All positions but one are targets: no other number takes more memory.
+        # A window can have this many targets. More targets take more memory.
         step.targets_per_batch = [step.x[0].numel() - 1] * step.micro_steps
     step.model.train()
     step(0.0)

@@ -12,8 +12,8 @@ from gpt12.twin import is_gpt2
 from model import parameter_count
 
 FEW_UPDATES = 30  # a run with fewer is warned of
-# A model with so many trained parameters for each token, that reads the text so many times, can
-# repeat it.
+# A model can repeat its text if it has this many trained parameters for each token and reads the
+# text this many times.
 BY_HEART_PARAMETERS = 20
 BY_HEART_EPOCHS = 20
 

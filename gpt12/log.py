@@ -62,7 +62,7 @@ class RunLog:
         self.progress = run.progress
         self.clock = Clock(run.machine, run.progress)
         self.metrics: Any = None  # metrics.jsonl
-        self.cannot_write = False  # that metrics.jsonl lacks a row was said
+        self.cannot_write = False  # whether we said that metrics.jsonl lacks a row
         self.skipped = 0.0  # skipped updates that were reported
         self.start_loss: float | None = None  # validation loss at step 0
         self.wandb: Any = None
@@ -99,7 +99,7 @@ class RunLog:
         drop_later_rows(file, self.progress)
         self.metrics = file.open("a", encoding="utf-8", buffering=1)  # a line at a time
         step = self.progress.step
-        hidden = None if sys.stderr is not None else True  # None: where there is no terminal
+        hidden = None if sys.stderr is not None else True  # None: tqdm looks for a terminal
         total = self.run.config.max_iters
         self.bar = tqdm(total=total, initial=step, unit="step", disable=hidden)
         if step == 0:

@@ -65,7 +65,8 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dtype: torch.dtype | Non
         if other != name and "transformer.h." in name + other and parameter.ndim == 2:
             raise UserError(f"lora_rank cannot adapt {name} and {other}, which are one matrix")
     model.requires_grad_(False)
-    # By name, and not layer by layer: a seed draws the adapters that it always drew.
+    # This order decides which random numbers an adapter gets. It is that of earlier versions, so a
+    # seed still gives the same adapters.
     names = dict.fromkeys(name.rpartition(".")[2] for name in linears(model))
     for parent in list(model.get_submodule("transformer.h").modules()):
         children = dict(parent.named_children())
@@ -182,6 +183,6 @@ def hash_of_base(model: nn.Module) -> str:
 
 
 def hash_of(weight: Tensor) -> str:
-    """Return a hash of a matrix: of the sums of its columns' bits, which is fast."""
+    """Return a hash of a matrix. It hashes only the sum of each column's bits, to be fast."""
     bits = weight.detach().float().cpu().contiguous().view(torch.int32)
     return hashlib.sha256(bits.sum(0).numpy().tobytes()).hexdigest()

@@ -195,15 +195,16 @@ def time_decoding(
 ) -> Row:
     """Time how sample.py continues the prompts.
 
-    max_new_tokens: at least 2. With the prompts they fit into the context.
-    Returns first_s, the time to the first token, nothing being warm; prompt_ms, the same when all
-    is warm; ms, the mean time per new token of all texts, after the first; and
-    tokens_per_s, new tokens of all texts together.
+    max_new_tokens: at least 2; prompt and new tokens fit into the context. The row holds
+        first_s        seconds to the first token in the first run
+        prompt_ms      the same time in later runs, in ms
+        ms             mean time of a decoding step after that, one token for each text
+        tokens_per_s   new tokens of all texts together
     """
     forget_last_measurement()
     first_tokens = []
-    # stream() computes the next token before it yields one. So on a CPU the last token, after which
-    # there is nothing to compute, comes at once: make one more than is timed.
+    # Before stream() yields a token, it computes the next one. After the last token there is no
+    # next one, so on a CPU it comes too early. It is not timed.
     for count in [1] * PROMPT_RUNS + [max_new_tokens + 1]:
         began = time.perf_counter()
         arrivals = [time.perf_counter() for _ in stream(model, prompts, count, sampling)]

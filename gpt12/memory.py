@@ -37,8 +37,8 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "pointwise", "block")
 KEPT = {"none": 16, "pointwise": 10, "block": 1}
 # Uncompiled, autocast converts LayerNorm's input to float32 and keeps the copy.
 KEPT_UNCOMPILED = {"none": 2, "pointwise": 1, "block": 0}
-# The products of LoRA's adapters, one a matrix (3 + 1 + 4 wide) but the last, which nothing needs.
-# "none" keeps none of them.
+# The outputs of LoRA's adapters. Those of the first three matrices are 3, 1 and 4 wide; nothing
+# needs the fourth. "none" keeps none of them.
 KEPT_BY_ADAPTERS = {"none": 0, "pointwise": 8, "block": 0}
 # A CPU has no fused attention with dropout: a layer keeps the softmax, the mask and their product,
 # each a whole matrix (B, H, T, T) in float32.
@@ -64,8 +64,9 @@ def trained_parameters(shape: GPTConfig, config: TrainConfig) -> int:
 def _attention_matrices(shape: GPTConfig, config: TrainConfig, number: int) -> tuple[float, float]:
     """Return what attention's matrices take in a layer on a CPU, in (B, T, C) tensors.
 
-    First those that are kept for the backward pass, then the others in it. With dropout all heads'
-    attention is a whole matrix. number: bytes of an activation.
+    Without a fused kernel, each head has whole matrices (T, T). The first number returned counts
+    those that are kept for the backward pass, the second those that only it makes.
+    number: bytes of an activation.
     """
     matrix = 4 * shape.n_head * config.block_size / (number * shape.n_embd)
     kept = KEPT_MATRICES[config.recompute]

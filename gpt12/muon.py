@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
                 self._update_stack(parameters, group)
 
     def _update_stack(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        keep = 1 - self.found_inf  # 0: the new gradient has no weight and the step no length
+        keep = 1 - self.found_inf  # 0 skips the update: neither momentum nor weights change
         lr = group["lr"]
         # The gradients may be infinite or not a number if the update is skipped.
         g = torch.stack([p.grad for p in parameters if p.grad is not None])  # (n, rows, columns)

@@ -29,7 +29,7 @@ STRICT = ConfigDict(
     use_attribute_docstrings=True,
 )
 CONTEXT_PARTS = 8  # short_context_share cuts a sequence into this many parts
-# Two keys for the length of a run: of two sources, the later one decides and ends the other's word.
+# Both keys set the length of a run. A later source that sets one of them removes the other.
 REPLACES = {"max_iters": "num_epochs", "num_epochs": "max_iters"}
 
 

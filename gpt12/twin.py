@@ -24,7 +24,7 @@ TOLERANCE = 1e-4  # of the largest logit
 FINGERPRINT_LOGITS = 24  # of each twin
 # Machines round differently, by 1e-6. The exact GELU in place of GPT-2's changes logits by 1e-4.
 FINGERPRINT_TOLERANCE = 2e-5
-OLD_FINGERPRINT = 16  # the first so many are all that older versions share with this one
+OLD_FINGERPRINT = 16  # so many numbers at the start are the same in all versions
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def make_twin(config: GPTConfig, n_layer: int = 2) -> GPT:
     """
     with torch.random.fork_rng(devices=[]):
         twin = GPT(small_config(config, n_layer)).float().eval()
-        torch.manual_seed(0)  # now: the numbers that init_weights drew do not matter
+        torch.manual_seed(0)  # after GPT(...), which draws numbers, too
         for parameter in twin.parameters():
             noise = torch.randn_like(parameter)
             if parameter.ndim >= 2:
@@ -79,7 +79,7 @@ def is_gpt2(config: GPTConfig) -> bool:
     for twin, idx in twins(config):
         state = twin.state_dict()
         if len(set(twin.parameters())) < len(state) - 1:
-            return False  # other tensors than the embedding and the head are one
+            return False  # more is tied than the embedding and the head
         try:
             expected = gpt2_logits(state, twin.config.n_head, idx)
         except (KeyError, RuntimeError):  # a tensor is missing or has another shape

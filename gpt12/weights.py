@@ -48,7 +48,7 @@ SUPPORTED = {
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
 VOCABULARY = ("transformer.wte.weight", "lm_head.weight")  # with a row for each id
 OTHER_MODEL = "so it was trained with another model.py, or it is another kind of model"
-MAX_SIZE = 2**29  # the product of two such sizes in bytes is still a number for torch
+MAX_SIZE = 2**29  # torch can still count the bytes of a matrix of two such sizes
 NANOGPT_PADDED_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
 
 
