@@ -56,7 +56,7 @@ from gpt12.memory import (
     predict,
     predict_sizes,
 )
-from gpt12.run import check_ranks, prepare_model
+from gpt12.run import check_ranks, decide_dtype_and_alpha, prepare_model
 from gpt12.settings import BenchConfig, Recompute, SampleConfig, model_shape
 from gpt12.twin import is_gpt2
 from gpt12.weights import new_model
@@ -119,7 +119,7 @@ class StepRunner:
 
     def __init__(self, config: BenchConfig, cuda_graph: bool = True):
         forget_last_measurement()
-        self.config, self.machine = decide(config)
+        self.config, self.machine = decide(config)  # a row of a table may have a machine of its own
         tokens, vocab_size, self.data = open_tokens(config)
         self.shape = model_shape(config, vocab_size)
         if self.machine.compiled:
@@ -149,13 +149,7 @@ def decide(config: BenchConfig) -> tuple[BenchConfig, Machine]:
     machine = open_machine(
         config.device, config.dtype, config.compile, deterministic=config.deterministic
     )
-    decided = replace(
-        config,
-        dtype=str(machine.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-        compile=machine.compiled,
-        lora_alpha=config.lora_alpha or 2.0 * config.lora_rank or None,
-    )
-    return decided, machine
+    return replace(decide_dtype_and_alpha(config, machine), compile=machine.compiled), machine
 
 
 def measure_step(config: BenchConfig, label: str, cuda_graph: bool = True) -> Row:
@@ -237,12 +231,11 @@ TECHNIQUES = {
 }
 
 
-def climb_ladder(config: BenchConfig) -> list[Row]:
-    """Measure a plain float32 step, then one technique more at each rung.
+def climb_ladder(top: BenchConfig, machine: Machine) -> list[Row]:
+    """Measure a plain float32 step, then one technique more at each rung, up to those of `top`.
 
     Techniques that change nothing here are left out.
     """
-    top, machine = decide(config)
     if top.recompute == "none":
         top = replace(top, recompute="pointwise")
     rung = replace(top, dtype="float32", compile=False, attention="math", recompute="none")
@@ -401,26 +394,25 @@ def draw(rows: list[Row], title: str) -> None:
     say("wrote bench.png")
 
 
-def introduce(config: BenchConfig) -> Machine:
+def introduce(config: BenchConfig, machine: Machine) -> None:
     """Describe the machine, and limit its memory if that was asked for."""
-    _, machine = decide(config)
     for line in (f"{machine.name}, torch {torch.__version__}", *machine.notes):
         say(line)
     if config.n_embd == CPU_SHAPE["n_embd"]:
         say("the model is a small one, for CPUs: give a shape or --init_from=gpt2 for another")
     if config.vram_gb is not None:
         imitate_card(config.vram_gb, machine)
-    return machine
 
 
 def measure(argv: Sequence[str], config: BenchConfig, kinds: Sequence[Recompute]) -> None:
     """Measure what was asked for, one after the other, and show it."""
-    machine = introduce(config)
+    config, machine = decide(config)
+    introduce(config, machine)
     results: dict[str, Any] = {}
     if config.sweep is not None:
         results["sweep"] = sweep(config, argv)
     if config.ladder:
-        results["ladder"] = climb_ladder(config)
+        results["ladder"] = climb_ladder(config, machine)
     if config.find_batch:
         results["find_batch"] = find_batch(config, kinds, machine)
     if config.sample:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,6 +34,7 @@ from gpt12.twin import unread_fields
 from gpt12.weights import check_code, find_pretrained, from_pretrained, new_model
 from model import GPT, GPTConfig, flops_per_token
 
+Config = TypeVar("Config", bound=TrainConfig)
 # compile=auto: a run with fewer operations than this is over before compiling has paid off.
 COMPILE_FROM_FLOPS = 6e15
 EVAL_TOKENS = 12 * 1024  # eval_iters counts portions of this many tokens, nanoGPT's default batch
@@ -301,8 +302,7 @@ def build_run(request: Request) -> Run:
         long=config.eval_only or flops >= COMPILE_FROM_FLOPS,
         deterministic=config.deterministic,
     )
-    dtype = str(machine.dtype).removeprefix("torch.")
-    config = replace(config, dtype=dtype)  # type: ignore[arg-type]
+    config = decide_dtype_and_alpha(config, machine)
     prepare_model(model, config, machine)
 
     val_windows = EvalWindows(dataset.val, config.block_size)
@@ -329,7 +329,8 @@ def resolve(
 ) -> TrainConfig:
     """Return the configuration with every key that follows from others, or from the data, decided.
 
-    config: with the shape of the model. dtype is decided by open_machine.
+    config: with the shape of the model. Only dtype and lora_alpha are decided later, when the
+    machine is known.
     """
     max_iters = config.max_iters
     if config.num_epochs > 0 and dataset.train is not None:
@@ -345,9 +346,6 @@ def resolve(
     min_lr = config.min_lr
     if config.decay_lr and "min_lr" not in request.given and min_lr > config.learning_rate:
         min_lr = config.learning_rate / 10
-    lora_alpha = config.lora_alpha
-    if config.lora_rank and lora_alpha is None:
-        lora_alpha = 2.0 * config.lora_rank
     return replace(
         config,
         max_iters=max_iters,
@@ -355,8 +353,16 @@ def resolve(
         lr_decay_iters=lr_decay_iters,
         warmup_iters=warmup_iters,
         min_lr=min_lr,
-        lora_alpha=lora_alpha,
     )
+
+
+def decide_dtype_and_alpha(config: Config, machine: Machine) -> Config:
+    """Return the configuration with the machine's dtype, and with lora_alpha for adapters."""
+    lora_alpha = config.lora_alpha
+    if config.lora_rank and lora_alpha is None:
+        lora_alpha = 2.0 * config.lora_rank
+    dtype = str(machine.dtype).removeprefix("torch.")
+    return replace(config, dtype=dtype, lora_alpha=lora_alpha)  # type: ignore[arg-type]
 
 
 def _eval_iters(config: TrainConfig, request: Request) -> int:

@@ -225,8 +225,7 @@ def test_every_rung_of_the_ladder_does_the_same_work(run, device):
 def test_on_a_gpu_every_rung_of_the_ladder_switches_one_thing_on(monkeypatch):
     config = make(dtype="bfloat16", compile=True)
     measured = fake_steps(monkeypatch)
-    monkeypatch.setattr(bench, "decide", lambda config: (config, GPU))
-    bench.climb_ladder(config)
+    bench.climb_ladder(config, GPU)
     rungs = [(c.dtype, c.compile, c.attention, c.recompute, graph) for c, graph in measured]
     assert rungs == [
         ("float32", False, "math", "none", False),
