@@ -443,10 +443,8 @@ class Trainer:
         progress = self.progress
         self.load()
         while True:
-            if self.evaluation_is_due():
-                self.evaluate()
-                if self.evaluation_is_due():  # a signal has cut it short
-                    return 128 + self.stop.number
+            if self.evaluation_is_due() and not self.evaluate():
+                return 128 + self.stop.number  # a signal has cut it short
             if self.patience_is_over() or progress.step >= config.max_iters:
                 return 0
             # Dropout draws other masks on each rank and in each step, resumed or not.
@@ -499,11 +497,12 @@ class Trainer:
         due = step % self.config.eval_interval == 0 or step >= self.config.max_iters
         return due and self.progress.evaluated_step != step
 
-    def evaluate(self) -> None:
+    def evaluate(self) -> bool:
         """Evaluate both splits, and save the model if it is the best so far.
 
-        A signal cuts it short and leaves everything as it was. With several ranks it runs to its
-        end: to stop together, the ranks would have to wait for each other at every batch.
+        Returns whether it was finished: a signal cuts it short and leaves everything as it was.
+        With several ranks it runs to its end: to stop together, the ranks would have to wait for
+        each other at every batch.
         """
         progress = self.progress
         with self.clock.stopped():
@@ -511,7 +510,7 @@ class Trainer:
             train_loss = mean_loss(self.run, self.run.train_eval_windows, stop)
             val_loss = mean_loss(self.run, self.run.val_windows, stop)
             if stop():
-                return
+                return False
             progress.evaluated_step = progress.step
             in_best = False
             if self.is_better(val_loss):
@@ -522,6 +521,7 @@ class Trainer:
             self.log.log_evaluation(train_loss, val_loss, in_best)
             if progress.step > 0 and self.config.always_save_checkpoint:
                 self.saver.save("last")
+        return True
 
     def is_better(self, val_loss: float) -> bool:
         """Tell whether this is the lowest validation loss after step 0. NaN never is."""

@@ -190,7 +190,8 @@ def execute(name: str, present: Mapping[str, Any]) -> dict[str, Said]:
         near = difflib.get_close_matches(name, presets, n=1)
         advice = f"did you mean {near[0]}?" if near else "--help lists the presets"
         raise UserError(f"{name}: there is no such file; {advice}")
-    # Python looks up a name among the builtins last: the file reads a key there until it sets it.
+    # Python looks for a name among the builtins last. So the file can read every key there, and
+    # `names` holds only what the file has set itself.
     readable = {**vars(builtins), **present}
     names: dict[str, Any] = {"__builtins__": readable, "__file__": name, "__name__": "__main__"}
     try:
@@ -205,11 +206,13 @@ def execute(name: str, present: Mapping[str, Any]) -> dict[str, Said]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             assigned[node.id] = node.lineno
+    # Settings are the keys of this script, and assigned names that no script knows, which are
+    # refused later as unknown keys. A key of another script is left to that one.
+    keys = present.keys() | (assigned.keys() - ALL_KEYS)
     said = {}
     for key, value in names.items():
         own = key.startswith("_") or callable(value) or isinstance(value, ModuleType)
-        imported = key not in present and key not in assigned
-        if not own and not imported and key not in ALL_KEYS - present.keys():
+        if key in keys and not own:
             said[key] = Said(value, f"{name}:{assigned.get(key, 1)}: {key}={value!r}")
     return said
 

@@ -80,10 +80,21 @@ def is_run(folder: Path) -> bool:
 class SavedRun:
     """What resuming reads of run.json."""
 
-    config: dict[str, Any]
-    requested: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any]  # every key decided
+    requested: dict[str, Any] = field(default_factory=dict)  # read it as `asked`
     given: list[str] | None = None  # None: an earlier version wrote it
     data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Return what the user asked of the run, when it began and on resuming since.
+
+        An earlier version wrote values that mean nothing now: what became of them stands for them.
+        """
+        if self.given is not None:
+            return self.config | self.requested
+        usable = self.requested.keys() & {"lr_decay_iters"}
+        return self.config | {key: self.requested[key] for key in usable}
 
 
 def read_run(out_dir: Path) -> SavedRun:

@@ -27,9 +27,9 @@ from gpt12.config import REPOSITORY, Loaded, Said, checked, load_config, merge
 from gpt12.device import Machine, compile_model, open_machine
 from gpt12.distributed import copy_from_rank_0, first_ranks_first, is_rank_0, torchrun_ranks
 from gpt12.errors import UserError, say
-from gpt12.folder import SavedRun, describe_run, is_run, lock_run, read_run
+from gpt12.folder import describe_run, is_run, lock_run, read_run
 from gpt12.lora import add_lora
-from gpt12.settings import REPLACES, TrainConfig, model_shape, with_shape
+from gpt12.settings import TrainConfig, model_shape, with_shape
 from gpt12.twin import unread_fields
 from gpt12.weights import check_code, find_pretrained, from_pretrained, new_model
 from model import GPT, GPTConfig, flops_per_token
@@ -62,7 +62,7 @@ class Request:
     asked: TrainConfig  # every key as the user set it, now or when the run began; else its default
     given: frozenset[str]  # the keys that the user set
     config: TrainConfig  # what the run starts with: asked, or what an earlier run had made of it
-    before: TrainConfig | None = None  # of an earlier run: config without the keys typed now
+    before: TrainConfig | None = None  # what held in a run that goes on, until keys were typed now
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -168,10 +168,10 @@ def new_run(loaded: Loaded[TrainConfig]) -> Request:
 
 
 def check_ranks(config: TrainConfig) -> None:
-    """Refuse a number of micro-batches that cannot be shared equally."""
+    """Refuse to train if the ranks cannot share the micro-batches equally."""
     world = torchrun_ranks().world
     rest = config.gradient_accumulation_steps % world
-    if rest:
+    if rest and not config.eval_only:
         near = config.gradient_accumulation_steps + world - rest
         raise UserError(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not a multiple "
@@ -184,86 +184,89 @@ def check_ranks(config: TrainConfig) -> None:
 
 
 def resume(loaded: Loaded[TrainConfig], out_dir: Path) -> Request:
-    """Return the request that the run in out_dir goes on, with the keys typed now changed.
+    """Return the request that the run in out_dir goes on.
 
-    The run's own settings take the place of config files; one that is named changes nothing.
+    asked     what the user asked of the run, when it began and on resuming since
+    before    what held in it so far: asked, with every key decided
+    typed     the keys on the command line that change something now
+    config    what holds from now on: before and typed joined
+
+    A config file that is named now changes nothing. Each key in which it differs is told.
     """
-    now = loaded.config  # as if it were a new run
     saved = read_run(out_dir)
-    file = out_dir / "run.json"
-    asked = checked(TrainConfig, said_in(file, saved.config | asked_at_the_start(saved)), ())
-    typed = {key: said for key, said in loaded.typed.items() if key not in WHICH_RUN}
-    if now.init_from == "auto":  # the same line began the run: only what is new in it is a change
-        typed = {key: said for key, said in typed.items() if _differs(key, now, asked)}
-    refuse_fixed_keys(now, set(typed), saved.config)
+    asked = said_in(out_dir, saved.asked)
+    # The folder may have been renamed since.
+    before = said_in(out_dir, saved.config | {"out_dir": str(out_dir)})
 
-    # The folder may have been renamed. lr_decay_iters=None follows a new max_iters.
-    own = saved.config | {"out_dir": str(out_dir), "lr_decay_iters": asked.lr_decay_iters}
+    typed: dict[str, Said] = {}
+    for key, said in loaded.typed.items():
+        # init_from=auto: the line that began the run is typed again. Only what is new in it counts,
+        # else it would undo what was decided since.
+        again = getattr(loaded.config, key) == asked[key].value
+        if key not in WHICH_RUN and not (again and loaded.config.init_from == "auto"):
+            typed[key] = said
+    refuse_fixed_keys(loaded.config, typed, before)
+
+    # Decided keys stay as they are: the weights and the best loss came about with them. Two
+    # decisions are made anew, from what was asked.
+    before["lr_decay_iters"] = asked["lr_decay_iters"]  # None follows a new max_iters
     if not MEMORY_KEYS.isdisjoint(typed):
-        own |= {key: getattr(asked, key) for key in MEMORY_KEYS}
-    said = said_in(file, own)
-    still_given = {key for key in saved.given or () if REPLACES.get(key) not in typed}
-    given = still_given | typed.keys()
-    config = checked(TrainConfig, merge(said, typed), given)
+        # The run fitted them into the memory together: beside a typed one, what it made of the
+        # others would give another number of tokens a step.
+        before |= {key: asked[key] for key in MEMORY_KEYS}
+
+    joined = merge(before, typed)  # a typed max_iters takes num_epochs out, and the reverse
+    given = typed.keys() | (joined.keys() & set(saved.given or ()))
+    config = checked(TrainConfig, joined, given)
+    check_ranks(config)
 
     notes = []
     for key, preset in loaded.files.items():
-        if key in (*WHICH_RUN, *loaded.typed):
-            continue
-        if _differs(key, now, config) and _differs(key, now, asked):
-            value = getattr(config, key)
+        value = getattr(config, key)
+        # A file may repeat what was asked, although something else came of it: no difference.
+        if key not in WHICH_RUN and getattr(loaded.config, key) not in (value, asked[key].value):
             notes.append(f"{preset.words} does not count: this run has {key}={value}")
     if notes:
         notes.append("a resumed run keeps its settings; type a key, as --KEY=VALUE, to change it")
     return Request(
-        asked=replace(asked, **{key: getattr(config, key) for key in typed}),
+        asked=checked(TrainConfig, asked | typed, ()),
         given=frozenset(given),
         config=config,
-        before=checked(TrainConfig, said, ()),
+        before=checked(TrainConfig, before, ()),
         notes=notes,
     )
 
 
-def _differs(key: str, a: TrainConfig, b: TrainConfig) -> bool:
-    return bool(getattr(a, key) != getattr(b, key))
+def said_in(out_dir: Path, values: dict[str, Any]) -> dict[str, Said]:
+    """Return all settings as run.json has them. values: its own, perhaps of an earlier version.
 
-
-def asked_at_the_start(saved: SavedRun) -> dict[str, Any]:
-    """Return what the user asked for when a run began, with what was typed on resuming since."""
-    if saved.given is None:  # of an earlier version, some of whose values mean nothing here
-        usable = {"lr_decay_iters"} & saved.requested.keys()
-        return {key: saved.requested[key] for key in usable}
-    return saved.requested
-
-
-def said_in(file: Path, values: dict[str, Any]) -> dict[str, Said]:
-    """Return the values of a run.json, but for those that only an earlier version knows."""
-    known = asdict(TrainConfig()).keys()
+    Raises UserError if that version trained something that this one cannot.
+    """
+    for key, neutral in (("lora_dropout", 0), ("lora_targets", "all")):
+        if values.get(key, neutral) != neutral:
+            raise UserError(
+                f"the run in {out_dir} has {key}={values[key]}, which this version cannot "
+                f"train: start a new run from its model, --init_from={out_dir}/best"
+            )
     said = {}
-    for key, value in values.items():
-        if key in known and (key, value) != ("save_interval_s", "auto"):
-            said[key] = Said(value, f"{file}: {key}={value!r}")
+    for key, default in asdict(TrainConfig()).items():
+        value = values.get(key, default)
+        if (key, value) == ("save_interval_s", "auto"):
+            value = default
+        said[key] = Said(value, f"{out_dir / 'run.json'}: {key}={value!r}")
     return said
 
 
-def refuse_fixed_keys(now: TrainConfig, typed: set[str], saved: dict[str, Any]) -> None:
-    """Refuse typed keys that would need other weights or another state of the optimizer.
-
-    Raises UserError for a run of an earlier version that this one cannot train, too.
-    """
-    for key, neutral in (("lora_dropout", 0), ("lora_targets", "all")):
-        if saved.get(key, neutral) != neutral:
-            raise UserError(
-                f"the run in {now.out_dir} has {key}={saved[key]}, which this version cannot "
-                f"train: start a new run from its model, --init_from={now.out_dir}/best"
-            )
+def refuse_fixed_keys(now: TrainConfig, typed: dict[str, Said], before: dict[str, Said]) -> None:
+    """Refuse typed keys that would need other weights or another state of the optimizer."""
     fixed = set(FIXED_ON_RESUME)
-    if saved.get("optimizer") == "adamw8bit":
+    if before["optimizer"].value == "adamw8bit":
         fixed.add("block_size")  # an 8-bit state cannot be cut to fewer positions
-    for key in sorted(fixed & typed):
-        if getattr(now, key) != saved.get(key):
+    for key in sorted(fixed & typed.keys()):
+        value = before[key].value
+        if getattr(now, key) != value:
             raise UserError(
-                f"{key}={getattr(now, key)}, but the run in {now.out_dir} has {saved.get(key)}: "
+                f"{key}={getattr(now, key)}, but the run in {now.out_dir} has {value}: "
                 f"leave --{key} out, or start a new run"
             )
 
@@ -426,9 +429,9 @@ def data_facts(dataset: Dataset) -> dict[str, Any]:
 def _adapt_progress(
     progress: Progress, before: TrainConfig, config: TrainConfig, dataset: Dataset
 ) -> None:
-    """Count the position of a resumed run in its windows of now; forget a best loss of others.
+    """Carry the position and the best loss of a resumed run over to the keys and data of now.
 
-    before: the settings before the keys typed now.
+    Windows of another length are counted anew. A loss on other data or windows is forgotten.
     """
     if config.block_size != before.block_size:
         progress.position = progress.tokens // config.block_size
@@ -436,7 +439,7 @@ def _adapt_progress(
     saved = read_run(out_dir).data
     facts = data_facts(dataset)
     if facts.pop("name") != saved.get("name"):
-        del facts["folder"]  # a text that was renamed has another one
+        del facts["folder"]  # the same text has another one by another name
     evaluation = (config.eval_iters, config.block_size)
     if any(saved.get(key, value) != value for key, value in facts.items()):
         reason = "the data are not those that this run began with"

@@ -70,11 +70,18 @@ def test_evaluating_a_run_takes_its_own_data_unless_others_are_given(finished, d
 
 
 @pytest.mark.parametrize(("micro_batches", "near"), [(1, 2), (3, 4)])
-def test_micro_batches_that_the_ranks_cannot_share_are_refused(monkeypatch, micro_batches, near):
+def test_micro_batches_that_the_ranks_cannot_share_are_refused(
+    monkeypatch, tmp_path, micro_batches, near
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = f"={micro_batches} is not a multiple of 2 ranks.*_steps={near}$"
     with pytest.raises(UserError, match=message):
         read_request([f"--gradient_accumulation_steps={micro_batches}"])
+    write_run(tmp_path, {"gradient_accumulation_steps": micro_batches})  # of a single rank
+    argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
+    with pytest.raises(UserError, match=message):
+        read_request(argv)
+    assert read_request([*argv, "--eval_only"]).resumed
 
 
 def test_who_gives_keys_but_no_preset_is_told_of_the_small_ones(capsys):
