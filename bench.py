@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gpt12.errors import UserError, require_packages, run_main, say
+from gpt12.errors import UserError, is_rank_0, require_packages, run_main, say
 
 require_packages()
 # As in train.py, before torch is imported: let memory segments grow.
@@ -34,7 +34,7 @@ from data.windows import TrainWindows
 from gpt12.cards import CARDS, find_card
 from gpt12.config import load_config
 from gpt12.device import Machine, available_memory, open_machine, ran_out_of_memory
-from gpt12.distributed import is_rank_0, process_group, reported_by_rank_0, torchrun_ranks
+from gpt12.distributed import process_group, reported_by_rank_0, torchrun_ranks
 from gpt12.fit import cap_memory
 from gpt12.folder import describe_run, write_json
 from gpt12.generate import Sampling, store_by_columns
@@ -50,6 +50,7 @@ from gpt12.measure import (
     time_decoding,
 )
 from gpt12.memory import (
+    GIB,
     LARGEST_BATCH,
     RECOMPUTE,
     needed_memory,
@@ -208,7 +209,9 @@ def try_to_measure(label: str, config: BenchConfig, cuda_graph: bool = True) -> 
 
 def imitate_card(vram_gb: float, machine: Machine) -> None:
     """Limit torch's allocator to what a card with this much memory would leave it."""
-    total = machine.memory_gib() or 0.0
+    total = 0.0
+    if machine.on_gpu:
+        total = torch.cuda.get_device_properties(machine.device).total_memory / GIB
     if not MARGIN_GIB < vram_gb <= total + MARGIN_GIB:
         raise UserError(
             f"vram_gb={vram_gb:g} limits a GPU's memory, and this machine has none of that size. "

@@ -127,16 +127,17 @@ def nanogpt_tokenizer(file: Path) -> Any:
     GPT-2's tokenizer is recognized by its vocabulary size. Any other is taken from the data set
     that the file names, if it is prepared in data/ with the same vocabulary size.
     """
-    checkpoint = read_nanogpt(file)
-    vocab_size = checkpoint.config.vocab_size
-    if vocab_size == GPT2_VOCAB_SIZE:
+    shape, _, dataset = read_nanogpt(file)
+    if shape.vocab_size == GPT2_VOCAB_SIZE:
         return get_tokenizer("gpt2")
-    folder = DATA / str(checkpoint.dataset)
+    folder = DATA / str(dataset)
     # The name comes from the file, so it must not be allowed to lead out of data/.
     if folder.parent != DATA:
         return None
     tokenizer = load_tokenizer(folder)
-    return tokenizer if tokenizer is not None and tokenizer.vocab_size == vocab_size else None
+    if tokenizer is None or tokenizer.vocab_size != shape.vocab_size:
+        return None
+    return tokenizer
 
 
 # --------------------------------------------------------------------------------------------------

@@ -63,12 +63,6 @@ class Machine:
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
-    def memory_gib(self) -> float | None:
-        """Return the GPU's total memory in GiB, None without a GPU."""
-        if not self.on_gpu:
-            return None
-        return torch.cuda.get_device_properties(self.device).total_memory / 2**30
-
 
 def open_machine(
     device: str,

@@ -63,11 +63,6 @@ def torchrun_ranks() -> Ranks:
     )
 
 
-def is_rank_0() -> bool:
-    """Tell whether this process is the one that writes files and prints."""
-    return torchrun_ranks().rank == 0
-
-
 @contextlib.contextmanager
 def process_group(device: str, backend: str, before: bool = False) -> Iterator[None]:
     """Join the other processes for the duration of the block. Does nothing for a single process.

@@ -37,9 +37,14 @@ def require_packages() -> None:
             sys.exit(2)
 
 
+def is_rank_0() -> bool:
+    """Tell whether this process is the one that writes files and prints, under torchrun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str) -> None:
-    """Print a line at once, under torchrun on rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print a line at once, on rank 0 only."""
+    if is_rank_0():
         print(printable(text, sys.stdout), flush=True)
 
 

@@ -25,8 +25,8 @@ from data.windows import EvalWindows, TrainWindows
 from gpt12.checkpoint import Progress, find_checkpoint, resumable_files
 from gpt12.config import REPOSITORY, Loaded, Said, checked, load_config, merge
 from gpt12.device import Machine, compile_model, open_machine
-from gpt12.distributed import copy_from_rank_0, first_ranks_first, is_rank_0, torchrun_ranks
-from gpt12.errors import UserError, say
+from gpt12.distributed import copy_from_rank_0, first_ranks_first, torchrun_ranks
+from gpt12.errors import UserError, is_rank_0, say
 from gpt12.folder import describe_run, is_run, lock_run, read_run
 from gpt12.lora import add_lora
 from gpt12.settings import TrainConfig, model_shape, with_shape

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import FiniteFloat, InstanceOf, TypeAdapter, ValidationError
@@ -446,16 +446,11 @@ class NanoGPTFile:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-class NanoGPTCheckpoint(NamedTuple):
-    """The same in our words. The tensors are as a folder has them."""
+def read_nanogpt(file: Path) -> tuple[GPTConfig, dict[str, Tensor], Any]:
+    """Read nanoGPT's ckpt.pt. Raises UserError if it is something else.
 
-    config: GPTConfig
-    tensors: dict[str, Tensor]
-    dataset: Any  # the name of the data set that it was trained on
-
-
-def read_nanogpt(file: Path) -> NanoGPTCheckpoint:
-    """Read nanoGPT's ckpt.pt. Raises UserError if it is something else."""
+    Returns the shape, the tensors as a folder has them, and the name of the data set.
+    """
     content: NanoGPTFile = _validate(NanoGPTFile, _read_pickle(file), file)
     config = _make_config(content.model_args, file)  # without a `bias` it has biases
     if config.vocab_size == NANOGPT_PADDED_VOCAB_SIZE:
@@ -468,4 +463,4 @@ def read_nanogpt(file: Path) -> NanoGPTCheckpoint:
         elif name.startswith("transformer.h.") and tensor.ndim == 2:
             tensor = tensor.t()
         tensors[name] = tensor
-    return NanoGPTCheckpoint(config, tensors, content.config.get("dataset"))
+    return config, tensors, content.config.get("dataset")

@@ -5,6 +5,7 @@ No test looks at how long anything took: a shared machine would make it fail or 
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ import torch
 import bench
 from bench import StepRunner
 from gpt12.cards import CARDS, Card
-from gpt12.device import Machine
 from gpt12.errors import UserError
 from gpt12.measure import show_rows, show_step
 from gpt12.memory import GIB, RECOMPUTE, predict
@@ -188,7 +188,8 @@ def test_mfu_and_prediction_follow_from_the_datasheet(monkeypatch, lora_rank):
 def test_a_card_is_imitated_by_a_limit_on_torchs_allocator(monkeypatch):
     shares = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
-    monkeypatch.setattr(Machine, "memory_gib", lambda machine: 11.7)
+    card = SimpleNamespace(total_memory=11.7 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     bench.imitate_card(8, GPU)
     assert shares == [pytest.approx(7 / 11.7)]
     for impossible in (0.5, 24):

@@ -15,11 +15,10 @@ from data.windows import TrainWindows
 from gpt12 import measure
 from gpt12.generate import Sampling
 from gpt12.measure import RandomTokens, time_calls, time_decoding, warnings_about
+from gpt12.memory import GIB
 from model import GPT, GPTConfig
 from tests.bench_helpers import GPU
 from tests.helpers import CPU
-
-GIB = 2**30
 
 
 def test_random_tokens_depend_on_the_position_only():
