@@ -243,7 +243,7 @@ class Writer:
             return complete
         return self.template.write([*self.system, *messages])
 
-    def fit(self, messages: Sequence[Message]) -> tuple[Sequence[Message], list[int]]:
+    def shorten(self, messages: Sequence[Message]) -> tuple[Sequence[Message], list[int]]:
         """Return the messages and the ids of their prompt; UserError if it exceeds the context.
 
         If it does, the oldest messages go first, until half of the context is free.
@@ -318,7 +318,7 @@ def print_samples(writer: Writer, start: str) -> None:
     as_json = writer.config.json
     messages = [user_message(start)]
     prompt = writer.prompt(messages)
-    _, ids = writer.fit(messages)
+    _, ids = writer.shorten(messages)
     texts = [writer.new_text() for _ in range(writer.config.num_samples)]
     times: Times = []
     if not as_json:
@@ -382,7 +382,7 @@ def answer(writer: Writer, messages: Sequence[Message], question: str) -> Sequen
     the template already.
     """
     try:
-        asked, prompt = writer.fit([*messages, user_message(question)])
+        asked, prompt = writer.shorten([*messages, user_message(question)])
     except UserError as error:
         say(f"error: {error}")
         return messages

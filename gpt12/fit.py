@@ -1,8 +1,8 @@
 """Find settings with which a training step fits into the memory, by trying.
 
-    ladder()      the settings to try: more is computed again, then micro-batches are smaller
-    fit()         go down the ladder; ranks agree on the lowest of their rungs
-    try_step()    do once what takes the most memory in a run, and change nothing
+    list_attempts()   the settings to try: more is computed again, then micro-batches are smaller
+    fit()             take the first attempt that fits; ranks agree on the latest of theirs
+    try_step()        do once what takes the most memory in a run, and change nothing
 
 A GPU tries. A CPU compares an estimate with the free memory: the system would kill the run.
 """
@@ -34,24 +34,24 @@ ADVICE = (
 )
 
 
-def ladder(config: TrainConfig) -> list[TrainConfig]:
+def list_attempts(config: TrainConfig) -> list[TrainConfig]:
     """Return the settings to try, from those that were asked for to those that need the least.
 
     A step has the same tokens with all of them.
     """
-    rungs = [config]
+    attempts = [config]
     if config.recompute == "none":
-        rungs.append(replace(config, recompute="pointwise"))
+        attempts.append(replace(config, recompute="pointwise"))
     while True:
-        rung = rungs[-1]
-        smaller = divided(rung)
+        attempt = attempts[-1]
+        smaller = divided(attempt)
         is_small = smaller is None or smaller.batch_size * smaller.block_size < SMALL_MICRO_BATCH
-        if is_small and rung.recompute != "block":
-            rungs.append(replace(rung, recompute="block"))
+        if is_small and attempt.recompute != "block":
+            attempts.append(replace(attempt, recompute="block"))
         elif smaller is not None:
-            rungs.append(smaller)
+            attempts.append(smaller)
         else:
-            return rungs
+            return attempts
 
 
 def divided(config: TrainConfig) -> TrainConfig | None:
@@ -67,7 +67,7 @@ def divided(config: TrainConfig) -> TrainConfig | None:
 
 
 def fit(run: Run, make_step: Callable[..., Any]) -> Run:
-    """Return the run with the first settings of the ladder that fit on every rank.
+    """Return the run with the first attempt that fits on every rank.
 
     make_step: train.py's TrainStep.
     Raises UserError if none fit.
@@ -76,20 +76,20 @@ def fit(run: Run, make_step: Callable[..., Any]) -> Run:
     if machine.on_gpu:
         cap_memory(machine)
     keep = run.request.resumed and run.config.deterministic
-    rungs = [run.config] if keep else ladder(run.config)
+    attempts = [run.config] if keep else list_attempts(run.config)
     own = 0
-    while own < len(rungs) and not fits(rungs[own], run, make_step):
+    while own < len(attempts) and not fits(attempts[own], run, make_step):
         own += 1
-        if own < len(rungs):
-            say(f"out of memory with {words(rungs[own - 1])}: trying {words(rungs[own])}")
+        if own < len(attempts):
+            say(f"out of memory with {words(attempts[own - 1])}: trying {words(attempts[own])}")
     chosen = -int(least_of_ranks(-own, machine.device))
-    if chosen == len(rungs):
+    if chosen == len(attempts):
         reason = " (deterministic=True keeps a resumed run as it is)" if keep else ""
-        raise UserError(f"out of memory with {words(rungs[-1])}{reason}: {ADVICE}")
+        raise UserError(f"out of memory with {words(attempts[-1])}{reason}: {ADVICE}")
     if chosen > own:
-        say(f"another rank has less memory: {words(rungs[chosen])}")
-    run.model.set_recompute(rungs[chosen].recompute)
-    return replace(run, config=rungs[chosen])
+        say(f"another rank has less memory: {words(attempts[chosen])}")
+    run.model.set_recompute(attempts[chosen].recompute)
+    return replace(run, config=attempts[chosen])
 
 
 def fits(config: TrainConfig, run: Run, make_step: Callable[..., Any]) -> bool:
@@ -103,7 +103,7 @@ def fits(config: TrainConfig, run: Run, make_step: Callable[..., Any]) -> bool:
 
 
 def words(config: TrainConfig) -> str:
-    """Name the settings that the ladder changes."""
+    """Name the settings that differ between attempts."""
     return (
         f"recompute={config.recompute}, batch_size={config.batch_size}, "
         f"gradient_accumulation_steps={config.gradient_accumulation_steps}"

@@ -48,13 +48,8 @@ def introduction(run: Run) -> Iterator[str]:
     gib = needed_memory(shape, config, run.machine) / GIB
     doubt = "" if gpt2 else ", an estimate, because model.py is not GPT-2's"
     yield f"memory: about {gib:.3g} GiB at the peak of a step (recompute={config.recompute}){doubt}"
-    for problem in _problems(run):
-        yield f"warning: {problem}"
-    if run.machine.device.type == "cpu":
-        steps_left = config.max_iters - run.progress.step
-        warning = warn_of_long_run(shape, config, steps_left, torch.get_num_threads())
-        if warning is not None:
-            yield warning
+    for warning in _warnings(run):
+        yield f"warning: {warning}"
     if run.request.resumed:
         yield f"resuming at step {run.progress.step:,}"
 
@@ -86,7 +81,7 @@ def _data_line(run: Run) -> str:
     )
 
 
-def _problems(run: Run) -> Iterator[str]:
+def _warnings(run: Run) -> Iterator[str]:
     """Say what is likely to spoil the result, and what to change."""
     config = run.config
     steps = config.max_iters
@@ -114,3 +109,8 @@ def _problems(run: Run) -> Iterator[str]:
             f"times: the model will learn it by heart. Try a smaller --{length}; best/ keeps the "
             "model with the lowest validation loss"
         )
+    if run.machine.device.type == "cpu":
+        left = steps - run.progress.step
+        warning = warn_of_long_run(run.model.config, config, left, torch.get_num_threads())
+        if warning is not None:
+            yield warning

@@ -295,7 +295,7 @@ def warn_of_long_run(shape: GPTConfig, config: TrainConfig, steps: int, cores: i
     if hours < LONG_RUN_HOURS:
         return None
     return (
-        f"warning: this run will take about {hours:,.0f} hours on this CPU. "
+        f"this run will take about {hours:,.0f} hours on this CPU. "
         "config/train_shakespeare_cpu.py trains a small model in half a minute, also on your own "
         "text: "
         "python train.py config/train_shakespeare_cpu.py --dataset=my.txt --tokenizer=char"

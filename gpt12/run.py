@@ -63,7 +63,7 @@ class Request:
     given: frozenset[str]  # the keys that the user set
     config: TrainConfig  # what the run starts with: asked, or what an earlier run had made of it
     before: TrainConfig | None = None  # what held in a run that goes on, until keys were typed now
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # see Run.notes
 
     @property
     def resumed(self) -> bool:
@@ -88,7 +88,10 @@ class Run:
 
     @property
     def notes(self) -> list[str]:
-        """Return what the user should know before the run begins, one line each."""
+        """Return what the user should know before the run begins, one line each.
+
+        gpt12/introduction.py adds warnings: what is likely to spoil the result.
+        """
         decided = []
         for key, reason in REASONS.items():
             value = getattr(self.config, key)

@@ -1,4 +1,4 @@
-"""gpt12/fit.py: the ladder, what a trial leaves behind, and runs that had to go down."""
+"""gpt12/fit.py: what is tried, what a trial leaves behind, and runs that did not fit at first."""
 
 import json
 from dataclasses import fields, replace
@@ -33,22 +33,22 @@ from tests.helpers import (
 pytestmark = pytest.mark.usefixtures("no_picture")
 
 
-def rungs(**changes):
-    """Return the ladder as (recompute, micro-batch, micro-batches)."""
+def attempts(**changes):
+    """Return what is tried as (recompute, micro-batch, micro-batches)."""
     found = []
-    for rung in fit.ladder(config(**changes)):
-        assert replace(rung, recompute="none", batch_size=1, gradient_accumulation_steps=1) == (
+    for attempt in fit.list_attempts(config(**changes)):
+        assert replace(attempt, recompute="none", batch_size=1, gradient_accumulation_steps=1) == (
             config(**changes | {"recompute": "none", "batch_size": 1} | ONE)
         )
-        found.append((rung.recompute, rung.batch_size, rung.gradient_accumulation_steps))
+        found.append((attempt.recompute, attempt.batch_size, attempt.gradient_accumulation_steps))
     return found
 
 
 ONE = {"gradient_accumulation_steps": 1}
 
 
-def test_the_ladder_recomputes_first_then_cuts_the_micro_batch_by_its_smallest_factor():
-    assert rungs(batch_size=12, block_size=1024, gradient_accumulation_steps=40) == [
+def test_attempts_recompute_first_then_cut_the_micro_batch_by_its_smallest_factor():
+    assert attempts(batch_size=12, block_size=1024, gradient_accumulation_steps=40) == [
         ("none", 12, 40),
         ("pointwise", 12, 40),
         ("pointwise", 6, 80),  # 6,144 tokens; half of it would be less than 4,096
@@ -56,7 +56,7 @@ def test_the_ladder_recomputes_first_then_cuts_the_micro_batch_by_its_smallest_f
         ("block", 3, 160),
         ("block", 1, 480),
     ]
-    assert rungs(batch_size=64, block_size=256, recompute="pointwise") == [
+    assert attempts(batch_size=64, block_size=256, recompute="pointwise") == [
         ("pointwise", 64, 1),
         ("pointwise", 32, 2),
         ("pointwise", 16, 4),
@@ -66,12 +66,12 @@ def test_the_ladder_recomputes_first_then_cuts_the_micro_batch_by_its_smallest_f
         ("block", 2, 32),
         ("block", 1, 64),
     ]
-    assert rungs(batch_size=35, block_size=1024, recompute="block") == [
+    assert attempts(batch_size=35, block_size=1024, recompute="block") == [
         ("block", 35, 1),
         ("block", 7, 5),
         ("block", 1, 35),
     ]
-    assert rungs(batch_size=1, recompute="block") == [("block", 1, 1)]
+    assert attempts(batch_size=1, recompute="block") == [("block", 1, 1)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def fit_small(model=None, **changes):
     ],
 )
 @pytest.mark.usefixtures("acted_gpu")
-def test_the_first_rung_that_fits_is_taken_and_the_lines_say_so(
+def test_the_first_attempt_that_fits_is_taken_and_the_lines_say_so(
     capsys, batch_size, recompute, expected
 ):
     model = small_gpt()
@@ -142,7 +142,7 @@ def test_the_first_rung_that_fits_is_taken_and_the_lines_say_so(
     assert (found.recompute, found.batch_size, found.gradient_accumulation_steps) == expected
     assert model.transformer.h[0].recompute == found.recompute
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == fit.ladder(config(**asked)).index(found)
+    assert len(said) == fit.list_attempts(config(**asked)).index(found)
     if said:
         assert said[-1].endswith(f": trying {fit.words(found)}")
 
@@ -170,9 +170,9 @@ def test_another_error_is_no_lack_of_memory(monkeypatch):
 
 
 @pytest.mark.usefixtures("acted_gpu")
-def test_ranks_take_the_lowest_rung_of_all(monkeypatch, capsys):
+def test_ranks_take_the_latest_attempt_of_all(monkeypatch, capsys):
     monkeypatch.setattr(fit, "least_of_ranks", lambda value, device: min(value, -3))
-    found = fit_small(batch_size=14)  # this one's own rung is the last
+    found = fit_small(batch_size=14)  # this one's own attempt is the last
     assert (found.recompute, found.batch_size) == ("block", 1)
     assert "another rank" not in capsys.readouterr().out
     model = small_gpt()
@@ -240,7 +240,7 @@ def need_gib_per_row(monkeypatch, free: float) -> None:
     monkeypatch.setattr(fit, "available_memory", lambda machine: free)
 
 
-def test_a_run_that_went_down_the_ladder_trains_as_the_one_that_fitted(
+def test_a_run_that_took_a_later_attempt_trains_as_the_one_that_fitted(
     dataset, tmp_path, monkeypatch, capsys
 ):
     fixed = ["--max_iters=6", "--eval_interval=3"]

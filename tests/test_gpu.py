@@ -365,13 +365,13 @@ def test_deterministic_training_resumes_bit_for_bit(letters, tmp_path, monkeypat
         assert same_tensors(weights(broken, file=file), weights(whole, file=file))
 
 
-def reserved_by_rung(found) -> list[tuple[Any, int]]:
-    """Return each rung of a run's ladder with the most memory that it reserves."""
+def reserved_by_attempt(found) -> list[tuple[Any, int]]:
+    """Return each attempt of a run with the most memory that it reserves."""
     reserved = []
-    for rung in fit.ladder(found.config):
+    for attempt in fit.list_attempts(found.config):
         free_memory()
-        assert fit.fits_in_a_trial(rung, found, train.TrainStep)
-        reserved.append((rung, torch.cuda.max_memory_reserved()))
+        assert fit.fits_in_a_trial(attempt, found, train.TrainStep)
+        reserved.append((attempt, torch.cuda.max_memory_reserved()))
     return reserved
 
 
@@ -384,21 +384,21 @@ def test_a_trial_moves_no_weight(optimizer):
     assert all(optimizer.state for optimizer in step.optimizers)
 
 
-def test_less_memory_leads_down_the_ladder_to_the_same_losses(letters, tmp_path):
-    """The allocator is capped between what a rung takes and what the rung before it takes."""
+def test_less_memory_leads_to_a_later_attempt_with_the_same_losses(letters, tmp_path):
+    """The allocator is capped between what a attempt takes and what the attempt before it takes."""
     options = [*ON_GPU, "--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=1024"]
     options += ["--compile=False", "--deterministic", "--dropout=0", "--max_iters=3"]
-    reserved = reserved_by_rung(built(letters, tmp_path / "measured", *options))
-    print("GiB by rung:", [round(size / GIB, 2) for _, size in reserved])
+    reserved = reserved_by_attempt(built(letters, tmp_path / "measured", *options))
+    print("GiB by attempt:", [round(size / GIB, 2) for _, size in reserved])
     asked = reserved[0][0]
     total = torch.cuda.mem_get_info()[1]
     seen = []
     try:
-        for (_, more), (rung, less) in itertools.pairwise(reserved):
+        for (_, more), (attempt, less) in itertools.pairwise(reserved):
             if less > 0.9 * more:
                 continue  # no cap between the two would be safe
-            name = f"{rung.recompute}-{rung.batch_size}"
-            typed = [f"--{key}={getattr(rung, key)}" for key in MEMORY_KEYS]
+            name = f"{attempt.recompute}-{attempt.batch_size}"
+            typed = [f"--{key}={getattr(attempt, key)}" for key in MEMORY_KEYS]
             free_memory()
             assert run(letters, tmp_path / f"typed-{name}", *options, *typed) == 0
             free_memory()
@@ -407,7 +407,7 @@ def test_less_memory_leads_down_the_ladder_to_the_same_losses(letters, tmp_path)
             torch.cuda.set_per_process_memory_fraction(1.0)
             facts = json.loads((tmp_path / f"fallen-{name}" / "run.json").read_text())
             for key in MEMORY_KEYS:
-                assert facts["config"][key] == getattr(rung, key), (name, key)
+                assert facts["config"][key] == getattr(attempt, key), (name, key)
                 assert facts["requested"][key] == getattr(asked, key)
             assert losses(tmp_path / f"fallen-{name}") == losses(tmp_path / f"typed-{name}")
             seen.append(name)
