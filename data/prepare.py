@@ -145,19 +145,20 @@ def _encode(documents: Documents, tokenizer: Tokenizer, skip: int = 0) -> Iterat
     """
     from tqdm import tqdm
 
-    begin = tokenizer.begin if documents.kind == "text" else []
-    end = tokenizer.end
+    # A chat template decides what begins an example.
+    begin = np.array(tokenizer.begin if documents.kind == "text" else [], np.uint32)
+    end = np.array(tokenizer.end, np.uint32)
     if tokenizer.eot is None and len(documents.first) == 1:
-        end = []  # a line end keeps several documents apart; after a single text it is not needed
+        end = end[:0]  # a line end keeps documents apart; after a single text it is not needed
 
     def encode(batch: list[tuple[int, Piece]]) -> list[Encoded]:
         encoded = []
         for document, piece in batch:
             ids = tokenizer.encode_after(piece.after, piece.text)
             if not piece.after:
-                ids = np.append(np.array(begin, ids.dtype), ids)
+                ids = np.append(begin, ids)
             if piece.end:
-                ids = np.append(ids, np.array(end, ids.dtype))
+                ids = np.append(ids, end)
             encoded.append(Encoded(document, ids, piece.trained))
         return encoded
 
@@ -268,9 +269,8 @@ def _write_examples(
     for document, group in itertools.groupby(encoded, key=lambda piece: piece.document):
         pieces = list(group)
         ids = np.concatenate([piece.ids for piece in pieces])
-        mask = np.concatenate(
-            [np.full(len(piece.ids), TRAINED * piece.trained, UINT8) for piece in pieces]
-        )
+        lengths = [len(piece.ids) for piece in pieces]
+        mask = np.repeat(np.array([TRAINED * piece.trained for piece in pieces], UINT8), lengths)
         cut += len(ids) > block_size
         written.documents += 1
         if mask[1:block_size].any():

@@ -152,7 +152,9 @@ def _csv_rows(file: Path, lines: Iterator[str], encoding: str) -> Rows:
         delimiter = match[1]
         header = next(lines, "")
         before = 1
-    quoted = suffix_of(file) != ".tsv" or _has_quotation(_lines(file, encoding))
+    quoted = True
+    if suffix_of(file) == ".tsv":
+        quoted = _has_quotation(_lines(file, encoding), tabs=header.count("\t"))
     # strict, because else a quotation mark that is never closed swallows the rest of the file.
     reader = csv.DictReader(
         itertools.chain([header], lines),
@@ -177,25 +179,23 @@ def _csv_rows(file: Path, lines: Iterator[str], encoding: str) -> Rows:
         ) from None
 
 
-def _has_quotation(lines: Iterator[str]) -> bool:
+def _has_quotation(lines: Iterator[str], tabs: int) -> bool:
     """Tell whether the quotation marks of a .tsv file quote. In many they are only characters.
 
     They do not if one is not closed, or if they join lines that have all their tabs already.
+
+    tabs: how many a row has.
     """
-    held: list[str] = []  # the lines of a row
-
-    def read_lines() -> Iterator[str]:
-        for line in lines:
-            held.append(line)
-            yield line
-
-    tabs = 0
+    lines, again = itertools.tee(lines)
+    rows = csv.reader(lines, delimiter="\t", strict=True)
+    end = 0
     try:
-        for row in csv.reader(read_lines(), delimiter="\t", strict=True):
-            tabs = tabs or len(row) - 1  # of the header
-            if len(held) > 1 and tabs > 0 and all(line.count("\t") == tabs for line in held):
+        for _ in rows:
+            joined = list(itertools.islice(again, rows.line_num - end))  # the row's lines
+            end = rows.line_num
+            whole = all(line.count("\t") == tabs for line in joined)
+            if whole and tabs > 0 and len(joined) > 1:
                 return False
-            held.clear()
     except csv.Error:
         return False
     return True
@@ -328,8 +328,8 @@ def _explain_encoding(file: Path, encoding: str) -> str:
     rest = sample[sample.index(line) :]
     decoded_lines = zip(*[rest.decode(guess, "replace").splitlines() for guess in guesses])
     shown = max(decoded_lines, key=lambda same_line: len(set(same_line)), default=())
-    strange = len(os.path.commonprefix(shown))  # noqa: RUF071 (of characters, not folders)
-    begin = 0 if strange < 60 else strange - 20
+    same_begin = len(os.path.commonprefix(shown))  # noqa: RUF071 (of characters, not folders)
+    begin = max(0, same_begin - 40)
     for guess, text in zip(guesses, shown):
         message += f"\n  --encoding={guess:10} {text[begin:][:80]}"
     return message

@@ -76,9 +76,15 @@ ROLES = {
 # Columns, and keys of a message, that change what is to be learned.
 REFUSED = ("tool_calls", "function_call", "tools", "history")
 
-MESSAGE_KEYS = ("role", "from", "content", "value", "weight", "train")
+MESSAGE_KEYS = {"role", "from", "content", "value", "weight", "train", *REFUSED}
 
-Message = dict[str, Any]  # role, content and, from some data, whether it is ignored
+
+class Message(NamedTuple):
+    """A message of a conversation."""
+
+    role: str
+    content: str
+    ignored: bool = False  # the data say that it should not be trained
 
 
 class Piece(NamedTuple):
@@ -133,7 +139,7 @@ class Documents:
             used = {*form.columns, *form.optional, *REFUSED}
             unused = [repr(column) for column in row if column not in used]
             messages = [given for given in _given_messages(row, form) if isinstance(given, dict)]
-            keys = set[str]().union(*messages) - {*MESSAGE_KEYS, *REFUSED}
+            keys = set[str]().union(*messages) - MESSAGE_KEYS
             unused += [f"{key!r} of a message" for key in sorted(keys)]
             if form.kind != "text" and unused:
                 columns = " and ".join(form.columns)
@@ -244,20 +250,20 @@ class Documents:
         """Return the pieces of a row with questions and answers; none if no answer is trained."""
         messages = _read_messages(where, row, form)
         pieces: list[Piece] = []
-        answers = [message for message in messages if message["role"] == "assistant"]
+        answers = [message for message in messages if message.role == "assistant"]
         for message, (question, answer) in zip(answers, questions_and_answers(self.kind, messages)):
-            trained = not message.get("ignored") and answer.strip() != ""
+            trained = not message.ignored and answer.strip() != ""
             before = "end" if pieces else ""
             pieces.append(Piece(question, before, trained=False, end=False))
             pieces.append(Piece(answer, "text", trained))
         if not any(piece.trained for piece in pieces):
             return []
         self._most_answers = max(self._most_answers, len(answers))
-        self.unanswered += messages[-1]["role"] == "user"
+        self.unanswered += messages[-1].role == "user"
         if self.kind == "prompt":
             self._prompts.add(pieces[0].text[-ENDING_CHARACTERS:])
         first = messages[0]
-        self._systems[first["content"].strip() if first["role"] == "system" else None] += 1
+        self._systems[first.content.strip() if first.role == "system" else None] += 1
         return pieces
 
     # ----------------------------------------------------------------------------------------------
@@ -292,11 +298,10 @@ class Documents:
     def _is_usable(self, file: Path) -> bool:
         """Tell whether a file is no table, or has a text. A package.json has none."""
         try:
-            if suffix_of(file) in TABLES:
-                return Documents(file, self.text_column, self.encoding).kind != ""
+            table = suffix_of(file) in TABLES
+            return not table or Documents(file, self.text_column, self.encoding).kind != ""
         except UserError:
             return False
-        return True
 
 
 def _count(files: Sequence[Path]) -> str:
@@ -325,12 +330,9 @@ def _read_messages(where: str, row: Row, form: Form) -> list[Message]:
         question, answer = (_read_cell(where, row, column) for column in form.columns)
         if "input" in form.optional and row.get("input"):
             question += f"\n\n{_read_cell(where, row, 'input')}"
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": _without_end(answer)},
-        ]
+        messages = [Message("user", question), Message("assistant", _without_end(answer))]
     if "system" in form.optional and row.get("system"):
-        messages.insert(0, {"role": "system", "content": _read_cell(where, row, "system")})
+        messages.insert(0, Message("system", _read_cell(where, row, "system")))
     return messages
 
 
@@ -347,7 +349,7 @@ def _read_message(where: str, given: Any) -> Message:
         )
     content = _without_end(_read_cell(where, message, column))
     ignored = message.get("weight") == 0 or message.get("train") is False
-    return {"role": role, "content": content, "ignored": ignored}
+    return Message(role, content, ignored)
 
 
 def _refuse(where: str, row: Row) -> None:
