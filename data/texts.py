@@ -75,7 +75,7 @@ ROLES = {
 }
 # Columns, and keys of a message, that change what is to be learned.
 REFUSED = ("tool_calls", "function_call", "tools", "history")
-
+# The keys of a message that mean something. Others are named in a note.
 MESSAGE_KEYS = {"role", "from", "content", "value", "weight", "train", *REFUSED}
 
 
@@ -189,11 +189,8 @@ class Documents:
                     f"{where} is of kind {form.kind!r}, and the rows before, from {self._begin}, "
                     f"are of kind {self.kind!r}. Put them into separate data sets."
                 )
-            if form.kind == "text":
-                pieces = self._text(where, row)
-            else:
-                pieces = iter(self._example(where, row, form))
-            for piece in pieces:
+            is_text = form.kind == "text"
+            for piece in self._text(where, row) if is_text else self._example(where, row, form):
                 yield index, piece
 
     # ----------------------------------------------------------------------------------------------
