@@ -144,8 +144,8 @@ class TrainStep:
     load() brings the windows of a step to the device. Then a call makes the update:
 
     1. accumulate_gradients: for each micro-batch, forward under autocast, then backward.
-    2. update_weights: the gradients' norm, whether to skip, and each optimizer's step(), which
-       clips and skips. With a fused one nothing waits for the device, where the results stay:
+    2. update_weights: the gradients' norm, whether to skip, and the optimizers' steps, which clip
+       and skip. With fused ones nothing waits for the device, where the results stay:
         loss        mean over the targets of the step, in nats per token
         grad_norm   norm of all gradients before clipping
         bad         how many updates in a row, ending with the latest, were skipped as not finite
@@ -265,11 +265,11 @@ class TrainStep:
         Dividing each micro-batch by its own number of targets would give a target more weight
         where the answers are short.
         """
-        step_targets = sum(self.targets_per_batch)
+        targets_of_rank = sum(self.targets_per_batch)
         world = self.machine.world
         # N is the number of targets on all ranks. The gradient is the ranks' sum, divided by N.
         # DistributedDataParallel computes the ranks' mean, so each rank divides by N / world.
-        self.divisor.fill_(step_targets / world)
+        self.divisor.fill_(targets_of_rank / world)
         if world > 1:
             dist.all_reduce(self.divisor)
         self.divisor.clamp_(min=1 / world)  # a step without any target must not divide by 0
@@ -289,7 +289,7 @@ class TrainStep:
         self.loss.zero_()
         for m, batch_targets in enumerate(self.targets_per_batch):
             if batch_targets == 0 and self.machine.world == 1:
-                continue  # nothing to learn in this micro-batch
+                continue  # nothing to learn here; of several ranks, the others would wait
             starts = None if self.example_starts is None else self.example_starts[m]
             averaging: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
             if self.machine.world > 1 and m < self.micro_steps - 1:

@@ -29,14 +29,14 @@ Betas = tuple[float, float]  # beta1 and beta2
 class Entry:
     """How an optimizer is built, and who clips and skips for it.
 
-    on_device=False, as for most: train.py divides the gradients to clip them, leaves out a step
-    that is skipped, and writes the rate as a float. For that the host waits for the device.
+    on_device=False, as for most: update_all divides the gradients to clip them and leaves out a
+    step that is skipped; the rate is a float. For that the host waits for the device.
     on_device=True: step() does all this, and nothing waits. It divides the gradients by the tensor
     in its attribute `grad_scale`, changes nothing if the tensor `found_inf` is 1, and takes its
     rate from one float32 tensor. The names are those of torch's fused AdamW.
     recordable: step() asks the device for nothing, so that a CUDA graph can hold it.
 
-    The first step() must make all state: a resumed run makes one of rate 0 before it loads.
+    The first step() must make all state: a resumed run makes a step of rate 0 before it loads it.
     """
 
     build: Callable[[Groups, Tensor | float, Betas], list[Optimizer]]
