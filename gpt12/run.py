@@ -40,18 +40,20 @@ COMPILE_FROM_FLOPS = 6e15
 EVAL_TOKENS = 12 * 1024  # eval_iters counts portions of this many tokens, nanoGPT's default batch
 # What a resumed run cannot change, because its weights or its optimizer's state depend on it.
 FIXED_ON_RESUME = {
-    *({field.name for field in fields(GPTConfig)} - {"block_size", "dropout"}),
+    *({field.name for field in fields(GPTConfig)} - {"vocab_size", "block_size", "dropout"}),
     *("lora_rank", "lora_alpha", "optimizer", "val_fraction"),
 }
+# What stays as the run has decided it, unless it is typed: the form of the model, the windows that
+# the best loss is of, and that a phase of short context is over.
+STAYS_ON_RESUME = FIXED_ON_RESUME | {"block_size", "dtype", "eval_iters", "short_context_share"}
 # Why a key that nobody set has the value that it has.
 REASONS = {
     "warmup_iters": "at most a tenth of all steps",
     "eval_iters": "an evaluation is at most a tenth of the steps between two",
     "min_lr": "a tenth of learning_rate",
 }
-# They say which run goes on, and change nothing in it.
-WHICH_RUN = ("init_from", "out_dir")
-# What a run fitted into the memory that there was. A resumed run goes on with it.
+# What a run fitted into the memory that there was, all three together. If one of them is typed on
+# resuming, what was asked of the others counts again.
 MEMORY_KEYS = {"batch_size", "gradient_accumulation_steps", "recompute"}
 
 
@@ -61,8 +63,8 @@ class Request:
 
     asked: TrainConfig  # every key as the user set it, now or when the run began; else its default
     given: frozenset[str]  # the keys that the user set
-    config: TrainConfig  # what the run starts with: asked, or what an earlier run had made of it
-    before: TrainConfig | None = None  # what held in a run that goes on, until keys were typed now
+    config: TrainConfig  # what resolve() starts from: asked, and what stays in a run that goes on
+    before: TrainConfig | None = None  # what held so far in a run that goes on, every key decided
     notes: list[str] = field(default_factory=list)  # see Run.notes
 
     @property
@@ -189,60 +191,54 @@ def check_ranks(config: TrainConfig) -> None:
 def resume(loaded: Loaded[TrainConfig], out_dir: Path) -> Request:
     """Return the request that the run in out_dir goes on.
 
-    asked     what the user asked of the run, when it began and on resuming since
-    before    what held in it so far: asked, with every key decided
-    typed     the keys on the command line that change something now
-    config    what holds from now on: before and typed joined
-
-    A config file that is named now changes nothing. Each key in which it differs is told.
+    It is what was asked of the run, with the keys that are typed now in their place. resolve()
+    decides from it what follows, as in a new run. Only STAYS_ON_RESUME and what the run fitted into
+    memory stay as they became.
     """
     saved = read_run(out_dir)
-    asked = said_in(out_dir, saved.asked)
-    # The folder may have been renamed since.
-    before = said_in(out_dir, saved.config | {"out_dir": str(out_dir)})
-
-    typed: dict[str, Said] = {}
-    for key, said in loaded.typed.items():
-        # init_from=auto: the line that began the run is typed again. Only what is new in it counts,
-        # else it would undo what was decided since.
-        again = getattr(loaded.config, key) == asked[key].value
-        if key not in WHICH_RUN and not (again and loaded.config.init_from == "auto"):
-            typed[key] = said
+    before = checked(TrainConfig, said_in(out_dir, saved.config), ())
+    began = said_in(out_dir, saved.asked)
+    typed = dict(loaded.typed)
+    typed.pop("init_from", None)  # it says that a run goes on, and changes nothing in it
+    if loaded.config.init_from == "auto":
+        # The line that began the run is typed again. Only what is new in it counts, else it would
+        # undo what was decided since.
+        for key in typed.keys() & began.keys():
+            if getattr(loaded.config, key) == began[key].value:
+                del typed[key]
     refuse_fixed_keys(loaded.config, typed, before)
 
-    # Decided keys stay as they are: the weights and the best loss came about with them. Two
-    # decisions are made anew, from what was asked.
-    before["lr_decay_iters"] = asked["lr_decay_iters"]  # None follows a new max_iters
-    if not MEMORY_KEYS.isdisjoint(typed):
-        # The run fitted them into the memory together: beside a typed one, what it made of the
-        # others would give another number of tokens a step.
-        before |= {key: asked[key] for key in MEMORY_KEYS}
-
-    joined = merge(before, typed)  # a typed max_iters takes num_epochs out, and the reverse
-    given = typed.keys() | (joined.keys() & set(saved.given or ()))
-    config = checked(TrainConfig, joined, given)
+    said = merge(began, typed)  # a typed max_iters takes num_epochs out, and the reverse
+    given = typed.keys() | (said.keys() & set(saved.given or ()))
+    asked = checked(TrainConfig, said, given)
+    stays = STAYS_ON_RESUME - typed.keys()
+    if MEMORY_KEYS.isdisjoint(typed):
+        stays |= MEMORY_KEYS
+    config = replace(asked, **{key: getattr(before, key) for key in stays})
     check_ranks(config)
+    notes = differences(loaded, asked, before)
+    return Request(asked, frozenset(given), config, before, notes)
 
+
+def differences(loaded: Loaded[TrainConfig], asked: TrainConfig, before: TrainConfig) -> list[str]:
+    """Tell each key in which a config file that is named on resuming differs from the run.
+
+    The file changes nothing. It may repeat what was asked, although something else came of it.
+    """
     notes = []
     for key, preset in loaded.files.items():
-        value = getattr(config, key)
-        # A file may repeat what was asked, although something else came of it: no difference.
-        if key not in WHICH_RUN and getattr(loaded.config, key) not in (value, asked[key].value):
+        value = getattr(before, key)
+        if key != "init_from" and getattr(loaded.config, key) not in (value, getattr(asked, key)):
             notes.append(f"{preset.words} does not count: this run has {key}={value}")
     if notes:
         notes.append("a resumed run keeps its settings; type a key, as --KEY=VALUE, to change it")
-    return Request(
-        asked=checked(TrainConfig, asked | typed, ()),
-        given=frozenset(given),
-        config=config,
-        before=checked(TrainConfig, before, ()),
-        notes=notes,
-    )
+    return notes
 
 
 def said_in(out_dir: Path, values: dict[str, Any]) -> dict[str, Said]:
-    """Return all settings as run.json has them. values: its own, perhaps of an earlier version.
+    """Return the settings of run.json. values: its own, perhaps of an earlier version.
 
+    The folder may have been renamed since.
     Raises UserError if that version trained something that this one cannot.
     """
     for key, neutral in (("lora_dropout", 0), ("lora_targets", "all")):
@@ -251,22 +247,21 @@ def said_in(out_dir: Path, values: dict[str, Any]) -> dict[str, Said]:
                 f"the run in {out_dir} has {key}={values[key]}, which this version cannot "
                 f"train: start a new run from its model, --init_from={out_dir}/best"
             )
+    known = asdict(TrainConfig()).keys()
     said = {}
-    for key, default in asdict(TrainConfig()).items():
-        value = values.get(key, default)
-        if (key, value) == ("save_interval_s", "auto"):
-            value = default
-        said[key] = Said(value, f"{out_dir / 'run.json'}: {key}={value!r}")
+    for key, value in (values | {"out_dir": str(out_dir)}).items():
+        if key in known and (key, value) != ("save_interval_s", "auto"):
+            said[key] = Said(value, f"{out_dir / 'run.json'}: {key}={value!r}")
     return said
 
 
-def refuse_fixed_keys(now: TrainConfig, typed: dict[str, Said], before: dict[str, Said]) -> None:
+def refuse_fixed_keys(now: TrainConfig, typed: dict[str, Said], before: TrainConfig) -> None:
     """Refuse typed keys that would need other weights or another state of the optimizer."""
     fixed = set(FIXED_ON_RESUME)
-    if before["optimizer"].value == "adamw8bit":
+    if before.optimizer == "adamw8bit":
         fixed.add("block_size")  # an 8-bit state cannot be cut to fewer positions
     for key in sorted(fixed & typed.keys()):
-        value = before[key].value
+        value = getattr(before, key)
         if getattr(now, key) != value:
             raise UserError(
                 f"{key}={getattr(now, key)}, but the run in {now.out_dir} has {value}: "

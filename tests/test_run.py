@@ -163,7 +163,8 @@ def test_an_evaluation_that_nobody_set_is_at_most_a_tenth_of_the_steps_before_it
     given = built_from([*argv, "--eval_iters=5"])
     assert (given.config.eval_iters, given.eval_count) == (5, 20)
     # A resumed run evaluates the windows that its best loss is of.
-    write_run(tmp_path, asdict(found.config) | {"dataset": str(dataset)})
+    asked = asdict(found.request.asked)
+    write_run(tmp_path, asdict(found.config), requested=asked, given=sorted(found.request.given))
     resumed = read_request(["--init_from=resume", f"--out_dir={tmp_path}", "--eval_interval=1"])
     dataset = open_dataset(str(dataset), block_size=16)
     config = resolve(resumed.config, resumed, dataset, Progress())
@@ -340,10 +341,13 @@ def test_keys_that_the_saved_weights_depend_on_cannot_change(tmp_path, key, valu
     assert read_request([*argv, f"--{key}={saved}"]).resumed  # the same value may be given
 
 
-def test_a_resumed_run_keeps_the_precision_that_auto_became(tmp_path):
+def test_a_resumed_run_keeps_the_precision_and_the_context_that_it_got(tmp_path):
     argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
-    write_run(tmp_path, {"dtype": "bfloat16"}, requested={"dtype": "auto"})
-    assert read_request(argv).config.dtype == "bfloat16"
+    became = {"dtype": "bfloat16", "block_size": 64}
+    write_run(tmp_path, became, requested={"dtype": "auto", "block_size": 1024}, given=[])
+    made = read_request(argv).config
+    assert (made.dtype, made.block_size) == ("bfloat16", 64)
+    assert read_request([*argv, "--block_size=32"]).config.block_size == 32
     write_run(tmp_path, {"dtype": "load"})
     with pytest.raises(
         UserError, match=r"run\.json: dtype='load': Input should be 'auto', 'float32'"
@@ -501,13 +505,15 @@ def test_a_run_that_patience_has_ended_stays_ended_until_it_gets_more(dataset, t
     assert trainer(tmp_path)["step"] == 5
 
 
-def test_a_warm_up_that_nobody_set_gets_shorter_with_the_run(dataset, tmp_path):
-    write_run(tmp_path, {"max_iters": 100000}, requested={"lr_decay_iters": None}, given=[])
+def test_a_warm_up_that_nobody_set_follows_the_length_of_the_run(dataset, tmp_path):
+    asked = {"lr_decay_iters": None, "warmup_iters": 2000, "max_iters": 5000}
+    write_run(tmp_path, {"max_iters": 5000, "warmup_iters": 500}, requested=asked, given=[])
     dataset = open_dataset(str(dataset), block_size=16)
     for options, expected in (
         (["--max_iters=300"], 30),
-        ([], 2000),
+        ([], 500),
         (["--max_iters=200000"], 2000),
+        (["--warmup_iters=2000"], 2000),
     ):
         request = read_request(["--init_from=resume", f"--out_dir={tmp_path}", *options])
         assert resolve(request.config, request, dataset, Progress()).warmup_iters == expected
