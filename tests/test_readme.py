@@ -139,7 +139,9 @@ def tiny_run(tmp_path_factory) -> Path:
     keys = f"--dataset={text} --out_dir={folder / 'out'} --block_size=32 --n_layer=1 --n_head=2"
     keys += " --n_embd=16 --batch_size=2 --gradient_accumulation_steps=1 --max_iters=2"
     keys += " --eval_interval=2 --eval_iters=1 --device=cpu --tokenizer=bytes"
-    assert train.main(keys.split()) == 0
+    with pytest.MonkeyPatch.context() as patch:  # another worker may prepare the same text
+        patch.setattr("data.dataset.DATA", folder / "data")
+        assert train.main(keys.split()) == 0
     return folder / "out"
 
 
