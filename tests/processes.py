@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -36,11 +37,14 @@ class Started:
     def end(self) -> tuple[int, str]:
         """Wait for its end. Return its exit status and the rest of what it printed.
 
-        If a signal killed it, the status is minus the signal's number.
+        If a signal killed it, as after LIMIT_S seconds, the status is minus the signal's number.
         """
+        watchdog = threading.Timer(LIMIT_S, self.process.kill)  # reading waits for its end
+        watchdog.start()
         said = "" if self.stdout.closed else self.stdout.read()
-        self.process.join(LIMIT_S)
-        assert self.process.exitcode is not None, f"it does not end: {said}"
+        self.process.join()
+        watchdog.cancel()
+        assert self.process.exitcode is not None
         return self.process.exitcode, said
 
 
