@@ -201,7 +201,8 @@ def execute(name: str, present: Mapping[str, Any]) -> dict[str, Said]:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == name]
         line = getattr(error, "lineno", None) or [1, *lines][-1]
-        raise UserError(f"{name}:{line}: {one_line(error)}") from error
+        advice = "; write a Windows path with / for \\" if "unicodeescape" in str(error) else ""
+        raise UserError(f"{name}:{line}: {one_line(error)}{advice}") from error
     assigned: dict[str, int] = {}  # the lines
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

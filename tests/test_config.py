@@ -323,6 +323,11 @@ def test_a_mistake_in_a_file_is_reported_with_its_line(text, problem, write):
     assert line.startswith(f"{path}:{problem}")
 
 
+def test_a_windows_path_in_a_file_gets_advice(write):
+    [line] = refusal([write('dataset = "C:\\Users\\me.txt"\n')])
+    assert line.endswith("; write a Windows path with / for \\")
+
+
 # --------------------------------------------------------------------------------------------------
 # Contradictions
 
