@@ -101,6 +101,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     Hutter 2016, arXiv:1608.03983, equation 5). schedule=wsd: warm-up, a plateau, then linear to
     min_lr over the last `decay_fraction` of the steps after the warm-up (Haegele et al. 2024,
     arXiv:2405.18392, section 3).
+
+    warmup_iters and min_lr that nobody set depend on other keys: gpt12/run.py's resolve() has
+    decided them before.
     """
     if not config.decay_lr:
         return config.learning_rate
@@ -144,8 +147,10 @@ class TrainStep:
     load() brings the windows of a step to the device. Then a call makes the update:
 
     1. accumulate_gradients: for each micro-batch, forward under autocast, then backward.
-    2. update_weights: the gradients' norm, whether to skip, and the optimizers' steps, which clip
-       and skip. With fused ones nothing waits for the device, where the results stay:
+    2. update_weights: the gradients' norm, whether to skip, and the optimizers' steps.
+
+    The host does not wait for the device, if the optimizer clips and skips there (Entry.on_device
+    in gpt12/optimizer.py). The results are tensors on the device:
         loss        mean over the targets of the step, in nats per token
         grad_norm   norm of all gradients before clipping
         bad         how many updates in a row, ending with the latest, were skipped as not finite
@@ -267,8 +272,8 @@ class TrainStep:
         """
         targets_of_rank = sum(self.targets_per_batch)
         world = self.machine.world
-        # N is the number of targets on all ranks. The gradient is the ranks' sum, divided by N.
-        # DistributedDataParallel computes the ranks' mean, so each rank divides by N / world.
+        # N is the number of targets on all ranks. Each rank divides its sum of losses by N / world.
+        # DistributedDataParallel then takes the mean over the ranks: the sum of all, divided by N.
         self.divisor.fill_(targets_of_rank / world)
         if world > 1:
             dist.all_reduce(self.divisor)
@@ -307,7 +312,8 @@ class TrainStep:
                 self.scaler.scale(loss).backward()
             self.loss += loss.detach()
         if self.machine.world > 1:
-            # All ranks see the same loss, so that they all skip an update or none does.
+            # The mean over the ranks, as of the gradients. All of them see the same loss, so that
+            # all skip an update or none does.
             dist.all_reduce(self.loss)
             self.loss /= self.machine.world
 
@@ -416,6 +422,7 @@ class Trainer:
             base=run.config.init_from,
             say=self.log.say,
             interval_s=run.config.save_interval_s,
+            # Saving takes at most 2% of the time, unless the user has set the interval.
             interval_saves=0 if "save_interval_s" in run.request.given else 50,
             description=description(run),
         )
@@ -597,7 +604,7 @@ def main(argv: list[str] | None = None) -> int:
     """Read the configuration, join the other ranks, build the run, train; return the status."""
     with reported_by_rank_0():
         request = read_request(sys.argv[1:] if argv is None else argv)
-    config = request.config
+    config = request.undecided
     if config.check:
         return check_model(
             config, open_machine(config.device, "float32", config.compile), TrainStep

@@ -141,7 +141,8 @@ def _hash_below_one(document: int) -> float:
 def _encode(documents: Documents, tokenizer: Tokenizer, skip: int = 0) -> Iterator[Encoded]:
     """Encode the pieces of the documents after `skip`, on all cores, and show how far it is.
 
-    The tokenizers let other threads run meanwhile.
+    A document becomes the tokens that its tokenizer begins every text with (GPT-2's: none), those
+    of its pieces, and its end: the end-of-text token, or a line end where there is none.
     """
     from tqdm import tqdm
 

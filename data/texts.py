@@ -235,7 +235,11 @@ class Documents:
         )
 
     def _text(self, where: str, row: Row) -> Iterator[Piece]:
-        """Yield the pieces of a row's text. What the marks separate in it is one document."""
+        """Yield the pieces of a row's text.
+
+        Marks for the end of a text may separate several in it. Each gets an end, but all are one
+        document and go to the same split.
+        """
         text = row[self.text_column]
         if isinstance(text, Iterator):
             return split_text(text)

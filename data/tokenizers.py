@@ -83,8 +83,7 @@ class Tokenizer:
     name: "gpt2", "char", "bytes", or "model" for any other one of a model.
     library: the same tokenizer as an object of the library.
     names: the tokens' names in Hugging Face's files, by id. table: the bytes of each.
-    text_ids: ids from this on are tokens that somebody added, and that no text of a data set
-        becomes.
+    text_ids: texts become ids below this; the rest are tokens that somebody added.
     eot: the id that ends a document, or None. end_ids: the ids that end a text when sampling.
     files: the files of a model's tokenizer, which go back as they came.
     special_tokens: the texts that these give to eos_token, bos_token and so on.

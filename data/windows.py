@@ -49,9 +49,10 @@ class TrainWindows:
         self.seed = seed
         targets = len(tokens) - 1
         last_phase = 0 if tokens.mask is not None else block_size - 1
-        # Every epoch has as many windows as fit behind the last phase.
+        # All epochs have equally many windows, as many as fit behind the greatest phase. T=4 and
+        # 11 targets: phases 0 to 3, 2 windows.
         self.per_epoch = max(1, (targets - last_phase) // block_size)
-        # In a text shorter than two windows the only one must still fit behind the phase.
+        # A text shorter than two windows has one, and so fewer phases.
         self._last_phase = min(last_phase, targets - self.per_epoch * block_size)
 
     def starts(self, positions: np.ndarray) -> np.ndarray:
@@ -62,8 +63,8 @@ class TrainWindows:
             in_epoch = epochs == epoch
             key = _epoch_key(self.seed, epoch)
             phase = key % (self._last_phase + 1)  # where the epoch's first window begins
-            order = permute(indices[in_epoch], self.per_epoch, key)
-            starts[in_epoch] = phase + order * self.block_size
+            places = permute(indices[in_epoch], self.per_epoch, key)
+            starts[in_epoch] = phase + places * self.block_size
         return starts
 
     def batch(self, position: int, count: int) -> tuple[np.ndarray, ...]:

@@ -119,7 +119,11 @@ class Saver:
             write_json(self.out_dir / "run.json", self.description)
 
     def is_due(self) -> bool:
-        """Tell whether it is time to save last/."""
+        """Tell whether it is time to save last/.
+
+        That is interval_s after the last save, or interval_saves times as long as it took, if that
+        is longer.
+        """
         return time.monotonic() >= self.due_at
 
     def save(self, name: str) -> bool:

@@ -93,7 +93,10 @@ def load_config(schema: type[Schema], argv: Sequence[str]) -> Loaded[Schema]:
 
 
 def merge(earlier: Mapping[str, Said], later: Mapping[str, Said]) -> dict[str, Said]:
-    """Return both. A later key removes the same earlier key, and the one that it replaces."""
+    """Return both. A later key removes the same earlier one, and the one that it replaces.
+
+    max_iters and num_epochs replace each other.
+    """
     replaced = {REPLACES.get(key) for key in later}
     return {key: said for key, said in earlier.items() if key not in replaced} | dict(later)
 
@@ -106,7 +109,7 @@ def checked(
 ) -> Schema:
     """Return the configuration of what was said, or raise UserError with every mistake.
 
-    given: the keys that the user set; the others are those of a run that is resumed.
+    given: the keys that the user set, and that may contradict each other. A resumed run has others.
     mistakes: those found so far. If there are any, keys are not compared with each other: a file
     that was not read might have changed them.
     """

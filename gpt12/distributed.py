@@ -236,7 +236,10 @@ def lost_rank_advice(out_dir: Path) -> str:
 
 
 class StopSignal:
-    """Remembers the signal that asked the run to stop. `number` is 0 until one arrives."""
+    """Remembers the signal that asked the run to stop. `number` is 0 until one arrives.
+
+    Before the loop begins, while nothing is trained, Ctrl-C ends the program at once.
+    """
 
     def __init__(self, device: torch.device, say: Callable[[str], None]):
         """device: where the ranks exchange what they got. say: prints a line."""
@@ -271,7 +274,7 @@ class StopSignal:
         self.say(f"\n{name}: finishing this step, then saving (press again to quit at once)")
 
     def arrived_alone(self) -> bool:
-        """Tell whether a signal has arrived that no other rank has to be told of."""
+        """Tell whether a signal has arrived in a run of one process."""
         return torchrun_ranks().world == 1 and self.number > 0
 
     def agreed(self) -> bool:
@@ -282,10 +285,10 @@ class StopSignal:
         """
         if torchrun_ranks().world == 1:
             return self.number > 0
-        previous = self.flag
+        flag_of_last_call = self.flag
         self.flag = torch.full_like(self.flag, self.number)
         dist.all_reduce(self.flag, dist.ReduceOp.MAX)
-        agreed = int(previous)
+        agreed = int(flag_of_last_call)
         if agreed > self.number:
             self.number = agreed
             self.arrived_at = time.monotonic()  # the signal itself may be on its way to this rank

@@ -75,7 +75,7 @@ def sample_token(
     # Select in the logits' own dtype and without sorting, which is faster. Only top_p needs order.
     scores, ids = logits.topk(k, sorted=sampling.top_p < 1)
     probs = (scores.float() / sampling.temperature).softmax(dim=1)  # (B, k)
-    allowed = probs
+    allowed = probs  # min_p and top_p look at the probabilities among the top k
     if sampling.min_p > 0:
         least = sampling.min_p * probs.amax(dim=1, keepdim=True)
         allowed = allowed.masked_fill(probs < least, 0)
@@ -107,7 +107,8 @@ class KVCache:
     """What the layers keep of past tokens of B texts: their keys and values.
 
     The memory has a fixed number of slots for each text, one for each position. Each text has its
-    own length. Slots past it are masked, and overwritten as the text grows.
+    own length. What lies in slots past it is overwritten as the text grows; until then
+    Transformer.sees hides them, because they are later than the newest token.
 
     A forward pass calls take_positions() once, then each layer calls extend().
     """
@@ -243,14 +244,14 @@ def stream(
     advance = decoder.advance
     decoder.read_prompts(texts)
     for step in range(1, max_new_tokens + 1):
-        # The device computes the next tokens while the host hands out the newest ones. Until then
-        # these are in decoder.token, and not yet in `texts` and in the cache.
+        # The device computes the next tokens while the host hands out the newest ones.
+        # decoder.token holds these; `texts` and the cache hold all tokens before them.
         newest = decoder.token.to("cpu", copy=True, non_blocking=on_gpu)
         copied = torch.cuda.current_stream().record_event() if on_gpu else None
         if step < max_new_tokens:
             for b, text in enumerate(texts):
                 if len(text) == limit:  # no place for the newest token
-                    kept = max(0, limit // 2 - 1)  # with the newest token, half a context
+                    kept = max(0, limit // 2 - 1)  # the newest token makes it half a context
                     texts[b] = text[limit - kept :]
                     refill(model, cache, b, texts[b])
             if step == 2 and on_gpu:  # the first step has set up what cannot be recorded

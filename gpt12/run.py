@@ -4,8 +4,13 @@
     build_run()      opens the data, loads or makes the model, chooses the machine
     resolve()        decides each key that follows from others or from the data
 
-So there are two configurations: `asked` is what the user said, `config` is what holds. run.json
-keeps both, by the names "requested" and "config".
+A run has two configurations, which run.json keeps:
+
+    asked      "requested"  what the user said when the run began or since; else the defaults
+    config     "config"     what holds: every key is decided
+
+When a run goes on, `before` is the `config` of its run.json, and `undecided` is what the new
+`config` is decided from.
 """
 
 from __future__ import annotations
@@ -43,8 +48,9 @@ FIXED_ON_RESUME = {
     *({field.name for field in fields(GPTConfig)} - {"vocab_size", "block_size", "dropout"}),
     *("lora_rank", "lora_alpha", "optimizer", "val_fraction"),
 }
-# What stays as the run has decided it, unless it is typed: the form of the model, the windows that
-# the best loss is of, and that a phase of short context is over.
+# What stays as the run has decided it, unless it is typed: the form of the model (the first three),
+# the windows that the best loss is of (eval_iters), and short_context_share, which is 0 once that
+# phase is over.
 STAYS_ON_RESUME = FIXED_ON_RESUME | {"block_size", "dtype", "eval_iters", "short_context_share"}
 # Why a key that nobody set has the value that it has.
 REASONS = {
@@ -61,10 +67,10 @@ MEMORY_KEYS = {"batch_size", "gradient_accumulation_steps", "recompute"}
 class Request:
     """What the user asks for: a new run, or that an earlier one goes on."""
 
-    asked: TrainConfig  # every key as the user set it, now or when the run began; else its default
+    asked: TrainConfig  # what the user said
     given: frozenset[str]  # the keys that the user set
-    config: TrainConfig  # what resolve() starts from: asked, and what stays in a run that goes on
-    before: TrainConfig | None = None  # what held so far in a run that goes on, every key decided
+    undecided: TrainConfig  # what resolve() starts from: `asked`, and what stays on resuming
+    before: TrainConfig | None = None  # what held so far, in a run that goes on
     notes: list[str] = field(default_factory=list)  # see Run.notes
 
     @property
@@ -97,7 +103,7 @@ class Run:
         decided = []
         for key, reason in REASONS.items():
             value = getattr(self.config, key)
-            if value != getattr(self.request.config, key):
+            if value != getattr(self.request.undecided, key):
                 decided.append(f"{key}={value:.6g}, because it was not set: {reason}")
         return [*self.request.notes, *decided, *self.machine.notes, *self.dataset.warnings]
 
@@ -191,33 +197,35 @@ def check_ranks(config: TrainConfig) -> None:
 def resume(loaded: Loaded[TrainConfig], out_dir: Path) -> Request:
     """Return the request that the run in out_dir goes on.
 
-    It is what was asked of the run, with the keys that are typed now in their place. resolve()
-    decides from it what follows, as in a new run. Only STAYS_ON_RESUME and what the run fitted into
-    memory stay as they became.
+    1. What was asked of the run so far counts.
+    2. Keys that are typed now take their places, but FIXED_ON_RESUME are refused. A config file
+       that is named now changes nothing.
+    3. STAYS_ON_RESUME, and what the run fitted into memory, stay as the run decided them.
+    4. resolve() decides the rest from all this, as in a new run.
     """
     saved = read_run(out_dir)
     before = checked(TrainConfig, said_in(out_dir, saved.config), ())
-    began = said_in(out_dir, saved.asked)
+    asked_before = said_in(out_dir, saved.asked)
     typed = dict(loaded.typed)
     typed.pop("init_from", None)  # it says that a run goes on, and changes nothing in it
     if loaded.config.init_from == "auto":
         # The line that began the run is typed again. Only what is new in it counts, else it would
         # undo what was decided since.
-        for key in typed.keys() & began.keys():
-            if getattr(loaded.config, key) == began[key].value:
+        for key in typed.keys() & asked_before.keys():
+            if getattr(loaded.config, key) == asked_before[key].value:
                 del typed[key]
     refuse_fixed_keys(loaded.config, typed, before)
 
-    said = merge(began, typed)  # a typed max_iters takes num_epochs out, and the reverse
+    said = merge(asked_before, typed)
     given = typed.keys() | (said.keys() & set(saved.given or ()))
     asked = checked(TrainConfig, said, given)
     stays = STAYS_ON_RESUME - typed.keys()
     if MEMORY_KEYS.isdisjoint(typed):
         stays |= MEMORY_KEYS
-    config = replace(asked, **{key: getattr(before, key) for key in stays})
-    check_ranks(config)
+    undecided = replace(asked, **{key: getattr(before, key) for key in stays})
+    check_ranks(undecided)
     notes = differences(loaded, asked, before)
-    return Request(asked, frozenset(given), config, before, notes)
+    return Request(asked, frozenset(given), undecided, before, notes)
 
 
 def differences(loaded: Loaded[TrainConfig], asked: TrainConfig, before: TrainConfig) -> list[str]:
@@ -275,7 +283,7 @@ def refuse_fixed_keys(now: TrainConfig, typed: dict[str, Said], before: TrainCon
 
 def build_run(request: Request) -> Run:
     """Open the data, load or make the model, choose the machine; decide what depends on these."""
-    config = request.config
+    config = request.undecided
     torch.manual_seed(config.seed)  # all ranks draw the same initial weights
     progress = Progress()
     checkpoint = None
@@ -521,7 +529,7 @@ def load_start(request: Request, last: Path | None) -> tuple[GPT | None, Any]:
     Returns (None, None) for a model from scratch, whose vocabulary comes from the data. The model
     is on the CPU.
     """
-    config = request.config
+    config = request.undecided
     source = _source(config, last)
     if source is None:
         return None, None

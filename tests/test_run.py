@@ -56,16 +56,16 @@ def test_without_arguments_the_preset_that_suits_the_machine_is_used(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     request = read_request([])
-    assert request.config.out_dir == f"out-shakespeare-{preset}"
+    assert request.undecided.out_dir == f"out-shakespeare-{preset}"
     assert f"using config/train_shakespeare_{preset}.py" in capsys.readouterr().out
 
 
 def test_evaluating_a_run_takes_its_own_data_unless_others_are_given(finished, dataset):
-    own = read_request([f"--init_from={finished}", "--eval_only"]).config
+    own = read_request([f"--init_from={finished}", "--eval_only"]).undecided
     assert own.dataset == str(dataset)
-    other = read_request([f"--init_from={finished}", "--eval_only", "--dataset=x.txt"]).config
+    other = read_request([f"--init_from={finished}", "--eval_only", "--dataset=x.txt"]).undecided
     assert other.dataset == "x.txt"
-    fine_tuned = read_request([f"--init_from={finished}"]).config
+    fine_tuned = read_request([f"--init_from={finished}"]).undecided
     assert fine_tuned.dataset == TrainConfig().dataset
 
 
@@ -167,7 +167,7 @@ def test_an_evaluation_that_nobody_set_is_at_most_a_tenth_of_the_steps_before_it
     write_run(tmp_path, asdict(found.config), requested=asked, given=sorted(found.request.given))
     resumed = read_request(["--init_from=resume", f"--out_dir={tmp_path}", "--eval_interval=1"])
     dataset = open_dataset(str(dataset), block_size=16)
-    config = resolve(resumed.config, resumed, dataset, Progress())
+    config = resolve(resumed.undecided, resumed, dataset, Progress())
     assert config.eval_iters == eval_iters
 
 
@@ -213,7 +213,7 @@ def test_a_run_is_resumed_wherever_init_from_was_set(asks, tmp_path):
         (tmp_path / "again.py").write_text(text)
     request = read_request([*argv, "--max_iters=7"])
     assert request.resumed
-    made = request.config
+    made = request.undecided
     assert (made.n_layer, made.max_iters, made.init_from) == (3, 7, "scratch")
     assert made.out_dir == str(tmp_path)
     assert request.given >= {"max_iters"}
@@ -227,7 +227,7 @@ def test_a_config_file_changes_nothing_of_a_resumed_run_and_each_key_is_told(tmp
     file.write_text("learning_rate = 5e-4\ndataset = 'other'\nn_layer = 3\nn_embd = 12\nseed = 4\n")
     argv = [str(file), "--init_from=resume", f"--out_dir={tmp_path}", "--seed=5"]
     request = read_request(argv)
-    made = request.config
+    made = request.undecided
     assert (made.learning_rate, made.dataset, made.n_embd, made.seed) == (1e-3, "mine", 96, 5)
     assert request.notes == [
         f"{file}:1: learning_rate=0.0005 does not count: this run has learning_rate=0.001",
@@ -242,7 +242,7 @@ def test_typed_keys_are_checked_together_with_the_saved_ones(tmp_path):
     argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
     with pytest.raises(UserError, match=r"--dropout=2: .* less than 1\n--sed=3: .* seed"):
         read_request([*argv, "--dropout=2", "--sed=3"])
-    assert read_request([*argv, "--min_lr=5e-3"]).config.min_lr == 5e-3
+    assert read_request([*argv, "--min_lr=5e-3"]).undecided.min_lr == 5e-3
     with pytest.raises(UserError, match="min_lr"):
         read_request([*argv, "--min_lr=5e-2"])
 
@@ -259,7 +259,7 @@ def test_typed_keys_are_checked_together_with_the_saved_ones(tmp_path):
 def test_saved_keys_and_typed_keys_are_joined(tmp_path, options, saved, expected):
     given = [key for key in saved if key in ("num_epochs", "max_iters")][:1]
     write_run(tmp_path, saved, given=given)
-    made = read_request(["--init_from=resume", f"--out_dir={tmp_path}", *options]).config
+    made = read_request(["--init_from=resume", f"--out_dir={tmp_path}", *options]).undecided
     assert {key: getattr(made, key) for key in expected} == expected
 
 
@@ -283,7 +283,7 @@ def test_what_a_run_fitted_into_memory_stays_until_such_a_key_is_typed(tmp_path,
     write_run(tmp_path, MEMORY, requested=asked, given=[])
     (tmp_path / "last.prev").mkdir()
     request = read_request(["--init_from=resume", f"--out_dir={tmp_path}", *options])
-    made = request.config
+    made = request.undecided
     assert (made.batch_size, made.gradient_accumulation_steps, made.recompute) == expected
     typed = {word.strip("-").partition("=")[0] for word in options}
     for key in asked.keys() - typed:
@@ -293,7 +293,9 @@ def test_what_a_run_fitted_into_memory_stays_until_such_a_key_is_typed(tmp_path,
 def test_values_that_an_older_program_chose_stay_as_they_became(tmp_path):
     became = MEMORY | {"lr_decay_iters": 77}
     write_run(tmp_path, became, requested={"batch_size": "auto", "recompute": "auto"})
-    made = read_request(["--init_from=resume", f"--out_dir={tmp_path}", "--recompute=none"]).config
+    made = read_request(
+        ["--init_from=resume", f"--out_dir={tmp_path}", "--recompute=none"]
+    ).undecided
     assert (made.batch_size, made.gradient_accumulation_steps, made.recompute) == (6, 8, "none")
     assert made.lr_decay_iters == 77
 
@@ -345,9 +347,9 @@ def test_a_resumed_run_keeps_the_precision_and_the_context_that_it_got(tmp_path)
     argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
     became = {"dtype": "bfloat16", "block_size": 64}
     write_run(tmp_path, became, requested={"dtype": "auto", "block_size": 1024}, given=[])
-    made = read_request(argv).config
+    made = read_request(argv).undecided
     assert (made.dtype, made.block_size) == ("bfloat16", 64)
-    assert read_request([*argv, "--block_size=32"]).config.block_size == 32
+    assert read_request([*argv, "--block_size=32"]).undecided.block_size == 32
     write_run(tmp_path, {"dtype": "load"})
     with pytest.raises(
         UserError, match=r"run\.json: dtype='load': Input should be 'auto', 'float32'"
@@ -516,7 +518,7 @@ def test_a_warm_up_that_nobody_set_follows_the_length_of_the_run(dataset, tmp_pa
         (["--warmup_iters=2000"], 2000),
     ):
         request = read_request(["--init_from=resume", f"--out_dir={tmp_path}", *options])
-        assert resolve(request.config, request, dataset, Progress()).warmup_iters == expected
+        assert resolve(request.undecided, request, dataset, Progress()).warmup_iters == expected
 
 
 def test_a_data_set_without_a_training_split_can_only_be_evaluated(dataset, tmp_path):
