@@ -24,7 +24,7 @@ from gpt12.errors import UserError, printable, require_packages, run_main
 
 require_packages()
 
-from data.chat import chat_environment
+from data.chat import ChatTemplate, Message
 from data.tokenizers import GPT2_VOCAB_SIZE, get_tokenizer, load_tokenizer
 from gpt12.checkpoint import find_checkpoint
 from gpt12.config import load_config, unescape
@@ -37,17 +37,7 @@ from model import GPT
 
 SEPARATOR = "---------------"  # between samples, as in nanoGPT
 DATA = Path(__file__).parent / "data"
-# Without a chat template the model continues what both have written.
-PLAIN_TEMPLATE = (
-    "{% for message in messages if message.role != 'system' %}"
-    "{{ message.content }}{% if message.ended %}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
-)
-MARK = "~~question~~"  # stands for a user's text, to see what a chat template makes of it
 PASTE_SECONDS = 0.05  # a line that follows another one sooner was pasted
-# A message has "role" and "content", as chat templates expect. An answer also has "ended": whether
-# the model ended it itself.
-Message = dict[str, Any]
 Times = list[tuple[float, int]]  # seconds on a clock, and how many tokens came then
 
 
@@ -160,61 +150,6 @@ def read_prompt(start: str) -> str:
     return text
 
 
-class ChatTemplate:
-    """How a model's conversations are written as one text.
-
-    The template is a program in Jinja and may be a stranger's: it runs in a sandbox. What it finds
-    there is what `transformers` gives it.
-    """
-
-    def __init__(self, tokenizer: Any):
-        """A model without a template gets one that writes the messages one after the other."""
-        self.source = tokenizer.chat_template or PLAIN_TEMPLATE
-        end = "" if tokenizer.eot is None else tokenizer.token_bytes(tokenizer.eot).decode()
-        names = {"add_generation_prompt": True, "eos_token": end} | tokenizer.special_tokens
-        self.environment = chat_environment(names)
-
-    def write(self, messages: Sequence[Message]) -> str:
-        """Return the prompt for the next answer; UserError if the template fails."""
-        try:
-            text = self.environment.from_string(self.source).render(messages=messages)
-            if not text:
-                raise ValueError("it writes nothing")
-            return text
-        except Exception as error:  # the template may do anything
-            raise UserError(
-                f"the model's chat template fails ({type(error).__name__}: {str(error)[:200]}). "
-                "Repair chat_template in its tokenizer_config.json, or remove it to write plain "
-                "text"
-            ) from None
-
-    def forgets(self) -> bool:
-        """Tell whether it writes a question without those before it, as in single-turn data."""
-        answer = {"role": "assistant", "content": ""}
-        return MARK not in self.write([user_message(MARK), answer, user_message("?")])
-
-    def complete(self, text: str) -> str | None:
-        """Return the text, if it is written in the template already; else None.
-
-        The white space that the template has at its end is added.
-        """
-        *openings, after = self.write([user_message(MARK)]).split(MARK)
-        with contextlib.suppress(UserError):  # a template may refuse a system message
-            system = {"role": "system", "content": MARK}
-            openings += self.write([system, user_message(MARK)]).split(MARK)[:-1]
-        words = after.strip()  # the answer's heading
-        begins = [opening.strip() for opening in openings]
-        if words not in text or not text.lstrip().startswith(tuple(begins)):
-            return None
-        if words and text.rstrip().endswith(words):
-            return text.rstrip() + after[len(after.rstrip()) :]
-        return text if all(begins) else None
-
-
-def user_message(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
 # --------------------------------------------------------------------------------------------------
 # Writing
 
@@ -226,11 +161,11 @@ class Writer:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
-        self.template = ChatTemplate(tokenizer)
+        self.template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
         self.system: list[Message] = []
         if config.system is not None:
-            self.system = [{"role": "system", "content": config.system}]
-            if config.system.strip() not in self.prompt([user_message("?")]):
+            self.system = [Message(role="system", content=config.system)]
+            if config.system.strip() not in self.prompt([Message(role="user", content="?")]):
                 raise UserError("--system: the model's chat template has no place for it")
 
     def prompt(self, messages: Sequence[Message]) -> str:
@@ -316,7 +251,7 @@ def print_samples(writer: Writer, start: str) -> None:
     With --json it is one line of JSON for each sample.
     """
     as_json = writer.config.json
-    messages = [user_message(start)]
+    messages = [Message(role="user", content=start)]
     prompt = writer.prompt(messages)
     _, ids = writer.shorten(messages)
     texts = [writer.new_text() for _ in range(writer.config.num_samples)]
@@ -382,7 +317,7 @@ def answer(writer: Writer, messages: Sequence[Message], question: str) -> Sequen
     the template already.
     """
     try:
-        asked, prompt = writer.shorten([*messages, user_message(question)])
+        asked, prompt = writer.shorten([*messages, Message(role="user", content=question)])
     except UserError as error:
         say(f"error: {error}")
         return messages
@@ -400,7 +335,7 @@ def answer(writer: Writer, messages: Sequence[Message], question: str) -> Sequen
         return []
     said = writer.tokenizer.decode(text.ids)  # with the stop string, which is not shown
     ended = text.finish_reason == "end"
-    return [*asked, {"role": "assistant", "content": said, "ended": ended}]
+    return [*asked, Message(role="assistant", content=said, ended=ended)]
 
 
 def read_message() -> str:

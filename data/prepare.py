@@ -32,7 +32,7 @@ from data.shards import (
     write_shards,
 )
 from data.texts import FEW_DOCUMENTS, Documents, Piece
-from data.tokenizers import Tokenizer
+from data.tokenizers import Tokenizer, get_tokenizer
 from gpt12.errors import UserError
 from gpt12.files import lock_folder, sha256, write_atomically
 
@@ -98,6 +98,23 @@ def prepare_texts(
         tokenizer.chat_template = documents.chat_template(has_end_token=tokenizer.eot is not None)
         complete(folder, tokenizer, written.documents, documents.notes, packed_for)
         (folder / "progress.json").unlink(missing_ok=True)
+
+
+def prepare_corpus(
+    folder: Path, source: str, val_fraction: float, max_tokens: float = float("inf")
+) -> None:
+    """Tokenize a hub data set with GPT-2's tokenizer into a folder.
+
+    Raises UserError if it is prepared already.
+    """
+    if (folder / "meta.json").exists() and not (folder / "progress.json").exists():
+        raise UserError(
+            f"{folder} is prepared already. To prepare it again, delete meta.json and the .bin "
+            "files in it."
+        )
+    documents = Documents(source)
+    tokenizer = get_tokenizer("gpt2")
+    prepare_texts(documents, tokenizer, folder, val_fraction, max_tokens=max_tokens)
 
 
 def complete(

@@ -15,7 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.chat import ENDING_CHARACTERS, chat_template, common_ending, questions_and_answers
+from data.chat import (
+    ENDING_CHARACTERS,
+    Message,
+    chat_template,
+    common_ending,
+    questions_and_answers,
+)
 from data.readers import (
     END_OF_TEXT,
     REPLACE,
@@ -77,14 +83,6 @@ ROLES = {
 REFUSED = ("tool_calls", "function_call", "tools", "history")
 # The keys of a message that mean something. Others are named in a note.
 MESSAGE_KEYS = {"role", "from", "content", "value", "weight", "train", *REFUSED}
-
-
-class Message(NamedTuple):
-    """A message of a conversation."""
-
-    role: str
-    content: str
-    ignored: bool = False  # the data say that it should not be trained
 
 
 class Piece(NamedTuple):
@@ -251,20 +249,20 @@ class Documents:
         """Return the pieces of a row with questions and answers; none if no answer is trained."""
         messages = _read_messages(where, row, form)
         pieces: list[Piece] = []
-        answers = [message for message in messages if message.role == "assistant"]
+        answers = [message for message in messages if message["role"] == "assistant"]
         for message, (question, answer) in zip(answers, questions_and_answers(self.kind, messages)):
-            trained = not message.ignored and answer.strip() != ""
+            trained = not message.get("ignored") and answer.strip() != ""
             before = "end" if pieces else ""
             pieces.append(Piece(question, before, trained=False, end=False))
             pieces.append(Piece(answer, "text", trained))
         if not any(piece.trained for piece in pieces):
             return []
         self._most_answers = max(self._most_answers, len(answers))
-        self.unanswered += messages[-1].role == "user"
+        self.unanswered += messages[-1]["role"] == "user"
         if self.kind == "prompt":
             self._prompts.add(pieces[0].text[-ENDING_CHARACTERS:])
         first = messages[0]
-        self._systems[first.content.strip() if first.role == "system" else None] += 1
+        self._systems[first["content"].strip() if first["role"] == "system" else None] += 1
         return pieces
 
     # ----------------------------------------------------------------------------------------------
@@ -331,9 +329,12 @@ def _read_messages(where: str, row: Row, form: Form) -> list[Message]:
         question, answer = (_read_cell(where, row, column) for column in form.columns)
         if "input" in form.optional and row.get("input"):
             question += f"\n\n{_read_cell(where, row, 'input')}"
-        messages = [Message("user", question), Message("assistant", _without_end(answer))]
+        messages = [
+            Message(role="user", content=question),
+            Message(role="assistant", content=_without_end(answer)),
+        ]
     if "system" in form.optional and row.get("system"):
-        messages.insert(0, Message("system", _read_cell(where, row, "system")))
+        messages.insert(0, Message(role="system", content=_read_cell(where, row, "system")))
     return messages
 
 
@@ -350,7 +351,7 @@ def _read_message(where: str, given: Any) -> Message:
         )
     content = _without_end(_read_cell(where, message, column))
     ignored = message.get("weight") == 0 or message.get("train") is False
-    return Message(role, content, ignored)
+    return Message(role=role, content=content, ignored=ignored)
 
 
 def _refuse(where: str, row: Row) -> None:

@@ -86,7 +86,6 @@ class Tokenizer:
     text_ids: texts become ids below this; the rest are tokens that somebody added.
     eot: the id that ends a document, or None. end_ids: the ids that end a text when sampling.
     files: the files of a model's tokenizer, which go back as they came.
-    special_tokens: the texts that these give to eos_token, bos_token and so on.
     chat_template: Jinja text that is saved with the tokenizer, or None.
     """
 
@@ -102,7 +101,6 @@ class Tokenizer:
         self.eot = library.token_to_id(END_OF_TEXT)
         self.end_ids = set() if self.eot is None else {self.eot}
         self.files: dict[str, bytes] = {}
-        self.special_tokens: dict[str, str] = {}
         self.chat_template: str | None = None
 
     @functools.cached_property
@@ -160,6 +158,12 @@ class Tokenizer:
         ids = self.library.encode(replace_surrogates(text), add_special_tokens=False).ids
         self.library.encode_special_tokens = True
         return ids
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of eos_token, bos_token and so on, which a chat template may write."""
+        end = "" if self.eot is None else self.token_bytes(self.eot).decode()
+        return {"eos_token": end, **_special_tokens(self.files)}
 
     @property
     def end(self) -> list[int]:
@@ -347,7 +351,6 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     else:
         tokenizer.end_ids.update(end_ids)
     tokenizer.files = files
-    tokenizer.special_tokens = _special_tokens(files)
     return tokenizer
 
 

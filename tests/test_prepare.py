@@ -19,7 +19,6 @@ import pytest
 import data.prepare
 from data.download import download, fetch, read_wheel
 from data.fineweb_edu import prepare as fineweb_edu
-from data.openwebtext import prepare as openwebtext
 from data.prepare import is_for_validation
 from data.shakespeare_char import prepare as shakespeare_char
 from data.shards import Tokens
@@ -221,7 +220,7 @@ def corpus(tmp_path, monkeypatch):
     for part in range(4):
         lines = [json.dumps(row) + "\n" for row in rows[part * 100 : part * 100 + 100]]
         (tmp_path / f"hub/train-{part}.jsonl").write_text("".join(lines))
-    monkeypatch.setattr(openwebtext, "get_tokenizer", lambda name: {"gpt2": tiny}[name])
+    monkeypatch.setattr(data.prepare, "get_tokenizer", lambda name: {"gpt2": tiny}[name])
     monkeypatch.setattr(data.prepare, "PIECES_AT_ONCE", 9)
     monkeypatch.setattr(data.prepare, "SAVE_TOKENS", 1000)
     return [row["text"] for row in rows]
@@ -230,7 +229,7 @@ def corpus(tmp_path, monkeypatch):
 def prepare_corpus(tmp_path, name, **options):
     (tmp_path / name).mkdir(exist_ok=True)
     folder = tmp_path / name
-    openwebtext.prepare_corpus(folder, f"hf:{tmp_path / 'hub'}", 0.05, **options)
+    data.prepare.prepare_corpus(folder, f"hf:{tmp_path / 'hub'}", 0.05, **options)
 
 
 def test_a_corpus_is_split_by_documents_and_prepared_once(tmp_path, corpus):

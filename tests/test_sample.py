@@ -17,7 +17,7 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 import sample
-from data.chat import CHAT_TEMPLATE, chat_template
+from data.chat import CHAT_TEMPLATE, ChatTemplate, chat_template
 from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from gpt12.checkpoint import Progress, save_checkpoint
 from gpt12.errors import run_main
@@ -248,7 +248,8 @@ def test_a_template_writes_here_what_it_writes_in_transformers(chat, template):
     changed = json.loads(settings_file.read_text()) | {"bos_token": "<s>"}
     settings_file.write_text(json.dumps(changed))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    ours = sample.ChatTemplate(load_tokenizer(Path(folder)))
+    tokenizer = load_tokenizer(Path(folder))
+    ours = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
     for messages in ([QUESTION], TURNS[1:], TURNS):
         expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert ours.write(messages) == expected

@@ -18,7 +18,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from data.openwebtext.prepare import prepare_corpus
+from data.prepare import prepare_corpus
 from gpt12.errors import run_main
 
 HERE = Path(__file__).parent

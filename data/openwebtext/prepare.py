@@ -16,10 +16,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from data.prepare import prepare_texts
-from data.texts import Documents
-from data.tokenizers import get_tokenizer
-from gpt12.errors import UserError, run_main
+from data.prepare import prepare_corpus
+from gpt12.errors import run_main
 
 HERE = Path(__file__).parent
 SOURCE = "hf:Skylion007/openwebtext"
@@ -29,23 +27,6 @@ VAL_FRACTION = 0.0005  # nanoGPT's
 def prepare() -> None:
     """Write the shards, and what belongs to them, beside this file."""
     prepare_corpus(HERE, SOURCE, VAL_FRACTION)
-
-
-def prepare_corpus(
-    folder: Path, source: str, val_fraction: float, max_tokens: float = float("inf")
-) -> None:
-    """Tokenize a hub data set with GPT-2's tokenizer into a folder.
-
-    Raises UserError if it is prepared already.
-    """
-    if (folder / "meta.json").exists() and not (folder / "progress.json").exists():
-        raise UserError(
-            f"{folder} is prepared already. To prepare it again, delete meta.json and the .bin "
-            "files in it."
-        )
-    documents = Documents(source)
-    tokenizer = get_tokenizer("gpt2")
-    prepare_texts(documents, tokenizer, folder, val_fraction, max_tokens=max_tokens)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.chat import questions_and_answers
+from data.chat import Message, questions_and_answers
 from data.tokenizers import load_tokenizer
 from gpt12.loss import IGNORE_INDEX
 from gpt12.weights import from_pretrained
@@ -28,7 +28,7 @@ TRAIN = (
 SHAPE = "--n_layer=2 --n_head=2 --n_embd=64".split()
 NAMES = ("ada", "bob", "cleo", "dan", "eve")
 PROMPT = "ada asks"
-MESSAGES = [
+MESSAGES: list[Message] = [
     {"role": "system", "content": " Be kind.\n"},
     {"role": "user", "content": "  say ada"},
     {"role": "assistant", "content": "ada, ada\n\nand ada. "},
@@ -144,7 +144,7 @@ def our_text(folder: Path, prompt: str = PROMPT) -> str:
     return json.loads(run_script("sample.py", *options, folder=ROOT))["text"]
 
 
-def our_conversation(folder: Path, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+def our_conversation(folder: Path, messages: list[Message]) -> tuple[list[int], list[int]]:
     """Return the ids of a conversation, and the ids that are trained, IGNORE_INDEX for others."""
     tokenizer = our_tokenizer(folder)
     ids: list[int] = []
@@ -157,7 +157,7 @@ def our_conversation(folder: Path, messages: list[dict[str, str]]) -> tuple[list
     return ids, trained
 
 
-def our_loss(folder: Path, messages: list[dict[str, str]]) -> float:
+def our_loss(folder: Path, messages: list[Message]) -> float:
     """Return our model's mean loss on the answers of a conversation."""
     ids, trained = our_conversation(folder, messages)
     with torch.no_grad():
