@@ -82,11 +82,12 @@ TEXTS = (1, 4, 16, 64)  # written at once
 MARGIN_GIB = 1.0
 
 
-def read(argv: Sequence[str]) -> tuple[BenchConfig, Sequence[Recompute]]:
-    """Return the configuration, with the shape that it means, and the recomputation to try.
+def read(argv: Sequence[str]) -> tuple[BenchConfig, Sequence[Recompute], list[str]]:
+    """Return the configuration, with the shape that it means, the recomputation to try, and notes.
 
-    The latter is the kind that was asked for, or all.
+    The recomputation is the kind that was asked for, or all. A note says which shape was chosen.
     """
+    notes = []
     loaded = load_config(BenchConfig, argv)
     config = loaded.config
     given = loaded.given
@@ -102,10 +103,13 @@ def read(argv: Sequence[str]) -> tuple[BenchConfig, Sequence[Recompute]]:
         machine = open_machine(config.device, "float32", compile=False)
         if machine.device.type == "cpu":
             config = replace(config, **CPU_SHAPE)  # type: ignore[arg-type]
+            notes.append(
+                "the model is a small one, for CPUs: give a shape or --init_from=gpt2 for another"
+            )
     if "gradient_accumulation_steps" not in given:
         config = replace(config, gradient_accumulation_steps=torchrun_ranks().world)
     check_ranks(config)
-    return config, (config.recompute,) if "recompute" in given else RECOMPUTE
+    return config, (config.recompute,) if "recompute" in given else RECOMPUTE, notes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -262,7 +266,7 @@ def sweep(config: BenchConfig, argv: Sequence[str]) -> list[Row]:
     configs = {}
     for value in values.split(","):  # all are read before the first is measured
         setting = f"{key}={value}"
-        configs[setting], _ = read([*argv, f"--{setting}"])
+        configs[setting], *_ = read([*argv, f"--{setting}"])
     return [try_to_measure(setting, swept) for setting, swept in configs.items()]
 
 
@@ -397,20 +401,20 @@ def draw(rows: list[Row], title: str) -> None:
     say("wrote bench.png")
 
 
-def introduce(config: BenchConfig, machine: Machine) -> None:
-    """Describe the machine, and limit its memory if that was asked for."""
-    for line in (f"{machine.name}, torch {torch.__version__}", *machine.notes):
+def introduce(config: BenchConfig, machine: Machine, notes: Sequence[str]) -> None:
+    """Describe the machine and the model, and limit the memory if that was asked for."""
+    for line in (f"{machine.name}, torch {torch.__version__}", *machine.notes, *notes):
         say(line)
-    if config.n_embd == CPU_SHAPE["n_embd"]:
-        say("the model is a small one, for CPUs: give a shape or --init_from=gpt2 for another")
     if config.vram_gb is not None:
         imitate_card(config.vram_gb, machine)
 
 
-def measure(argv: Sequence[str], config: BenchConfig, kinds: Sequence[Recompute]) -> None:
+def measure(
+    argv: Sequence[str], config: BenchConfig, kinds: Sequence[Recompute], notes: Sequence[str]
+) -> None:
     """Measure what was asked for, one after the other, and show it."""
     config, machine = decide(config)
-    introduce(config, machine)
+    introduce(config, machine, notes)
     results: dict[str, Any] = {}
     if config.sweep is not None:
         results["sweep"] = sweep(config, argv)
@@ -439,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         with reported_by_rank_0():
-            config, kinds = read(argv)
+            config, kinds, notes = read(argv)
             alone = config.sweep or config.ladder or config.find_batch or config.sample
             if torchrun_ranks().world > 1 and (alone or config.profile or config.plan):
                 raise UserError("with several processes only the step can be measured")
@@ -447,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 finish(config, "", {"plan": plan(config, kinds)})
                 return
             with process_group(config.device, config.backend):
-                measure(argv, config, kinds)
+                measure(argv, config, kinds, notes)
     except RuntimeError as error:
         if not ran_out_of_memory(error):
             raise

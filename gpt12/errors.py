@@ -48,6 +48,12 @@ def say(text: str) -> None:
         print(printable(text, sys.stdout), flush=True)
 
 
+def warn(text: str) -> None:
+    """Print a warning on standard error, on rank 0 only. Standard output may be read as data."""
+    if is_rank_0():
+        print(printable(f"warning: {text}", sys.stderr), file=sys.stderr, flush=True)
+
+
 def printable(text: str, stream: TextIO | None) -> str:
     """Return the text with a question mark for each character that the stream cannot show.
 

@@ -26,7 +26,7 @@ import torch
 from pydantic import FiniteFloat, InstanceOf, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from gpt12.errors import UserError, say
+from gpt12.errors import UserError, warn
 from gpt12.files import exists
 from gpt12.folder import json_bytes, read_json, what_is_wrong
 from gpt12.lora import LoRALinear, base_of_adapter, is_adapted, load_adapter
@@ -156,7 +156,7 @@ def _read_model(source: Path, block_size: int | None, dropout: float, new_run: b
 def check_code(folder: Path, new_run: bool = False) -> None:
     """Read a model's config.json, and compare what model.py computes now with what it did then.
 
-    Raises UserError if these differ, or only says so for a new run and for another program's model.
+    Raises UserError if these differ, or only warns for a new run and for another program's model.
     """
     config, saved = _read_config(folder)
     _compare_code(folder, config, saved, new_run)
@@ -168,9 +168,9 @@ def _compare_code(
     """Compare a model's fingerprint with that of model.py. saved: None in other programs' files."""
     if saved is None:
         if not is_gpt2(config):
-            say(
-                f"warning: {source} is a GPT-2, and model.py computes something else: the weights "
-                "fit by name and shape alone"
+            warn(
+                f"{source} is a GPT-2, and model.py computes something else: the weights fit by "
+                "name and shape alone"
             )
     elif not has_fingerprint(config, saved):
         changed = f"model.py computes something else than when {source} was trained"
@@ -179,7 +179,7 @@ def _compare_code(
                 f"{changed}. Undo the change, or train on as a new run: "
                 f"--init_from={source} --out_dir=..."
             )
-        say(f"warning: {changed}")
+        warn(changed)
 
 
 def _check_tensors(config: GPTConfig, tensors: dict[str, Tensor], source: Path) -> None:

@@ -76,16 +76,19 @@ def check_step(row: dict, tokens: int) -> None:
     ("flags", "shape"),
     [
         (["--device=cpu"], (4, 4, 128, 64)),  # on a CPU the model is small unless a shape is given
+        (["--device=cpu", "--n_layer=1", "--n_head=4", "--n_embd=128"], (1, 4, 128, 1024)),
         (["--device=cpu", "--n_layer=3"], (3, 12, 768, 1024)),
         (["--device=cpu", "--init_from=gpt2-medium"], (24, 16, 1024, 1024)),
         # The command line's own shape does not stay for the others.
         (["--device=cpu", "--n_layer=3", "--sweep=init_from:gpt2-medium"], (24, 16, 1024, 1024)),
     ],
 )
-def test_a_model_has_the_shape_that_was_asked_for(monkeypatch, run, flags, shape):
+def test_a_model_has_the_shape_that_was_asked_for(monkeypatch, capsys, run, flags, shape):
     measured = fake_steps(monkeypatch)
-    bench.main(flags)
+    bench.main([*flags, "--json"])
     [(config, _)] = measured
+    asked = flags != ["--device=cpu"]
+    assert ("give a shape or --init_from=gpt2" in capsys.readouterr().out) == (not asked)
     assert (config.n_layer, config.n_head, config.n_embd, config.block_size) == shape
     assert config.bias == (config.init_from != "scratch")
 

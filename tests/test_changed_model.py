@@ -147,14 +147,14 @@ def test_a_new_run_from_other_code_and_from_a_foreign_gpt2_is_warned(
     forget()
     start = [f"--init_from={foreign}", "--max_iters=1"]
     assert run(dataset, tmp_path / "new", *start) == 0
-    said = capsys.readouterr().out
-    assert "warning: model.py computes something else than when" in said
+    said, warned = capsys.readouterr()
+    assert "warning: model.py computes something else than when" in warned
     assert said.count("others cannot") == 1
     content = json.loads((foreign / "config.json").read_text())
     del content["fingerprint"]
     (foreign / "config.json").write_text(json.dumps(content))
     assert run(dataset, tmp_path / "newer", *start) == 0
-    assert "is a GPT-2, and model.py computes something else" in capsys.readouterr().out
+    assert "is a GPT-2, and model.py computes something else" in capsys.readouterr().err
 
 
 def test_a_shape_key_that_the_model_does_not_read_is_refused(dataset, tmp_path, monkeypatch):

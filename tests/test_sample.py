@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from itertools import takewhile, zip_longest
@@ -19,13 +20,14 @@ from tokenizers.processors import TemplateProcessing
 import sample
 from data.chat import CHAT_TEMPLATE, ChatTemplate, chat_template
 from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from gpt12 import twin
 from gpt12.checkpoint import Progress, save_checkpoint
 from gpt12.errors import run_main
 from gpt12.generate import Sampling
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 from tests import processes
-from tests.models import save_nanogpt
+from tests.models import save_nanogpt, use_exact_gelu
 from tests.tiny_bpe import END, tiny_library
 
 
@@ -122,6 +124,18 @@ def test_texts_go_to_standard_output_and_figures_to_standard_error(start):
     assert "last, step 7, best val loss 1.5" in err
     assert err.splitlines()[-1].startswith("3 texts in one batch: 27 tokens, first after")
     assert err.count("tokens/s") == 1
+
+
+def test_a_warning_about_the_weights_is_no_line_of_the_json(start, out_dir, tmp_path, monkeypatch):
+    foreign = shutil.copytree(out_dir / "best", tmp_path / "foreign")
+    content = json.loads((foreign / "config.json").read_text())
+    del content["fingerprint"]
+    (foreign / "config.json").write_text(json.dumps(content))
+    use_exact_gelu(monkeypatch)
+    twin.is_gpt2.cache_clear()
+    ended = start(f"--init_from={foreign}", "--json", "--num_samples=2", "--max_new_tokens=1")
+    assert len(rows_of(ended)) == 2
+    assert f"warning: {foreign} is a GPT-2, and model.py computes something else" in ended[2]
 
 
 def test_the_pace_counts_from_the_first_token():
