@@ -35,8 +35,7 @@ from torch import Tensor, nn
 from data.windows import NOT_TRAINED, EvalWindows, TrainWindows
 from gpt12.check import check_model, check_start
 from gpt12.checkpoint import Saver, load_trainer_state
-from gpt12.cuda_graph import record, use_graph_for_training
-from gpt12.device import Machine, open_machine, ran_out_of_memory
+from gpt12.device import Machine, open_machine, ran_out_of_memory, record
 from gpt12.distributed import (
     StopSignal,
     data_parallel,
@@ -64,6 +63,8 @@ from model import GPT, StackedLinear
 
 # The run stops after so many updates in a row whose loss or gradient is not finite.
 MAX_BAD_STEPS = 20
+# A CUDA graph of more layers than this, over all micro-batches, would have over 50,000 kernels.
+MAX_GRAPH_LAYERS = 1000
 
 # --------------------------------------------------------------------------------------------------
 # Optimizer and learning rate
@@ -139,6 +140,22 @@ def seed_of_step(seed: int, rank: int, step: int) -> int:
 
 # --------------------------------------------------------------------------------------------------
 # One update
+
+
+def use_graph_for_training(config: TrainConfig, n_layer: int, machine: Machine) -> bool:
+    """Decide whether the training step is recorded.
+
+    Not possible with several ranks, with float16 (its loss scale lives on the host), with an
+    optimizer that asks the device for values, and with recomputation under dropout (torch then asks
+    the host for the generator's state).
+    """
+    if not machine.on_gpu or machine.world > 1 or machine.dtype == torch.float16:
+        return False
+    if not OPTIMIZERS[config.optimizer].recordable:
+        return False
+    if config.recompute != "none" and config.dropout > 0:
+        return False
+    return config.gradient_accumulation_steps * n_layer <= MAX_GRAPH_LAYERS
 
 
 class TrainStep:

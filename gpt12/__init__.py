@@ -9,12 +9,11 @@ The model     loss.py           output head and cross-entropy in chunks, its Tri
 A run         settings.py       every key, its default and its description
               config.py         defaults, then config files, then --key=value; --help
               run.py            what a run starts from, everything resolved
-              device.py         what "auto" becomes               memory.py  bytes of a step
+              device.py         what "auto" becomes, CUDA graphs  memory.py  bytes of a step
               distributed.py    several processes, Ctrl-C
 
 The step      optimizer.py      the optimizers that --optimizer can name
               muon.py           Muon
-              cuda_graph.py     recording a step
               fit.py            settings with which a step fits into the memory
 
 The folder    folder.py         run.json, the lock, an earlier run

@@ -1,4 +1,7 @@
-"""The machine a run uses: what "auto" becomes for device, dtype and compile, and why."""
+"""The machine a run uses: what "auto" becomes for device, dtype and compile, and why.
+
+Also what makes its work faster (compile_model, record), and how much memory it has.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,6 +189,22 @@ def compile_model(model: GPT) -> None:
     for layer in layers:
         layer.compile(dynamic=False)
     model.fused_loss = model.lm_head.weight.is_cuda
+
+
+def record(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Record a GPU's work as a CUDA graph without running it.
+
+    A step of a small model is hundreds of kernels of a few microseconds. Launching them one by one
+    takes the host longer than the GPU needs to run them; a graph launches all of them at once.
+
+    The work must have run before, so that nothing is compiled or allocated for the first time. It
+    may not ask the GPU for a value. Replaying reads and writes the same tensors, and draws new
+    random numbers.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt12.cuda_graph import record
+from gpt12.device import record
 from model import GPT
 
 # Attention kernels would copy a mask whose rows are no multiple of 16 bytes, once a layer.

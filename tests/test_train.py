@@ -501,6 +501,35 @@ def test_a_mac_which_lacks_fused_kernels_and_float64_trains_the_same(
         assert torch.allclose(t, states[name], rtol=1e-3, atol=1e-7), name
 
 
+PLAIN = Machine(torch.device("cuda"), torch.bfloat16, compiled=False)
+COMPILED = replace(PLAIN, compiled=True)
+HALF = replace(PLAIN, dtype=torch.float16)
+TWO_RANKS = replace(PLAIN, world=2)
+MANY = train.MAX_GRAPH_LAYERS // 2  # micro-batches of two layers
+
+
+@pytest.mark.parametrize(
+    ("expected", "changes", "machine"),
+    [
+        (True, {}, PLAIN),
+        (False, {}, CPU),
+        # A graph may not become too large.
+        (True, {"gradient_accumulation_steps": MANY}, PLAIN),
+        (False, {"gradient_accumulation_steps": MANY + 1}, PLAIN),
+        # A recorded step can ask the host for nothing.
+        (False, {}, HALF),
+        (False, {}, TWO_RANKS),
+        (False, {"optimizer": "adamw8bit"}, PLAIN),
+        (True, {"dropout": 0.1}, PLAIN),
+        (False, {"dropout": 0.1, "recompute": "block"}, PLAIN),
+        (False, {"dropout": 0.1, "recompute": "block"}, COMPILED),
+        (True, {"recompute": "block"}, PLAIN),
+    ],
+)
+def test_only_a_small_step_that_asks_the_host_for_nothing_is_recorded(expected, changes, machine):
+    assert train.use_graph_for_training(config(**changes), n_layer=2, machine=machine) == expected
+
+
 # --------------------------------------------------------------------------------------------------
 # Evaluation
 
