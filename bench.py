@@ -37,7 +37,7 @@ from gpt12.device import Machine, available_memory, open_machine, ran_out_of_mem
 from gpt12.distributed import process_group, reported_by_rank_0, torchrun_ranks
 from gpt12.fit import cap_memory
 from gpt12.folder import describe_run, write_json
-from gpt12.generate import Sampling, store_by_columns
+from gpt12.generate import store_by_columns
 from gpt12.measure import (
     Row,
     attention_kernel,
@@ -339,19 +339,17 @@ def sample(config: BenchConfig, machine: Machine) -> list[Row]:
 
     The model has random weights. A prompt fills a quarter of the context.
     """
-    defaults = SampleConfig()
     model = new_model(model_shape(config, config.vocab_size)).eval()
     model.to(machine.device, machine.dtype)
     if not machine.on_gpu:
         store_by_columns(model)
-    sampling = Sampling(temperature=defaults.temperature, top_k=defaults.top_k)
     length = max(1, config.block_size // 4)
     new_tokens = min(config.max_new_tokens, config.block_size - length)
     say(f"prompts of {length} tokens, {new_tokens} new tokens, {config.n_layer} layers")
     rows = []
     for texts in TEXTS:
         prompts = torch.randint(config.vocab_size, (texts, length)).tolist()
-        row = time_decoding(model, prompts, new_tokens, sampling)
+        row = time_decoding(model, prompts, SampleConfig(max_new_tokens=new_tokens))
         rows.append(row | {"label": f"{texts} texts at once"})
     return rows
 

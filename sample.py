@@ -30,7 +30,7 @@ from gpt12.checkpoint import find_checkpoint
 from gpt12.config import load_config, unescape
 from gpt12.device import open_machine, ran_out_of_memory
 from gpt12.folder import is_run
-from gpt12.generate import Sampling, TextStream, store_by_columns, stream
+from gpt12.generate import TextStream, store_by_columns, stream
 from gpt12.settings import SampleConfig
 from gpt12.weights import find_pretrained, from_pretrained, read_nanogpt
 from model import GPT
@@ -209,19 +209,8 @@ class Writer:
 
         times: gets a row at the start, and one for each decoding step.
         """
-        config = self.config
         times.append((time.perf_counter(), 0))
-        sampling = Sampling(
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            repetition_penalty=config.repetition_penalty,
-        )
-        # Far apart, so that no two samples of different --seed share their random numbers.
-        seeds = [config.seed * 1_000_003 + i for i in range(len(texts))]
-        prompts = [prompt] * len(texts)
-        for tokens in stream(self.model, prompts, config.max_new_tokens, sampling, seeds=seeds):
+        for tokens in stream(self.model, [prompt] * len(texts), self.config):
             unfinished = sum(text.finish_reason is None for text in texts)
             times.append((time.perf_counter(), unfinished))
             for i, token in enumerate(tokens):

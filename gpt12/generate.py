@@ -1,14 +1,14 @@
 """Write text: choose tokens, keep the keys and values of past tokens, run the decoding loop.
 
-    for ids in stream(model, prompts, max_new_tokens=100):   # one new id for each prompt
-    texts = generate(model, prompts, max_new_tokens=100)     # all new ids at the end
+    for ids in stream(model, prompts, SampleConfig(top_k=50)):   # one new id for each prompt
+    texts = generate(model, prompts, top_k=50)                   # all new ids at the end
 
 In one step the newest token of each text goes through the model. Its layers add the token's keys
 and values to the cache and read those of all tokens before it there, so that nothing is computed
 twice. The last layer's output gives a logit for each id, and from these the next token is drawn.
 
-Reading order: how a token is chosen (Sampling, sample_token), the cache (KVCache), one decoding
-step (Decoder), the loop (stream), and from ids to shown text (TextStream).
+Reading order: how a token is chosen (sample_token), the cache (KVCache), one decoding step
+(Decoder), the loop (stream), and from ids to shown text (TextStream).
 
 Shapes: B texts, T new tokens of each text, S slots of the cache, C channels, V vocabulary.
 """
@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpt12.device import record
+from gpt12.settings import SampleConfig
 from model import GPT
 
 # Attention kernels would copy a mask whose rows are no multiple of 16 bytes, once a layer.
@@ -36,27 +36,8 @@ LARGEST_DRAW = 1 - 1e-6  # so that a sum's rounding cannot lead past the last ca
 # Choosing a token
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen from the logits."""
-
-    # Divide the logits by this. 0: always take the most likely token (greedy).
-    temperature: float = 1.0
-    # Only the k most likely tokens. None or 0: all.
-    top_k: int | None = None
-    # Only the most likely tokens that together have this probability (nucleus sampling, Holtzman et
-    # al. 2019, arXiv:1904.09751, section 3.1). 1: all.
-    top_p: float = 1.0
-    # Only tokens with at least this fraction of the most likely token's probability (Nguyen et al.
-    # 2024, arXiv:2407.01082, section 3). 0: all.
-    min_p: float = 0.0
-    # Divide positive and multiply negative logits of tokens that the text already contains (Keskar
-    # et al. 2019, arXiv:1909.05858, section 4.1). 1: off.
-    repetition_penalty: float = 1.0
-
-
 def sample_token(
-    logits: Tensor, draw: Tensor, sampling: Sampling, seen: Tensor | None = None
+    logits: Tensor, draw: Tensor, config: SampleConfig, seen: Tensor | None = None
 ) -> Tensor:
     """Choose one token id for each row.
 
@@ -65,23 +46,24 @@ def sample_token(
     The same logits and the same draw give the same token, whatever the other rows are.
     """
     if seen is not None:
+        # Keskar et al. 2019, arXiv:1909.05858, section 4.1.
         logits = logits.float()
-        penalty = sampling.repetition_penalty
+        penalty = config.repetition_penalty
         penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalized, logits)
-    if sampling.temperature < ALMOST_GREEDY:
+    if config.temperature < ALMOST_GREEDY:
         return logits.argmax(dim=1)
-    k = min(sampling.top_k or logits.size(1), logits.size(1))
+    k = min(config.top_k or logits.size(1), logits.size(1))
     # Select in the logits' own dtype and without sorting, which is faster. Only top_p needs order.
-    scores, ids = logits.topk(k, sorted=sampling.top_p < 1)
-    probs = (scores.float() / sampling.temperature).softmax(dim=1)  # (B, k)
+    scores, ids = logits.topk(k, sorted=config.top_p < 1)
+    probs = (scores.float() / config.temperature).softmax(dim=1)  # (B, k)
     allowed = probs  # min_p and top_p look at the probabilities among the top k
-    if sampling.min_p > 0:
-        least = sampling.min_p * probs.amax(dim=1, keepdim=True)
+    if config.min_p > 0:  # Nguyen et al. 2024, arXiv:2407.01082, section 3
+        least = config.min_p * probs.amax(dim=1, keepdim=True)
         allowed = allowed.masked_fill(probs < least, 0)
-    if sampling.top_p < 1:
+    if config.top_p < 1:  # nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751, section 3.1
         more_likely = probs.cumsum(dim=1) - probs  # the probability of all tokens before this one
-        allowed = allowed.masked_fill(more_likely >= sampling.top_p, 0)
+        allowed = allowed.masked_fill(more_likely >= config.top_p, 0)
     # Invert the cumulative distribution.
     cumulative = allowed.cumsum(dim=1)
     target = draw[:, None] * cumulative[:, -1:]
@@ -167,17 +149,17 @@ class Decoder:
     A step reads and writes tensors in place and never waits for the device.
     """
 
-    def __init__(self, model: GPT, cache: KVCache, sampling: Sampling, draws: Tensor):
+    def __init__(self, model: GPT, cache: KVCache, config: SampleConfig, draws: Tensor):
         """draws: (B, max_new_tokens), on the model's device; see sample_token."""
         B = len(draws)
         self.model = model
         self.cache = cache
-        self.sampling = sampling
+        self.config = config
         self.draws = draws
         self.draw_index = torch.zeros(1, dtype=torch.int64, device=draws.device)  # the next column
         self.token = torch.zeros(B, dtype=torch.int64, device=draws.device)  # newest of each text
         self.seen: Tensor | None = None  # (B, vocab_size), the tokens of each text
-        if sampling.repetition_penalty != 1:
+        if config.repetition_penalty != 1:
             self.seen = draws.new_zeros((B, model.config.vocab_size), dtype=torch.bool)
 
     def read_prompts(self, prompts: list[list[int]]) -> None:
@@ -206,7 +188,7 @@ class Decoder:
         draw = self.draws.index_select(1, self.draw_index)[:, 0]
         self.draw_index.add_(1)
         logits = self.model.logits(hidden)
-        self.token.copy_(sample_token(logits, draw, self.sampling, self.seen))
+        self.token.copy_(sample_token(logits, draw, self.config, self.seen))
         if self.seen is not None:
             self.seen.scatter_(1, self.token[:, None], True)
 
@@ -217,30 +199,27 @@ class Decoder:
 
 @torch.no_grad()
 def stream(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    *,
-    seeds: Sequence[int] | None = None,
+    model: GPT, prompts: Sequence[Sequence[int]], config: SampleConfig
 ) -> Iterator[list[int]]:
     """Yield a list with one new token id for each prompt, max_new_tokens times.
 
     prompts: lists of 1 to block_size ids, which may differ in length.
-    seeds: one for each prompt. A text depends on its prompt and its seed, not on the other texts.
+    config: max_new_tokens, seed, and the keys that choose a token (temperature, top_k ...) count.
+    A text depends on its prompt, its place among the prompts and the seed, not on other texts.
     A text that fills the context goes on with its last half, which is computed anew: positions are
     absolute in GPT-2, so cached keys cannot be moved.
     """
     limit = model.config.block_size
+    max_new_tokens = config.max_new_tokens
     texts = [list(prompt) for prompt in prompts]
     device = model.transformer.wte.weight.device
     on_gpu = device.type == "cuda"
     longest = max(len(text) for text in texts)
     cache = KVCache(len(texts), min(longest + max_new_tokens, limit), device)
-    if seeds is None:
-        seeds = range(len(texts))
+    # Far apart, so that no two texts of different seeds share their random numbers.
+    seeds = [config.seed * 1_000_003 + b for b in range(len(texts))]
     draws = torch.stack([uniform_draws(seed, max_new_tokens) for seed in seeds])
-    decoder = Decoder(model, cache, sampling, draws.to(device))
+    decoder = Decoder(model, cache, config, draws.to(device))
     advance = decoder.advance
     decoder.read_prompts(texts)
     for step in range(1, max_new_tokens + 1):
@@ -265,11 +244,9 @@ def stream(
         yield tokens
 
 
-def generate(
-    model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
-) -> list[list[int]]:
-    """Return the new token ids of each prompt. Options as for `stream`."""
-    steps = list(stream(model, prompts, max_new_tokens, **options))
+def generate(model: GPT, prompts: Sequence[Sequence[int]], **keys: Any) -> list[list[int]]:
+    """Return the new token ids of each prompt. keys: of SampleConfig, see `stream`."""
+    steps = list(stream(model, prompts, SampleConfig(**keys)))
     return [[step[b] for step in steps] for b in range(len(prompts))]
 
 

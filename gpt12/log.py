@@ -31,7 +31,7 @@ from gpt12.checkpoint import Progress
 from gpt12.device import Machine
 from gpt12.errors import UserError, one_line, printable
 from gpt12.folder import write_file
-from gpt12.generate import Sampling, generate
+from gpt12.generate import generate
 from gpt12.run import Run
 
 SAMPLE_TOKENS = 160  # length of the text written at each evaluation
@@ -286,8 +286,7 @@ class RunLog:
         elif tokenizer.eot is not None:
             prompt = [tokenizer.eot]
         length = min(SAMPLE_TOKENS, 2 * run.config.block_size)
-        sampling = Sampling(0.8, top_k=200)
-        [ids] = generate(run.model, [prompt], length, sampling=sampling, seeds=[run.config.seed])
+        [ids] = generate(run.model, [prompt], max_new_tokens=length, seed=run.config.seed)
         if tokenizer.eot in ids:
             ids = ids[: ids.index(tokenizer.eot)]
         return tokenizer.decode(prompt + ids if run.packed else ids).strip()

@@ -11,6 +11,7 @@ import gc
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -24,10 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from data.dataset import DATA
 from gpt12.device import Machine
 from gpt12.errors import UserError, say
-from gpt12.generate import Sampling, stream
+from gpt12.generate import stream
 from gpt12.memory import GIB
 from gpt12.run import open_data
-from gpt12.settings import BenchConfig
+from gpt12.settings import BenchConfig, SampleConfig
 from model import GPT
 
 # Bits of clocks_throttle_reasons.active that mean heat or a power limit of the hardware (NVML's
@@ -190,12 +191,10 @@ def warnings_about(machine: Machine, held: bool) -> list[str]:
 # Writing texts
 
 
-def time_decoding(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling
-) -> Row:
+def time_decoding(model: GPT, prompts: list[list[int]], config: SampleConfig) -> Row:
     """Time how sample.py continues the prompts.
 
-    max_new_tokens: at least 2; prompt and new tokens fit into the context. The row holds
+    config: max_new_tokens is at least 2; prompt and new tokens fit into the context. The row holds
         first_s        seconds to the first token in the first run
         prompt_ms      the same time in later runs, in ms
         ms             mean time of a decoding step after that, one token for each text
@@ -205,11 +204,12 @@ def time_decoding(
     first_tokens = []
     # Before stream() yields a token, it computes the next one. After the last token there is no
     # next one, so on a CPU it comes too early. It is not timed.
-    for count in [1] * PROMPT_RUNS + [max_new_tokens + 1]:
+    for count in [1] * PROMPT_RUNS + [config.max_new_tokens + 1]:
+        some = replace(config, max_new_tokens=count)
         began = time.perf_counter()
-        arrivals = [time.perf_counter() for _ in stream(model, prompts, count, sampling)]
+        arrivals = [time.perf_counter() for _ in stream(model, prompts, some)]
         first_tokens.append(arrivals[0] - began)
-    gap = (arrivals[-2] - arrivals[0]) / (max_new_tokens - 1)
+    gap = (arrivals[-2] - arrivals[0]) / (config.max_new_tokens - 1)
     cold, *warm = first_tokens
     return {
         "texts": len(prompts),

@@ -25,7 +25,7 @@ import sample
 import train
 from data.tokenizers import CharTokenizer
 from gpt12.errors import UserError, run_main
-from gpt12.generate import Sampling, generate
+from gpt12.generate import generate
 from gpt12.run import load_start, read_request
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
@@ -93,7 +93,8 @@ def test_the_finished_directory_opens_in_transformers_with_equal_logits(start, t
     assert len(cut) == theirs.config.n_positions  # more would have no position
     write = pipeline("text-generation", model=str(tmp_path / "best"))
     (said,) = write("ada asks", max_new_tokens=20, do_sample=False)
-    ids = generate(ours, [tokenizer("ada asks")["input_ids"]], 20, sampling=Sampling(0.0))[0]
+    prompt = tokenizer("ada asks")["input_ids"]
+    [ids] = generate(ours, [prompt], max_new_tokens=20, temperature=0)
     assert said["generated_text"] == "ada asks" + tokenizer.decode(ids)
     assert set(said["generated_text"].split()) & {"ada", "bob", "cleo", "dan", "eve", "again."}
 

@@ -15,16 +15,16 @@ from gpt12.generate import (
     LARGEST_DRAW,
     Decoder,
     KVCache,
-    Sampling,
     TextStream,
     generate,
     sample_token,
     store_by_columns,
 )
+from gpt12.settings import SampleConfig
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig, Transformer
 from tests.helpers import ROOT
-from tests.texts import GREEDY, PROMPTS, VOCAB, random_theirs, recomputed, with_loud_padding
+from tests.texts import PROMPTS, VOCAB, random_theirs, recomputed, with_loud_padding
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def greedy(both):
 def test_greedy_with_the_cache_is_full_recomputation_and_transformers(both, greedy):
     theirs, ours = both
     assert len({tuple(text[-20:]) for text in greedy}) > 1  # else any cache would do
-    assert generate(ours, PROMPTS, 100, sampling=GREEDY) == greedy
-    assert generate(ours, PROMPTS[:1], 100, sampling=GREEDY) == greedy[:1]
+    assert generate(ours, PROMPTS, max_new_tokens=100, temperature=0) == greedy
+    assert generate(ours, PROMPTS[:1], max_new_tokens=100, temperature=0) == greedy[:1]
     idx = torch.tensor(PROMPTS[1:2])
     options = {"max_new_tokens": 100, "do_sample": False, "pad_token_id": 0}
     [text] = theirs.generate(idx, attention_mask=torch.ones_like(idx), **options).tolist()
@@ -58,7 +58,7 @@ def test_past_block_size_the_last_half_is_computed_anew(both, tmp_path, block_si
     model = with_loud_padding(from_pretrained(tmp_path, block_size).eval())
     prompts = [prompt[:block_size] for prompt in PROMPTS]
     expected = [recomputed(model, prompt, 70, decided=1e-5) for prompt in prompts]
-    assert generate(model, prompts, 70, sampling=GREEDY) == expected
+    assert generate(model, prompts, max_new_tokens=70, temperature=0) == expected
 
 
 def window_of_five(self, query, key, example=None):
@@ -74,18 +74,18 @@ def test_a_changed_model_writes_with_the_cache_what_it_writes_without(both, monk
     del model.transformer.is_causal  # it was asked for before sees() was changed
     expected = [recomputed(model, prompt, 40) for prompt in PROMPTS]
     assert expected[3][:20] != before
-    assert generate(model, PROMPTS, 40, sampling=GREEDY) == expected
+    assert generate(model, PROMPTS, max_new_tokens=40, temperature=0) == expected
 
 
 def test_a_text_does_not_depend_on_its_neighbours(both):
     _, model = both
-    how = Sampling(1.5, top_k=50, repetition_penalty=1.2)
-    seeds = [3, 99, 2**62, 7]
-    together = generate(model, PROMPTS, 60, sampling=how, seeds=seeds)
+    keys = {"temperature": 1.5, "top_k": 50, "repetition_penalty": 1.2}
+    together = generate(model, PROMPTS, max_new_tokens=60, seed=2**62, **keys)
     for i in range(4):  # nor on how long it may become
-        [alone] = generate(model, [PROMPTS[i]], 65, sampling=how, seeds=[seeds[i]])
-        assert alone[:60] == together[i]
-    assert together[0] != generate(model, [PROMPTS[0]], 60, sampling=how, seeds=[4])[0]
+        prompts = [*[[7]] * i, PROMPTS[i]]
+        last = generate(model, prompts, max_new_tokens=65, seed=2**62, **keys)[-1]
+        assert last[:60] == together[i]
+    assert together[0] != generate(model, [PROMPTS[0]], max_new_tokens=60, seed=4, **keys)[0]
 
 
 def test_weights_stored_by_columns_are_the_same_model(both, greedy):
@@ -93,7 +93,7 @@ def test_weights_stored_by_columns_are_the_same_model(both, greedy):
     store_by_columns(model)
     assert {m.weight.stride(0) for m in model.modules() if isinstance(m, torch.nn.Linear)} == {1}
     assert model.lm_head.weight is model.transformer.wte.weight
-    assert generate(model, PROMPTS, 100, sampling=GREEDY) == greedy
+    assert generate(model, PROMPTS, max_new_tokens=100, temperature=0) == greedy
 
 
 class CountOperations(TorchDispatchMode):
@@ -115,7 +115,7 @@ def test_a_step_launches_few_kernels():
     for n_layer in (1, 2):
         model = GPT(GPTConfig(64, 500, n_layer, 2, 16)).bfloat16().eval()
         decoder = Decoder(
-            model, KVCache(1, 64, torch.device("cpu")), Sampling(0.8, 200), torch.rand(1, 9)
+            model, KVCache(1, 64, torch.device("cpu")), SampleConfig(), torch.rand(1, 9)
         )
         with torch.no_grad():
             decoder.read_prompts([[1, 2, 3]])
@@ -132,9 +132,9 @@ def test_loading_and_writing_do_not_import_the_compiler(both, tmp_path):
     save_pretrained(both[1], tmp_path)
     program = f"""
 import sys
-from gpt12.generate import Sampling, generate
+from gpt12.generate import generate
 from gpt12.weights import from_pretrained
-generate(from_pretrained({str(tmp_path)!r}), [[1, 2]], 3, sampling=Sampling())
+generate(from_pretrained({str(tmp_path)!r}), [[1, 2]], max_new_tokens=3)
 print("torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -142,11 +142,18 @@ print("torch._dynamo" in sys.modules)
 
 
 def test_no_id_of_the_padding_is_ever_sampled(both):
-    ids = generate(both[1], [[1]] * 64, 40, sampling=Sampling(temperature=50.0))
+    ids = generate(both[1], [[1]] * 64, max_new_tokens=40, temperature=50.0, top_k=None)
     assert {token for text in ids for token in text} == set(range(VOCAB))
 
 
-def transformers_probabilities(logits: torch.Tensor, how: Sampling, seen: set[int]) -> list[float]:
+def choice(**keys: object) -> SampleConfig:
+    """Return a choice among all tokens by their probabilities, but for what the keys say."""
+    return SampleConfig(**{"temperature": 1.0, "top_k": None} | keys)  # type: ignore[arg-type]
+
+
+def transformers_probabilities(
+    logits: torch.Tensor, how: SampleConfig, seen: set[int]
+) -> list[float]:
     steps = [
         theirs_process.RepetitionPenaltyLogitsProcessor(how.repetition_penalty),
         theirs_process.TemperatureLogitsWarper(how.temperature),
@@ -164,17 +171,16 @@ def transformers_probabilities(logits: torch.Tensor, how: Sampling, seen: set[in
 @pytest.mark.parametrize(
     "how",
     [
-        Sampling(),
-        Sampling(2.0),
-        Sampling(top_k=7),
-        Sampling(top_k=1000),
-        Sampling(top_p=0.5),
-        Sampling(top_p=1e-6),
-        Sampling(min_p=0.1),
-        Sampling(repetition_penalty=0.6),
-        Sampling(0.7, 12, 0.8, 0.15, 1.3),
+        choice(),
+        choice(temperature=2.0),
+        choice(top_k=7),
+        choice(top_k=1000),
+        choice(top_p=0.5),
+        choice(top_p=1e-6),
+        choice(min_p=0.1),
+        choice(repetition_penalty=0.6),
+        choice(temperature=0.7, top_k=12, top_p=0.8, min_p=0.15, repetition_penalty=1.3),
     ],
-    ids=str,
 )
 def test_tokens_are_drawn_with_exactly_their_probabilities(how):
     """An even grid of draws hits every token as often as its probability says, within one draw."""
@@ -193,7 +199,12 @@ def test_tokens_are_drawn_with_exactly_their_probabilities(how):
 
 @pytest.mark.parametrize(
     "how",
-    [Sampling(), *map(Sampling, (0, 1e-30, 1e-99)), Sampling(top_p=1e-9), Sampling(min_p=0.99)],
+    [
+        choice(),
+        *(choice(temperature=value) for value in (0, 1e-30, 1e-99)),
+        choice(top_p=1e-9),
+        choice(min_p=0.99),
+    ],
 )
 def test_the_extreme_draws_and_logits_stay_in_the_distribution(how):
     logits = torch.tensor(
@@ -203,20 +214,20 @@ def test_the_extreme_draws_and_logits_stay_in_the_distribution(how):
         chosen = sample_token(logits, torch.full((3,), draw), how).tolist()
         assert chosen[0] in (0, 2)
         assert chosen[2] == 1
-        if how != Sampling():
+        if how != choice():
             assert chosen[0] == 0
 
 
 def test_the_nucleus_ends_with_the_token_that_reaches_top_p():
     halves = torch.tensor([[0.0, 0.0, -torch.inf]]).expand(5, -1)
-    assert len(sample_token(halves, torch.arange(5) / 5, Sampling(top_p=0.5)).unique()) == 1
+    assert len(sample_token(halves, torch.arange(5) / 5, choice(top_p=0.5)).unique()) == 1
 
 
 def test_the_repetition_penalty_counts_prompt_and_text(both):
     _, model = both
     prompt = PROMPTS[2]
-    how = Sampling(0, repetition_penalty=1.5)
-    [written] = generate(model, [prompt], 30, sampling=how)
+    how = choice(temperature=0, repetition_penalty=1.5)
+    [written] = generate(model, [prompt], max_new_tokens=30, temperature=0, repetition_penalty=1.5)
     text = prompt + written
     for end in range(len(prompt), len(text)):
         seen = torch.zeros(1, VOCAB, dtype=torch.bool)
@@ -228,7 +239,7 @@ def test_the_repetition_penalty_counts_prompt_and_text(both):
 def test_a_prompt_of_one_token_works_under_autocast(both):
     """Keys and values have to be bf16 then."""
     with torch.autocast("cpu", torch.bfloat16):
-        assert len(generate(both[1], [[1]], 3, sampling=Sampling())[0]) == 3
+        assert len(generate(both[1], [[1]], max_new_tokens=3)[0]) == 3
 
 
 # --------------------------------------------------------------------------------------------------

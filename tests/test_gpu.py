@@ -15,7 +15,7 @@ import torch
 import train
 from gpt12 import fit
 from gpt12.device import Machine
-from gpt12.generate import Sampling, generate
+from gpt12.generate import generate
 from gpt12.lora import add_lora
 from gpt12.loss import IGNORE_INDEX, fused_loss_and_gradient_in_place, loss_and_gradient_in_place
 from gpt12.memory import GIB, step_memory
@@ -302,9 +302,9 @@ def test_the_recorded_decoder_writes_what_a_cpu_writes(penalty):
         for p in model.parameters():
             p.mul_(5)  # a decided model: no ties that rounding could turn
     prompts = [[1, 2, 3], [7], [5] * 20]
-    sampling = Sampling(temperature=0, repetition_penalty=penalty)
-    expected = generate(model, prompts, 150, sampling=sampling)
-    assert generate(model.cuda(), prompts, 150, sampling=sampling) == expected
+    keys = {"max_new_tokens": 150, "temperature": 0, "repetition_penalty": penalty}
+    expected = generate(model, prompts, **keys)
+    assert generate(model.cuda(), prompts, **keys) == expected
 
 
 def test_a_recorded_decoder_draws_what_a_plain_one_draws(monkeypatch):
@@ -312,10 +312,9 @@ def test_a_recorded_decoder_draws_what_a_plain_one_draws(monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(64, 50257, 2, 4, 128)).eval().to("cuda", torch.bfloat16)
     prompts = [[1, 2, 3], [7], [5] * 20]
-    sampling = Sampling(0.8, top_k=200)
-    recorded = generate(model, prompts, 150, sampling=sampling)
+    recorded = generate(model, prompts, max_new_tokens=150)
     monkeypatch.setattr("gpt12.generate.record", lambda step: SimpleNamespace(replay=step))
-    assert generate(model, prompts, 150, sampling=sampling) == recorded
+    assert generate(model, prompts, max_new_tokens=150) == recorded
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from torch.compiler import config as compiler_config
 
 from data.windows import TrainWindows
 from gpt12 import measure
-from gpt12.generate import Sampling
 from gpt12.measure import RandomTokens, time_calls, time_decoding, warnings_about
 from gpt12.memory import GIB
+from gpt12.settings import SampleConfig
 from model import GPT, GPTConfig
 from tests.bench_helpers import GPU
 from tests.helpers import CPU
@@ -67,7 +67,7 @@ def test_every_timed_interval_computes_a_token(monkeypatch, asked):
     model = GPT(GPTConfig(16, 13, 1, 2, 8)).eval()
     model.transformer.register_forward_pre_hook(count)
     monkeypatch.setattr(measure.time, "perf_counter", clock)
-    timed = time_decoding(model, [[1, 2, 3, 4]] * 3, asked, Sampling())
+    timed = time_decoding(model, [[1, 2, 3, 4]] * 3, SampleConfig(max_new_tokens=asked))
     tokens = arrivals[2 * measure.PROMPT_RUNS + 1 : -1]
     assert {after - before for before, after in pairwise(tokens)} == {1.0}
     # The time of the first token is one pass, without a second token.

@@ -23,7 +23,7 @@ from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokeni
 from gpt12 import twin
 from gpt12.checkpoint import Progress, save_checkpoint
 from gpt12.errors import run_main
-from gpt12.generate import Sampling
+from gpt12.settings import SampleConfig
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 from tests import processes
@@ -70,12 +70,12 @@ def start(out_dir, monkeypatch, capsys):
 def scripted(monkeypatch):
     """Replace the model: each call of stream yields the next of these texts; None is Ctrl-C."""
     calls: list[list[int]] = []
-    samplings: list[Sampling] = []
+    configs: list[SampleConfig] = []
     script: list[list[str | bytes | None]] = []
 
-    def stream(model, prompts, count, sampling, *, seeds):
+    def stream(model, prompts, config):
         calls.extend(list(prompt) for prompt in prompts)
-        samplings.append(sampling)
+        configs.append(config)
         texts = [script.pop(0) for _ in prompts]
         rows = [[*(t or b"")] if t is None or isinstance(t, bytes) else t for t in texts]
         for step in zip_longest(*rows, fillvalue=256):
@@ -84,7 +84,7 @@ def scripted(monkeypatch):
             yield list(step)
 
     monkeypatch.setattr(sample, "stream", stream)
-    return SimpleNamespace(calls=calls, samplings=samplings, script=script)
+    return SimpleNamespace(calls=calls, configs=configs, script=script)
 
 
 def ids_of(text: str) -> list[int]:
@@ -168,10 +168,14 @@ def test_the_reason_why_a_text_ended_is_reported(start, scripted):
 
 def test_every_sampling_option_reaches_the_model(start, scripted):
     every = "--temperature=0.7 --top_k=12 --top_p=0.8 --min_p=0.15 --repetition_penalty=1.3"
+    values = []
     for options in ([], every.split()):
         scripted.script[:] = [b"!"]
         assert start("--num_samples=1", *options)[0] == 0
-    assert scripted.samplings == [Sampling(0.8, top_k=200), Sampling(0.7, 12, 0.8, 0.15, 1.3)]
+        config = scripted.configs[-1]
+        values.append((config.temperature, config.top_k, config.top_p, config.min_p))
+        values.append(config.repetition_penalty)
+    assert values == [(0.8, 200, 1.0, 0.0), 1.0, (0.7, 12, 0.8, 0.15), 1.3]
 
 
 @pytest.mark.parametrize(

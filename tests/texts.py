@@ -3,11 +3,9 @@
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt12.generate import Sampling
 from model import GPT
 
 VOCAB = 97  # 128 with its padding
-GREEDY = Sampling(temperature=0)
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [96, 0, 50], list(range(20, 60))]
 
 

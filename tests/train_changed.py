@@ -15,7 +15,7 @@ import torch
 
 import gpt12.log
 import train
-from gpt12.generate import Sampling, generate
+from gpt12.generate import generate
 from gpt12.optimizer import OPTIMIZERS
 from gpt12.weights import from_pretrained
 from model import GPT
@@ -90,7 +90,7 @@ def sample(folder: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     prompts = [[1, 5, 3], [2], list(range(12))]
-    written = generate(model, prompts, 40, sampling=Sampling(temperature=0))
+    written = generate(model, prompts, max_new_tokens=40, temperature=0)
     for prompt, text in zip(prompts, written):
         assert text == greedy(model, prompt, 40)
     assert len({token for text in written for token in text}) > 3
