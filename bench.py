@@ -368,7 +368,7 @@ def finish(config: BenchConfig, device: str, results: dict[str, Any]) -> None:
         return
     content = describe_run(asdict(config), device=device, **results)
     if config.json:
-        say(json.dumps(content))
+        print(json.dumps(content), flush=True)
         return
     file = "plan.json" if config.plan else "bench.json"
     write_json(Path(file), content)

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpt12.errors import UserError, require_packages, run_main
+from gpt12.errors import UserError, require_packages, run_main, say
 
 require_packages()
 # Before torch is imported: let memory segments grow, so that less is lost to gaps between them.
@@ -53,7 +53,6 @@ from gpt12.run import (
     Run,
     build_run,
     continued_schedule,
-    description,
     is_complete,
     lock_out_dir,
     read_request,
@@ -376,11 +375,11 @@ class TrainStep:
 
 
 @torch.no_grad()
-def mean_loss(run: Run, windows: EvalWindows, stop: Callable[[], bool] | None = None) -> float:
+def mean_loss(run: Run, windows: EvalWindows, cut_short: Callable[[], bool] | None = None) -> float:
     """Return the mean loss in nats per token over the run's fixed windows of a split.
 
     Dropout is off. No random number is drawn and the position in the training data does not move.
-    stop: asked before each batch; True ends the evaluation, and its result is useless.
+    cut_short: asked before each batch. True ends the evaluation, and the result means nothing.
     """
     model = run.model
     machine = run.machine
@@ -392,7 +391,7 @@ def mean_loss(run: Run, windows: EvalWindows, stop: Callable[[], bool] | None = 
     model.eval()
     with machine.autocast():
         for first in range(machine.rank * batch, len(chosen), machine.world * batch):
-            if stop is not None and stop():
+            if cut_short is not None and cut_short():
                 break
             part = chosen[first : first + batch]
             # The last batch is filled up, so that there is one shape to compile.
@@ -430,25 +429,14 @@ class Trainer:
             load_trainer_state(run.checkpoint, self.train_step)
         self.log = RunLog(run)
         self.clock = self.log.clock
-        self.stop = StopSignal(run.machine.device, self.log.say)
-        self.saver = Saver(
-            run.out_dir,
-            run.progress,
-            self.train_step,
-            tokenizer=run.dataset.tokenizer,
-            base=run.config.init_from,
-            say=self.log.say,
-            interval_s=run.config.save_interval_s,
-            # Saving takes at most 2% of the time, unless the user has set the interval.
-            interval_saves=0 if "save_interval_s" in run.request.given else 50,
-            description=description(run),
-        )
+        self.stop = StopSignal(run.machine.device)
+        self.saver = Saver(run, self.train_step)
         self.updating = False  # whether an update is under way
 
     def train(self) -> int:
         """Train, save what was trained, and return the exit status."""
         self.log.introduce(introduction(self.run))
-        self.saver.open(self.run.request.resumed)
+        self.saver.open()
         self.log.open()
         self.run.model.train()
         with self.stop.handling():
@@ -508,7 +496,7 @@ class Trainer:
         bad = int(self.train_step.bad)
         if bad < MAX_BAD_STEPS:
             return False
-        self.log.say(
+        say(
             f"stopping at step {self.progress.step}: the last {bad} updates had a loss or gradient "
             "that is not finite. The weights are as before the first of them. Try a lower "
             "learning_rate or --dtype=float32"
@@ -530,10 +518,10 @@ class Trainer:
         """
         progress = self.progress
         with self.clock.stopped():
-            stop = self.stop.arrived_alone
-            train_loss = mean_loss(self.run, self.run.train_eval_windows, stop)
-            val_loss = mean_loss(self.run, self.run.val_windows, stop)
-            if stop():
+            cut_short = self.stop.arrived_alone
+            train_loss = mean_loss(self.run, self.run.train_eval_windows, cut_short)
+            val_loss = mean_loss(self.run, self.run.val_windows, cut_short)
+            if cut_short():
                 return False
             progress.evaluated_step = progress.step
             in_best = False
@@ -557,7 +545,7 @@ class Trainer:
         patience = self.config.patience
         if patience == 0 or self.progress.worse_evaluations < patience:
             return False
-        self.log.say(f"stopping: no better validation loss in {patience} evaluations")
+        say(f"stopping: no better validation loss in {patience} evaluations")
         return True
 
     def save_best(self, val_loss: float) -> bool:
@@ -596,11 +584,10 @@ class Trainer:
 
 def evaluate_only(run: Run) -> int:
     """Print the validation loss and perplexity."""
-    log = RunLog(run)
     for note in run.notes:
-        log.say(note)
+        say(note)
     loss = mean_loss(run, run.val_windows)
-    log.say(
+    say(
         f"{run.dataset.name}: val loss {loss:.4f}, perplexity {perplexity(loss):.2f} "
         f"over {run.eval_count:,} windows of {run.config.block_size:,} tokens"
     )

@@ -29,15 +29,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.optim import Optimizer
 
-from gpt12.device import Machine
-from gpt12.errors import UserError
+from gpt12.errors import UserError, say
 from gpt12.files import exists, is_folder, remove, sync, write_atomically
 from gpt12.folder import is_run, json_bytes, read_json, set_aside, write_json
 from gpt12.lora import is_adapted, load_adapter, save_adapter
@@ -72,57 +70,41 @@ class Progress:
 # Saving: what is written, and when
 
 
-class SavedStep(Protocol):
-    """What is saved of train.py's TrainStep."""
-
-    model: GPT
-    optimizers: list[Optimizer]
-    scaler: torch.amp.GradScaler
-    machine: Machine
-
-    def make_states(self) -> None:
-        """Let the optimizers make their states, which change nothing yet."""
-
-
-@dataclass
 class Saver:
     """Writes a run's folder: best/, last/ and run.json. All ranks call it; rank 0 writes."""
 
-    out_dir: Path
-    progress: Progress
-    train_step: SavedStep  # what resuming needs besides the weights
-    tokenizer: Any
-    base: str  # what the model was started from; adapters refer to it
-    say: Callable[[str], None]  # prints a line
-    interval_s: float  # seconds between two saves of last/
-    interval_saves: float  # the least interval, as a multiple of the last save's duration
-    description: dict[str, Any]  # what run.json holds
-
-    def __post_init__(self) -> None:
-        self.model = self.train_step.model
+    def __init__(self, run: Any, train_step: Any):
+        """run: the Run of gpt12/run.py. train_step: train.py's, for what resuming needs."""
+        self.run = run
+        self.progress: Progress = run.progress
+        self.train_step = train_step
+        self.model: GPT = run.model
+        self.description: dict[str, Any] = run.description()  # what run.json holds
+        self.interval_s: float = run.config.save_interval_s
         self.total_s = 0.0  # what all saves took
         self.due_at = time.monotonic() + self.interval_s
         self.last_holds = self._how_far() if self.progress.step > 0 else None
+        self.base: str = run.config.init_from  # adapters refer to it
         if is_adapted(self.model) and is_run(Path(self.base)):
             self.base = str(find_checkpoint(Path(self.base), ("best", "last"))[0])
 
-    def open(self, resumed: bool) -> None:
+    def open(self) -> None:
         """Make the folder that of this run: set an earlier run aside and write run.json.
 
         That of a resumed run is written with its first checkpoint. Until then last/ is what the
         earlier keys and data made, and resuming compares with these.
         """
-        if self.train_step.machine.rank == 0 and not resumed:
-            told = set_aside(self.out_dir)
+        if self.run.machine.rank == 0 and not self.run.request.resumed:
+            told = set_aside(self.run.out_dir)
             if told is not None:
-                self.say(told)
-            write_json(self.out_dir / "run.json", self.description)
+                say(told)
+            write_json(self.run.out_dir / "run.json", self.description)
 
     def is_due(self) -> bool:
-        """Tell whether it is time to save last/.
+        """Tell whether it is time to save last/: save_interval_s after the last save.
 
-        That is interval_s after the last save, or interval_saves times as long as it took, if that
-        is longer.
+        Unless the user has set that key, saving takes at most 2% of the time: the interval is at
+        least 50 times what the last save took.
         """
         return time.monotonic() >= self.due_at
 
@@ -139,7 +121,8 @@ class Saver:
         now = time.monotonic()
         self.total_s += now - began
         if name == "last":
-            self.due_at = now + max(self.interval_s, self.interval_saves * (now - began))
+            least_s = 0 if "save_interval_s" in self.run.request.given else 50 * (now - began)
+            self.due_at = now + max(self.interval_s, least_s)
             if saved:
                 self.last_holds = self._how_far()
         return saved
@@ -149,20 +132,18 @@ class Saver:
         return self.progress.step, self.progress.evaluated_step
 
     def _save(self, name: str) -> bool:
-        folder = self.out_dir / name
+        folder = self.run.out_dir / name
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            self.say(f"not saving {folder}: weights are not finite. Try a lower learning_rate")
+            say(f"not saving {folder}: weights are not finite. Try a lower learning_rate")
             return False
-        if self.train_step.machine.rank != 0:
+        if self.run.machine.rank != 0:
             return True
         try:
             save_checkpoint(folder, partial(self._write, name), self.progress)
             if name == "last":
-                write_atomically(self.out_dir / "run.json", json_bytes(self.description))
+                write_atomically(self.run.out_dir / "run.json", json_bytes(self.description))
         except OSError as error:
-            self.say(
-                f"could not save {folder}: {error}. What was there before is untouched; make room"
-            )
+            say(f"could not save {folder}: {error}. What was there before is untouched; make room")
             return False
         return True
 
@@ -171,9 +152,10 @@ class Saver:
         from safetensors.torch import save_file
 
         end_of_text = None
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder, context=self.model.config.block_size)
-            end_of_text = self.tokenizer.eot
+        tokenizer = self.run.dataset.tokenizer
+        if tokenizer is not None:
+            tokenizer.save(folder, context=self.model.config.block_size)
+            end_of_text = tokenizer.eot
         if name == "last":
             save_file(trainer_tensors(self.train_step), folder / "trainer.safetensors")
         if name == "last" and is_adapted(self.model):  # the model is its base and the adapters
@@ -284,8 +266,8 @@ def _read_progress(folder: Path) -> Progress:
 #         (a step seeds them itself; they are for code of yours that draws between two steps)
 
 
-def trainer_tensors(train_step: SavedStep) -> dict[str, Tensor]:
-    """Return all tensors of trainer.safetensors by name."""
+def trainer_tensors(train_step: Any) -> dict[str, Tensor]:
+    """Return all tensors of trainer.safetensors by name. train_step: train.py's TrainStep."""
     tensors = optimizer_tensors(train_step)
     tensors["rng.cpu"] = torch.get_rng_state()
     if train_step.machine.on_gpu:
@@ -297,7 +279,7 @@ def trainer_tensors(train_step: SavedStep) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def optimizer_tensors(train_step: SavedStep) -> dict[str, Tensor]:
+def optimizer_tensors(train_step: Any) -> dict[str, Tensor]:
     """Return the tensors of the optimizers' states by name, without copying them."""
     tensors: dict[str, Tensor] = {}
     for parameter_name, parameter in train_step.model.named_parameters():
@@ -315,7 +297,7 @@ def optimizer_tensors(train_step: SavedStep) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_trainer_state(folder: Path, train_step: SavedStep) -> None:
+def load_trainer_state(folder: Path, train_step: Any) -> None:
     """Read the checkpoint's state back into model, optimizers, loss scale and random generators.
 
     The file is memory-mapped and copied tensor by tensor into the states that the optimizers
@@ -340,9 +322,7 @@ def load_trainer_state(folder: Path, train_step: SavedStep) -> None:
         raise UserError(f"{file} is damaged ({error}). Restore it or delete {folder}") from None
 
 
-def _load_tensor(
-    train_step: SavedStep, places: dict[str, Tensor], name: str, tensor: Tensor
-) -> None:
+def _load_tensor(train_step: Any, places: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     """Copy a saved tensor to where it belongs. places: the optimizers' tensors by name."""
     kind, _, rest = name.partition(".")
     if kind == "optimizer":
@@ -365,7 +345,7 @@ def _load_tensor(
         train_step.scaler.load_state_dict(train_step.scaler.state_dict() | scale)
 
 
-def _forget_states_not_saved(train_step: SavedStep, lacking: set[str], saved: set[str]) -> None:
+def _forget_states_not_saved(train_step: Any, lacking: set[str], saved: set[str]) -> None:
     """Take the state of a parameter that was never updated away from the optimizers again."""
     updated = {name.rpartition(".")[0] for name in saved}
     for name in lacking:

@@ -24,7 +24,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gpt12.errors import UserError
+from gpt12.errors import UserError, say
 from gpt12.files import exists, sha256
 
 # Rank 0 may prepare data for hours. NCCL's barrier would give up after 10 minutes.
@@ -241,9 +241,8 @@ class StopSignal:
     Before the loop begins, while nothing is trained, Ctrl-C ends the program at once.
     """
 
-    def __init__(self, device: torch.device, say: Callable[[str], None]):
-        """device: where the ranks exchange what they got. say: prints a line."""
-        self.say = say
+    def __init__(self, device: torch.device):
+        """device: where the ranks exchange what they got."""
         self.number = 0
         self.arrived_at = 0.0
         self.flag = torch.zeros((), dtype=torch.int64, device=device)
@@ -271,7 +270,7 @@ class StopSignal:
         self.number = number
         self.arrived_at = time.monotonic()
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self.say(f"\n{name}: finishing this step, then saving (press again to quit at once)")
+        say(f"\n{name}: finishing this step, then saving (press again to quit at once)")
 
     def arrived_alone(self) -> bool:
         """Tell whether a signal has arrived in a run of one process."""

@@ -43,9 +43,16 @@ def is_rank_0() -> bool:
 
 
 def say(text: str) -> None:
-    """Print a line at once, on rank 0 only."""
-    if is_rank_0():
-        print(printable(text, sys.stdout), flush=True)
+    """Print a line at once, above a progress bar if there is one, on rank 0 only."""
+    from tqdm import tqdm
+
+    if not is_rank_0() or sys.stdout is None:
+        return
+    # A reader that has gone, a full disk under a log file, or a signal in the middle of another
+    # line must not end the program. For the last of these, Python raises RuntimeError.
+    with contextlib.suppress(OSError, RuntimeError):
+        tqdm.write(printable(text, sys.stdout))
+        sys.stdout.flush()  # else a log file gets the line much later
 
 
 def warn(text: str) -> None:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from gpt12.checkpoint import Progress
 from gpt12.device import Machine
-from gpt12.errors import UserError, one_line, printable
+from gpt12.errors import UserError, one_line, say
 from gpt12.folder import write_file
 from gpt12.generate import generate
 from gpt12.run import Run
@@ -69,22 +69,12 @@ class RunLog:
         self.bar: Any = None
         self.drawing: threading.Thread | None = None
 
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        if not self.active or sys.stdout is None:
-            return
-        # A reader that has gone, a full disk under a log file, or a signal in the middle of
-        # another line must not end the run. For the last of these, Python raises RuntimeError.
-        with contextlib.suppress(OSError, RuntimeError):
-            tqdm.write(printable(text, sys.stdout))
-            sys.stdout.flush()  # else a log file gets the line much later
-
     def introduce(self, lines: Iterable[str]) -> None:
         """Say what will be trained, and start Weights & Biases. Nothing is written yet."""
         if not self.active:
             return
         for line in lines:
-            self.say(line)
+            say(line)
         if self.run.config.wandb_log:
             self._start_wandb()
 
@@ -103,7 +93,7 @@ class RunLog:
         total = self.run.config.max_iters
         self.bar = tqdm(total=total, initial=step, unit="step", disable=hidden)
         if step == 0:
-            self.say("evaluating before the first step")
+            say("evaluating before the first step")
 
     def log_step(
         self, lr: float, loss: float, grad_norm: float, bad: float, skipped: float
@@ -128,9 +118,9 @@ class RunLog:
         self.bar.set_postfix_str(f"loss {loss:.4f}{speed}", refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable:
-            self.say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}{speed}{left}")
+            say(f"step {step}: loss {loss:.4f}, lr {lr:.2e}{speed}{left}")
         if skipped > self.skipped:
-            self.say(
+            say(
                 f"step {step}: loss or gradient not finite; skipped "
                 f"{skipped - self.skipped:.0f} update(s) since the last log, the last {bad:.0f} in "
                 "a row"
@@ -147,7 +137,7 @@ class RunLog:
         if self.progress.step == 0:
             self.start_loss = val_loss
         best = ", the best so far" if better else ""
-        self.say(
+        say(
             f"step {self.progress.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f} "
             f"(perplexity {perplexity(val_loss):.2f}){best}"
         )
@@ -170,7 +160,7 @@ class RunLog:
             with self._going_on_without_wandb():
                 self.wandb.finish(exit_code=status)
         for line in self._end(status, saved, saving_s, failed):
-            self.say(line)
+            say(line)
 
     def _end(self, status: int, saved: bool, saving_s: float, failed: bool) -> Iterator[str]:
         progress = self.progress
@@ -208,7 +198,7 @@ class RunLog:
         except OSError as error:  # the disk is full
             if not self.cannot_write:
                 self.cannot_write = True
-                self.say(f"could not write {self.metrics.name}: {error.strerror or error}")
+                say(f"could not write {self.metrics.name}: {error.strerror or error}")
         if self.wandb:
             with self._going_on_without_wandb():
                 self.wandb.log(row, step=self.progress.step)
@@ -244,7 +234,7 @@ class RunLog:
             yield
         except Exception as error:  # its helper process has ended, for example
             self.wandb = None
-            self.say(
+            say(
                 f"warning: wandb has failed ({one_line(error)}) and gets nothing more. The run "
                 f"goes on, and {self.run.out_dir}/metrics.jsonl holds all"
             )
@@ -272,7 +262,7 @@ class RunLog:
         with eagerly, self.run.machine.autocast():
             text = self._sample_text()
         self.run.model.train()
-        self.say("".join(f"    | {line}\n" for line in text.splitlines()))
+        say("".join(f"    | {line}\n" for line in text.splitlines()))
 
     def _sample_text(self) -> str:
         """Return a text that follows an end of text, or the first question and its answer."""

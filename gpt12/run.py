@@ -130,6 +130,18 @@ class Run:
         assert self.dataset.train is not None
         return EvalWindows(self.dataset.train, self.config.block_size)
 
+    def description(self) -> dict[str, Any]:
+        """Return what run.json holds: configuration, what was asked for, machine and data."""
+        return describe_run(
+            asdict(self.config),
+            requested=asdict(self.request.asked),
+            given=sorted(self.request.given),
+            device=self.machine.name,
+            compile=self.machine.compiled,
+            world_size=self.machine.world,
+            data=data_facts(self.dataset),
+        )
+
 
 # --------------------------------------------------------------------------------------------------
 # What the user asks for
@@ -405,19 +417,6 @@ def open_data(config: TrainConfig, tokenizer: Any = None) -> Dataset:
             f"{dataset.folder} holds no training shards (train_*.bin): only --eval_only works"
         )
     return dataset
-
-
-def description(run: Run) -> dict[str, Any]:
-    """Return what run.json holds: the configuration, what was asked for, the machine, the data."""
-    return describe_run(
-        asdict(run.config),
-        requested=asdict(run.request.asked),
-        given=sorted(run.request.given),
-        device=run.machine.name,
-        compile=run.machine.compiled,
-        world_size=run.machine.world,
-        data=data_facts(run.dataset),
-    )
 
 
 def data_facts(dataset: Dataset) -> dict[str, Any]:

@@ -370,7 +370,7 @@ def test_run_json_of_a_resumed_run_follows_its_first_checkpoint(dataset, tmp_pat
     argv += ["--max_iters=4"]
     for _ in range(2):  # the first is killed at once
         killed = Trainer(built_from(argv))
-        killed.saver.open(resumed=True)
+        killed.saver.open()
         assert killed.progress.best_val_loss is None
         assert "the data are not those that this run began with" in "".join(killed.run.notes)
     killed.progress.step += 1

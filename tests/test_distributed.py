@@ -314,14 +314,16 @@ def clock(monkeypatch) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")]
 )
-def test_a_signal_is_remembered_and_told_once_and_a_second_one_ends_at_once(clock, number, name):
-    said = []
-    stop = StopSignal(CPU.device, said.append)
+def test_a_signal_is_remembered_and_told_once_and_a_second_one_ends_at_once(
+    clock, capsys, number, name
+):
+    stop = StopSignal(CPU.device)
     assert not stop.agreed()
     stop.handle(number, None)
     assert stop.agreed()
     assert stop.number == number
-    assert said == [f"\n{name}: finishing this step, then saving (press again to quit at once)"]
+    told = f"\n{name}: finishing this step, then saving (press again to quit at once)\n"
+    assert capsys.readouterr().out == told
     clock.now += 0.5
     with pytest.raises(KeyboardInterrupt):
         stop.handle(signal.SIGINT, None)
@@ -329,7 +331,7 @@ def test_a_signal_is_remembered_and_told_once_and_a_second_one_ends_at_once(cloc
 
 def test_a_signal_that_arrives_twice_at_once_still_lets_the_run_save(clock):
     """`timeout` signals the process and then its whole group."""
-    stop = StopSignal(CPU.device, lambda text: None)
+    stop = StopSignal(CPU.device)
     stop.handle(signal.SIGTERM, None)
     clock.now += 0.2
     stop.handle(signal.SIGTERM, None)
@@ -339,7 +341,7 @@ def test_a_signal_that_arrives_twice_at_once_still_lets_the_run_save(clock):
 def test_a_signal_that_another_rank_got_first_still_lets_this_one_save(clock, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(dist, "all_reduce", lambda flag, operation: flag.fill_(signal.SIGTERM))
-    stop = StopSignal(CPU.device, lambda text: None)
+    stop = StopSignal(CPU.device)
     assert not stop.agreed()
     assert stop.agreed()
     clock.now += 0.2
@@ -354,7 +356,7 @@ def test_the_handlers_of_before_are_restored(of_hangup):
     """A SIGHUP that nohup ignores stays ignored."""
     signal.signal(signal.SIGHUP, of_hangup)
     before = [signal.getsignal(number) for number in STOPS]
-    stop = StopSignal(CPU.device, lambda text: None)
+    stop = StopSignal(CPU.device)
     ours = of_hangup if of_hangup == signal.SIG_IGN else stop.handle
     with stop.handling():
         found = [signal.getsignal(number) for number in STOPS]
@@ -366,7 +368,7 @@ def test_the_handlers_of_before_are_restored(of_hangup):
 def test_all_ranks_stop_after_the_same_step(monkeypatch):
     """Rank 1 gets the signal. Both learn of it one step later, at the same call."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    stops = [StopSignal(CPU.device, lambda text: None) for _ in range(2)]
+    stops = [StopSignal(CPU.device) for _ in range(2)]
 
     def stop_of(number_of_ranks: list[int]) -> list[bool]:
         """Call agreed() on both ranks; the flags are combined as all_reduce would."""

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -154,6 +155,18 @@ def test_only_rank_0_prints(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     say("this")
     assert capsys.readouterr().out == "this\n"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("reentrant call")])
+def test_a_line_that_cannot_be_written_costs_no_run(monkeypatch, error):
+    """The log's disk is full, or a signal comes in the middle of a line."""
+
+    def write(text):
+        raise error
+
+    broken = SimpleNamespace(write=write, flush=lambda: None, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", broken)
+    say("a line")
 
 
 def test_a_console_in_cp1252_gets_question_marks_for_what_it_cannot_show():

@@ -166,18 +166,6 @@ def test_what_a_run_tells_from_its_first_evaluation_to_its_end(
     assert "evaluating before" not in said
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("reentrant call")])
-def test_a_line_that_cannot_be_written_costs_no_run(dataset, tmp_path, monkeypatch, error):
-    """The log's disk is full, or a signal comes in the middle of a line."""
-
-    def write(text):
-        raise error
-
-    broken = SimpleNamespace(write=write, flush=lambda: None, encoding="utf-8")
-    monkeypatch.setattr(sys, "stdout", broken)
-    RunLog(built(dataset, tmp_path)).say("a line")
-
-
 def test_a_sample_compiles_nothing(dataset, tmp_path):
     compiled = []
 
