@@ -8,15 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import gpt12.settings
 from gpt12.config import load_config
 from gpt12.errors import UserError
 from gpt12.settings import BenchConfig, SampleConfig, TrainConfig, model_shape, with_shape_keys
 from model import GPTConfig
-from tests.harmless import FEW
 from tests.helpers import ROOT
 
 PRESETS = sorted((ROOT / "config").glob("*.py"))
@@ -490,24 +487,3 @@ def test_a_preset_loads_and_its_head_has_command_result_time_and_memory(path):
 def test_presets_that_nanogpt_has_keep_its_values(name, theirs):
     made, _ = load(TrainConfig, [str(ROOT / f"config/{name}.py")])
     assert asdict(made).items() >= theirs.items()
-
-
-# --------------------------------------------------------------------------------------------------
-# Fuzz
-
-KEYS = sorted({key for schema in SCHEMAS for key in asdict(schema())})
-ODD = ["nan", "1e999", "None", "[1]", "'a'", "()", "9" * 5000, "-1"]
-values = st.text(max_size=9) | st.sampled_from(ODD)
-words = st.builds("--{}={}".format, st.sampled_from(KEYS), values)
-anything = words | st.text(max_size=9).map("--{}".format)
-
-
-@settings(FEW)
-@given(schema=st.sampled_from(SCHEMAS), argv=st.lists(anything, max_size=4))
-def test_any_command_line_is_accepted_or_refused(schema, argv):
-    try:
-        found, _ = load(schema, argv)
-    except UserError as problem:
-        assert str(problem)
-    else:
-        assert schema(**json.loads(json.dumps(asdict(found), allow_nan=False))) == found

@@ -9,19 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from gpt12.checkpoint import Progress, find_checkpoint, save_checkpoint
 from gpt12.errors import UserError
-from gpt12.folder import read_run
-from gpt12.log import drop_later_rows
 from gpt12.twin import VOCAB_SIZE
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
-from tests.harmless import FEW, harmless
-from tests.helpers import ROOT, read_rows, resume, run, trainer, weights
+from tests.helpers import ROOT, resume, run, trainer
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -40,121 +34,23 @@ def tiny_model(tmp_path_factory) -> Path:
     return folder
 
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.sampled_from([0, 1, 8, 2**63, -1, 1e999])
-    | st.floats()
-    | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-SPLICE = st.tuples(st.floats(0, 1), st.integers(0, 9), st.binary(max_size=9))
-
-
-def splice(content: bytes, cut: tuple[float, int, bytes]) -> bytes:
-    at = int(cut[0] * len(content))
-    return content[:at] + cut[2] + content[at + cut[1] :]
-
-
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        "[" * 100_000,
-        {"n_layer": 10**7},
-        {"n_layer": 2**70},
-        {"n_embd": 2**40},
-        {"n_positions": 2**33},
-        {"vocab_size": 2**62},
-        {"n_layer": math.inf},
-        {"n_layer": [1]},
-        {"n_head": 0},
+        ({"n_layer": 1000}, "asks for more than its tensors hold"),
+        ({"vocab_size": 2**62}, "impossible shape"),
+        ({"n_head": 0}, "impossible shape"),
     ],
-    ids=lambda change: str(change)[:30],
 )
-def test_a_config_that_lies_is_refused_before_memory_is_asked_for(tiny_model, tmp_path, change):
+def test_a_config_that_lies_is_refused_before_memory_is_asked_for(
+    tiny_model, tmp_path, monkeypatch, change, message
+):
     shutil.copytree(tiny_model, tmp_path / "m")
     known = json.loads((tiny_model / "config.json").read_text())
-    (tmp_path / "m" / "config.json").write_text(
-        change if isinstance(change, str) else json.dumps(known | change)
-    )
-    with harmless("/nowhere"), pytest.raises(UserError, match=str(tmp_path)):
+    (tmp_path / "m" / "config.json").write_text(json.dumps(known | change))
+    monkeypatch.setattr("gpt12.weights.meta_model", pytest.fail)
+    with pytest.raises(UserError, match=message):
         from_pretrained(tmp_path / "m")
-
-
-@pytest.mark.parametrize(
-    "names", [{}, {"a": ".."}, {"a": "config.json"}, {"a": "a.safetensors"}], ids=str
-)
-def test_an_index_that_lies_is_refused(tiny_model, tmp_path, names):
-    shutil.copy(tiny_model / "config.json", tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    with harmless("/nowhere"), pytest.raises(UserError, match=tmp_path.name):
-        from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "weights",
-    [
-        None,
-        [1],
-        {1: 2},
-        {"transformer.wte.weight": 3},
-        {},
-        {"transformer.wte.weight": torch.ones(11, 8)},
-    ],
-)
-@pytest.mark.parametrize("shape", [{}, {"n_head": 0}, {"n_layer": 10**7}, {"block_size": -8}])
-def test_a_ckpt_that_lies_is_refused(tmp_path, weights, shape):
-    args = {"block_size": 8, "vocab_size": 11, "n_layer": 1, "n_head": 2, "n_embd": 8} | shape
-    torch.save({"model": weights, "model_args": args}, tmp_path / "ckpt.pt")
-    with harmless("/nowhere"), pytest.raises(UserError, match=r"ckpt\.pt"):
-        from_pretrained(tmp_path / "ckpt.pt")
-
-
-VALUES = ["step", "position", "tokens", "elapsed_s", "best_val_loss", "evaluated_step", "format"]
-
-
-@given(
-    state=st.dictionaries(st.sampled_from(VALUES), JSON, max_size=3),
-    facts=st.dictionaries(
-        st.sampled_from(["config", "data", "dtype", "requested"]), JSON, max_size=2
-    ),
-    rows=st.lists(
-        st.dictionaries(st.sampled_from(["step", "tokens", "loss", "lr", "val_loss"]), JSON),
-        max_size=4,
-    ),
-    cuts=st.tuples(*[st.none() | SPLICE] * 3),
-)
-@example(state={"best_val_loss": "x"}, facts={}, rows=[], cuts=(None, None, None))
-@settings(FEW)
-def test_any_run_folder_is_read_or_refused(finished, tmp_path_factory, state, facts, rows, cuts):
-    """Forged and damaged files."""
-    out_dir = tmp_path_factory.getbasetemp() / "fuzzed-run"
-    if not out_dir.exists():
-        shutil.copytree(finished, out_dir)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    texts = {
-        "last/trainer.json": json.dumps(trainer(finished) | state),
-        "run.json": json.dumps(json.loads((finished / "run.json").read_text()) | facts),
-        "metrics.jsonl": (finished / "metrics.jsonl").read_text() + lines,
-    }
-    for (name, text), cut in zip(texts.items(), cuts, strict=True):
-        (out_dir / name).write_bytes(text.encode() if cut is None else splice(text.encode(), cut))
-    with harmless(out_dir):
-        try:
-            progress = find_checkpoint(out_dir, ("last",))[1]
-            assert isinstance(progress.best_val_loss or 0.0, (int, float))
-        except UserError as error:
-            assert str(out_dir) in str(error)
-        try:
-            assert isinstance(read_run(out_dir).config, dict)
-        except UserError as error:
-            assert str(out_dir) in str(error)
-        drop_later_rows(out_dir / "metrics.jsonl", Progress(step=10, evaluated_step=10))
-    assert all(row["step"] <= 10 for row in read_rows(out_dir))
 
 
 @pytest.mark.parametrize(
@@ -282,19 +178,3 @@ def test_updates_skipped_between_two_logs_are_reported(dataset, tmp_path, monkey
     told = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
     assert len(told) == 1
     assert told[0].startswith("step 4: loss or gradient not finite; skipped 2 update(s)")
-
-
-def test_a_loss_that_is_not_finite_is_reported_and_its_update_skipped(
-    dataset, tmp_path, monkeypatch, capsys
-):
-    """Of 12 updates those two do not happen, the others do, and no file holds a NaN."""
-    poison_loss(monkeypatch, (5, 6))
-    assert run(dataset, tmp_path, "--max_iters=12", *SAVE_ONCE) == 0
-    out = capsys.readouterr().out
-    assert "step 5: loss or gradient not finite" in out
-    assert "step 6: loss or gradient not finite" in out
-    assert [row["step"] for row in read_rows(tmp_path) if row.get("loss", 0) is None] == [5, 6]
-    saved = weights(tmp_path, file="trainer")
-    assert {t.item() for name, t in saved.items() if name.endswith(".step")} == {10.0}
-    for tensors in (saved, weights(tmp_path)):
-        assert all(torch.isfinite(t).all() for t in tensors.values())
