@@ -50,7 +50,10 @@ class GPTConfig:
 
 
 class Shared(NamedTuple):
-    """What all layers of one forward pass share. Whatever else a layer needs can be added here."""
+    """What all layers of one forward pass share. Whatever else a layer needs can be added here.
+
+    A layer only reads it: with recompute a layer runs twice.
+    """
 
     # (B, T), counted from the start of the text or example; (1, T) if equal for all rows.
     position: Tensor
@@ -261,8 +264,9 @@ class GPT(nn.Module):
         if config.n_embd % config.n_head != 0:
             raise UserError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
         self.config = config
-        self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        with NothingDrawn():  # init_weights draws all that is drawn
+            self.transformer = Transformer(config)
+            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         # Tied weights: Press and Wolf 2017, arXiv:1608.05859.
         self.lm_head.weight = self.transformer.wte.weight
         self.fused_loss = False  # use the loss's Triton kernel, on GPUs that have Triton
@@ -272,6 +276,7 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Draw weights with standard deviation 0.02, zero the biases (Radford et al. 2018, GPT).
 
+        What needs a random first value gets it here; what a layer draws for itself does not count.
         For layers that write into the residual stream it is divided by sqrt(2 n_layer), because
         2 n_layer of them add up there (Radford et al. 2019, GPT-2, section 2.3).
         """
@@ -327,7 +332,10 @@ class GPT(nn.Module):
         return None, loss
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return the logits (..., vocab_size) of the transformer's output x (..., C)."""
+        """Return the logits (..., vocab_size) of the transformer's output x (..., C).
+
+        The loss does not go through this: gpt12/loss.py multiplies with lm_head.weight itself.
+        """
         return self.lm_head(x)[..., : self.config.vocab_size]
 
     @torch.no_grad()
@@ -358,16 +366,17 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class NothingDrawn(TorchFunctionMode):
-    """Let torch's functions that draw weights do nothing, and new memory be NaN.
+    """Let torch's layers not draw weights of their own: what is not set later stays NaN.
 
-    On the meta device there is nothing to draw, and importing what that needs takes seconds.
+    For 124M parameters that would take seconds, and nobody would use them. Unlike whatever was in
+    memory, NaN shows what is forgotten.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
-            return None
+            return nn.init.constant_(kwargs["tensor"], math.nan)
         result = func(*args, **(kwargs or {}))
         if func in (torch.empty, torch.empty_like) and result.is_floating_point():
             result.fill_(math.nan)

@@ -56,9 +56,10 @@ from gpt12.run import (
     is_complete,
     lock_out_dir,
     read_request,
+    refuse_unread_keys,
 )
-from gpt12.settings import CONTEXT_PARTS, TrainConfig
-from model import GPT, StackedLinear
+from gpt12.settings import CONTEXT_PARTS, TrainConfig, model_shape
+from model import GPT, GPTConfig, StackedLinear
 
 # The run stops after so many updates in a row whose loss or gradient is not finite.
 MAX_BAD_STEPS = 20
@@ -610,6 +611,8 @@ def main(argv: list[str] | None = None) -> int:
         request = read_request(sys.argv[1:] if argv is None else argv)
     config = request.undecided
     if config.check:
+        with reported_by_rank_0():
+            refuse_unread_keys(request, model_shape(config, GPTConfig.vocab_size))
         return check_model(
             config, open_machine(config.device, "float32", config.compile), TrainStep
         )

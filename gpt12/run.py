@@ -311,7 +311,7 @@ def build_run(request: Request) -> Run:
         _adapt_progress(progress, request.before, config, dataset)
     model = model_for_data(loaded, tokenizer, dataset, config)
     if config.init_from == "scratch" and not request.resumed:
-        _refuse_unread_keys(request, model.config)
+        refuse_unread_keys(request, model.config)
 
     config = resolve(config, request, dataset, progress)
     step_tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size
@@ -599,7 +599,7 @@ def model_for_data(model: GPT | None, tokenizer: Any, dataset: Dataset, config: 
     return model
 
 
-def _refuse_unread_keys(request: Request, shape: GPTConfig) -> None:
+def refuse_unread_keys(request: Request, shape: GPTConfig) -> None:
     """Refuse a key that somebody gives and has added to GPTConfig, but that the model ignores."""
     for key in sorted(request.given & unread_fields(shape)):
         raise UserError(

@@ -24,7 +24,7 @@ TOLERANCE = 1e-4  # of the largest logit
 FINGERPRINT_LOGITS = 24  # of each twin
 # Machines round differently, by 1e-6. The exact GELU in place of GPT-2's changes logits by 1e-4.
 FINGERPRINT_TOLERANCE = 2e-5
-OLD_FINGERPRINT = 16  # so many numbers at the start are the same in all versions
+OLD_FINGERPRINTS = (48, 16)  # so many numbers at the start are those of earlier versions
 
 
 @torch.no_grad()
@@ -34,8 +34,9 @@ def make_twin(config: GPTConfig, n_layer: int = 2) -> GPT:
     Every parameter is drawn anew: zeros would hide what they are multiplied with.
     """
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for what GPT(...) draws
         twin = GPT(small_config(config, n_layer)).float().eval()
-        torch.manual_seed(0)  # after GPT(...), which draws numbers, too
+        torch.manual_seed(0)  # whatever GPT(...) has drawn
         for parameter in twin.parameters():
             noise = torch.randn_like(parameter)
             if parameter.ndim >= 2:
@@ -93,23 +94,27 @@ def is_gpt2(config: GPTConfig) -> bool:
 @functools.lru_cache
 @torch.no_grad()
 def fingerprint(config: GPTConfig) -> list[float]:
-    """Return some logits of the twins at the end of what they read.
+    """Return some logits of the twins at the end of what they read, and their losses.
 
     They differ as soon as model.py computes something else. Dropout and the vocabulary take no
     part.
     """
-    found: list[float] = []
+    logits: list[float] = []
+    losses: list[float] = []
     for twin, idx in twins(config):
-        found += twin(idx)[0][0, -1, :FINGERPRINT_LOGITS].tolist()
-    return found
+        logits += twin(idx)[0][0, -1, :FINGERPRINT_LOGITS].tolist()
+        losses.append(twin(idx, targets=idx)[1].item())
+    return logits + losses
 
 
 def has_fingerprint(config: GPTConfig, saved: list[float]) -> bool:
     """Tell whether model.py still has a fingerprint that was saved."""
     now = fingerprint(config)
-    count = len(now) if len(now) == len(saved) else OLD_FINGERPRINT
-    difference = max(abs(a - b) for a, b in zip(now[:count], saved))
-    return difference <= FINGERPRINT_TOLERANCE * max(map(abs, now))
+    for count in (len(now), *OLD_FINGERPRINTS):
+        if count <= len(saved):
+            difference = max(abs(a - b) for a, b in zip(now[:count], saved))
+            return difference <= FINGERPRINT_TOLERANCE * max(map(abs, now))
+    return False
 
 
 def unread_fields(config: GPTConfig) -> set[str]:

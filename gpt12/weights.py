@@ -58,20 +58,9 @@ NANOGPT_PADDED_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
 
 def new_model(config: GPTConfig) -> GPT:
     """Return a model with the random weights of GPT.init_weights."""
-    model = uninitialized_model(config)
-    model.init_weights()
-    check_initialized(model, "GPT.init_weights in model.py does not set it")
+    model = GPT(config)
+    check_initialized(model, "GPT.init_weights in model.py must set it; what layers draw is lost")
     return model
-
-
-def uninitialized_model(config: GPTConfig) -> GPT:
-    """Return a model whose weights are NaN until they are drawn or read.
-
-    torch's layers draw random weights of their own when they are built. For 124M parameters this
-    takes seconds, and nobody uses them. Unlike whatever was in memory, NaN shows what is forgotten.
-    """
-    with NothingDrawn():
-        return GPT(config)
 
 
 def check_initialized(model: GPT, reason: str) -> None:
@@ -143,9 +132,11 @@ def _read_model(source: Path, block_size: int | None, dropout: float, new_run: b
         )
     _check_tensors(shape, tensors, source)
     _compare_code(source, config, saved, new_run)
-    model = uninitialized_model(shape)
+    with NothingDrawn():
+        model = GPT(shape)
     with torch.no_grad():
         for name, tensor in tensors_by_name(model).items():
+            tensor.zero_()  # the padding rows, which files leave out
             as_published(model, name, tensor).copy_(tensors[name])
     check_initialized(model, f"{source} holds NaN, or nothing sets it")
     if block_size is not None:

@@ -45,14 +45,10 @@ def use_scale(monkeypatch):
 
 def use_untied_head(monkeypatch):
     def untie(gpt):
-        gpt.lm_head.weight = nn.Parameter(gpt.lm_head.weight.detach().clone())
-
-    def draw(gpt):
-        with torch.no_grad():
-            nn.init.normal_(gpt.lm_head.weight, std=0.02)
+        gpt.lm_head.weight = nn.Parameter(torch.empty_like(gpt.lm_head.weight))
+        nn.init.normal_(gpt.lm_head.weight, std=0.02)
 
     extend(monkeypatch, model.GPT, untie)
-    extend(monkeypatch, model.GPT, draw, "init_weights")
 
 
 def use_buffer(monkeypatch):
@@ -157,10 +153,11 @@ def test_a_new_run_from_other_code_and_from_a_foreign_gpt2_is_warned(
     assert "is a GPT-2, and model.py computes something else" in capsys.readouterr().err
 
 
-def test_a_shape_key_that_the_model_does_not_read_is_refused(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("key", ["--max_iters=1", "--check"])
+def test_a_shape_key_that_the_model_does_not_read_is_refused(dataset, tmp_path, monkeypatch, key):
     monkeypatch.setattr("gpt12.run.unread_fields", lambda shape: {"n_head"})
     with pytest.raises(UserError, match="n_head=1 would change nothing"):
-        run(dataset, tmp_path / "out", "--max_iters=1", "--n_head=1")
+        run(dataset, tmp_path / "out", "--n_head=1", key)
 
 
 @dataclass(frozen=True)
@@ -175,16 +172,39 @@ def test_fields_that_nobody_reads_are_found():
     assert unread_fields(Wider(**vars(SHAPE))) == {"base"}
 
 
-def test_a_parameter_that_nobody_initializes_is_named_before_training(
-    dataset, tmp_path, monkeypatch
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_parameter_that_init_weights_does_not_set_is_named_before_training(
+    dataset, tmp_path, monkeypatch, drawn
 ):
-    def untie(gpt):  # init_weights leaves lm_head out, because it is tied to the embedding
-        gpt.lm_head = nn.Linear(gpt.config.n_embd, gpt.config.padded_vocab_size, bias=False)
+    """Also one that the layer itself draws: that is not done, because it would take seconds."""
 
-    extend(monkeypatch, model.GPT, untie)
-    with pytest.raises(UserError, match=r"lm_head\.weight has no value: GPT\.init_weights"):
+    def add(block):
+        block.scale = nn.Parameter(torch.zeros(3) if drawn else torch.empty(3))
+        if drawn:
+            nn.init.normal_(block.scale)
+
+    extend(monkeypatch, model.Block, add)
+    with pytest.raises(UserError, match=r"h\.0\.scale has no value: GPT\.init_weights"):
         run(dataset, tmp_path, "--max_iters=1")
     assert not (tmp_path / "run.json").exists()
+
+
+def test_what_follows_init_weights_counts(monkeypatch):
+    def zero(gpt):
+        nn.init.zeros_(gpt.transformer.h[0].attn.c_proj.weight)
+
+    extend(monkeypatch, model.GPT, zero)
+    assert not new_model(SHAPE).transformer.h[0].attn.c_proj.weight.any()
+
+
+def test_padding_rows_of_a_loaded_model_are_zeros_whoever_draws_them(tmp_path, monkeypatch):
+    def draw(gpt):  # after the padding rows were set to zeros
+        with torch.no_grad():
+            nn.init.normal_(gpt.transformer.wte.weight)
+
+    extend(monkeypatch, model.GPT, draw, "init_weights")
+    save_pretrained(new_model(SHAPE), tmp_path)
+    assert not from_pretrained(tmp_path).transformer.wte.weight[SHAPE.vocab_size :].any()
 
 
 def test_a_new_model_draws_each_weight_once_in_the_order_of_the_layers():

@@ -75,10 +75,20 @@ def test_the_fingerprints_of_older_versions_are_known():
     now = twin.fingerprint(CONFIG)
     for older in (16, 32):  # the second half of the longer one was that of another twin
         assert twin.has_fingerprint(CONFIG, [*now[:16], *[0.0] * (older - 16)])
+    assert twin.has_fingerprint(CONFIG, now[:48])  # without the losses
     assert not twin.has_fingerprint(CONFIG, [*now[:24], *now[:24]])
+    assert not twin.has_fingerprint(CONFIG, now[:5])  # of no version
 
 
-def test_a_twin_moves_no_random_numbers_and_is_always_the_same():
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_twin_moves_no_random_numbers_and_is_always_the_same(monkeypatch, draws):
+    def draw(block):
+        block.gain = torch.nn.Parameter(1 + 0.1 * torch.randn(3))
+        block.ln_1.weight.data[:3] = block.gain.detach()
+
+    if draws:
+        extend(monkeypatch, model.Block, draw)
+    twin.fingerprint.cache_clear()
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -86,3 +96,16 @@ def test_a_twin_moves_no_random_numbers_and_is_always_the_same():
     assert torch.equal(torch.rand(3), expected)
     twin.fingerprint.cache_clear()
     assert twin.fingerprint(CONFIG) == first
+
+
+def test_a_loss_that_computes_something_else_gives_another_fingerprint(monkeypatch):
+    before = twin.fingerprint(CONFIG)
+    twin.fingerprint.cache_clear()
+    forward = model.GPT.forward
+
+    def half_of_the_loss(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        return logits, None if loss is None else loss / 2
+
+    monkeypatch.setattr(model.GPT, "forward", half_of_the_loss)
+    assert not twin.has_fingerprint(CONFIG, before)
