@@ -1,7 +1,7 @@
 """Tell what model.py computes: whether it is GPT-2, and a fingerprint of it.
 
 Whoever changes model.py gets another model, perhaps with the same names and shapes. Names do not
-show that, results do. Both functions look at the logits of small twins: models of the same code and
+show that, results do. Both answers come from the logits of small twins: models of the same code and
 configuration, but with few ids, narrow heads and, in one of them, few layers.
 """
 
@@ -73,38 +73,44 @@ def twins(config: GPTConfig) -> Iterator[tuple[GPT, Tensor]]:
     yield make_twin(config, config.n_layer), sample_ids(min(config.block_size, 64))
 
 
-@functools.lru_cache
-@torch.no_grad()
 def is_gpt2(config: GPTConfig) -> bool:
     """Tell whether model.py computes GPT-2 with this configuration, over its whole context."""
-    for twin, idx in twins(config):
-        state = twin.state_dict()
-        if len(set(twin.parameters())) < len(state) - 1:
-            return False  # more is tied than the embedding and the head
-        try:
-            expected = gpt2_logits(state, twin.config.n_head, idx)
-        except (KeyError, RuntimeError):  # a tensor is missing or has another shape
-            return False
-        difference = (twin(idx)[0] - expected).abs().max()
-        if not difference <= TOLERANCE * expected.abs().max():
-            return False
-    return True
+    return examine(config)[0]
 
 
-@functools.lru_cache
-@torch.no_grad()
 def fingerprint(config: GPTConfig) -> list[float]:
     """Return some logits of the twins at the end of what they read, and their losses.
 
     They differ as soon as model.py computes something else. Dropout and the vocabulary take no
     part.
     """
-    logits: list[float] = []
+    return examine(config)[1]
+
+
+@functools.lru_cache
+@torch.no_grad()
+def examine(config: GPTConfig) -> tuple[bool, list[float]]:
+    """Run the twins once, and return whether both compute GPT-2, and their fingerprint."""
+    all_gpt2 = True
+    logits_at_end: list[float] = []
     losses: list[float] = []
     for twin, idx in twins(config):
-        logits += twin(idx)[0][0, -1, :FINGERPRINT_LOGITS].tolist()
+        logits = twin(idx)[0]
+        all_gpt2 = all_gpt2 and _has_gpt2_logits(twin, idx, logits)
+        logits_at_end += logits[0, -1, :FINGERPRINT_LOGITS].tolist()
         losses.append(twin(idx, targets=idx)[1].item())
-    return logits + losses
+    return all_gpt2, logits_at_end + losses
+
+
+def _has_gpt2_logits(twin: GPT, idx: Tensor, logits: Tensor) -> bool:
+    state = twin.state_dict()
+    if len(set(twin.parameters())) < len(state) - 1:
+        return False  # more is tied than the embedding and the head
+    try:
+        expected = gpt2_logits(state, twin.config.n_head, idx)
+    except (KeyError, RuntimeError):  # a tensor is missing or has another shape
+        return False
+    return bool((logits - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
 def has_fingerprint(config: GPTConfig, saved: list[float]) -> bool:

@@ -74,8 +74,7 @@ def forgetful_twin() -> Iterator[None]:
     yield
     twin = sys.modules.get("gpt12.twin")
     if twin is not None:
-        twin.is_gpt2.cache_clear()
-        twin.fingerprint.cache_clear()
+        twin.examine.cache_clear()
         sys.modules["model"].meta_model.cache_clear()
 
 

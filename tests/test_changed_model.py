@@ -23,8 +23,7 @@ SHAPE = GPTConfig(block_size=16, vocab_size=13, n_layer=1, n_head=2, n_embd=16)
 
 def forget() -> None:
     """Forget what an earlier model.py of this process computed."""
-    twin.is_gpt2.cache_clear()
-    twin.fingerprint.cache_clear()
+    twin.examine.cache_clear()
     model.meta_model.cache_clear()
 
 

@@ -132,7 +132,7 @@ def test_a_warning_about_the_weights_is_no_line_of_the_json(start, out_dir, tmp_
     del content["fingerprint"]
     (foreign / "config.json").write_text(json.dumps(content))
     use_exact_gelu(monkeypatch)
-    twin.is_gpt2.cache_clear()
+    twin.examine.cache_clear()
     ended = start(f"--init_from={foreign}", "--json", "--num_samples=2", "--max_new_tokens=1")
     assert len(rows_of(ended)) == 2
     assert f"warning: {foreign} is a GPT-2, and model.py computes something else" in ended[2]
