@@ -26,10 +26,9 @@ require_packages()
 
 from data.chat import ChatTemplate, Message
 from data.tokenizers import GPT2_VOCAB_SIZE, get_tokenizer, load_tokenizer
-from gpt12.checkpoint import find_checkpoint
 from gpt12.config import load_config, unescape
 from gpt12.device import open_machine, ran_out_of_memory
-from gpt12.folder import is_run
+from gpt12.folder import find_checkpoint, is_run
 from gpt12.generate import TextStream, store_by_columns, stream
 from gpt12.settings import SampleConfig
 from gpt12.weights import find_pretrained, from_pretrained, read_nanogpt

@@ -26,44 +26,31 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from gpt12.errors import UserError, say
-from gpt12.files import exists, is_folder, remove, sync, write_atomically
-from gpt12.folder import is_run, json_bytes, read_json, set_aside, write_json
+from gpt12.files import exists, remove, sync, write_atomically
+from gpt12.folder import (
+    TRAINER_FORMAT,
+    Progress,
+    find_checkpoint,
+    is_run,
+    json_bytes,
+    set_aside,
+    write_json,
+)
 from gpt12.lora import is_adapted, load_adapter, save_adapter
 from gpt12.weights import save_config, save_pretrained
 from model import GPT
 
-# The version of trainer.json and trainer.safetensors. Version 1 has LoRA's matrices in
-# trainer.safetensors, and a merged model in last/. Files without the number are of version 1.
-TRAINER_FORMAT = 2
-Number = Annotated[int, Field(ge=0, lt=2**62)]  # NumPy counts windows in int64
 # What a tensor of a wrong name, shape or type leads to.
 TENSOR_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-
-@dataclass
-class Progress:
-    """How far a run has come: what trainer.json holds."""
-
-    step: Number = 0  # finished updates
-    position: Number = 0  # training windows consumed
-    tokens: Number = 0  # training tokens consumed
-    elapsed_s: float = 0.0  # seconds of training; evaluation, saving and compiling do not count
-    best_val_loss: float | None = None
-    best_step: Number = 0
-    worse_evaluations: Number = 0  # evaluations in a row without a new best, for `patience`
-    evaluated_step: int = -1  # the step of the last evaluation
-    wandb_id: str | None = None
-    format: int = TRAINER_FORMAT
 
 
 # --------------------------------------------------------------------------------------------------
@@ -86,7 +73,7 @@ class Saver:
         self.last_holds = self._how_far() if self.progress.step > 0 else None
         self.base: str = run.config.init_from  # adapters refer to it
         if is_adapted(self.model) and is_run(Path(self.base)):
-            self.base = str(find_checkpoint(Path(self.base), ("best", "last"))[0])
+            self.base = str(find_checkpoint(Path(self.base))[0])
 
     def open(self) -> None:
         """Make the folder that of this run: set an earlier run aside and write run.json.
@@ -209,52 +196,6 @@ def _force_to_disk(folder: Path) -> None:
                 path.chmod(mode)
         sync(path)
     sync(folder)
-
-
-def _places(out_dir: Path, name: str) -> tuple[Path, Path]:
-    """Return the folders where a checkpoint may be: its own, and that of a save cut short."""
-    return out_dir / name, out_dir / f"{name}.prev"
-
-
-def find_checkpoint(out_dir: Path, names: tuple[str, ...]) -> tuple[Path, Progress]:
-    """Return the first of out_dir's checkpoints with one of these names, and its progress.
-
-    Raises UserError if there is none or if its trainer.json is damaged.
-    """
-    for name in names:
-        for folder in _places(out_dir, name):
-            if is_folder(folder):
-                return folder, _read_progress(folder)
-    where = " or ".join(str(out_dir / name) for name in names)
-    raise UserError(
-        f"no checkpoint in {where}: train a model first (python train.py), or name another run's "
-        f"folder with --out_dir=. Where there is a best/, --init_from={out_dir / 'best'} starts a "
-        "new run from it"
-    )
-
-
-def resumable_files(out_dir: Path) -> dict[str, Path]:
-    """Return where the files lie that resuming reads, by their names in out_dir.
-
-    Empty: out_dir holds no run with a checkpoint last/.
-    """
-    found = [folder for folder in _places(out_dir, "last") if is_folder(folder)]
-    if not found or not is_run(out_dir):
-        return {}
-    files = {f"last/{file.name}": file for file in found[0].iterdir() if file.is_file()}
-    return files | {"run.json": out_dir / "run.json"}
-
-
-def _read_progress(folder: Path) -> Progress:
-    """Read trainer.json. What an older file lacks keeps its default."""
-    file = folder / "trainer.json"
-    progress: Progress = read_json(file, Progress)
-    if progress.format > TRAINER_FORMAT:
-        raise UserError(
-            f"{file} has format {progress.format}, written by a newer version; this one reads up "
-            f"to {TRAINER_FORMAT}: update the program"
-        )
-    return progress
 
 
 # --------------------------------------------------------------------------------------------------

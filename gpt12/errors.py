@@ -44,21 +44,24 @@ def is_rank_0() -> bool:
 
 def say(text: str) -> None:
     """Print a line at once, above a progress bar if there is one, on rank 0 only."""
+    _print_line(text, sys.stdout)
+
+
+def warn(text: str) -> None:
+    """Print a warning as say() does, but on standard error: standard output may be data."""
+    _print_line(f"warning: {text}", sys.stderr)
+
+
+def _print_line(text: str, stream: TextIO | None) -> None:
     from tqdm import tqdm
 
-    if not is_rank_0() or sys.stdout is None:
+    if not is_rank_0() or stream is None:
         return
     # A reader that has gone, a full disk under a log file, or a signal in the middle of another
     # line must not end the program. For the last of these, Python raises RuntimeError.
     with contextlib.suppress(OSError, RuntimeError):
-        tqdm.write(printable(text, sys.stdout))
-        sys.stdout.flush()  # else a log file gets the line much later
-
-
-def warn(text: str) -> None:
-    """Print a warning on standard error, on rank 0 only. Standard output may be read as data."""
-    if is_rank_0():
-        print(printable(f"warning: {text}", sys.stderr), file=sys.stderr, flush=True)
+        tqdm.write(printable(text, stream), file=stream)
+        stream.flush()  # else a log file gets the line much later
 
 
 def printable(text: str, stream: TextIO | None) -> str:

@@ -1,4 +1,4 @@
-"""A run's folder: what lies in it, run.json, and an earlier run that makes room for a new one.
+"""A run's folder: run.json, where its checkpoints lie, and how an earlier run makes room for it.
 
 run.json        the configuration, what the user gave, versions, commit, GPU, data set's hash
 metrics.jsonl   one line per logged step and per evaluation (gpt12/log.py)
@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from gpt12.errors import UserError
-from gpt12.files import exists, lock_folder, remove_link, write_atomically
+from gpt12.files import exists, is_folder, lock_folder, remove_link, write_atomically
 
 PACKAGES = ("torch", "numpy", "tiktoken", "datasets", "safetensors")
 RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", "best", "last", "best.prev", "last.prev")
@@ -129,6 +129,79 @@ def set_aside(out_dir: Path) -> str | None:
             path.rename(previous / path.name)
     size = sum(file.stat().st_size for file in previous.rglob("*"))
     return f"the earlier run in {out_dir} was moved to {previous} ({size / 1e6:,.1f} MB){replaced}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Its checkpoints. gpt12/checkpoint.py writes them.
+
+# The version of trainer.json and trainer.safetensors. Version 1 has LoRA's matrices in
+# trainer.safetensors, and a merged model in last/. Files without the number are of version 1.
+TRAINER_FORMAT = 2
+Number = Annotated[int, Field(ge=0, lt=2**62)]  # NumPy counts windows in int64
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what trainer.json holds."""
+
+    step: Number = 0  # finished updates
+    position: Number = 0  # training windows consumed
+    tokens: Number = 0  # training tokens consumed
+    elapsed_s: float = 0.0  # seconds of training; evaluation, saving and compiling do not count
+    best_val_loss: float | None = None
+    best_step: Number = 0
+    worse_evaluations: Number = 0  # evaluations in a row without a new best, for `patience`
+    evaluated_step: int = -1  # the step of the last evaluation
+    wandb_id: str | None = None
+    format: int = TRAINER_FORMAT
+
+
+def _places(out_dir: Path, name: str) -> tuple[Path, Path]:
+    """Return the folders where a checkpoint may be: its own, and that of a save cut short."""
+    return out_dir / name, out_dir / f"{name}.prev"
+
+
+def find_checkpoint(
+    out_dir: Path, names: tuple[str, ...] = ("best", "last")
+) -> tuple[Path, Progress]:
+    """Return the first of out_dir's checkpoints with one of these names, and its progress.
+
+    Raises UserError if there is none or if its trainer.json is damaged.
+    """
+    for name in names:
+        for folder in _places(out_dir, name):
+            if is_folder(folder):
+                return folder, _read_progress(folder)
+    where = " or ".join(str(out_dir / name) for name in names)
+    raise UserError(
+        f"no checkpoint in {where}: train a model first (python train.py), or name another run's "
+        f"folder with --out_dir=. Where there is a best/, --init_from={out_dir / 'best'} starts a "
+        "new run from it"
+    )
+
+
+def resumable_files(out_dir: Path) -> dict[str, Path]:
+    """Return where the files lie that resuming reads, by their names in out_dir.
+
+    Empty: out_dir holds no run with a checkpoint last/.
+    """
+    found = [folder for folder in _places(out_dir, "last") if is_folder(folder)]
+    if not found or not is_run(out_dir):
+        return {}
+    files = {f"last/{file.name}": file for file in found[0].iterdir() if file.is_file()}
+    return files | {"run.json": out_dir / "run.json"}
+
+
+def _read_progress(folder: Path) -> Progress:
+    """Read trainer.json. What an older file lacks keeps its default."""
+    file = folder / "trainer.json"
+    progress: Progress = read_json(file, Progress)
+    if progress.format > TRAINER_FORMAT:
+        raise UserError(
+            f"{file} has format {progress.format}, written by a newer version; this one reads up "
+            f"to {TRAINER_FORMAT}: update the program"
+        )
+    return progress
 
 
 # --------------------------------------------------------------------------------------------------

@@ -27,10 +27,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gpt12.checkpoint import Progress
 from gpt12.device import Machine
 from gpt12.errors import UserError, one_line, say
-from gpt12.folder import write_file
+from gpt12.folder import Progress, write_file
 from gpt12.generate import generate
 from gpt12.run import Run
 

@@ -27,16 +27,23 @@ import torch
 from data.dataset import Dataset, check_exists, open_dataset
 from data.tokenizers import load_tokenizer
 from data.windows import EvalWindows, TrainWindows
-from gpt12.checkpoint import Progress, find_checkpoint, resumable_files
 from gpt12.config import REPOSITORY, Loaded, Said, checked, load_config, merge
 from gpt12.device import Machine, compile_model, open_machine
 from gpt12.distributed import copy_from_rank_0, first_ranks_first, torchrun_ranks
 from gpt12.errors import UserError, is_rank_0, say
-from gpt12.folder import describe_run, is_run, lock_run, read_run
+from gpt12.folder import (
+    Progress,
+    describe_run,
+    find_checkpoint,
+    is_run,
+    lock_run,
+    read_run,
+    resumable_files,
+)
 from gpt12.lora import add_lora
 from gpt12.settings import TrainConfig, model_shape, with_shape
 from gpt12.twin import unread_fields
-from gpt12.weights import check_code, find_pretrained, from_pretrained, new_model
+from gpt12.weights import check_code, find_pretrained, from_pretrained, new_model, read_config
 from model import GPT, GPTConfig, flops_per_token
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -537,7 +544,7 @@ def load_start(request: Request, last: Path | None) -> tuple[GPT | None, Any]:
     goes_on = config.eval_only or source == last
     model = from_pretrained(source, block_size, config.dropout, new_run=not goes_on)
     if last is not None and source != last:
-        check_code(last)  # the adapters
+        check_code(last, read_config(last))  # the adapters
     # A tokenizer may lie beside nanoGPT's ckpt.pt, which holds none itself.
     tokenizer = load_tokenizer(source if source.is_dir() else source.parent)
     return model, tokenizer
@@ -564,8 +571,6 @@ def _source(config: TrainConfig, last: Path | None) -> Path | None:
             f"init_from={source} is inside out_dir={config.out_dir}, whose files this run replaces."
             " A LoRA run needs its base model when it is resumed: choose another --out_dir="
         )
-    if is_run(source):
-        return find_checkpoint(source, ("best", "last"))[0]
     return find_pretrained(config.init_from)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from gpt12.errors import UserError, warn
 from gpt12.files import exists
-from gpt12.folder import json_bytes, read_json, what_is_wrong
+from gpt12.folder import find_checkpoint, is_run, json_bytes, read_json, what_is_wrong
 from gpt12.lora import LoRALinear, base_of_adapter, is_adapted, load_adapter
 from gpt12.twin import fingerprint, has_fingerprint, is_gpt2
 from model import GPT, GPTConfig, NothingDrawn, meta_model
@@ -90,11 +90,11 @@ def from_pretrained(
     """
     source, adapters = _base_and_adapters(find_pretrained(path_or_name))
     if adapters and block_size is None:
-        block_size = _read_config(adapters[0])[0].block_size
+        block_size = read_config(adapters[0]).block_size
     model = _read_model(source, block_size, dropout, new_run or bool(adapters))
     for folder in reversed(adapters):
         load_adapter(model, folder)
-        check_code(folder, new_run)
+        check_code(folder, read_config(folder), new_run)
     return model
 
 
@@ -114,11 +114,10 @@ def _base_and_adapters(source: Path) -> tuple[Path, list[Path]]:
 
 def _read_model(source: Path, block_size: int | None, dropout: float, new_run: bool) -> GPT:
     """Load a folder or a ckpt.pt that holds a whole model. The arguments: see from_pretrained."""
-    saved: list[float] | None = None
     if source.suffix == ".pt":
         config, tensors, _ = read_nanogpt(source)
     else:
-        config, saved = _read_config(source)
+        config = read_config(source)
         tensors = _read_tensors(source)
     if not any(name.startswith("transformer.") for name in tensors):  # GPT-2 without a head
         tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
@@ -131,7 +130,7 @@ def _read_model(source: Path, block_size: int | None, dropout: float, new_run: b
             f"pass --block_size={config.block_size} or less"
         )
     _check_tensors(shape, tensors, source)
-    _compare_code(source, config, saved, new_run)
+    check_code(source, config, new_run)
     with NothingDrawn():
         model = GPT(shape)
     with torch.no_grad():
@@ -144,19 +143,17 @@ def _read_model(source: Path, block_size: int | None, dropout: float, new_run: b
     return model
 
 
-def check_code(folder: Path, new_run: bool = False) -> None:
-    """Read a model's config.json, and compare what model.py computes now with what it did then.
+def check_code(source: Path, config: GPTConfig, new_run: bool = False) -> None:
+    """Compare what model.py computes now with what it did when the model in `source` was trained.
 
-    Raises UserError if these differ, or only warns for a new run and for another program's model.
+    config: of that model. Its fingerprint lies in config.json, if it was trained here.
+    Raises UserError if the two differ, or only warns for a new run and for another program's model.
     """
-    config, saved = _read_config(folder)
-    _compare_code(folder, config, saved, new_run)
-
-
-def _compare_code(
-    source: Path, config: GPTConfig, saved: list[float] | None, new_run: bool
-) -> None:
-    """Compare a model's fingerprint with that of model.py. saved: None in other programs' files."""
+    saved = None
+    if source.suffix != ".pt":
+        file = source / "config.json"
+        value = read_json(file).get("fingerprint") or None
+        saved = _validate(list[FiniteFloat] | None, value, file)
     if saved is None:
         if not is_gpt2(config):
             warn(
@@ -309,9 +306,12 @@ def save_config(model: GPT, folder: Path, eot: int | None) -> None:
 def find_pretrained(path_or_name: str | Path) -> Path:
     """Return a local folder or ckpt.pt, or the downloaded (or cached) folder of a hub name.
 
-    Only the model's JSON, text and safetensors files are downloaded.
+    Of a run it is the folder of its best checkpoint, or of its last. Of a hub name only the model's
+    JSON, text and safetensors files are downloaded.
     """
     name = str(path_or_name)
+    if is_run(Path(name)):
+        return find_checkpoint(Path(name))[0]
     if exists(name):
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -342,8 +342,8 @@ def _make_config(values: dict[str, Any], file: Path) -> GPTConfig:
     return config
 
 
-def _read_config(folder: Path) -> tuple[GPTConfig, list[float] | None]:
-    """Return a model's shape and fingerprint from its config.json; UserError if ours differs."""
+def read_config(folder: Path) -> GPTConfig:
+    """Return a model's shape from its config.json. UserError if it is no model of this kind."""
     file = folder / "config.json"
     if not exists(file):
         raise UserError(f"{folder} is no Hugging Face GPT-2 folder: it has no config.json")
@@ -355,7 +355,7 @@ def _read_config(folder: Path) -> tuple[GPTConfig, list[float] | None]:
     config = _make_config(content | {"block_size": block_size}, file)
     if content.get("n_inner") not in (None, 4 * config.n_embd):
         raise UserError(f"{file}: n_inner={content['n_inner']} is not supported, only 4 * n_embd")
-    return config, _validate(list[FiniteFloat] | None, content.get("fingerprint") or None, file)
+    return config
 
 
 def _validate(kind: Any, value: Any, file: Path) -> Any:

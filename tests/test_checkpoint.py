@@ -15,16 +15,21 @@ import torch
 from safetensors.torch import save_file
 
 from gpt12.checkpoint import (
-    TRAINER_FORMAT,
-    Progress,
-    find_checkpoint,
     load_trainer_state,
     save_checkpoint,
     trainer_tensors,
 )
 from gpt12.device import Machine
 from gpt12.errors import UserError, run_main
-from gpt12.folder import lock_run, read_run, set_aside, write_json
+from gpt12.folder import (
+    TRAINER_FORMAT,
+    Progress,
+    find_checkpoint,
+    lock_run,
+    read_run,
+    set_aside,
+    write_json,
+)
 from tests.helpers import (
     CPU,
     built,

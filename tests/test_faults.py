@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt12.checkpoint import Progress, find_checkpoint, save_checkpoint
+from gpt12.checkpoint import save_checkpoint
 from gpt12.errors import UserError
+from gpt12.folder import Progress, find_checkpoint
 from gpt12.twin import VOCAB_SIZE
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig

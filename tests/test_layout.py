@@ -14,7 +14,7 @@ FOLDERS = ("gpt12", "data")
 # A house that one can walk through: files in gpt12/, imports between files, floors; and the nodes
 # of the syntax trees without docstrings, which long lines and short names do not change.
 MOST_FILES = 26
-MOST_IMPORTS = 168
+MOST_IMPORTS = 163
 LONGEST_CHAIN = 9
 MOST_NODES = 65_000
 MOST_NODES_OF_TESTS = 107_000

@@ -17,8 +17,9 @@ from matplotlib.image import imread
 import train
 from data.tokenizers import CharTokenizer
 from data.windows import EvalWindows
-from gpt12.checkpoint import Progress, Saver
+from gpt12.checkpoint import Saver
 from gpt12.errors import UserError
+from gpt12.folder import Progress
 from gpt12.introduction import introduction
 from gpt12.log import Clock, RunLog, draw_losses, drop_later_rows
 from gpt12.weights import save_pretrained

@@ -14,9 +14,9 @@ import torch
 import train
 from data.dataset import open_dataset
 from data.tokenizers import CharTokenizer
-from gpt12.checkpoint import Progress
 from gpt12.device import Machine
 from gpt12.errors import UserError
+from gpt12.folder import Progress
 from gpt12.run import (
     load_start,
     prepare_model,

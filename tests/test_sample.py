@@ -21,8 +21,9 @@ import sample
 from data.chat import CHAT_TEMPLATE, ChatTemplate, chat_template
 from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from gpt12 import twin
-from gpt12.checkpoint import Progress, save_checkpoint
+from gpt12.checkpoint import save_checkpoint
 from gpt12.errors import run_main
+from gpt12.folder import Progress
 from gpt12.settings import SampleConfig
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig

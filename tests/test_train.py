@@ -17,9 +17,10 @@ import train
 from data.prepare import write_packed
 from data.shards import UINT16, Tokens
 from data.windows import EvalWindows, TrainWindows
-from gpt12.checkpoint import Progress, Saver, trainer_tensors
+from gpt12.checkpoint import Saver, trainer_tensors
 from gpt12.device import Machine
 from gpt12.errors import run_main
+from gpt12.folder import Progress
 from gpt12.lora import add_lora
 from gpt12.loss import IGNORE_INDEX
 from gpt12.optimizer import OPTIMIZERS, Entry

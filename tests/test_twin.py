@@ -87,7 +87,7 @@ def test_a_twin_moves_no_random_numbers_and_is_always_the_same(monkeypatch, draw
 
     if draws:
         extend(monkeypatch, model.Block, draw)
-    twin.fingerprint.cache_clear()
+    twin.examine.cache_clear()
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -99,7 +99,7 @@ def test_a_twin_moves_no_random_numbers_and_is_always_the_same(monkeypatch, draw
 
 def test_a_loss_that_computes_something_else_gives_another_fingerprint(monkeypatch):
     before = twin.fingerprint(CONFIG)
-    twin.fingerprint.cache_clear()
+    twin.examine.cache_clear()
     forward = model.GPT.forward
 
     def half_of_the_loss(self, *args, **kwargs):

@@ -49,8 +49,8 @@ import data.tokenizers
 import data.windows  # noqa: F401
 import train
 from gpt12 import checkpoint
-from gpt12.checkpoint import Progress, find_checkpoint
 from gpt12.errors import UserError
+from gpt12.folder import Progress, find_checkpoint
 from tests.helpers import OPTIONS, ROOT, make_answers, make_dataset
 
 PRESET = "config/train_shakespeare_cpu.py"
