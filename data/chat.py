@@ -79,7 +79,6 @@ PLAIN_TEMPLATE = (
     "{{ message.content }}{% if message.ended %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
-MARK = "~~question~~"  # stands for a user's text, to see what a chat template makes of it
 # Lone surrogates, which are in no text that was read from a file.
 BEGIN_TRAINED = "\ud800"
 END_TRAINED = "\ud801"
@@ -177,6 +176,9 @@ def common_ending(prompts: Collection[str]) -> str:
 # --------------------------------------------------------------------------------------------------
 # Sampling
 
+MARK = "~~question~~"  # stands for a user's text, to see what a chat template makes of it
+QUESTION = Message(role="user", content=MARK)
+
 
 class ChatTemplate:
     """How a model's conversations are written as one text.
@@ -209,20 +211,18 @@ class ChatTemplate:
 
     def forgets(self) -> bool:
         """Tell whether it writes a question without those before it, as in single-turn data."""
-        question = Message(role="user", content=MARK)
         answer = Message(role="assistant", content="")
-        return MARK not in self.write([question, answer, Message(role="user", content="?")])
+        return MARK not in self.write([QUESTION, answer, Message(role="user", content="?")])
 
     def complete(self, text: str) -> str | None:
         """Return the text, if it is written in the template already; else None.
 
         The white space that the template has at its end is added.
         """
-        question = Message(role="user", content=MARK)
-        *openings, after = self.write([question]).split(MARK)
+        *openings, after = self.write([QUESTION]).split(MARK)
         with contextlib.suppress(UserError):  # a template may refuse a system message
             system = Message(role="system", content=MARK)
-            openings += self.write([system, question]).split(MARK)[:-1]
+            openings += self.write([system, QUESTION]).split(MARK)[:-1]
         words = after.strip()  # the answer's heading
         begins = [opening.strip() for opening in openings]
         if words not in text or not text.lstrip().startswith(tuple(begins)):

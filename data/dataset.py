@@ -30,9 +30,9 @@ class Dataset:
     tokenizer: None if it is not known.
     train: None if the folder holds only val shards.
     warnings: what the user should know about the data.
-    documents: their number, or None if it is not known.
+    document_count: None if it is not known.
     val_sha256: the hash of the first val shard, or None for shards that were not made here.
-    packed_for: the block_size for which examples were packed, or None for texts, which go with any.
+    window: the block_size for which examples were packed, or None for texts, which go with any.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -43,9 +43,9 @@ class Dataset:
         self.name = name
         self.folder = folder
         meta = _read_meta(folder / "meta.json")
-        self.documents: int | None = meta.get("documents")
+        self.document_count: int | None = meta.get("documents")
         self.val_sha256: str | None = meta.get("val_sha256")
-        self.packed_for: int | None = meta.get("window", meta.get("row"))  # "row" until FORMAT 6
+        self.window: int | None = meta.get("window", meta.get("row"))  # "row" until FORMAT 6
         self.warnings: list[str] = list(meta.get("notes", ()))
         self.val = Tokens(folder, "val")
         self.train = Tokens(folder, "train") if find_shards(folder, "train") else None
@@ -55,16 +55,16 @@ class Dataset:
             if self.val.dtype == UINT16:
                 self.tokenizer = get_tokenizer("gpt2")  # as in nanoGPT
         if self.tokenizer is not None:
-            self.vocab_size = self.tokenizer.text_ids
+            self.text_vocab_size = self.tokenizer.text_vocab_size
         else:
-            self.vocab_size = max(split.max_id() for split in splits) + 1
+            self.text_vocab_size = max(split.max_id() for split in splits) + 1
             self.warnings.append(
                 f"{folder} has no tokenizer (a meta.pkl is never opened, because it can run "
-                f"programs). The vocabulary is assumed to have {self.vocab_size:,} ids, the "
+                f"programs). The vocabulary is assumed to have {self.text_vocab_size:,} ids, the "
                 "largest one plus one. The ids cannot be turned into text."
             )
         for split in splits:
-            split.check_vocab(self.vocab_size)
+            split.check_vocab(self.text_vocab_size)
 
     @property
     def tokenizer_name(self) -> str | None:
@@ -107,10 +107,10 @@ def open_dataset(
             "What is done so far is kept: run the command again to continue."
         ) from error
     dataset = Dataset(name, folder)
-    if dataset.packed_for not in (None, block_size):
+    if dataset.window not in (None, block_size):
         raise UserError(
-            f"{folder} was prepared for block_size={dataset.packed_for}. Use "
-            f"--block_size={dataset.packed_for}."
+            f"{folder} was prepared for block_size={dataset.window}. Use "
+            f"--block_size={dataset.window}."
         )
     if tokenizer != "auto":
         dataset.tokenizer = _as_asked(dataset, tokenizer)

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 
 from data.shards import (
-    CHUNK_TOKENS,
     EXAMPLE_START,
     TRAINED,
     UINT8,
@@ -31,7 +30,7 @@ from data.shards import (
     token_dtype,
     write_shards,
 )
-from data.texts import FEW_DOCUMENTS, Documents, Piece
+from data.texts import FEW_DOCUMENTS, Documents, Found, Piece
 from data.tokenizers import Tokenizer, get_tokenizer
 from gpt12.errors import UserError
 from gpt12.files import lock_folder, sha256, write_atomically
@@ -48,7 +47,7 @@ class Written:
     """What has been written of a data set. progress.json keeps it, so that a later call goes on."""
 
     next: int = 0  # the index of the document that comes next
-    documents: int = 0  # written; the others were blank
+    count: int = 0  # documents written; the others were blank
     train: int = 0  # tokens written
     val: int = 0
 
@@ -81,22 +80,27 @@ def prepare_texts(
     """
     locked = f"Another process is preparing the data in {folder}. Wait until it has ended."
     with lock_folder(folder, if_locked=UserError(locked)):
+        found = Found()
         if documents.kind == "text":
-            written = _write_texts(documents, tokenizer, folder, val_fraction, max_tokens)
-            packed_for = None
+            written = _write_texts(documents, found, tokenizer, folder, val_fraction, max_tokens)
+            window = None
         else:
-            written = _write_examples(documents, tokenizer, folder, val_fraction, block_size)
-            packed_for = block_size
-        blank = written.next - written.documents
+            written = _write_examples(documents, found, tokenizer, folder, val_fraction, block_size)
+            window = block_size
+        notes = documents.notes + found.notes
+        blank = found.count - written.count
         if blank:
-            documents.notes.append(f"{blank:,} blank texts or answers were left out.")
+            notes.append(f"{blank:,} blank texts or answers were left out.")
         if min(written.train, written.val) < 2:
             tokens = written.train + written.val
             problem = f"is too short to train on and to validate: it has {tokens} tokens."
-            raise UserError(" ".join([documents.source, problem, *documents.notes]))
+            raise UserError(" ".join([documents.source, problem, *notes]))
         tokenizer = copy.copy(tokenizer)  # the model's own one keeps its template
-        tokenizer.chat_template = documents.chat_template(has_end_token=tokenizer.eot is not None)
-        complete(folder, tokenizer, written.documents, documents.notes, packed_for)
+        tokenizer.chat_template = None
+        if window is not None:
+            has_end_token = tokenizer.eot is not None
+            tokenizer.chat_template = found.chat_template(documents.kind, has_end_token)
+        write_meta(folder, tokenizer, written.count, notes, window)
         (folder / "progress.json").unlink(missing_ok=True)
 
 
@@ -117,21 +121,21 @@ def prepare_corpus(
     prepare_texts(documents, tokenizer, folder, val_fraction, max_tokens=max_tokens)
 
 
-def complete(
+def write_meta(
     folder: Path,
     tokenizer: Tokenizer,
-    documents: int,
+    document_count: int,
     notes: list[str],
-    packed_for: int | None = None,
+    window: int | None = None,
 ) -> None:
-    """Write what belongs to the shards of a data set: the tokenizer's files and meta.json.
+    """Write the tokenizer's files and meta.json beside the shards of a data set.
 
     notes: what the user should know about the data.
-    packed_for: the block_size for which examples were packed.
+    window: the block_size for which examples were packed; None for texts.
     """
     tokenizer.save(folder)
     digests = [sha256(shard) for shard in find_shards(folder, "val")]
-    meta = {"documents": documents, "val_sha256": digests[0], "window": packed_for, "notes": notes}
+    meta = {"documents": document_count, "val_sha256": digests[0], "window": window, "notes": notes}
     write_atomically(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
 
 
@@ -155,8 +159,10 @@ def _hash_below_one(document: int) -> float:
     return int.from_bytes(digest[:4], "little") / 2**32
 
 
-def _encode(documents: Documents, tokenizer: Tokenizer, skip: int = 0) -> Iterator[Encoded]:
-    """Encode the pieces of the documents after `skip`, on all cores, and show how far it is.
+def _encode(documents: Documents, found: Found, tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """Encode the pieces of the documents on all cores, and show how far it is.
+
+    The first found.count documents are left out; `found` gets what is found in the others.
 
     A document becomes the tokens that its tokenizer begins every text with (GPT-2's: none), those
     of its pieces, and its end: the end-of-text token, or a line end where there is none.
@@ -169,9 +175,9 @@ def _encode(documents: Documents, tokenizer: Tokenizer, skip: int = 0) -> Iterat
     if tokenizer.eot is None and len(documents.first) == 1:
         end = end[:0]  # a line end keeps documents apart; after a single text it is not needed
 
-    def encode(batch: list[tuple[int, Piece]]) -> list[Encoded]:
+    def encode(share: list[tuple[int, Piece]]) -> list[Encoded]:
         encoded = []
-        for document, piece in batch:
+        for document, piece in share:
             ids = tokenizer.encode_after(piece.after, piece.text)
             if not piece.after:
                 ids = np.append(begin, ids)
@@ -180,19 +186,19 @@ def _encode(documents: Documents, tokenizer: Tokenizer, skip: int = 0) -> Iterat
             encoded.append(Encoded(document, ids, piece.trained))
         return encoded
 
-    pieces = documents.pieces(skip)
-    # Lists of pieces, until one is empty.
-    batches = iter(lambda: list(itertools.islice(pieces, PIECES_AT_ONCE)), [])
+    pieces = documents.pieces(found)
     cores = os.cpu_count() or 1
     with (
         ThreadPoolExecutor(cores) as threads,
         # disable=None: shown on a terminal only
         tqdm(desc=documents.source, unit=" tokens", unit_scale=True, disable=None) as bar,
     ):
-        while ahead := list(itertools.islice(batches, 2 * cores)):
-            for batch in threads.map(encode, ahead):
-                yield from batch
-                bar.update(sum(len(encoded.ids) for encoded in batch))
+        while ahead := list(itertools.islice(pieces, 2 * cores * PIECES_AT_ONCE)):
+            starts = range(0, len(ahead), PIECES_AT_ONCE)
+            shares = [ahead[start : start + PIECES_AT_ONCE] for start in starts]
+            for share in threads.map(encode, shares):
+                yield from share
+                bar.update(sum(len(encoded.ids) for encoded in share))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,6 +207,7 @@ def _encode(documents: Documents, tokenizer: Tokenizer, skip: int = 0) -> Iterat
 
 def _write_texts(
     documents: Documents,
+    found: Found,
     tokenizer: Tokenizer,
     folder: Path,
     val_fraction: float,
@@ -211,30 +218,31 @@ def _write_texts(
     Few texts are all written to train. Then the end of train moves to val.
     """
     file = folder / "progress.json"
-    written = Written(**json.loads(file.read_bytes())) if file.exists() else Written()
+    # By order: an older version has other names in it.
+    written = Written(*json.loads(file.read_bytes()).values()) if file.exists() else Written()
+    found.count = written.next
     first = documents.first
     few = len(first) < FEW_DOCUMENTS
-    dtype = token_dtype(tokenizer.text_ids)
+    dtype = token_dtype(tokenizer.text_vocab_size)
     train = ShardWriter(folder, "train", dtype, start=written.train)
     val = ShardWriter(folder, "val", dtype, start=written.val)
     total = saved = written.train + written.val
-    encoded = _encode(documents, tokenizer, skip=written.next)
+    encoded = _encode(documents, found, tokenizer)
     for document, pieces in itertools.groupby(encoded, key=lambda piece: piece.document):
         is_val = not few and is_for_validation(document, first, val_fraction)
         writer = val if is_val else train
         for piece in pieces:
             writer.add(piece.ids)
-        written = Written(document + 1, written.documents + 1, train.count, val.count)
+        written = Written(document + 1, written.count + 1, train.count, val.count)
         total = train.count + val.count
         if total >= max_tokens:
+            found.count = document + 1  # pieces ahead of it were read
             break
         if total - saved >= SAVE_TOKENS:
             train.flush()
             val.flush()
             write_atomically(file, json.dumps(asdict(written)).encode())
             saved = total
-    if total < max_tokens:  # all was read, perhaps with blank texts at the end
-        written.next = documents.count
     train.close()
     val.close()
     if few:
@@ -247,13 +255,12 @@ def _move_end_to_val(folder: Path, written: Written, val_fraction: float) -> Non
     keep = min(int(written.train * (1 - val_fraction)), written.train - 2)
     if keep < 2:
         return  # there is too little text
-    # A call that is interrupted from here on cannot be continued, and starts again.
+    # If the program is stopped from here on, the next call prepares everything again.
     (folder / "progress.json").unlink(missing_ok=True)
     tokens = Tokens(folder, "train")
     val = ShardWriter(folder, "val", tokens.dtype)
-    for start in range(keep, len(tokens), CHUNK_TOKENS):
-        length = min(CHUNK_TOKENS, len(tokens) - start)
-        val.add(tokens.gather(np.array([start]), length)[0])
+    for chunk in tokens.chunks(keep):
+        val.add(chunk)
     tokens.close()
     ShardWriter(folder, "train", tokens.dtype, start=keep).close()
     val.close()  # the last step: a data set is there when it has a val shard
@@ -270,6 +277,7 @@ Example = tuple[np.ndarray, np.ndarray]
 
 def _write_examples(
     documents: Documents,
+    found: Found,
     tokenizer: Tokenizer,
     folder: Path,
     val_fraction: float,
@@ -283,42 +291,41 @@ def _write_examples(
     examples: dict[str, list[Example]] = {"train": [], "val": []}
     written = Written()
     cut = 0
-    encoded = _encode(documents, tokenizer)
+    encoded = _encode(documents, found, tokenizer)
     for document, group in itertools.groupby(encoded, key=lambda piece: piece.document):
         pieces = list(group)
         ids = np.concatenate([piece.ids for piece in pieces])
         lengths = [len(piece.ids) for piece in pieces]
         mask = np.repeat(np.array([TRAINED * piece.trained for piece in pieces], UINT8), lengths)
         cut += len(ids) > block_size
-        written.documents += 1
+        written.count += 1
         if mask[1:block_size].any():
             split = "val" if is_for_validation(document, first, val_fraction) else "train"
             examples[split].append((ids[:block_size], mask[:block_size]))
-    written.next = documents.count
-    dtype = token_dtype(tokenizer.text_ids)
+    dtype = token_dtype(tokenizer.text_vocab_size)
     padding = tokenizer.eot or 0
     written.train = write_packed(folder, "train", examples["train"], block_size, dtype, padding)
     written.val = write_packed(folder, "val", examples["val"], block_size, dtype, padding)
     if tokenizer.eot is None:
         advice = "Sample with --stop='\\n'." if tokenizer.end else "Use another --tokenizer=."
-        documents.notes.append(
+        found.notes.append(
             "This tokenizer has no end-of-text token, so answers will not end by themselves. "
             f"{advice}"
         )
-    if documents.unanswered > 0:
-        documents.notes.append(
-            f"{documents.unanswered:,} conversations end with a message that has no answer. It was "
+    if found.unanswered > 0:
+        found.notes.append(
+            f"{found.unanswered:,} conversations end with a message that has no answer. It was "
             "left out."
         )
-    if documents.kind == "prompt" and documents.ending == "":
-        documents.notes.append(
+    if documents.kind == "prompt" and found.ending == "":
+        found.notes.append(
             "The prompts have no common ending, so the model cannot see where a question ends and "
             "its answer begins. End every prompt in the same way, for example with a line end."
         )
     if cut > 0:
-        left_out = written.documents - len(examples["train"]) - len(examples["val"])
-        documents.notes.append(
-            f"{cut:,} of {written.documents:,} examples were longer than {block_size} tokens and "
+        left_out = written.count - len(examples["train"]) - len(examples["val"])
+        found.notes.append(
+            f"{cut:,} of {written.count:,} examples were longer than {block_size} tokens and "
             f"were cut; {left_out:,} were left out, because nothing of the answer remained. A "
             "larger --block_size= keeps more."
         )

@@ -22,6 +22,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -243,15 +244,21 @@ class Tokens:
         """
         self._vocab_size = vocab_size
         chunks = math.ceil(len(self) / CHUNK_TOKENS)
-        self.max_id(every=math.ceil(chunks / MAX_CHECKED_CHUNKS) or 1)
+        for _ in self.chunks(every=math.ceil(chunks / MAX_CHECKED_CHUNKS) or 1):
+            pass  # gather() has checked it
 
-    def max_id(self, every: int = 1) -> int:
-        """Return the largest id of the split, or of every so manieth chunk of it."""
-        largest = 0
-        for start in range(0, len(self), every * CHUNK_TOKENS):
-            chunk = self.gather(np.array([start]), min(CHUNK_TOKENS, len(self) - start))
-            largest = max(largest, int(chunk.max()))
-        return largest
+    def max_id(self) -> int:
+        """Return the largest id of the split."""
+        return max((int(chunk.max()) for chunk in self.chunks()), default=0)
+
+    def chunks(self, start: int = 0, every: int = 1) -> Iterator[np.ndarray]:
+        """Yield the tokens from `start` on, int64, in chunks of CHUNK_TOKENS.
+
+        every: 2 yields every second chunk.
+        """
+        for index in range(start, len(self), every * CHUNK_TOKENS):
+            length = min(CHUNK_TOKENS, len(self) - index)
+            yield self.gather(np.array([index]), length)[0]
 
 
 def _map_shard(shard: Shard) -> np.ndarray:

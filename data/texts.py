@@ -12,6 +12,7 @@ import io
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,6 @@ from data.readers import (
     SUFFIXES,
     TABLES,
     Row,
-    Rows,
     file_rows,
     find_files,
     hub_rows,
@@ -89,12 +89,47 @@ class Piece(NamedTuple):
     """A part of a document that is tokenized by itself.
 
     A short text is one piece. In examples each answer is one, and what stands before each answer.
+
+    after: what comes before it: "" is nothing, "text" is a piece that it continues, "end" is an end
+        token. Many tokenizers write the beginning of a text in another way than its middle.
+    trained: its tokens, and the end token after it, are targets.
+    end: an end token follows.
     """
 
     text: str
-    after: str = ""  # what comes before it: nothing, a "text" that it goes on with, an "end" token
-    trained: bool = True  # its tokens, and the end token after it, are targets
-    end: bool = True  # the end token follows
+    after: str = ""
+    trained: bool = True
+    end: bool = True
+
+
+@dataclass
+class Found:
+    """What a pass over documents has found so far. Documents.pieces() fills it in.
+
+    count: the documents, with those that are left out.
+    unanswered: the conversations that end with a question.
+    single_turn: each conversation has one answer.
+    prompts: the ends of all prompts.
+    systems: how many conversations have each system message; None stands for no message.
+    notes: what the user should know about the rows.
+    """
+
+    count: int = 0
+    unanswered: int = 0
+    single_turn: bool = True
+    prompts: set[str] = field(default_factory=set)
+    systems: collections.Counter[str | None] = field(default_factory=collections.Counter)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ending(self) -> str:
+        """The text with which all prompts end."""
+        return common_ending(self.prompts)
+
+    def chat_template(self, kind: str, has_end_token: bool) -> str:
+        """Return the template by which a model that learned the examples can be asked."""
+        [(system, _)] = self.systems.most_common(1)
+        return chat_template(kind, has_end_token, self.ending, system, self.single_turn)
 
 
 class Documents:
@@ -106,9 +141,7 @@ class Documents:
     text_column: the column with the text. "line" makes each line of a text file a document.
     encoding: of the files that are not UTF-8; REPLACE is UTF-8 whose bad bytes become U+FFFD.
     files: the files that are read, in this order; none for the hub.
-    notes: what the user should know about the files and their form.
-    count: how many documents pieces() has read so far, with those that it leaves out.
-    unanswered: how many conversations it has read that end with a question.
+    notes: what the user should know about the files.
     """
 
     def __init__(
@@ -119,32 +152,13 @@ class Documents:
         self.encoding = encoding
         self.files: list[Path] = []
         self.notes: list[str] = []
-        self.count = 0
-        self.unanswered = 0
-        self._most_answers = 0  # in one conversation
-        self._begin = self.source  # the place of the first row
-        self._prompts: set[str] = set()
-        self._systems: collections.Counter[str | None] = collections.Counter()
         if not self.source.startswith("hf:"):
             self._find_files()
 
     @functools.cached_property
     def kind(self) -> str:
-        """The kind of all rows' form, which the first row shows; columns not used are noted."""
-        for where, row in itertools.islice(self._rows(), 1):
-            self._begin = where
-            form = self._form(where, row)
-            used = {*form.columns, *form.optional, *REFUSED}
-            unused = [repr(column) for column in row if column not in used]
-            messages = [given for given in _given_messages(row, form) if isinstance(given, dict)]
-            keys = set[str]().union(*messages) - MESSAGE_KEYS
-            unused += [f"{key!r} of a message" for key in sorted(keys)]
-            if form.kind != "text" and unused:
-                columns = " and ".join(form.columns)
-                self.notes.append(
-                    f"{self.source} is read by its columns {columns}. Columns not used: "
-                    f"{', '.join(unused)}."
-                )
+        """The kind of all rows' form, which the first row shows."""
+        for _, _, form in self._rows():
             return form.kind
         return "text"
 
@@ -154,48 +168,33 @@ class Documents:
         documents = itertools.groupby(index for index, _ in self.pieces())
         return [index for index, _ in itertools.islice(documents, FEW_DOCUMENTS)]
 
-    def chat_template(self, has_end_token: bool) -> str | None:
-        """Return the template by which a model that learned the examples can be asked."""
-        if self.kind == "text":
-            return None
-        ranking = self._systems.most_common(1)
-        system = ranking[0][0] if ranking else None
-        return chat_template(
-            self.kind, has_end_token, self.ending, system, single_turn=self._most_answers == 1
-        )
-
-    @property
-    def ending(self) -> str:
-        """The text with which all prompts end that were read."""
-        return common_ending(self._prompts)
-
-    def pieces(self, skip: int = 0) -> Iterator[tuple[int, Piece]]:
-        """Yield each piece with the index of its document, but none of the first `skip` documents.
+    def pieces(self, found: Found | None = None) -> Iterator[tuple[int, Piece]]:
+        """Yield each piece with the index of its document.
 
         Blank texts and examples with a blank answer are left out; they have an index all the same.
+
+        found: gets what is found. The pass begins after the first found.count documents.
         """
-        self.count = skip
-        self.unanswered = 0
-        self._most_answers = 0
-        self._prompts.clear()
-        self._systems.clear()
-        for index, (where, row) in enumerate(self._rows(skip), skip):
-            self.count += 1
-            form = self._form(where, row)
+        found = found or Found()
+        begin = ""
+        for where, row, form in self._rows(found.count):
+            begin = begin or where
             if form.kind != self.kind:
                 raise UserError(
-                    f"{where} is of kind {form.kind!r}, and the rows before, from {self._begin}, "
+                    f"{where} is of kind {form.kind!r}, and the rows before, from {begin}, "
                     f"are of kind {self.kind!r}. Put them into separate data sets."
                 )
             is_text = form.kind == "text"
-            for piece in self._text(where, row) if is_text else self._example(where, row, form):
-                yield index, piece
+            pieces = self._text(where, row) if is_text else self._example(where, row, form, found)
+            for piece in pieces:
+                yield found.count, piece
+            found.count += 1
 
     # ----------------------------------------------------------------------------------------------
     # Rows
 
-    def _rows(self, skip: int = 0) -> Rows:
-        """Yield the place and the content of each row, but not of the first `skip` ones."""
+    def _rows(self, skip: int = 0) -> Iterator[tuple[str, Row, Form]]:
+        """Yield the place, the content and the form of each row, but not of the first `skip`."""
         if self.source.startswith("hf:"):
             rows = hub_rows(self.source)
         else:
@@ -203,7 +202,8 @@ class Documents:
                 file_rows(file, self.text_column, self.encoding) for file in self.files
             )
         for where, row in itertools.islice(rows, skip, None):
-            yield where, self._with_known_names(where, row)
+            known = self._with_known_names(where, row)
+            yield where, known, self._form(where, known)
 
     def _with_known_names(self, where: str, row: Row) -> Row:
         """Return a row in which a column that is written as `Question` is the `question`."""
@@ -245,24 +245,30 @@ class Documents:
         parts = re.split(re.escape(END_OF_TEXT) + "\n?", cell)
         return itertools.chain.from_iterable(split_text(io.StringIO(part)) for part in parts)
 
-    def _example(self, where: str, row: Row, form: Form) -> list[Piece]:
+    def _example(self, where: str, row: Row, form: Form, found: Found) -> list[Piece]:
         """Return the pieces of a row with questions and answers; none if no answer is trained."""
+        if found.count == 0 and (unused := _unused(row, form)):
+            columns = " and ".join(form.columns)
+            found.notes.append(
+                f"{self.source} is read by its columns {columns}. Columns not used: "
+                f"{', '.join(unused)}."
+            )
         messages = _read_messages(where, row, form)
         pieces: list[Piece] = []
         answers = [message for message in messages if message["role"] == "assistant"]
-        for message, (question, answer) in zip(answers, questions_and_answers(self.kind, messages)):
+        for message, (question, answer) in zip(answers, questions_and_answers(form.kind, messages)):
             trained = not message.get("ignored") and answer.strip() != ""
             before = "end" if pieces else ""
             pieces.append(Piece(question, before, trained=False, end=False))
             pieces.append(Piece(answer, "text", trained))
         if not any(piece.trained for piece in pieces):
             return []
-        self._most_answers = max(self._most_answers, len(answers))
-        self.unanswered += messages[-1]["role"] == "user"
-        if self.kind == "prompt":
-            self._prompts.add(pieces[0].text[-ENDING_CHARACTERS:])
+        found.single_turn &= len(answers) == 1
+        found.unanswered += messages[-1]["role"] == "user"
+        if form.kind == "prompt":
+            found.prompts.add(pieces[0].text[-ENDING_CHARACTERS:])
         first = messages[0]
-        self._systems[first["content"].strip() if first["role"] == "system" else None] += 1
+        found.systems[first["content"].strip() if first["role"] == "system" else None] += 1
         return pieces
 
     # ----------------------------------------------------------------------------------------------
@@ -296,11 +302,13 @@ class Documents:
 
     def _is_usable(self, file: Path) -> bool:
         """Tell whether a file is no table, or has a text. A package.json has none."""
+        if suffix_of(file) not in TABLES:
+            return True
         try:
-            table = suffix_of(file) in TABLES
-            return not table or Documents(file, self.text_column, self.encoding).kind != ""
+            next(Documents(file, self.text_column, self.encoding)._rows(), None)
         except UserError:
             return False
+        return True
 
 
 def _count(files: Sequence[Path]) -> str:
@@ -319,6 +327,15 @@ def _given_messages(row: Row, form: Form) -> list[Any]:
         return []
     given = row[form.columns[0]]
     return given if isinstance(given, list) else [given]
+
+
+def _unused(row: Row, form: Form) -> list[str]:
+    """Return the columns of a row, and the keys of its messages, that mean nothing in its form."""
+    used = {*form.columns, *form.optional, *REFUSED}
+    unused = [repr(column) for column in row if column not in used]
+    messages = [given for given in _given_messages(row, form) if isinstance(given, dict)]
+    keys = {key for message in messages for key in message}
+    return unused + [f"{key!r} of a message" for key in sorted(keys - MESSAGE_KEYS)]
 
 
 def _read_messages(where: str, row: Row, form: Form) -> list[Message]:

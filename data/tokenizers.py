@@ -83,7 +83,7 @@ class Tokenizer:
     name: "gpt2", "char", "bytes", or "model" for any other one of a model.
     library: the same tokenizer as an object of the library.
     names: the tokens' names in Hugging Face's files, by id. table: the bytes of each.
-    text_ids: texts become ids below this; the rest are tokens that somebody added.
+    text_vocab_size: texts become ids below this; the rest are tokens that somebody added.
     eot: the id that ends a document, or None. end_ids: the ids that end a text when sampling.
     files: the files of a model's tokenizer, which go back as they came.
     chat_template: Jinja text that is saved with the tokenizer, or None.
@@ -97,7 +97,7 @@ class Tokenizer:
         self.names = _names(library)
         self.table = _bytes_of_tokens(library, self.names)
         self.vocab_size = len(self.names)
-        self.text_ids = self.vocab_size
+        self.text_vocab_size = self.vocab_size
         self.eot = library.token_to_id(END_OF_TEXT)
         self.end_ids = set() if self.eot is None else {self.eot}
         self.files: dict[str, bytes] = {}
@@ -236,7 +236,7 @@ class GPT2Tokenizer(Tokenizer):
 
         super().__init__(library)
         assert self.eot is not None
-        self.text_ids = self.eot + 1
+        self.text_vocab_size = self.eot + 1
         ranks = {content: token for token, content in enumerate(self.table[: self.eot])}
         # tiktoken.get_encoding() would download the files itself. The end of text is named here
         # because tiktoken is slow without any special token; encode() never produces it.

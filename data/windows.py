@@ -97,9 +97,9 @@ class EvalWindows:
     def choose(self, n: int) -> np.ndarray:
         """Return the indices of n windows spread over the split, ascending and always the same.
 
-        n: 0, or more windows than there are, means all.
+        n: more windows than there are means all.
         """
-        if n == 0 or n >= self.count:
+        if n >= self.count:
             return np.arange(self.count)
         return np.sort(permute(np.arange(n), self.count, key=0))
 

@@ -74,7 +74,7 @@ def _data_line(run: Run) -> str:
     elif run.config.init_from != "scratch":
         # Instruction data that were not recognized as such show here.
         kind = "; plain text, every token is a target"
-    documents = "" if dataset.documents is None else f"documents: {dataset.documents:,}, "
+    documents = "" if dataset.document_count is None else f"documents: {dataset.document_count:,}, "
     return (
         f"data: {dataset.name}, {documents}{len(run.train_windows.tokens):,} training and "
         f"{len(dataset.val):,} validation tokens{kind}"

@@ -73,7 +73,7 @@ def open_tokens(config: BenchConfig) -> tuple[Any, int, str]:
     if not use_dataset:
         return RandomTokens(config.vocab_size), config.vocab_size, "random tokens"
     dataset = open_data(config)
-    return dataset.train, dataset.vocab_size, dataset.name
+    return dataset.train, dataset.text_vocab_size, dataset.name
 
 
 # --------------------------------------------------------------------------------------------------

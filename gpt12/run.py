@@ -580,23 +580,23 @@ def model_for_data(model: GPT | None, tokenizer: Any, dataset: Dataset, config: 
     Raises UserError if the data were made with another tokenizer than the model's.
     """
     if model is None:
-        return new_model(model_shape(config, dataset.vocab_size))
+        return new_model(model_shape(config, dataset.text_vocab_size))
     other_tokenizer = (
         tokenizer is not None
         and dataset.tokenizer is not None
         and tokenizer.sha256 != dataset.tokenizer.sha256
     )
-    if other_tokenizer or dataset.vocab_size > model.config.vocab_size:
+    if other_tokenizer or dataset.text_vocab_size > model.config.vocab_size:
         raise UserError(
             f"dataset {dataset.name} was made with another tokenizer "
-            f"({dataset.tokenizer_name}, {dataset.vocab_size} tokens) than the model to "
+            f"({dataset.tokenizer_name}, {dataset.text_vocab_size} tokens) than the model to "
             f"start from ({model.config.vocab_size} tokens). Its own tokenizer must read the text: "
             "give the text itself as --dataset=, without --tokenizer=. A model that brings no "
             "tokenizer needs one's files beside it"
         )
-    if tokenizer is None and dataset.vocab_size < model.config.vocab_size:
+    if tokenizer is None and dataset.text_vocab_size < model.config.vocab_size:
         dataset.warnings.append(
-            f"{config.init_from} has no tokenizer. Its first {dataset.vocab_size} of "
+            f"{config.init_from} has no tokenizer. Its first {dataset.text_vocab_size} of "
             f"{model.config.vocab_size} ids are taken to be those of {dataset.name} "
             f"({dataset.tokenizer_name}). If it was trained with another tokenizer, what it "
             "learned is lost"

@@ -78,8 +78,8 @@ def test_a_single_text_is_split_at_its_last_tokens(house, tokenizer, fraction, t
     whole = [*text.encode(), EOT] if tokenizer == "bytes" else [chars.index(c) for c in text]
     keep = min(int(len(whole) * (1 - fraction)), len(whole) - 2)
     assert (ids(dataset.train), ids(dataset.val)) == (whole[:keep], whole[keep:])
-    assert (dataset.documents, dataset.tokenizer.name) == (1, tokenizer)
-    assert dataset.vocab_size == (257 if tokenizer == "bytes" else len(chars))
+    assert (dataset.document_count, dataset.tokenizer.name) == (1, tokenizer)
+    assert dataset.text_vocab_size == (257 if tokenizer == "bytes" else len(chars))
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "folder", "lines.txt"])
@@ -113,7 +113,7 @@ def test_many_documents_go_whole_to_one_side(house, count, fraction):
         parts[side] += [*text.encode(), EOT]
         sides[side] += 1
     assert (ids(dataset.train), ids(dataset.val)) == (parts["train"], parts["val"])
-    assert dataset.documents == count
+    assert dataset.document_count == count
     assert abs(sides["val"] - count * fraction) <= 1 + 3 * (count * fraction) ** 0.5
     assert sides["val"] >= 1
 
@@ -306,7 +306,7 @@ def test_the_hub_is_not_asked_for_what_is_there(house, monkeypatch):
     rows = [("hf", {"text": f"row {i}"}) for i in range(50)]
     monkeypatch.setattr("data.texts.hub_rows", lambda source: iter(rows))
     first = open_bytes("hf:owner/name")
-    assert first.documents == 50 and first.folder.name.startswith("name-")
+    assert first.document_count == 50 and first.folder.name.startswith("name-")
     monkeypatch.setattr("data.texts.hub_rows", None)
     assert open_bytes("hf:owner/name", block_size=4).folder == first.folder
 
@@ -338,7 +338,7 @@ def test_a_locked_folder_is_reported_as_data_preparation(house):
 
 def test_preparing_a_longer_text_takes_no_more_memory(house, monkeypatch):
     monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 5_000)
-    monkeypatch.setattr(prepare, "CHUNK_TOKENS", 50_000)
+    monkeypatch.setattr("data.shards.CHUNK_TOKENS", 50_000)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     peaks = []
     for lines in (50_000, 100_000):  # 2.2 and 4.4 MB
@@ -381,7 +381,7 @@ def test_examples_are_packed_whole_and_only_answers_are_targets(house):
         assert used > (rows - 1) * block * 0.93
     assert found == collections.Counter(p + c for p, c in pairs)
     assert not dataset.warnings
-    assert dataset.documents == len(pairs)
+    assert dataset.document_count == len(pairs)
     assert 0.05 < len(dataset.val) / len(dataset.train) < 0.2
 
 
@@ -550,7 +550,7 @@ def test_a_models_tokenizer_lies_beside_its_data(house):
     (house / "a.txt").write_text("the cat is on the mat. " * 40)
     own = Tokenizer(tiny_library())
     dataset = open_dataset("a.txt", tokenizer=own, block_size=8)
-    assert dataset.tokenizer is own and dataset.vocab_size == own.vocab_size
+    assert dataset.tokenizer is own and dataset.text_vocab_size == own.vocab_size
     alone = open_dataset(str(dataset.folder), block_size=8)
     assert alone.tokenizer.decode(ids(alone.train)) == own.decode(ids(dataset.train))
     assert open_dataset("a.txt", tokenizer=alone.tokenizer, block_size=8).folder == dataset.folder
@@ -568,7 +568,7 @@ def test_nanogpts_pickle_is_not_opened(house):
     np.arange(12, dtype=np.uint16).tofile(house / "val.bin")
     (house / "meta.pkl").write_bytes(pickle.dumps(Trap()))
     dataset = open_dataset(str(house), block_size=8)
-    assert dataset.vocab_size == 40
+    assert dataset.text_vocab_size == 40
     assert dataset.tokenizer is None
     assert len(dataset.train) == 40
     assert len(dataset.val) == 12
@@ -579,7 +579,7 @@ def test_nanogpts_pickle_is_not_opened(house):
 def test_shards_without_meta_json_are_taken_for_gpt2s(house, monkeypatch):
     monkeypatch.setattr(dataset_module, "get_tokenizer", {"gpt2": tiny}.get)
     dataset = open_dataset(str(shards(house / "x", tiny.vocab_size)), block_size=8)
-    assert dataset.tokenizer is tiny and dataset.vocab_size == tiny.vocab_size
+    assert dataset.tokenizer is tiny and dataset.text_vocab_size == tiny.vocab_size
     with pytest.raises(UserError, match="the vocabulary has ids"):
         open_dataset(str(shards(house / "x", tiny.vocab_size + 1)), block_size=8)
 

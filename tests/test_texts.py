@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from data import texts
 from data.chat import CHAT_TEMPLATE, chat_template, common_ending
-from data.texts import Documents, Piece, split_text
+from data.texts import Documents, Found, Piece, split_text
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt12.errors import UserError
 from tests.tiny_bpe import tiny
@@ -93,9 +93,10 @@ def test_every_container_of_rows_is_read(tmp_path, name):
     assert read(file, "body") == [text[::-1] for _, text in filled]
     for documents in (Documents(file), Documents(compressed)):
         for skip in (0, 2, 5):
-            rest = [(index, piece.text) for index, piece in documents.pieces(skip)]
+            found = Found(skip)
+            rest = [(index, piece.text) for index, piece in documents.pieces(found)]
             assert rest == [(i, text) for i, text in filled if i >= skip]
-            assert documents.count == len(rows)
+            assert found.count == len(rows)
 
 
 def test_a_line_end_is_the_same_everywhere(tmp_path):
@@ -136,7 +137,8 @@ def test_end_of_text_separates_the_documents_of_a_text_file(tmp_path):
     )
     documents = Documents(file)
     assert [piece.text for _, piece in documents.pieces()] == ["one\n", "two", "3"]
-    assert (len(documents.first), documents.count) == (3, 3)  # nothing counts as blank
+    # Nothing counts as blank.
+    assert (len(documents.first), read_through(documents).count) == (3, 3)
     rows = [{"text": file.read_text()}, {"text": "<|endoftext|>"}]
     pieces = list(Documents(write_jsonl(tmp_path / "a.jsonl", rows)).pieces())
     assert pieces == [
@@ -208,7 +210,7 @@ def test_a_data_set_in_the_hubs_form_is_read_and_skipped_through(tmp_path):
     documents = Documents(f"hf:{tmp_path}")
     for skip in (0, 1234):
         rest = [(i, f"train {i}") for i in range(skip, 2500)]
-        assert [(index, piece.text) for index, piece in documents.pieces(skip)] == rest
+        assert [(index, piece.text) for index, piece in documents.pieces(Found(skip))] == rest
     for source in (f"hf:{tmp_path}:default:test", f"hf:{tmp_path}::test"):
         assert read(source) == ["test 0", "test 1", "test 2"]
     with pytest.raises(UserError, match="row 1 has no 'body', only 'id', 'text'"):
@@ -296,6 +298,14 @@ FORMS = {
 }
 
 
+def read_through(documents):
+    """Return what a whole pass over the documents finds."""
+    found = Found()
+    for _ in documents.pieces(found):
+        pass
+    return found
+
+
 def pieces_of(source):
     return [piece for _, piece in Documents(source).pieces()]
 
@@ -304,7 +314,7 @@ def pieces_of(source):
 def test_every_form_of_a_question_becomes_the_same_conversation(tmp_path, form):
     file = write_jsonl(tmp_path / "a.jsonl", [FORMS[form]])
     assert pieces_of(file) == ONE
-    assert (Documents(file).kind, Documents(file).notes) == ("messages", [])
+    assert (Documents(file).kind, read_through(Documents(file)).notes) == ("messages", [])
 
 
 def test_an_input_and_a_system_message_belong_to_the_question(tmp_path):
@@ -313,8 +323,10 @@ def test_an_input_and_a_system_message_belong_to_the_question(tmp_path):
     rows = [row, row, row | {"system": "Be kind."}, row | {"system": ""}]
     documents = Documents(write_jsonl(tmp_path / "a.jsonl", rows))
     assert [piece.text for _, piece in documents.pieces()][:2] == [prompt, "3"]
+    found = read_through(documents)
+    next(documents.pieces())  # another pass changes nothing in what was found
     template = chat_template("messages", True, system="Count.", single_turn=True)
-    assert documents.chat_template(has_end_token=True) == template
+    assert found.chat_template("messages", has_end_token=True) == template
 
 
 def test_a_row_with_two_forms_says_which_is_used(tmp_path):
@@ -322,7 +334,7 @@ def test_a_row_with_two_forms_says_which_is_used(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", [row])
     documents = Documents(file)
     assert [piece for _, piece in documents.pieces()] == ONE
-    assert documents.notes == [
+    assert read_through(documents).notes == [
         f"{file} is read by its columns conversations. Columns not used: 'instruction', "
         "'input', 'output', 'text'."
     ]
@@ -357,7 +369,7 @@ def test_columns_that_questions_and_answers_do_not_use_are_named(tmp_path, colum
         row["messages"] = [message | {"name": "x"} for message in CHAT]
     documents = Documents(write_jsonl(tmp_path / "a.jsonl", [row]))
     assert (documents.kind == "text") == (columns[0] == "text")
-    notes = documents.notes
+    notes = read_through(documents).notes
     assert [note.partition("Columns not used: ")[2] for note in notes] == (
         [f"{unused}."] if unused else []
     )

@@ -218,7 +218,12 @@ def test_gpt2_with_a_padding_token_uses_the_data_of_gpt2(gpt2, tmp_path):
     theirs.add_tokens(["klingon"])
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_tokenizer(tmp_path / "theirs")
-    assert (ours.name, ours.vocab_size, ours.text_ids, ours.eot) == ("gpt2", 50259, 50257, 50256)
+    assert (ours.name, ours.vocab_size, ours.text_vocab_size, ours.eot) == (
+        "gpt2",
+        50259,
+        50257,
+        50256,
+    )
     assert ours.sha256 == gpt2.sha256
     text = "klingon <pad> hello"
     assert ours.encode(text).tolist() == gpt2.encode(text).tolist()

@@ -87,7 +87,7 @@ def test_the_tokens_of_a_packed_window_know_where_their_example_starts(tmp_path)
         if isinstance(windows, TrainWindows):
             batch = windows.batch(0, 3)
         else:
-            batch = windows.batch(windows.choose(0))
+            batch = windows.batch(windows.choose(windows.count))
         for x, y, starts in zip(*batch, strict=True):
             length = min(8, 26 - x[0])  # the last window of an evaluation is short
             for t in range(length):
@@ -100,8 +100,8 @@ def test_the_tokens_of_a_packed_window_know_where_their_example_starts(tmp_path)
 def test_evaluation_covers_every_target_once(tmp_path, size):
     windows = EvalWindows(split(tmp_path, size), 8)
     everything = list(range(windows.count))
-    assert windows.choose(0).tolist() == everything
     assert windows.choose(windows.count).tolist() == everything
+    assert windows.choose(windows.count + 1).tolist() == everything
     for order in (np.arange(windows.count), np.arange(windows.count)[::-1]):
         x, y = windows.batch(order)
         assert x.shape == y.shape == (windows.count, 8)

@@ -82,11 +82,13 @@ def test_a_text_is_prepared_again_with_another_tokenizer_while_the_first_is_open
 def test_prompts_and_answers_are_prepared(tmp_path):
     file = tmp_path / "qa.jsonl"
     file.write_text('{"prompt": "What?\\n", "completion": "That."}\n' * 30)
-    assert open_dataset(str(file), tokenizer="bytes", block_size=16).documents == 30
+    assert open_dataset(str(file), tokenizer="bytes", block_size=16).document_count == 30
 
 
 def test_a_data_set_of_the_hub_becomes_a_folder_whose_name_windows_allows(monkeypatch):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"text": TEXT[:43]}] * 30).to_iterable_dataset()
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
-    assert open_dataset("hf:owner/name:config", tokenizer="bytes", block_size=16).documents == 30
+    assert (
+        open_dataset("hf:owner/name:config", tokenizer="bytes", block_size=16).document_count == 30
+    )

