@@ -175,8 +175,9 @@ def find_checkpoint(
     where = " or ".join(str(out_dir / name) for name in names)
     raise UserError(
         f"no checkpoint in {where}: train a model first (python train.py), or name another run's "
-        f"folder with --out_dir=. Where there is a best/, --init_from={out_dir / 'best'} starts a "
-        "new run from it"
+        "folder with --out_dir=. A run that was killed before it first saved begins again by the "
+        f"line that began it. Where there is a best/, --init_from={out_dir / 'best'} starts a new "
+        "run from it"
     )
 
 

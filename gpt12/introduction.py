@@ -14,7 +14,7 @@ from model import parameter_count
 FEW_UPDATES = 30  # a run with fewer is warned of
 # A model can repeat its text if it has this many trained parameters for each token and reads the
 # text this many times.
-BY_HEART_PARAMETERS = 20
+BY_HEART_PARAMETERS = 5
 BY_HEART_EPOCHS = 20
 
 

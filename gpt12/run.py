@@ -313,6 +313,7 @@ def build_run(request: Request) -> Run:
     loaded, tokenizer = load_start(request, checkpoint)
     if loaded is not None:
         config = with_shape(config, loaded.config)
+        request.notes.extend(overruled_keys(request, config))
     dataset = open_data(config, tokenizer)
     if request.before is not None and not config.eval_only:
         _adapt_progress(progress, request.before, config, dataset)
@@ -520,7 +521,7 @@ def continued_schedule(run: Run, learning_rate: Callable[[int, TrainConfig], flo
     last_lr = f"{learning_rate(step, before):.3g}"
     lr = f"{learning_rate(step, config):.3g}"
     if lr != last_lr:
-        notes.append(f"the learning rate goes on at {lr} and not at {last_lr}: its keys changed")
+        notes.append(f"the learning rate goes on at {lr} and not at {last_lr}, for other keys")
     return config
 
 
@@ -602,6 +603,18 @@ def model_for_data(model: GPT | None, tokenizer: Any, dataset: Dataset, config: 
             "learned is lost"
         )
     return model
+
+
+def overruled_keys(request: Request, config: TrainConfig) -> list[str]:
+    """Tell each given key that the shape of a loaded model overrules. config: with that shape."""
+    if request.resumed:  # where such a key is refused
+        return []
+    return [
+        f"{key}={getattr(request.undecided, key)} does not count: the model in "
+        f"{config.init_from} has {getattr(config, key)}"
+        for key in sorted(request.given)
+        if getattr(request.undecided, key) != getattr(config, key)
+    ]
 
 
 def refuse_unread_keys(request: Request, shape: GPTConfig) -> None:

@@ -29,7 +29,7 @@ from gpt12.generate import generate
 from gpt12.run import load_start, read_request
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
-from tests.helpers import read_rows
+from tests.helpers import read_rows, resume, run
 
 pytestmark = pytest.mark.usefixtures("no_picture", "own_cache")
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
@@ -152,6 +152,16 @@ def test_the_context_is_the_models_unless_another_is_asked_for(bare):
         model, _ = load_start(request, None)
         assert model.config.block_size == block_size
         assert (model.config.dropout, model.transformer.h[0].attn.dropout) == (0.25, 0.25)
+
+
+def test_a_key_that_the_model_overrules_is_told(bare, dataset, tmp_path, capsys):
+    options = [f"--init_from={bare}", "--n_layer=7", "--n_head=2", "--max_iters=1"]
+    assert run(dataset, tmp_path / "out", *options) == 0
+    said = capsys.readouterr().out
+    assert f"n_layer=7 does not count: the model in {bare} has 2\n" in said
+    assert said.count("does not count") == 2  # n_embd, too, but not n_head, which is equal
+    assert resume(tmp_path / "out", "--max_iters=2") == 0
+    assert "does not count" not in capsys.readouterr().out
 
 
 def test_a_model_with_fewer_ids_than_the_data_is_refused(bare, tmp_path, capsys):

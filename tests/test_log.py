@@ -80,8 +80,9 @@ def test_notes_the_model_the_data_and_the_tokens_of_a_step_are_told(dataset, tmp
         ("--max_iters=29", ["29 updates .* larger --max_iters or fewer than 8 sequences"]),
         ("--num_epochs=1", ["21 updates .* --num_epochs or"]),  # a step is 8 of 161 windows
         ("--max_iters=403", []),
-        ("--max_iters=402 --n_embd=64 --n_layer=2", []),  # 38 parameters for each token
-        ("--max_iters=412 --n_embd=64 --n_layer=2", ["2,600 training .* by heart.* --max_iters;"]),
+        ("--max_iters=402 --n_embd=32", []),  # 5.7 parameters for each token
+        ("--max_iters=412 --n_embd=32", ["2,600 training .* by heart.* --max_iters;"]),
+        ("--max_iters=412 --n_embd=28", []),  # 4.5
     ],
 )
 def test_what_is_likely_to_spoil_a_run_is_warned_of_with_what_to_change(
