@@ -190,7 +190,7 @@ def _characters_of(documents: Documents) -> CharTokenizer:
     found: set[str] = set()
     for _, piece in documents.pieces():
         found.update(piece.text)
-    if len(documents.first) > 1:
+    if len(documents.first_indices) > 1:
         found.add("\n")  # a line end keeps documents apart
     return CharTokenizer("".join(sorted(found)))
 

@@ -116,9 +116,8 @@ def prepare_corpus(
             f"{folder} is prepared already. To prepare it again, delete meta.json and the .bin "
             "files in it."
         )
-    documents = Documents(source)
     tokenizer = get_tokenizer("gpt2")
-    prepare_texts(documents, tokenizer, folder, val_fraction, max_tokens=max_tokens)
+    prepare_texts(Documents(source), tokenizer, folder, val_fraction, max_tokens=max_tokens)
 
 
 def write_meta(
@@ -134,8 +133,8 @@ def write_meta(
     window: the block_size for which examples were packed; None for texts.
     """
     tokenizer.save(folder)
-    digests = [sha256(shard) for shard in find_shards(folder, "val")]
-    meta = {"documents": document_count, "val_sha256": digests[0], "window": window, "notes": notes}
+    digest = sha256(find_shards(folder, "val")[0])
+    meta = {"documents": document_count, "val_sha256": digest, "window": window, "notes": notes}
     write_atomically(folder / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
 
 
@@ -172,7 +171,7 @@ def _encode(documents: Documents, found: Found, tokenizer: Tokenizer) -> Iterato
     # A chat template decides what begins an example.
     begin = np.array(tokenizer.begin if documents.kind == "text" else [], np.uint32)
     end = np.array(tokenizer.end, np.uint32)
-    if tokenizer.eot is None and len(documents.first) == 1:
+    if tokenizer.eot is None and len(documents.first_indices) == 1:
         end = end[:0]  # a line end keeps documents apart; after a single text it is not needed
 
     def encode(share: list[tuple[int, Piece]]) -> list[Encoded]:
@@ -221,7 +220,7 @@ def _write_texts(
     # By order: an older version has other names in it.
     written = Written(*json.loads(file.read_bytes()).values()) if file.exists() else Written()
     found.count = written.next
-    first = documents.first
+    first = documents.first_indices
     few = len(first) < FEW_DOCUMENTS
     dtype = token_dtype(tokenizer.text_vocab_size)
     train = ShardWriter(folder, "train", dtype, start=written.train)
@@ -287,7 +286,7 @@ def _write_examples(
 
     An example that is longer than a window is cut, and left out if nothing trained remains.
     """
-    first = documents.first
+    first = documents.first_indices
     examples: dict[str, list[Example]] = {"train": [], "val": []}
     written = Written()
     cut = 0

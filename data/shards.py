@@ -24,7 +24,7 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -69,31 +69,24 @@ class ShardWriter:
     count: tokens written so far.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        stem: str,
-        dtype: np.dtype,
-        shard_tokens: int = SHARD_TOKENS,
-        start: int = 0,
-    ) -> None:
+    def __init__(self, folder: Path, stem: str, dtype: np.dtype, start: int = 0) -> None:
         self.folder = folder
         self.stem = stem
         self.dtype = dtype
-        self.shard_tokens = shard_tokens
         self.count = start
         self._file: BinaryIO | None = None
-        if start % shard_tokens > 0:
-            self._file = self._open("r+b")
-        shards_in_use = math.ceil(start / shard_tokens)
+        if start % SHARD_TOKENS > 0:
+            self._file = self._open()
+        shards_in_use = math.ceil(start / SHARD_TOKENS)
         for path in folder.glob(f"{stem}_{'[0-9]' * 6}.bin"):
             if int(path.stem[-6:]) >= shards_in_use:
                 path.unlink()
 
-    def _open(self, mode: Literal["wb", "r+b"]) -> BinaryIO:
+    def _open(self) -> BinaryIO:
         """Open the shard that the next token belongs to, and zero its header."""
-        index, held = divmod(self.count, self.shard_tokens)
-        file = (self.folder / f"{self.stem}_{index:06d}.bin").open(mode)
+        index, held = divmod(self.count, SHARD_TOKENS)
+        path = self.folder / f"{self.stem}_{index:06d}.bin"
+        file = path.open("r+b" if held > 0 else "wb")
         file.write(bytes(HEADER_BYTES))
         file.truncate(HEADER_BYTES + held * self.dtype.itemsize)
         file.seek(0, os.SEEK_END)
@@ -105,12 +98,12 @@ class ShardWriter:
         tokens = np.ascontiguousarray(tokens, self.dtype)
         while len(tokens) > 0:
             if self._file is None:
-                self._file = self._open("wb")
-            part = tokens[: self.shard_tokens - self.count % self.shard_tokens]
+                self._file = self._open()
+            part = tokens[: SHARD_TOKENS - self.count % SHARD_TOKENS]
             tokens = tokens[len(part) :]
             self._file.write(part.data)
             self.count += len(part)
-            if self.count % self.shard_tokens == 0:
+            if self.count % SHARD_TOKENS == 0:
                 self.close()
 
     def flush(self) -> None:

@@ -163,7 +163,7 @@ class Documents:
         return "text"
 
     @functools.cached_property
-    def first(self) -> list[int]:
+    def first_indices(self) -> list[int]:
         """The indices of the first FEW_DOCUMENTS documents, or of all if they are fewer."""
         documents = itertools.groupby(index for index, _ in self.pieces())
         return [index for index, _ in itertools.islice(documents, FEW_DOCUMENTS)]
@@ -323,7 +323,7 @@ def _count(files: Sequence[Path]) -> str:
 
 def _given_messages(row: Row, form: Form) -> list[Any]:
     """Return the messages that a row holds; none if its form has a column for each text."""
-    if form.kind == "text" or len(form.columns) > 1:
+    if len(form.columns) > 1:
         return []
     given = row[form.columns[0]]
     return given if isinstance(given, list) else [given]

@@ -234,7 +234,7 @@ def prepare_corpus(tmp_path, name, **options):
 
 def test_a_corpus_is_split_by_documents_and_prepared_once(tmp_path, corpus):
     prepare_corpus(tmp_path, "whole")
-    first = Documents(f"hf:{tmp_path / 'hub'}").first
+    first = Documents(f"hf:{tmp_path / 'hub'}").first_indices
     expected = {"train": [], "val": []}
     for i, text in enumerate(corpus):
         if text:

@@ -57,11 +57,12 @@ def test_windows_over_borders_equal_a_concatenated_array(tmp_path):
         tokens.gather(np.array([-1]), 9)
 
 
-def test_ids_beyond_uint16_are_written_and_read_back(tmp_path):
+def test_ids_beyond_uint16_are_written_and_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.shards.SHARD_TOKENS", 2)
     assert [token_dtype(size) for size in (2, 65535, 65536)] == [UINT16, UINT16, UINT32]
     with pytest.raises(AssertionError, match="wrap"):
         ShardWriter(tmp_path, "val", UINT16).add(np.array([65536]))
-    writer = ShardWriter(tmp_path, "val", token_dtype(128256), shard_tokens=2)
+    writer = ShardWriter(tmp_path, "val", token_dtype(128256))
     writer.add(np.array([65536, 128255, 7]))
     writer.close()
     assert Tokens(tmp_path, "val").gather(np.array([0]), 3).tolist() == [[65536, 128255, 7]]
@@ -142,18 +143,19 @@ def test_an_id_over_the_vocabulary_is_named(tmp_path):
 
 @pytest.mark.parametrize("stopped", [0, 9, 10, 25])
 @pytest.mark.parametrize("more", [0, 4, 30])
-def test_a_writer_goes_on_where_another_was_killed(tmp_path, stopped, more):
+def test_a_writer_goes_on_where_another_was_killed(tmp_path, monkeypatch, stopped, more):
     """The first writer is killed `more` tokens after `stopped`, the last point that was noted.
 
     What it wrote after that point is written again, whether the shard was complete or not.
     """
+    monkeypatch.setattr("data.shards.SHARD_TOKENS", 10)
     ids = np.arange(1000, 1047)
     (tmp_path / "train_notes.bin").write_bytes(b"not ours")
-    first = ShardWriter(tmp_path, "train", UINT16, shard_tokens=10)
+    first = ShardWriter(tmp_path, "train", UINT16)
     first.add(ids[:stopped])
     first.add(ids[::-1][:more])
     first.flush()
-    second = ShardWriter(tmp_path, "train", UINT16, shard_tokens=10, start=stopped)
+    second = ShardWriter(tmp_path, "train", UINT16, start=stopped)
     second.add(ids[stopped:])
     second.close()
     (tmp_path / "train_notes.bin").unlink()

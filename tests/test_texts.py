@@ -138,7 +138,7 @@ def test_end_of_text_separates_the_documents_of_a_text_file(tmp_path):
     documents = Documents(file)
     assert [piece.text for _, piece in documents.pieces()] == ["one\n", "two", "3"]
     # Nothing counts as blank.
-    assert (len(documents.first), read_through(documents).count) == (3, 3)
+    assert (len(documents.first_indices), read_through(documents).count) == (3, 3)
     rows = [{"text": file.read_text()}, {"text": "<|endoftext|>"}]
     pieces = list(Documents(write_jsonl(tmp_path / "a.jsonl", rows)).pieces())
     assert pieces == [
