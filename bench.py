@@ -53,9 +53,9 @@ from gpt12.memory import (
     GIB,
     LARGEST_BATCH,
     RECOMPUTE,
-    needed_memory,
     predict,
     predict_sizes,
+    step_memory,
 )
 from gpt12.run import check_ranks, decide_dtype_and_alpha, prepare_model
 from gpt12.settings import BenchConfig, Recompute, SampleConfig, model_shape
@@ -129,7 +129,7 @@ class StepRunner:
         self.shape = model_shape(config, vocab_size)
         if self.machine.compiled:
             torch.compiler.reset()  # what was compiled for other shapes
-        needed = needed_memory(self.shape, self.config, self.machine)
+        needed = step_memory(self.shape, self.config, self.machine)
         if self.machine.device.type == "cpu" and needed > available_memory(self.machine):
             raise torch.OutOfMemoryError  # the system would kill the program without a word
         torch.manual_seed(config.seed)

@@ -21,7 +21,7 @@ import torch
 from gpt12.device import Machine, available_memory, ran_out_of_memory
 from gpt12.distributed import least_of_ranks
 from gpt12.errors import UserError, say
-from gpt12.memory import needed_memory
+from gpt12.memory import step_memory
 from gpt12.run import Run
 from gpt12.settings import TrainConfig
 
@@ -97,7 +97,7 @@ def fits(config: TrainConfig, run: Run, make_step: Callable[..., Any]) -> bool:
     if run.machine.on_gpu:
         return fits_in_a_trial(config, run, make_step)
     if run.machine.device.type == "cpu":
-        needed = needed_memory(run.model.config, config, run.machine)
+        needed = step_memory(run.model.config, config, run.machine)
         return needed <= available_memory(run.machine)
     return True  # there is no estimate for a Mac's GPU
 

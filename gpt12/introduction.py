@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from gpt12.memory import GIB, needed_memory, warn_of_long_run
+from gpt12.memory import GIB, step_memory, warn_of_long_run
 from gpt12.run import Run
 from gpt12.twin import is_gpt2
 from model import parameter_count
@@ -45,7 +45,7 @@ def introduction(run: Run) -> Iterator[str]:
         f"{f' on {world} processes' if world > 1 else ''}; "
         f"{config.max_iters:,} steps end after {_epochs(run):.3g} epochs"
     )
-    gib = needed_memory(shape, config, run.machine) / GIB
+    gib = step_memory(shape, config, run.machine) / GIB
     doubt = "" if gpt2 else ", an estimate, because model.py is not GPT-2's"
     yield f"memory: about {gib:.3g} GiB at the peak of a step (recompute={config.recompute}){doubt}"
     for warning in _warnings(run):

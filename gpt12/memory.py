@@ -46,7 +46,7 @@ KEPT_MATRICES = {"none": 3, "pointwise": 1, "block": 0}
 MATRICES_IN_BACKWARD = 6  # the three, computed again or kept, and their gradients
 # Bytes of optimizer state per trained parameter: two moments in 8 bits, for others in float32. Muon
 # keeps one, and its update holds a stack of the same size.
-MOMENT_BYTES = {"adamw8bit": 2}
+STATE_BYTES = {"adamw8bit": 2}
 PROCESS_BYTES = 0.4 * GIB  # on a CPU: Python and the libraries
 CPU_GAPS = 1.1  # on a CPU: what the C library's allocator takes for each byte of a tensor
 WORKSPACE_BYTES = 2**25  # buffers of cuBLAS and small tensors
@@ -73,12 +73,10 @@ def _attention_matrices(shape: GPTConfig, config: TrainConfig, number: int) -> t
     return kept * matrix, (MATRICES_IN_BACKWARD - kept) * matrix
 
 
-def step_memory(
-    shape: GPTConfig, config: TrainConfig, machine: Machine = COMPILED_GPU
-) -> dict[str, float]:
-    """Return the bytes of memory at the peak of a step, by kind.
+def step_memory(shape: GPTConfig, config: TrainConfig, machine: Machine = COMPILED_GPU) -> float:
+    """Return the bytes of memory at the peak of a step.
 
-    Their sum is what torch.cuda.max_memory_allocated would report; on a CPU, the largest resident
+    They are what torch.cuda.max_memory_allocated would report; on a CPU, the largest resident
     memory of the process. config: batch_size, block_size, gradient_accumulation_steps, dtype,
     optimizer, lora_rank and recompute count. The attention mask of instruction data, B * T * T
     numbers, is left out.
@@ -112,26 +110,15 @@ def step_memory(
     logits = (number + (4 if eager else 0)) * min(tokens, CHUNK_ROWS) * shape.padded_vocab_size
     # The head's part of the embedding's gradient is in float32, beside that of the lookup.
     head_gradient = 4 * table if full else 0
-    always: dict[str, float] = {
-        "weights": master * parameters if full else number * parameters + 4 * trained,
-        "moments": MOMENT_BYTES.get(config.optimizer, 8) * trained,
-        "gradients": master * trained if config.gradient_accumulation_steps > 1 else 0,
-        "logits": head_gradient,
-    }
-    moments: list[dict[str, float]] = [
-        {
-            "activations": (kept + 4) * stream,
-            "logits": head_gradient + logits,
-            "workspace": workspace,
-        },
-        {"activations": (kept + backward) * stream},
-        {"activations": 13 * stream, "gradients": master * trained},
-    ]
-    peak = max((always | moment for moment in moments), key=lambda kinds: sum(kinds.values()))
-    if on_cpu:
-        peak = {kind: CPU_GAPS * size for kind, size in peak.items()}
-        peak["process"] = PROCESS_BYTES
-    return peak
+    weights = master * parameters if full else number * parameters + 4 * trained
+    state = STATE_BYTES.get(config.optimizer, 8) * trained
+    gradients = master * trained
+    earlier = gradients if config.gradient_accumulation_steps > 1 else 0  # of other micro-batches
+    in_loss = earlier + (kept + 4) * stream + logits + workspace
+    in_last_layer = earlier + (kept + backward) * stream
+    at_end = gradients + 13 * stream
+    peak = weights + state + head_gradient + max(in_loss, in_last_layer, at_end)
+    return CPU_GAPS * peak + PROCESS_BYTES if on_cpu else peak
 
 
 def _kept_per_layer(shape: GPTConfig, config: TrainConfig, eager: bool, on_cpu: bool) -> float:
@@ -144,11 +131,6 @@ def _kept_per_layer(shape: GPTConfig, config: TrainConfig, eager: bool, on_cpu: 
     if config.recompute == "none" and shape.dropout > 0:
         kept += 2 if on_cpu else 1  # two masks; on a GPU each has one byte per number
     return kept
-
-
-def needed_memory(shape: GPTConfig, config: TrainConfig, machine: Machine) -> float:
-    """Return the predicted bytes at the peak of a step on this machine."""
-    return sum(step_memory(shape, config, machine).values())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,14 +181,12 @@ def predict(shape: GPTConfig, config: TrainConfig, card: Card) -> dict[str, Any]
         + elements * SOFTMAX_FLOPS / (card.fp32_tflops * 1e12)
         + micro_steps * shape.n_layer * SECONDS_PER_LAYER
     )
-    kinds = step_memory(shape, config)
     return {
         "batch_size": config.batch_size,
         "recompute": config.recompute,
         "ms": 1e3 * seconds,
         "tokens_per_s": tokens / seconds,
-        "peak_gib": sum(kinds.values()) / GIB,
-        "memory_gib": {kind: size / GIB for kind, size in kinds.items()},
+        "peak_gib": step_memory(shape, config) / GIB,
     }
 
 
@@ -271,7 +251,7 @@ def predict_sizes(
 
     largest = 0
     while largest < LARGEST_BATCH:
-        if sum(step_memory(shape, sized(largest + 1)).values()) > room_gib * GIB:
+        if step_memory(shape, sized(largest + 1)) > room_gib * GIB:
             break
         largest += 1
     rows = []

@@ -235,7 +235,7 @@ def need_gib_per_row(monkeypatch, free: float) -> None:
     """Let a sequence need 3 GiB with recompute=none, 2 with pointwise, 1 with block."""
     sizes = {"none": 3, "pointwise": 2, "block": 1}
     monkeypatch.setattr(
-        fit, "needed_memory", lambda shape, asked, _: asked.batch_size * sizes[asked.recompute]
+        fit, "step_memory", lambda shape, asked, _: asked.batch_size * sizes[asked.recompute]
     )
     monkeypatch.setattr(fit, "available_memory", lambda machine: free)
 

@@ -47,7 +47,7 @@ def shape_of(options):
 
 def predicted_gib(options):
     """Return the predicted peak of a step in GiB."""
-    return sum(step_memory(shape_of(options), options).values()) / GIB
+    return step_memory(shape_of(options), options) / GIB
 
 
 # --------------------------------------------------------------------------------------------------
@@ -55,9 +55,17 @@ def predicted_gib(options):
 
 
 def growth_per_layer(shape, options, machine=COMPILED_GPU):
-    """Return the bytes of activations by which two layers need more than one."""
-    one, two = (step_memory(replace(shape, n_layer=n), options, machine) for n in (1, 2))
-    return two["activations"] - one["activations"]
+    """Return the bytes by which two layers need more than one: (for weights, for activations).
+
+    Twice the rows need twice the activations.
+    """
+    differences = []
+    for batch_size in (options.batch_size, 2 * options.batch_size):
+        rows = replace(options, batch_size=batch_size)
+        one, two = (step_memory(replace(shape, n_layer=n), rows, machine) for n in (1, 2))
+        differences.append(two - one)
+    activations = differences[1] - differences[0]
+    return differences[0] - activations, activations
 
 
 def kept_bytes(block, x):
@@ -103,7 +111,7 @@ def test_the_formula_counts_what_a_layer_keeps_for_the_backward_pass(recompute, 
     with torch.autocast("cpu", torch.bfloat16):
         kept = kept_bytes(block, x)
     keys = {"batch_size": B, "block_size": T, "dtype": "bfloat16", "lora_rank": lora_rank}
-    assert growth_per_layer(shape, config(**keys, recompute=recompute)) == kept
+    assert growth_per_layer(shape, config(**keys, recompute=recompute))[1] == kept
 
 
 @pytest.mark.parametrize("dropout", [0, 0.1])
@@ -112,7 +120,7 @@ def test_on_a_cpu_the_formula_counts_the_attention_matrices_that_dropout_keeps(d
     shape = GPTConfig(T, 13, 1, 2, C, dropout)
     [block] = GPT(shape).train().transformer.h
     kept = kept_bytes(block, torch.randn(B, T, C, requires_grad=True))
-    growth = growth_per_layer(shape, config(batch_size=B, block_size=T), machine=CPU)
+    _, growth = growth_per_layer(shape, config(batch_size=B, block_size=T), machine=CPU)
     assert growth == pytest.approx(CPU_GAPS * kept)
 
 
@@ -124,8 +132,7 @@ def test_on_a_cpu_the_formula_predicts_what_runs_of_gpt2_took(batch_size, recomp
     """The largest resident memory of train.py config/finetune_gpt2.py --init_from=scratch."""
     shape = replace(GPT2, dropout=0.1)
     options = full_size(batch_size=batch_size, dtype="float32", recompute=recompute)
-    kinds = step_memory(shape, options, machine=CPU)
-    assert sum(kinds.values()) / GIB == pytest.approx(measured_gib, rel=0.1)
+    assert step_memory(shape, options, machine=CPU) / GIB == pytest.approx(measured_gib, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -160,17 +167,18 @@ def test_the_parameters_that_are_trained_are_counted_padding_included(lora_rank)
     assert trained_parameters(shape, config(lora_rank=lora_rank)) == trained
 
 
-def test_weights_moments_and_gradients_take_the_bytes_of_their_formats():
-    n = trained_parameters(GPT2, full_size())
-    adapters = trained_parameters(GPT2, full_size(lora_rank=16))
-    accumulated = {"gradient_accumulation_steps": 2}
-    for options, expected in (
-        (accumulated, (4 * n, 8 * n, 4 * n)),
-        ({"optimizer": "adamw8bit", **accumulated}, (2 * n, 2 * n, 2 * n)),
-        ({"lora_rank": 16, **accumulated}, (2 * n + 4 * adapters, 8 * adapters, 4 * adapters)),
+def test_weights_state_and_gradients_take_the_bytes_of_their_formats():
+    """Of a layer: beside its weights stand AdamW's two moments and the gradients."""
+    n = 12 * 768**2 + 2 * 768  # without biases
+    adapters = 16 * 16 * 768
+    # With so many rows the peak is in the backward pass.
+    many = {"batch_size": 64, "gradient_accumulation_steps": 2}
+    for keys, expected in (
+        ({}, (4 + 8 + 4) * n),
+        ({"optimizer": "adamw8bit"}, (2 + 2 + 2) * n),
+        ({"lora_rank": 16}, 2 * n + (4 + 8 + 4) * adapters),
     ):
-        kinds = step_memory(GPT2, full_size(**options))
-        assert (kinds["weights"], kinds["moments"], kinds["gradients"]) == expected
+        assert growth_per_layer(GPT2, full_size(**many | keys))[0] == expected, keys
 
 
 def test_the_sizes_of_a_plan_end_with_the_largest_that_fits():
