@@ -349,7 +349,7 @@ PRESETS = ["train_gpt2.py", "train_gpt2_12gb.py", "train_gpt2_fast.py"]
 @pytest.mark.parametrize("name", [*PRESETS, None])
 def test_presets_and_results_name_the_predicted_figures(name):
     options = ["--block_size=512", "--batch_size=4"] if name is None else [f"{ROOT}/config/{name}"]
-    config, _ = bench.read([*options, "--dtype=bfloat16"])
+    config, *_ = bench.read([*options, "--dtype=bfloat16"])
     prediction = predict(model_shape(config, config.vocab_size), config, RTX_4070_TI)
     row = f"| {round(prediction['tokens_per_s'] / 1000)},000 tokens/s"
     if name is None:
