@@ -22,7 +22,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gpt12.errors import UserError, is_rank_0, require_packages, run_main, say
+from gpt12.errors import (
+    UserError,
+    is_rank_0,
+    ran_out_of_memory,
+    require_packages,
+    run_main,
+    say,
+)
 
 require_packages()
 # As in train.py, before torch is imported: let memory segments grow.
@@ -33,7 +40,7 @@ import torch
 from data.windows import TrainWindows
 from gpt12.cards import CARDS, find_card
 from gpt12.config import load_config
-from gpt12.device import Machine, available_memory, open_machine, ran_out_of_memory
+from gpt12.device import Machine, available_memory, open_machine
 from gpt12.distributed import process_group, reported_by_rank_0, torchrun_ranks
 from gpt12.fit import cap_memory
 from gpt12.folder import describe_run, write_json
@@ -145,7 +152,7 @@ class StepRunner:
     def __call__(self) -> None:
         """Make a step and load the windows of the next one. Does not wait for the device."""
         self.step(self.config.learning_rate)
-        self.position += self.config.batch_size * self.config.gradient_accumulation_steps
+        self.position += self.config.windows_per_step
         self.step.load(self.windows, self.position)
 
 
@@ -439,25 +446,21 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> None:
     """Read what was asked for, then predict or measure."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        with reported_by_rank_0():
-            config, kinds, notes = read(argv)
-            alone = config.sweep or config.ladder or config.find_batch or config.sample
-            if torchrun_ranks().world > 1 and (alone or config.profile or config.plan):
-                raise UserError("with several processes only the step can be measured")
-            if config.plan:
-                finish(config, "", {"plan": plan(config, kinds)})
-                return
-            with process_group(config.device, config.backend):
-                measure(argv, config, kinds, notes)
-    except RuntimeError as error:
-        if not ran_out_of_memory(error):
-            raise
-        raise UserError(
-            "out of memory. bench.py measures what was asked for and makes nothing smaller: try "
-            "--find_batch, --recompute=pointwise, --recompute=block or a smaller --batch_size"
-        ) from None
+    with reported_by_rank_0():
+        config, kinds, notes = read(argv)
+        alone = config.sweep or config.ladder or config.find_batch or config.sample
+        if torchrun_ranks().world > 1 and (alone or config.profile or config.plan):
+            raise UserError("with several processes only the step can be measured")
+        if config.plan:
+            finish(config, "", {"plan": plan(config, kinds)})
+            return
+        with process_group(config.device, config.backend):
+            measure(argv, config, kinds, notes)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(
+        main,
+        out_of_memory="bench.py measures what was asked for and makes nothing smaller. Try "
+        "--find_batch, --recompute=pointwise, --recompute=block or a smaller --batch_size",
+    )

@@ -27,7 +27,7 @@ require_packages()
 from data.chat import ChatTemplate, Message
 from data.tokenizers import GPT2_VOCAB_SIZE, get_tokenizer, load_tokenizer
 from gpt12.config import load_config, unescape
-from gpt12.device import open_machine, ran_out_of_memory
+from gpt12.device import open_machine
 from gpt12.folder import find_checkpoint, is_run
 from gpt12.generate import TextStream, store_by_columns, stream
 from gpt12.settings import SampleConfig
@@ -49,18 +49,11 @@ def main() -> None:
     prompt = ""
     if "start" in given or not config.interactive:
         prompt = read_prompt(config.start)
-    try:
-        writer = load(config)
-        if config.interactive:
-            converse(writer, first_message=prompt)
-        else:
-            print_samples(writer, prompt)
-    except RuntimeError as error:
-        if not ran_out_of_memory(error):
-            raise
-        raise UserError(
-            "out of memory: ask for fewer --num_samples or fewer --max_new_tokens"
-        ) from None
+    writer = load(config)
+    if config.interactive:
+        converse(writer, first_message=prompt)
+    else:
+        print_samples(writer, prompt)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -363,4 +356,4 @@ def show(text: str) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, out_of_memory="ask for fewer --num_samples or fewer --max_new_tokens")

@@ -17,11 +17,10 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpt12.errors import UserError, require_packages, run_main, say
+from gpt12.errors import UserError, ran_out_of_memory, require_packages, run_main, say
 
 require_packages()
 # Before torch is imported: let memory segments grow, so that less is lost to gaps between them.
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 from data.windows import NOT_TRAINED, EvalWindows, TrainWindows
 from gpt12.check import check_model, check_start
 from gpt12.checkpoint import Saver, load_trainer_state
-from gpt12.device import Machine, open_machine, ran_out_of_memory, record
+from gpt12.device import Machine, open_machine, record
 from gpt12.distributed import (
     StopSignal,
     data_parallel,
@@ -109,7 +108,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     if not config.decay_lr:
         return config.learning_rate
     warmup = config.warmup_iters
-    end = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    end = config.decay_end
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     if step >= end:
@@ -466,8 +465,8 @@ class Trainer:
             self.updating = True
             self.train_step(lr)
             progress.step += 1
-            progress.position += self.run.windows_per_step
-            progress.tokens += self.run.windows_per_step * config.block_size
+            progress.position += config.windows_per_step
+            progress.tokens += config.tokens_per_step
             self.updating = False
             self.load()  # the host loads while the device still computes
             if progress.step % config.log_interval == 0 or progress.step == config.max_iters:
@@ -600,8 +599,7 @@ def train(run: Run) -> int:
     if is_complete(run):
         return 0
     check_start(run.model.config)
-    run = replace(run, config=continued_schedule(run, learning_rate))
-    run = fit(run, TrainStep)
+    run = fit(continued_schedule(run, learning_rate), TrainStep)
     return Trainer(run, cuda_graph=tenth_is_free(run.machine)).train()
 
 
@@ -625,13 +623,12 @@ def main(argv: list[str] | None = None) -> int:
             run = build_run(request)
             return evaluate_only(run) if config.eval_only else train(run)
     except RuntimeError as error:
-        if ran_out_of_memory(error):  # perhaps on one rank only, so each reports it
-            raise UserError(f"out of memory: {ADVICE}") from None
-        if is_lost_rank(error):
-            with reported_by_rank_0():
-                raise UserError(lost_rank_advice(Path(config.out_dir))) from None
-        raise
+        # Memory runs out perhaps on one rank only, so each reports it (run_main in errors.py).
+        if ran_out_of_memory(error) or not is_lost_rank(error):
+            raise
+        with reported_by_rank_0():
+            raise UserError(lost_rank_advice(Path(config.out_dir))) from None
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, out_of_memory=ADVICE)

@@ -29,7 +29,7 @@ class Dataset:
 
     tokenizer: None if it is not known.
     train: None if the folder holds only val shards.
-    warnings: what the user should know about the data.
+    notes: what the user should know about the data.
     document_count: None if it is not known.
     val_sha256: the hash of the first val shard, or None for shards that were not made here.
     window: the block_size for which examples were packed, or None for texts, which go with any.
@@ -46,9 +46,9 @@ class Dataset:
         self.document_count: int | None = meta.get("documents")
         self.val_sha256: str | None = meta.get("val_sha256")
         self.window: int | None = meta.get("window", meta.get("row"))  # "row" until FORMAT 6
-        self.warnings: list[str] = list(meta.get("notes", ()))
+        self.notes: list[str] = list(meta.get("notes", ()))
         self.val = Tokens(folder, "val")
-        self.train = Tokens(folder, "train") if find_shards(folder, "train") else None
+        self.train: Any = Tokens(folder, "train") if find_shards(folder, "train") else None
         splits = [self.val] if self.train is None else [self.val, self.train]
         self.tokenizer = load_tokenizer(folder)
         if self.tokenizer is None and not meta and not (folder / "meta.pkl").exists():
@@ -58,7 +58,7 @@ class Dataset:
             self.text_vocab_size = self.tokenizer.text_vocab_size
         else:
             self.text_vocab_size = max(split.max_id() for split in splits) + 1
-            self.warnings.append(
+            self.notes.append(
                 f"{folder} has no tokenizer (a meta.pkl is never opened, because it can run "
                 f"programs). The vocabulary is assumed to have {self.text_vocab_size:,} ids, the "
                 "largest one plus one. The ids cannot be turned into text."
@@ -215,7 +215,7 @@ def _as_asked(dataset: Dataset, asked: str | Tokenizer) -> Tokenizer:
     own = dataset.tokenizer
     if own is not None and isinstance(asked, Tokenizer) and own.sha256 == asked.sha256:
         if asked.chat_template not in (None, own.chat_template):
-            dataset.warnings.append(
+            dataset.notes.append(
                 "The model's chat template gives way to that of the data: ### User: and "
                 "### Assistant: in conversations, or prompts as they are."
                 if own.chat_template

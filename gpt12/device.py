@@ -62,10 +62,8 @@ class Machine:
 
     def synchronize(self) -> None:
         """Wait until the device has finished its work."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
 
 def open_machine(
@@ -258,14 +256,3 @@ def _read_number(file: Path, name: str) -> int:
         if words[0].rstrip(":") == name:
             return int(words[1])
     raise OSError(f"{file} does not tell {name}")
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that the memory is used up.
-
-    While a CUDA graph is recorded, running out of memory breaks off the recording, which raises an
-    error of its own. If a CPU's RAM or a Mac's memory runs out, only the message says so.
-    """
-    if any(words in str(error) for words in ("DefaultCPUAllocator", "MPS backend out of memory")):
-        return True
-    return any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))

@@ -80,11 +80,27 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
-def run_main(main: Callable[[], int | None], help_page: str | None = None) -> NoReturn:
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that the memory is used up.
+
+    While a CUDA graph is recorded, running out of memory breaks off the recording, which raises an
+    error of its own. If a CPU's RAM or a Mac's memory runs out, only the message says so.
+    """
+    import torch
+
+    if any(words in str(error) for words in ("DefaultCPUAllocator", "MPS backend out of memory")):
+        return True
+    return any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))
+
+
+def run_main(
+    main: Callable[[], int | None], help_page: str | None = None, out_of_memory: str = ""
+) -> NoReturn:
     """Run a script's main function and exit with its status.
 
     main: returns the exit status; None means 0. A UserError prints its message and exits with 2.
     help_page: the text that --help prints, for scripts that take no other argument.
+    out_of_memory: what to do where the memory does not suffice, which is a user's mistake then.
     An unexpected exception is a bug: it passes through, so that its traceback appears.
     """
     status: Any = 1
@@ -95,6 +111,11 @@ def run_main(main: Callable[[], int | None], help_page: str | None = None) -> No
         status = main()
     except UserError as error:
         _print_error(str(error))
+        status = 2
+    except RuntimeError as error:
+        if not out_of_memory or not ran_out_of_memory(error):
+            raise
+        _print_error(f"out of memory: {out_of_memory}")
         status = 2
     except KeyboardInterrupt:
         status = 130

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from gpt12.device import Machine, available_memory, ran_out_of_memory
+from gpt12.device import Machine, available_memory
 from gpt12.distributed import least_of_ranks
-from gpt12.errors import UserError, say
+from gpt12.errors import UserError, ran_out_of_memory, say
 from gpt12.memory import step_memory
 from gpt12.run import Run
 from gpt12.settings import TrainConfig

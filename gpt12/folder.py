@@ -110,7 +110,6 @@ def set_aside(out_dir: Path) -> str | None:
 
     They replace those of a still earlier run. run.json is moved first: where it is gone, a move was
     cut short and goes on.
-    Raises UserError if a run is going on in out_dir/previous.
     """
     previous = out_dir / "previous"
     found = [out_dir / name for name in RUN_FILES if exists(out_dir / name)]
@@ -120,10 +119,8 @@ def set_aside(out_dir: Path) -> str | None:
     with _user_error_if_unwritable(previous):
         remove_link(previous)
         if is_run(out_dir) and exists(previous):
-            with lock_run(previous):
-                replaced = ", in place of a still earlier run" if is_run(previous) else ""
-            if exists(previous):  # the lock's folder is gone if it held nothing else
-                shutil.rmtree(previous)
+            replaced = ", in place of a still earlier run" if is_run(previous) else ""
+            shutil.rmtree(previous)
         previous.mkdir(exist_ok=True)
         for path in found:
             path.rename(previous / path.name)

@@ -41,7 +41,7 @@ def introduction(run: Run) -> Iterator[str]:
     yield (
         f"step: batch_size={config.batch_size} x block_size={config.block_size} x "
         f"gradient_accumulation_steps={config.gradient_accumulation_steps} = "
-        f"{run.windows_per_step * config.block_size:,} tokens"
+        f"{config.tokens_per_step:,} tokens"
         f"{f' on {world} processes' if world > 1 else ''}; "
         f"{config.max_iters:,} steps end after {_epochs(run):.3g} epochs"
     )
@@ -62,7 +62,7 @@ def _trained(run: Run) -> int:
 def _epochs(run: Run) -> float:
     """Return how many times the run reads the training text."""
     left = run.config.max_iters - run.progress.step
-    windows = run.progress.position + left * run.windows_per_step
+    windows = run.progress.position + left * run.config.windows_per_step
     return windows / run.train_windows.per_epoch
 
 
@@ -87,7 +87,7 @@ def _warnings(run: Run) -> Iterator[str]:
     steps = config.max_iters
     if steps == 0:
         return  # only an evaluation
-    end = config.lr_decay_iters or steps
+    end = config.decay_end
     if config.decay_lr and 2 * (min(end, steps) - config.warmup_iters) < steps:
         yield (
             f"the warm-up takes {config.warmup_iters:,} steps and the rate has fallen to "
@@ -99,7 +99,7 @@ def _warnings(run: Run) -> Iterator[str]:
     if steps < FEW_UPDATES:
         yield (
             f"max_iters={steps} updates will hardly change the model: try a larger --{length} or "
-            f"fewer than {run.windows_per_step:,} sequences a step"
+            f"fewer than {config.windows_per_step:,} sequences a step"
         )
     tokens = len(run.train_windows.tokens)
     epochs = _epochs(run)

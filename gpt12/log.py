@@ -109,10 +109,10 @@ class RunLog:
         left = ""
         steps_per_s = self.clock.steps_per_second()
         if steps_per_s is not None:
-            run = self.run
-            tokens_per_s = round(steps_per_s * run.windows_per_step * run.config.block_size)
+            config = self.run.config
+            tokens_per_s = round(steps_per_s * config.tokens_per_step)
             speed = f", {tokens_per_s:,} tokens/s"
-            left = f", {tqdm.format_interval((run.config.max_iters - step) / steps_per_s)} left"
+            left = f", {tqdm.format_interval((config.max_iters - step) / steps_per_s)} left"
         self._record(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s)
         self.bar.set_postfix_str(f"loss {loss:.4f}{speed}", refresh=False)
         self.bar.update(step - self.bar.n)

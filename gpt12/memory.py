@@ -269,8 +269,7 @@ LONG_RUN_HOURS = 2
 
 def warn_of_long_run(shape: GPTConfig, config: TrainConfig, steps: int, cores: int) -> str | None:
     """Return a warning if the steps that are left will take many hours on this CPU."""
-    step_tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size
-    flops = float(flops_per_token(shape)) * steps * step_tokens
+    flops = float(flops_per_token(shape)) * steps * config.tokens_per_step
     hours = flops / (cores * CPU_FLOPS_PER_CORE) / 3600
     if hours < LONG_RUN_HOURS:
         return None

@@ -96,8 +96,11 @@ class Run:
     machine: Machine
     model: GPT
     dataset: Dataset
+    train_windows: Any  # TrainWindows; None if the run is only an evaluation
+    train_eval_windows: Any  # EvalWindows of the training split; None, too
     val_windows: EvalWindows
     eval_count: int  # windows in an evaluation
+    packed: bool  # whether a training window holds several examples
     progress: Progress
     checkpoint: Path | None  # the folder that the run is resumed from
 
@@ -112,30 +115,7 @@ class Run:
             value = getattr(self.config, key)
             if value != getattr(self.request.undecided, key):
                 decided.append(f"{key}={value:.6g}, because it was not set: {reason}")
-        return [*self.request.notes, *decided, *self.machine.notes, *self.dataset.warnings]
-
-    @property
-    def windows_per_step(self) -> int:
-        """Return the number of windows in a step, over all micro-batches and ranks."""
-        return self.config.batch_size * self.config.gradient_accumulation_steps
-
-    @property
-    def packed(self) -> bool:
-        """Tell whether a training window holds several examples."""
-        assert self.dataset.train is not None
-        return self.dataset.train.mask is not None
-
-    @property
-    def train_windows(self) -> TrainWindows:
-        """Return the training windows in the order of the run's seed."""
-        assert self.dataset.train is not None
-        return TrainWindows(self.dataset.train, self.config.block_size, self.config.seed)
-
-    @property
-    def train_eval_windows(self) -> EvalWindows:
-        """Return the training split's fixed windows for evaluation."""
-        assert self.dataset.train is not None
-        return EvalWindows(self.dataset.train, self.config.block_size)
+        return [*self.request.notes, *decided, *self.machine.notes, *self.dataset.notes]
 
     def description(self) -> dict[str, Any]:
         """Return what run.json holds: configuration, what was asked for, machine and data."""
@@ -321,9 +301,12 @@ def build_run(request: Request) -> Run:
     if config.init_from == "scratch" and not request.resumed:
         refuse_unread_keys(request, model.config)
 
-    config = resolve(config, request, dataset, progress)
-    step_tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size
-    flops = flops_per_token(model.config) * step_tokens * config.max_iters
+    train_windows = train_eval_windows = None
+    if not config.eval_only:
+        train_windows = TrainWindows(dataset.train, config.block_size, config.seed)
+        train_eval_windows = EvalWindows(dataset.train, config.block_size)
+    config = resolve(config, request, train_windows, progress)
+    flops = flops_per_token(model.config) * config.tokens_per_step * config.max_iters
     machine = open_machine(
         config.device,
         config.dtype,
@@ -346,40 +329,39 @@ def build_run(request: Request) -> Run:
         machine=machine,
         model=model,
         dataset=dataset,
+        train_windows=train_windows,
+        train_eval_windows=train_eval_windows,
         val_windows=val_windows,
         eval_count=eval_count,
+        packed=train_windows is not None and train_windows.tokens.mask is not None,
         progress=progress,
         checkpoint=checkpoint,
     )
 
 
 def resolve(
-    config: TrainConfig, request: Request, dataset: Dataset, progress: Progress
+    config: TrainConfig, request: Request, train_windows: TrainWindows | None, progress: Progress
 ) -> TrainConfig:
     """Return the configuration with every key that follows from others, or from the data, decided.
 
     config: with the shape of the model. Only dtype and lora_alpha are decided later, when the
-    machine is known.
+    machine is known. train_windows: None if the run is only an evaluation.
     """
-    max_iters = config.max_iters
-    if config.num_epochs > 0 and dataset.train is not None:
-        per_epoch = TrainWindows(dataset.train, config.block_size, config.seed).per_epoch
-        per_step = config.batch_size * config.gradient_accumulation_steps
+    if config.num_epochs > 0 and train_windows is not None:
         # The windows that are left, whatever a step took of them before.
-        left = math.ceil(config.num_epochs * per_epoch) - progress.position
-        max_iters = progress.step + max(0, math.ceil(left / per_step))
-    lr_decay_iters = max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+        left = math.ceil(config.num_epochs * train_windows.per_epoch) - progress.position
+        steps_left = max(0, math.ceil(left / config.windows_per_step))
+        config = replace(config, max_iters=progress.step + steps_left)
     warmup_iters = config.warmup_iters
     if "warmup_iters" not in request.given and not config.eval_only:
-        warmup_iters = min(warmup_iters, min(max_iters, lr_decay_iters) // 10)
+        warmup_iters = min(warmup_iters, min(config.max_iters, config.decay_end) // 10)
     min_lr = config.min_lr
     if config.decay_lr and "min_lr" not in request.given and min_lr > config.learning_rate:
         min_lr = config.learning_rate / 10
     return replace(
         config,
-        max_iters=max_iters,
-        eval_iters=_eval_iters(replace(config, max_iters=max_iters), request),
-        lr_decay_iters=lr_decay_iters,
+        eval_iters=_eval_iters(config, request),
+        lr_decay_iters=config.decay_end,
         warmup_iters=warmup_iters,
         min_lr=min_lr,
     )
@@ -403,8 +385,7 @@ def _eval_iters(config: TrainConfig, request: Request) -> int:
     if "eval_iters" in request.given or request.resumed or config.eval_only:
         return config.eval_iters
     steps = max(1, min(config.eval_interval, config.max_iters))
-    rows = config.batch_size * config.gradient_accumulation_steps
-    portions = max(1, steps * rows * config.block_size // (10 * 2 * EVAL_TOKENS))
+    portions = max(1, steps * config.tokens_per_step // (10 * 2 * EVAL_TOKENS))
     return min(portions, config.eval_iters)
 
 
@@ -429,7 +410,6 @@ def open_data(config: TrainConfig, tokenizer: Any = None) -> Dataset:
 
 def data_facts(dataset: Dataset) -> dict[str, Any]:
     """Return what run.json holds of the data. On resuming it tells whether they are others."""
-    assert dataset.train is not None
     return {
         "name": dataset.name,
         "folder": dataset.folder.name,  # that of a text has a hash of the whole text
@@ -463,7 +443,7 @@ def _adapt_progress(
     progress.best_val_loss = None
     progress.best_step = 0
     progress.worse_evaluations = 0
-    dataset.warnings.append(
+    dataset.notes.append(
         f"{reason}: the best loss so far no longer counts. To keep {out_dir / 'best'}, copy it: "
         "the next best replaces it"
     )
@@ -499,8 +479,8 @@ def is_complete(run: Run) -> bool:
     return True
 
 
-def continued_schedule(run: Run, learning_rate: Callable[[int, TrainConfig], float]) -> TrainConfig:
-    """Return the configuration of a run that may be resumed, and note what jumps in it.
+def continued_schedule(run: Run, learning_rate: Callable[[int, TrainConfig], float]) -> Run:
+    """Return the run with the schedule that it goes on with, and with notes of what jumps in it.
 
     A phase of short context that is over does not come back when the run gets longer.
     learning_rate: train.py's.
@@ -509,8 +489,8 @@ def continued_schedule(run: Run, learning_rate: Callable[[int, TrainConfig], flo
     before = run.request.before
     step = run.progress.step
     if before is None or step == 0:
-        return config
-    notes = run.request.notes
+        return run
+    notes = list(run.request.notes)
     last_end = before.short_context_steps
     end = config.short_context_steps
     if last_end <= step < end:
@@ -522,7 +502,7 @@ def continued_schedule(run: Run, learning_rate: Callable[[int, TrainConfig], flo
     lr = f"{learning_rate(step, config):.3g}"
     if lr != last_lr:
         notes.append(f"the learning rate goes on at {lr} and not at {last_lr}, for other keys")
-    return config
+    return replace(run, config=config, request=replace(run.request, notes=notes))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -596,7 +576,7 @@ def model_for_data(model: GPT | None, tokenizer: Any, dataset: Dataset, config: 
             "tokenizer needs one's files beside it"
         )
     if tokenizer is None and dataset.text_vocab_size < model.config.vocab_size:
-        dataset.warnings.append(
+        dataset.notes.append(
             f"{config.init_from} has no tokenizer. Its first {dataset.text_vocab_size} of "
             f"{model.config.vocab_size} ids are taken to be those of {dataset.name} "
             f"({dataset.tokenizer_name}). If it was trained with another tokenizer, what it "

@@ -225,6 +225,21 @@ class TrainConfig:
     """Name of the run there."""
 
     @property
+    def windows_per_step(self) -> int:
+        """Return the number of windows in a step, over all micro-batches and ranks."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Return the number of tokens in a step."""
+        return self.windows_per_step * self.block_size
+
+    @property
+    def decay_end(self) -> int:
+        """Return the step at which the learning rate has fallen to min_lr."""
+        return self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters
+
+    @property
     def short_context_steps(self) -> int:
         """Return the number of steps with a short context."""
         return math.ceil(self.short_context_share * self.max_iters)
@@ -257,7 +272,7 @@ class TrainConfig:
             (
                 self.decay_lr
                 and {"lr_decay_iters", "warmup_iters"} <= set(given)
-                and (self.lr_decay_iters or self.max_iters) <= self.warmup_iters,
+                and self.decay_end <= self.warmup_iters,
                 ("lr_decay_iters", "warmup_iters"),
                 "the rate would fall before it has risen; raise lr_decay_iters",
             ),

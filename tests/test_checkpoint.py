@@ -326,17 +326,6 @@ def test_an_earlier_run_replaces_the_one_before_it_and_the_users_files_stay(tmp_
     assert version_of(tmp_path / "previous") == 2
 
 
-def test_a_run_that_goes_on_in_previous_is_not_replaced(tmp_path):
-    make_run(tmp_path, 1)
-    set_aside(tmp_path)
-    make_run(tmp_path, 2)
-    busy = pytest.raises(UserError, match="another run is writing to .*previous")
-    with lock_run(tmp_path / "previous"), busy:
-        set_aside(tmp_path)
-    assert version_of(tmp_path / "previous") == 1
-    assert version_of(tmp_path) == 2
-
-
 def test_a_run_without_a_step_displaces_no_trained_one(dataset, tmp_path, monkeypatch, capsys):
     assert run(dataset, tmp_path, "--max_iters=2") == 0
     monkeypatch.setattr(Trainer, "loop", lambda trainer: 130)

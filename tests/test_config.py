@@ -336,6 +336,7 @@ def test_a_windows_path_in_a_file_gets_advice(write):
         (TrainConfig, "--num_epochs=2 --max_iters=10", "max_iters num_epochs"),
         (TrainConfig, "--min_lr=1e-2", "min_lr learning_rate"),
         (TrainConfig, "--lr_decay_iters=9 --warmup_iters=9", "lr_decay_iters warmup_iters"),
+        (TrainConfig, "--lr_decay_iters=0 --warmup_iters=9", "lr_decay_iters warmup_iters"),
         (TrainConfig, "--lora_alpha=8", "lora_rank lora_alpha"),
         (
             TrainConfig,

@@ -194,7 +194,7 @@ def test_what_was_read_and_left_out_is_said_each_time(house):
     jsonl(house / "texts/train.jsonl", [{"text": "another text, as long as this"}])
     (house / "texts/c.pdf").write_bytes(b"\0")
     for dataset in (open_bytes("texts"), open_bytes("texts")):  # the second time out of the cache
-        assert dataset.warnings == [
+        assert dataset.notes == [
             "texts: 3 files are read: 2 .jsonl, 1 .md; 1 without a text are not: 1 .pdf.",
             "The files named test and train are read as one data set, which is split anew. Move "
             "those away that should not be trained on.",
@@ -207,7 +207,7 @@ def test_what_was_read_and_left_out_is_said_each_time(house):
     question, answer = ({"role": role, "content": "x"} for role in ("user", "assistant"))
     chats = [[question], [question, answer, question], [question, answer], [question, answer]]
     jsonl(house / "chats.jsonl", [{"messages": chat} for chat in chats])
-    assert open_bytes("chats.jsonl", block_size=64).warnings == [
+    assert open_bytes("chats.jsonl", block_size=64).notes == [
         "1 conversations end with a message that has no answer. It was left out.",
         "1 blank texts or answers were left out.",
     ]
@@ -384,7 +384,7 @@ def test_examples_are_packed_whole_and_only_answers_are_targets(house):
             found.update(filter(None, dataset.tokenizer.decode(row).split("<|endoftext|>")))
         assert used > (rows - 1) * block * 0.93
     assert found == collections.Counter(p + c for p, c in pairs)
-    assert not dataset.warnings
+    assert not dataset.notes
     assert dataset.document_count == len(pairs)
     assert 0.05 < len(dataset.val) / len(dataset.train) < 0.2
 
@@ -403,7 +403,7 @@ def test_examples_too_long_are_cut_and_counted(house):
     pairs = [("ab", "cd"), ("ab", "c" * 20), ("a" * 12, "b"), ("a", "b")] * 5
     name = jsonl(house / "a.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
     dataset = open_bytes(name, block_size=10, val_fraction=0.5)
-    assert dataset.warnings[-1].startswith("10 of 20 examples")
+    assert dataset.notes[-1].startswith("10 of 20 examples")
     rows = []
     for split in (dataset.train, dataset.val):
         rows += np.reshape(ids(split)[:-1], (-1, 10)).tolist()
@@ -428,7 +428,7 @@ def test_a_data_set_of_conversations_keeps_the_chat_template(house):
         pairs = zip(ids(dataset.train), ids(dataset.train.mask), strict=True)
         text = dataset.tokenizer.decode([token for token, mark in pairs if mark == TRAINED])
         assert set(text.split(end)) == {"Ho", ""}
-        stops = [note.partition("--stop=")[2] for note in dataset.warnings]
+        stops = [note.partition("--stop=")[2] for note in dataset.notes]
         assert stops == (["'\\n'."] if end == "\n" else [])
 
 
@@ -476,7 +476,7 @@ def test_a_models_chat_template_is_replaced_with_a_line(house, rows, said):
         model = CharTokenizer(" \nHabcdefghilnoprstu")
         model.chat_template = template
         dataset = open_bytes(name, tokenizer=model, block_size=16)
-        told = f"The model's chat template {said}" in "".join(dataset.warnings)
+        told = f"The model's chat template {said}" in "".join(dataset.notes)
         assert told == (template is not None)
         ending = chat_template("prompt", False, "\n")
         assert dataset.tokenizer.chat_template == (None if "text" in rows[0] else ending)
@@ -486,11 +486,11 @@ def test_prompts_keep_their_common_ending_as_a_template(house):
     rows = [{"prompt": f"What is {i}?\n", "completion": "A number."} for i in range(30)]
     dataset = open_bytes(jsonl(house / "a.jsonl", rows), block_size=64)
     assert dataset.tokenizer.chat_template == chat_template("prompt", True, "\n")
-    assert dataset.warnings == []
+    assert dataset.notes == []
     rows[7]["prompt"] = "What is 7?"
     dataset = open_bytes(jsonl(house / "a.jsonl", rows), block_size=64)
     assert dataset.tokenizer.chat_template == chat_template("prompt", True, "")
-    assert [text[:34] for text in dataset.warnings] == ["The prompts have no common ending,"]
+    assert [text[:34] for text in dataset.notes] == ["The prompts have no common ending,"]
 
 
 def test_rows_of_another_length_are_refused(house):
@@ -576,7 +576,7 @@ def test_nanogpts_pickle_is_not_opened(house):
     assert dataset.tokenizer is None
     assert len(dataset.train) == 40
     assert len(dataset.val) == 12
-    assert "never opened" in dataset.warnings[0]
+    assert "never opened" in dataset.notes[0]
     assert not (house / "sprung").exists()
 
 

@@ -2,12 +2,15 @@
 
 import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from gpt12.errors import UserError, one_line, printable, run_main, say
 
@@ -147,6 +150,38 @@ def test_a_missing_package_is_named_with_what_to_do(script):
         "error: numpy is not installed: activate the environment, or pip install -r "
         "requirements.txt\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("script", "advice"),
+    [
+        ("train.py", "end other programs that use it"),
+        ("sample.py", "ask for fewer --num_samples"),
+        ("bench.py", "bench.py measures what was asked for"),
+    ],
+)
+@pytest.mark.parametrize("text", ["CUDA out of memory", "DefaultCPUAllocator: not enough memory"])
+def test_where_memory_does_not_suffice_a_script_says_what_helps(
+    monkeypatch, capsys, script, advice, text
+):
+    """A GPU has an error of its own; of a CPU only the message tells. Other errors are bugs."""
+    kind = torch.OutOfMemoryError if text.startswith("CUDA") else RuntimeError
+    errors = [kind(text), RuntimeError("illegal access")]
+    for module in ("gpt12.config", "gpt12.run"):  # where the scripts get it from
+        monkeypatch.setattr(f"{module}.load_config", Mock(side_effect=errors))
+    monkeypatch.setattr(sys, "argv", [script, "--seed=1"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: out of memory: {advice}")
+    with pytest.raises(RuntimeError, match="illegal access"):
+        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+
+
+def test_without_advice_a_lack_of_memory_is_a_bug():
+    """A script that reads no model has none."""
+    with pytest.raises(torch.OutOfMemoryError):
+        run_main(lambda: raising(torch.OutOfMemoryError("CUDA out of memory")))
 
 
 def test_only_rank_0_prints(capsys, monkeypatch):

@@ -47,7 +47,7 @@ def test_notes_the_model_the_data_and_the_tokens_of_a_step_are_told(dataset, tmp
     monkeypatch.setenv("WORLD_SIZE", "2")
     found = built(dataset, tmp_path, "--max_iters=20")
     found.machine.notes[:] = ["of the machine"]
-    found.dataset.warnings.append("of the data")
+    found.dataset.notes.append("of the data")
     found = replace(found, request=replace(found.request, notes=["of the request"]))
     *notes, machine, data, model, tokens, step, _ = [
         line for line in introduction(found) if not line.startswith("warning")

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import train
-from data.dataset import open_dataset
 from data.tokenizers import CharTokenizer
 from gpt12.device import Machine
 from gpt12.errors import UserError
@@ -166,8 +165,7 @@ def test_an_evaluation_that_nobody_set_is_at_most_a_tenth_of_the_steps_before_it
     asked = asdict(found.request.asked)
     write_run(tmp_path, asdict(found.config), requested=asked, given=sorted(found.request.given))
     resumed = read_request(["--init_from=resume", f"--out_dir={tmp_path}", "--eval_interval=1"])
-    dataset = open_dataset(str(dataset), block_size=16)
-    config = resolve(resumed.undecided, resumed, dataset, Progress())
+    config = resolve(resumed.undecided, resumed, None, Progress())
     assert config.eval_iters == eval_iters
 
 
@@ -507,10 +505,9 @@ def test_a_run_that_patience_has_ended_stays_ended_until_it_gets_more(dataset, t
     assert trainer(tmp_path)["step"] == 5
 
 
-def test_a_warm_up_that_nobody_set_follows_the_length_of_the_run(dataset, tmp_path):
+def test_a_warm_up_that_nobody_set_follows_the_length_of_the_run(tmp_path):
     asked = {"lr_decay_iters": None, "warmup_iters": 2000, "max_iters": 5000}
     write_run(tmp_path, {"max_iters": 5000, "warmup_iters": 500}, requested=asked, given=[])
-    dataset = open_dataset(str(dataset), block_size=16)
     for options, expected in (
         (["--max_iters=300"], 30),
         ([], 500),
@@ -518,7 +515,7 @@ def test_a_warm_up_that_nobody_set_follows_the_length_of_the_run(dataset, tmp_pa
         (["--warmup_iters=2000"], 2000),
     ):
         request = read_request(["--init_from=resume", f"--out_dir={tmp_path}", *options])
-        assert resolve(request.undecided, request, dataset, Progress()).warmup_iters == expected
+        assert resolve(request.undecided, request, None, Progress()).warmup_iters == expected
 
 
 def test_a_data_set_without_a_training_split_can_only_be_evaluated(dataset, tmp_path):

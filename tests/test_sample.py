@@ -10,7 +10,6 @@ from itertools import takewhile, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -549,12 +548,3 @@ def test_nanogpts_compile_is_taken_and_has_no_effect(start):
     status, out, err = start("--compile=True", *ONE_TEXT)
     assert (status, out) == start(*ONE_TEXT)[:2]
     assert "compile: has no effect" in err
-
-
-def test_only_a_lack_of_memory_is_called_out_of_memory(start, monkeypatch):
-    errors = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("illegal access")]
-    monkeypatch.setattr(sample, "load", Mock(side_effect=errors))
-    status, _, err = start(*ONE_TEXT)
-    assert (status, "error: out of memory: ask for fewer" in err) == (2, True)
-    with pytest.raises(RuntimeError, match="illegal access"):
-        start(*ONE_TEXT)

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ from gpt12.folder import Progress
 from gpt12.lora import add_lora
 from gpt12.loss import IGNORE_INDEX
 from gpt12.optimizer import OPTIMIZERS, Entry
-from gpt12.run import continued_schedule
+from gpt12.run import Request, Run, continued_schedule
 from gpt12.twin import gpt2_logits
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig
@@ -382,14 +382,14 @@ def test_a_resumed_run_notes_what_its_typed_keys_make_jump(step, changes, notes)
     keys = {"short_context_share": 0.8, "max_iters": 10, "min_lr": 1e-3, "warmup_iters": 0}
     before = config(**keys)
     now = config(**keys | changes)
-    request = SimpleNamespace(before=before, notes=[])
-    progress = Progress(step=step)
-    run = SimpleNamespace(config=now, request=request, progress=progress)
+    parts = dict.fromkeys(field.name for field in fields(Run))
+    parts["request"] = Request(now, frozenset(), now, before)
+    run = Run(**parts | {"config": now, "progress": Progress(step=step)})
     found = continued_schedule(run, train.learning_rate)
-    assert len(request.notes) == len(notes)
-    for said, expected in zip(request.notes, notes, strict=True):
+    assert run.request.notes == []
+    for said, expected in zip(found.request.notes, notes, strict=True):
         assert expected in said
-    stays = found.short_context_share == now.short_context_share
+    stays = found.config.short_context_share == now.short_context_share
     assert stays == (step < 8)
 
 
