@@ -21,8 +21,7 @@ The folder    folder.py         run.json, the lock, an earlier run
               introduction.py   what a run says first
               log.py            terminal, metrics.jsonl, loss.png, wandb, clock
 
-bench.py      measure.py        times steps and texts     memory.py  predicts them
-              cards.py          datasheets
+bench.py      measure.py        times steps and texts     cards.py   datasheets
 
 Everywhere    errors.py (a user's mistakes), files.py (atomic writes)
 """

@@ -6,16 +6,19 @@ from collections.abc import Iterator
 
 import torch
 
-from gpt12.memory import GIB, step_memory, warn_of_long_run
+from gpt12.memory import GIB, step_memory
 from gpt12.run import Run
 from gpt12.twin import is_gpt2
-from model import parameter_count
+from model import flops_per_token, parameter_count
 
 FEW_UPDATES = 30  # a run with fewer is warned of
 # A model can repeat its text if it has this many trained parameters for each token and reads the
 # text this many times.
 BY_HEART_PARAMETERS = 5
 BY_HEART_EPOCHS = 20
+# A core does about this many operations a second in float32.
+CPU_FLOPS_PER_CORE = 25e9
+LONG_RUN_HOURS = 2
 
 
 def introduction(run: Run) -> Iterator[str]:
@@ -110,7 +113,13 @@ def _warnings(run: Run) -> Iterator[str]:
             "model with the lowest validation loss"
         )
     if run.machine.device.type == "cpu":
-        left = steps - run.progress.step
-        warning = warn_of_long_run(run.model.config, config, left, torch.get_num_threads())
-        if warning is not None:
-            yield warning
+        tokens = (steps - run.progress.step) * config.tokens_per_step
+        rate = torch.get_num_threads() * CPU_FLOPS_PER_CORE
+        hours = float(flops_per_token(run.model.config)) * tokens / rate / 3600
+        if hours >= LONG_RUN_HOURS:
+            yield (
+                f"this run will take about {hours:,.0f} hours on this CPU. "
+                "config/train_shakespeare_cpu.py trains a small model in half a minute, also on "
+                "your own text: "
+                "python train.py config/train_shakespeare_cpu.py --dataset=my.txt --tokenizer=char"
+            )

@@ -4,7 +4,8 @@ import torch
 
 import bench
 from gpt12.device import Machine
-from gpt12.settings import BenchConfig
+from gpt12.settings import BenchConfig, model_shape
+from model import GPTConfig
 
 SHAPE = {
     "n_layer": 2,
@@ -32,3 +33,8 @@ def make_124m(**keys: object) -> BenchConfig:
     """Settings whose model is GPT-2 124M without biases, in bfloat16, or that of init_from."""
     keys = {"dtype": "bfloat16", "n_layer": 12} | keys
     return bench.read([f"--{key}={value}" for key, value in keys.items()])[0]
+
+
+def shape_of(options: BenchConfig) -> GPTConfig:
+    """The shape of a model of random tokens."""
+    return model_shape(options, options.vocab_size)

@@ -4,20 +4,25 @@ No test looks at how long anything took: a shared machine would make it fail or 
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from bench import StepRunner
+from bench import StepRunner, predict, predict_sizes, product_flops
 from gpt12.cards import CARDS, Card
 from gpt12.errors import UserError
 from gpt12.measure import show_rows, show_step
-from gpt12.memory import GIB, RECOMPUTE, predict
-from gpt12.settings import model_shape
-from tests.bench_helpers import GPU, arguments, make
+from gpt12.memory import GIB, RECOMPUTE, step_memory
+from gpt12.muon import orthogonalize
+from model import GPT
+from tests.bench_helpers import GPU, SHAPE, arguments, make, make_124m, shape_of
 from tests.helpers import ROOT, make_dataset
 from tests.processes import start_ranks
 from train import TrainStep
@@ -350,7 +355,7 @@ PRESETS = ["train_gpt2.py", "train_gpt2_12gb.py", "train_gpt2_fast.py"]
 def test_presets_and_results_name_the_predicted_figures(name):
     options = ["--block_size=512", "--batch_size=4"] if name is None else [f"{ROOT}/config/{name}"]
     config, *_ = bench.read([*options, "--dtype=bfloat16"])
-    prediction = predict(model_shape(config, config.vocab_size), config, RTX_4070_TI)
+    prediction = predict(shape_of(config), config, RTX_4070_TI)
     row = f"| {round(prediction['tokens_per_s'] / 1000)},000 tokens/s"
     if name is None:
         row += f" | `python bench.py --plan {' '.join(options)}` |"
@@ -369,3 +374,95 @@ def test_rank_0_writes_the_figures_and_draws_the_ladder(run, tmp_path, monkeypat
     bench.finish(make(ladder=True), "a card", {"ladder": rows})
     written = {file.name for file in tmp_path.iterdir()}
     assert written == ({"bench.json", "bench.png"} if rank == 0 else set())
+
+
+# --------------------------------------------------------------------------------------------------
+# Predicting
+
+
+@pytest.mark.parametrize(("recompute", "attention"), [("none", 12), ("block", 16)])
+def test_the_work_is_counted_as_torch_counts_it(recompute, attention):
+    """FlopCounterMode sees every product of a step with the plain head and loss.
+
+    It runs plain attention, which takes 12 T C L a token, 16 if computed again. A causal kernel
+    takes 7 and 9.
+    """
+    C = SHAPE["n_embd"]
+    L = SHAPE["n_layer"]
+    T = SHAPE["block_size"]
+    options = make(recompute=recompute)
+    model = GPT(shape_of(options))
+    model.set_recompute(recompute)
+    x = torch.zeros(SHAPE["batch_size"], T, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits, _ = model(x)
+        F.cross_entropy(logits.flatten(0, 1), x.flatten()).backward()
+    products = counter.get_total_flops() - x.numel() * attention * T * C * L
+    kernel = x.numel() * (9 if recompute == "block" else 7) * T * C * L
+    counted = product_flops(shape_of(options), options, x.numel())
+    # LayerNorm's weights are counted like those of matrices.
+    assert counted - kernel == pytest.approx(products, rel=0.01)
+
+
+def test_muons_products_are_counted_as_torch_counts_them():
+    C = SHAPE["n_embd"]
+    muon, adamw = (
+        product_flops(shape_of(make()), make(optimizer=name), 48) for name in ("muon", "adamw")
+    )
+    with FlopCounterMode(display=False) as counter:
+        for count, rows, columns in ((4, C, C), (1, 4 * C, C), (1, C, 4 * C)):
+            orthogonalize(torch.ones(count, rows, columns))
+    assert muon - adamw == SHAPE["n_layer"] * counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "recompute", "ms"),
+    [
+        (64, "none", 112.7),
+        (32, "none", 58.5),
+        (12, "pointwise", 24.75),
+        (32, "pointwise", 60.7),
+        (32, "block", 67.4),
+    ],
+)
+def test_predicted_time_is_what_was_measured(batch_size, recompute, ms):
+    """Measured on an H200: 124M, T=1024, bias=False, torch 2.11 (docs/results.md)."""
+    options = make_124m(batch_size=batch_size, recompute=recompute)
+    found = predict(shape_of(options), options, CARDS["NVIDIA H200"])
+    assert found["ms"] == pytest.approx(ms, rel=0.025)
+
+
+def predicted(**keys):
+    options = make_124m(**keys)
+    return predict(shape_of(options), options, RTX_4070_TI)
+
+
+def test_methods_that_save_memory_do_and_those_that_cost_time_do():
+    plain = predicted()
+    lora = predicted(lora_rank=16)
+    assert lora["peak_gib"] < predicted(optimizer="adamw8bit")["peak_gib"] < plain["peak_gib"]
+    slower = [
+        {"lora_rank": 16},
+        {},
+        {"bias": True},
+        {"recompute": "pointwise"},
+        {"optimizer": "muon"},
+        {"recompute": "block"},
+        {"dtype": "float32"},
+    ]
+    times = [predicted(**keys)["ms"] for keys in slower]
+    assert times == sorted(times)
+    assert predicted(gradient_accumulation_steps=8)["tokens_per_s"] > plain["tokens_per_s"]
+
+
+def test_the_sizes_of_a_plan_end_with_the_largest_that_fits():
+    for recompute in RECOMPUTE:
+        options = make_124m(recompute=recompute)
+        rows = predict_sizes(shape_of(options), options, 11.0, RTX_4070_TI)
+        largest = rows[-1]["batch_size"]
+        assert [row["batch_size"] for row in rows[:-1]] == [
+            n for n in (1, 4, 16, 64) if n < largest
+        ]
+        assert rows[-1]["peak_gib"] <= 11.0
+        assert step_memory(shape_of(options), replace(options, batch_size=largest + 1)) > 11.0 * GIB
+        assert predict_sizes(shape_of(options), options, 1.0, RTX_4070_TI) == []

@@ -1,53 +1,24 @@
-"""gpt12/memory.py: counted bytes and work against torch's own counters and against measurements."""
+"""gpt12/memory.py: counted bytes against torch's own counters and against measurements."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from gpt12.cards import CARDS
 from gpt12.introduction import introduction
 from gpt12.lora import add_lora
-from gpt12.memory import (
-    COMPILED_GPU,
-    CPU_FLOPS_PER_CORE,
-    CPU_GAPS,
-    GIB,
-    RECOMPUTE,
-    predict,
-    predict_sizes,
-    product_flops,
-    step_memory,
-    trained_parameters,
-    warn_of_long_run,
-)
-from gpt12.muon import orthogonalize
-from gpt12.settings import model_shape
-from model import GPT, GPTConfig, Shared, flops_per_token
-from tests.bench_helpers import SHAPE, make, make_124m
+from gpt12.memory import COMPILED_GPU, CPU_GAPS, GIB, step_memory, trained_parameters
+from model import GPT, GPTConfig, Shared
+from tests.bench_helpers import make_124m, shape_of
 from tests.helpers import CPU, built, config
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 GPT2 = GPTConfig(bias=False)  # 124M
-RTX_4070_TI = CARDS["NVIDIA GeForce RTX 4070 Ti"]
 
 
 def full_size(**changes):
     """Return the configuration of 12 rows of 1,024 tokens in bf16."""
     return config(**{"batch_size": 12, "block_size": 1024, "dtype": "bfloat16"} | changes)
-
-
-def shape_of(options):
-    """Return the shape of a model of random tokens."""
-    return model_shape(options, options.vocab_size)
-
-
-def predicted_gib(options):
-    """Return the predicted peak of a step in GiB."""
-    return step_memory(shape_of(options), options) / GIB
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,7 +125,7 @@ def test_on_a_cpu_the_formula_predicts_what_runs_of_gpt2_took(batch_size, recomp
 def test_predicted_memory_is_what_was_measured(init_from, recompute, keys, gib):
     """Measured on an H200 at T=1024 (docs/results.md)."""
     options = make_124m(init_from=init_from, recompute=recompute, **keys)
-    assert predicted_gib(options) == pytest.approx(gib, rel=0.03)
+    assert step_memory(shape_of(options), options) / GIB == pytest.approx(gib, rel=0.03)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -181,112 +152,8 @@ def test_weights_state_and_gradients_take_the_bytes_of_their_formats():
         assert growth_per_layer(GPT2, full_size(**many | keys))[0] == expected, keys
 
 
-def test_the_sizes_of_a_plan_end_with_the_largest_that_fits():
-    for recompute in RECOMPUTE:
-        options = make_124m(recompute=recompute)
-        rows = predict_sizes(shape_of(options), options, 11.0, RTX_4070_TI)
-        largest = rows[-1]["batch_size"]
-        assert [row["batch_size"] for row in rows[:-1]] == [
-            n for n in (1, 4, 16, 64) if n < largest
-        ]
-        assert rows[-1]["peak_gib"] <= 11.0
-        assert predicted_gib(replace(options, batch_size=largest + 1)) > 11.0
-        assert predict_sizes(shape_of(options), options, 1.0, RTX_4070_TI) == []
-
-
-# --------------------------------------------------------------------------------------------------
-# Time
-
-
-@pytest.mark.parametrize(("recompute", "attention"), [("none", 12), ("block", 16)])
-def test_the_work_is_counted_as_torch_counts_it(recompute, attention):
-    """FlopCounterMode sees every product of a step with the plain head and loss.
-
-    It runs plain attention, which takes 12 T C L a token, 16 if computed again. A causal kernel
-    takes 7 and 9.
-    """
-    C = SHAPE["n_embd"]
-    L = SHAPE["n_layer"]
-    T = SHAPE["block_size"]
-    options = make(recompute=recompute)
-    model = GPT(shape_of(options))
-    model.set_recompute(recompute)
-    x = torch.zeros(SHAPE["batch_size"], T, dtype=torch.int64)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        logits, _ = model(x)
-        F.cross_entropy(logits.flatten(0, 1), x.flatten()).backward()
-    products = counter.get_total_flops() - x.numel() * attention * T * C * L
-    kernel = x.numel() * (9 if recompute == "block" else 7) * T * C * L
-    counted = product_flops(shape_of(options), options, x.numel())
-    # LayerNorm's weights are counted like those of matrices.
-    assert counted - kernel == pytest.approx(products, rel=0.01)
-
-
-def test_muons_products_are_counted_as_torch_counts_them():
-    C = SHAPE["n_embd"]
-    muon, adamw = (
-        product_flops(shape_of(make()), make(optimizer=name), 48) for name in ("muon", "adamw")
-    )
-    with FlopCounterMode(display=False) as counter:
-        for count, rows, columns in ((4, C, C), (1, 4 * C, C), (1, C, 4 * C)):
-            orthogonalize(torch.ones(count, rows, columns))
-    assert muon - adamw == SHAPE["n_layer"] * counter.get_total_flops()
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "recompute", "ms"),
-    [
-        (64, "none", 112.7),
-        (32, "none", 58.5),
-        (12, "pointwise", 24.75),
-        (32, "pointwise", 60.7),
-        (32, "block", 67.4),
-    ],
-)
-def test_predicted_time_is_what_was_measured(batch_size, recompute, ms):
-    """Measured on an H200: 124M, T=1024, bias=False, torch 2.11 (docs/results.md)."""
-    options = make_124m(batch_size=batch_size, recompute=recompute)
-    found = predict(shape_of(options), options, CARDS["NVIDIA H200"])
-    assert found["ms"] == pytest.approx(ms, rel=0.025)
-
-
-def predicted(**keys):
-    options = make_124m(**keys)
-    return predict(shape_of(options), options, RTX_4070_TI)
-
-
-def test_methods_that_save_memory_do_and_those_that_cost_time_do():
-    plain = predicted()
-    lora = predicted(lora_rank=16)
-    assert lora["peak_gib"] < predicted(optimizer="adamw8bit")["peak_gib"] < plain["peak_gib"]
-    slower = [
-        {"lora_rank": 16},
-        {},
-        {"bias": True},
-        {"recompute": "pointwise"},
-        {"optimizer": "muon"},
-        {"recompute": "block"},
-        {"dtype": "float32"},
-    ]
-    times = [predicted(**keys)["ms"] for keys in slower]
-    assert times == sorted(times)
-    assert predicted(gradient_accumulation_steps=8)["tokens_per_s"] > plain["tokens_per_s"]
-
-
 # --------------------------------------------------------------------------------------------------
 # What a run tells
-
-
-def test_a_run_of_hours_on_a_cpu_is_warned_of_and_the_small_preset_named():
-    shape = GPTConfig(bias=False)
-    a_second = CPU_FLOPS_PER_CORE / flops_per_token(shape)  # tokens
-    warnings = []
-    for hours in (1.9, 5):
-        steps = round(hours * 3600 * 2 * a_second / 1024)
-        length = config(batch_size=1, block_size=1024)
-        warnings.append(warn_of_long_run(shape, length, steps, cores=2))
-    assert warnings[0] is None
-    assert "about 5 hours on this CPU. config/train_shakespeare_cpu.py" in warnings[1]
 
 
 @pytest.mark.parametrize("is_gpt2", [True, False])
