@@ -25,7 +25,6 @@ from typing import Any
 from gpt12.errors import run_main
 from tests.helpers import ROOT
 
-SEQUENCES = {"nanoGPT": 64, "ours": 16}  # of 1,024 tokens, in a step
 BOTH = (
     "--block_size=1024 --n_layer=12 --n_head=12 --n_embd=768 --bias=False --dropout=0.0 "
     "--weight_decay=0.1 --grad_clip=1.0 --min_lr=0.0 --eval_iters=0 --log_interval=50 "
@@ -41,18 +40,21 @@ EVALUATIONS = 4
 Row = dict[str, Any]  # an evaluation, as in metrics.jsonl
 
 
-def run(name: str, steps: int, micro_batch: int, options: list[str], out_dir: Path) -> list[Row]:
+def run(
+    name: str, steps: int, sequences: int, micro_batch: int, options: list[str], out_dir: Path
+) -> list[Row]:
     """Run train.py with a recipe as a command of its own. Returns the evaluations.
 
     The last one gets command_s, the seconds of the whole command.
+    sequences: of 1,024 tokens, in a step.
     """
-    micro_batch = min(micro_batch, SEQUENCES[name])
+    micro_batch = min(micro_batch, sequences)
     plan = [
         f"--max_iters={steps}",
         f"--warmup_iters={steps // 10}",
         f"--eval_interval={math.ceil(steps / EVALUATIONS)}",
         f"--batch_size={micro_batch}",
-        f"--gradient_accumulation_steps={SEQUENCES[name] // micro_batch}",
+        f"--gradient_accumulation_steps={sequences // micro_batch}",
         f"--out_dir={out_dir}",
     ]
     argv = [sys.executable, "train.py", *BOTH.split(), *RECIPES[name].split(), *plan, *options]
@@ -117,8 +119,9 @@ def main() -> int:
     """Run both recipes. Options that this program does not know go to train.py in both runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", required=True, help="as train.py's")
-    parser.add_argument("--steps", type=int, default=850, help="of ours, 16,384 tokens each")
-    parser.add_argument("--nanogpt_steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=850, help="of ours")
+    parser.add_argument("--sequences", type=int, default=16, help="in a step of ours")
+    parser.add_argument("--nanogpt_steps", type=int, default=1000, help="64 sequences each")
     parser.add_argument(
         "--micro_batch", type=int, default=32, help="sequences at once, a power of 2; 16 for 12 GB"
     )
@@ -127,8 +130,9 @@ def main() -> int:
     out_dir = args.out_dir.absolute()
     options = [f"--dataset={args.dataset}", *rest]
     runs = {}
-    for name, steps in (("nanoGPT", args.nanogpt_steps), ("ours", args.steps)):
-        runs[name] = run(name, steps, args.micro_batch, options, out_dir / name)
+    plans = {"nanoGPT": (args.nanogpt_steps, 64), "ours": (args.steps, args.sequences)}
+    for name, (steps, sequences) in plans.items():
+        runs[name] = run(name, steps, sequences, args.micro_batch, options, out_dir / name)
     reached = show(runs)
     draw(runs, out_dir / "race.png")
     return 0 if reached else 1
