@@ -6,8 +6,9 @@ answers and the end token after each. transformers uses these tags for return_as
 and TRL for assistant_only_loss. They do not change the text.
 
 Where the end token comes from: in sampling, and in transformers, a template writes `eos_token`. In
-training that name is empty, and data/prepare.py puts the end's ids after each answer, because a
-text is tokenized without special tokens. So Piece.after (data/texts.py) says "end" after an answer.
+training that name is empty, because texts are tokenized without special tokens: data/prepare.py
+puts the ids of Tokenizer.end after each answer. To the question that follows, Piece.after
+(data/texts.py) says so: "end". A tokenizer without an end token has a line end in both cases.
 """
 
 from __future__ import annotations

@@ -310,7 +310,8 @@ def _explain_encoding(file: Path, encoding: str) -> str:
         for line in stream:
             number += 1
             lines.append(line)
-            if (bad := _find_bad_byte(line, encoding)) >= 0:
+            bad = _find_bad_byte(line, encoding)
+            if bad >= 0:
                 break
         # Whole lines, because no encoding fits to the half of a character.
         sample = b"".join([*lines, *stream.readlines(SAMPLE_BYTES)])
