@@ -36,7 +36,13 @@ def save_their_gpt2(folder: Path, vocab_size: int) -> Path:
     """Save a random GPT-2 as `transformers` does."""
     torch.manual_seed(0)
     shape = GPT2Config(
-        vocab_size, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=vocab_size,
+        n_positions=32,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     GPT2LMHeadModel(shape).save_pretrained(folder)
     return folder
