@@ -40,9 +40,8 @@ import torch
 from data.windows import TrainWindows
 from gpt12.cards import CARDS, Card, find_card
 from gpt12.config import load_config
-from gpt12.device import Machine, available_memory, open_machine
+from gpt12.device import Machine, available_memory, cap_memory, open_machine
 from gpt12.distributed import process_group, reported_by_rank_0, torchrun_ranks
-from gpt12.fit import cap_memory
 from gpt12.folder import describe_run, write_json
 from gpt12.generate import store_by_columns
 from gpt12.loss import CHUNK_ROWS

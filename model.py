@@ -160,8 +160,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, shared: Shared) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.layer(x, shared)
-        draws = self.training and self.has_dropout()
-        return recompute(self.layer, self.recompute, draws, x, shared)
+        drops = self.training and self.has_dropout()
+        return recompute(self.layer, self.recompute, drops, x, shared)
 
     def has_dropout(self) -> bool:
         """Tell whether anything in this layer drops values."""

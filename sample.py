@@ -20,11 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpt12.errors import UserError, printable, require_packages, run_main
+from gpt12.errors import UserError, print_line, printable, require_packages, run_main
 
 require_packages()
 
 from data.chat import ChatTemplate, Message
+from data.dataset import DATA
 from data.tokenizers import GPT2_VOCAB_SIZE, get_tokenizer, load_tokenizer
 from gpt12.config import load_config, unescape
 from gpt12.device import open_machine
@@ -35,7 +36,6 @@ from gpt12.weights import find_pretrained, from_pretrained, read_nanogpt
 from model import GPT
 
 SEPARATOR = "---------------"  # between samples, as in nanoGPT
-DATA = Path(__file__).parent / "data"
 PASTE_SECONDS = 0.05  # a line that follows another one sooner was pasted
 Times = list[tuple[float, int]]  # seconds on a clock, and how many tokens came then
 
@@ -170,25 +170,27 @@ class Writer:
             return complete
         return self.template.write([*self.system, *messages])
 
-    def shorten(self, messages: Sequence[Message]) -> tuple[Sequence[Message], list[int]]:
-        """Return the messages and the ids of their prompt; UserError if it exceeds the context.
+    def shorten(self, messages: Sequence[Message]) -> tuple[Sequence[Message], str, list[int]]:
+        """Return the messages, their prompt and its ids; UserError if it exceeds the context.
 
         If it does, the oldest messages go first, until half of the context is free.
         """
         room = self.model.config.block_size
         # transformers gives a text its first token; a chat template writes it itself.
         begin = [] if self.tokenizer.chat_template else self.tokenizer.begin
-        ids = begin + self.tokenizer.encode_prompt(self.prompt(messages))
         longest = room
-        while len(ids) > longest and len(messages) > 1:
+        while True:
+            prompt = self.prompt(messages)
+            ids = begin + self.tokenizer.encode_prompt(prompt)
+            if len(ids) <= longest or len(messages) == 1:
+                break
             longest = room // 2
             messages = messages[2:]
-            ids = begin + self.tokenizer.encode_prompt(self.prompt(messages))
         if len(ids) > room:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, the model's context only {room}: shorten it"
             )
-        return messages, ids
+        return messages, prompt, ids
 
     def new_text(self) -> TextStream:
         """Return an empty text, which ends as the configuration says."""
@@ -232,9 +234,7 @@ def print_samples(writer: Writer, start: str) -> None:
     With --json it is one line of JSON for each sample.
     """
     as_json = writer.config.json
-    messages = [Message(role="user", content=start)]
-    prompt = writer.prompt(messages)
-    _, ids = writer.shorten(messages)
+    _, prompt, ids = writer.shorten([Message(role="user", content=start)])
     texts = [writer.new_text() for _ in range(writer.config.num_samples)]
     times: Times = []
     if not as_json:
@@ -298,14 +298,14 @@ def answer(writer: Writer, messages: Sequence[Message], question: str) -> Sequen
     the template already.
     """
     try:
-        asked, prompt = writer.shorten([*messages, Message(role="user", content=question)])
+        asked, _, ids = writer.shorten([*messages, Message(role="user", content=question)])
     except UserError as error:
         say(f"error: {error}")
         return messages
     text = writer.new_text()
     times: Times = []
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the text, not the program
-        for _, new in writer.write(prompt, [text], times):
+        for _, new in writer.write(ids, [text], times):
             show(new)
     show(text.finish("length") + "\n")
     say(speed(times))
@@ -339,7 +339,7 @@ def is_pasted() -> bool:
 
 def say(text: str) -> None:
     """Print a message for the user, on standard error."""
-    print(printable(text, sys.stderr), file=sys.stderr, flush=True)
+    print_line(text, sys.stderr)
 
 
 def show(text: str) -> None:

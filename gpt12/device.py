@@ -9,7 +9,9 @@ import contextlib
 import logging
 import math
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,6 +211,17 @@ def record(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
 # Memory of the machine
 
 ROOT = Path("/")  # of the files in which Linux tells how much memory there is
+
+
+def cap_memory(machine: Machine) -> None:
+    """On Windows and WSL, let no more be allocated than is free now.
+
+    The driver would not refuse more but move it into the computer's own memory, which is slow.
+    """
+    if sys.platform == "win32" or "microsoft" in platform.release().lower():
+        free, total = torch.cuda.mem_get_info(machine.device)
+        usable = free + torch.cuda.memory_reserved(machine.device)
+        torch.cuda.set_per_process_memory_fraction(usable / total, machine.device)
 
 
 def available_memory(machine: Machine) -> float:

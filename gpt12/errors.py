@@ -43,16 +43,20 @@ def is_rank_0() -> bool:
 
 
 def say(text: str) -> None:
-    """Print a line at once, above a progress bar if there is one, on rank 0 only."""
-    _print_line(text, sys.stdout)
+    """Print a line on standard output, on rank 0 only."""
+    print_line(text, sys.stdout)
 
 
 def warn(text: str) -> None:
     """Print a warning as say() does, but on standard error: standard output may be data."""
-    _print_line(f"warning: {text}", sys.stderr)
+    print_line(f"warning: {text}", sys.stderr)
 
 
-def _print_line(text: str, stream: TextIO | None) -> None:
+def print_line(text: str, stream: TextIO | None) -> None:
+    """Print a line at once, above a progress bar if there is one, on rank 0 only.
+
+    stream: None if it was closed before the program started.
+    """
     from tqdm import tqdm
 
     if not is_rank_0() or stream is None:

@@ -10,15 +10,13 @@ A GPU tries. A CPU compares an estimate with the free memory: the system would k
 from __future__ import annotations
 
 import gc
-import platform
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from gpt12.device import Machine, available_memory
+from gpt12.device import Machine, available_memory, cap_memory
 from gpt12.distributed import least_of_ranks
 from gpt12.errors import UserError, ran_out_of_memory, say
 from gpt12.memory import step_memory
@@ -112,17 +110,6 @@ def words(config: TrainConfig) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Trying on a GPU
-
-
-def cap_memory(machine: Machine) -> None:
-    """On Windows and WSL, let no more be allocated than is free now.
-
-    The driver would not refuse more but move it into the computer's own memory, which is slow.
-    """
-    if sys.platform == "win32" or "microsoft" in platform.release().lower():
-        free, total = torch.cuda.mem_get_info(machine.device)
-        usable = free + torch.cuda.memory_reserved(machine.device)
-        torch.cuda.set_per_process_memory_fraction(usable / total, machine.device)
 
 
 def fits_in_a_trial(config: TrainConfig, run: Run, make_step: Callable[..., Any]) -> bool:

@@ -13,13 +13,13 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
-def recompute(layer: Callable[..., Any], what: str, draws: bool, *inputs: Any) -> Any:
+def recompute(layer: Callable[..., Any], what: str, drops: bool, *inputs: Any) -> Any:
     """Return layer(*inputs), which keeps little for the backward pass.
 
     what: "pointwise" keeps the results of matrix products and of attention, "block" only the
-    inputs. draws: whether the layer drops values. It then draws the same random numbers again.
+    inputs. drops: whether the layer drops values. It then draws the same random numbers again.
     """
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": drops}
     kept = []
     if what == "pointwise":
         aten = torch.ops.aten
@@ -27,7 +27,7 @@ def recompute(layer: Callable[..., Any], what: str, draws: bool, *inputs: Any) -
     # Attention that is kept does not draw its random numbers again. Dropout after it would then
     # draw those in place of its own. Compiled, each dropout has a seed of its own, and attention
     # that is computed again would draw others.
-    if draws:
+    if drops:
         keep_attention = torch.compiler.is_compiling()
     else:
         keep_attention = what == "pointwise"

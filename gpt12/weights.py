@@ -49,7 +49,7 @@ CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
 VOCABULARY = ("transformer.wte.weight", "lm_head.weight")  # with a row for each id
 OTHER_MODEL = "so it was trained with another model.py, or it is another kind of model"
 MAX_SIZE = 2**29  # torch can still count the bytes of a matrix of two such sizes
-NANOGPT_PADDED_VOCAB_SIZE = 50304  # GPT-2's 50,257 tokens, rounded up
+NANOGPT_PADDED_VOCAB_SIZE = 50304  # GPT-2's, rounded up
 
 
 # --------------------------------------------------------------------------------------------------
@@ -445,7 +445,7 @@ def read_nanogpt(file: Path) -> tuple[GPTConfig, dict[str, Tensor], Any]:
     content: NanoGPTFile = _validate(NanoGPTFile, _read_pickle(file), file)
     config = _make_config(content.model_args, file)  # without a `bias` it has biases
     if config.vocab_size == NANOGPT_PADDED_VOCAB_SIZE:
-        config = replace(config, vocab_size=50257)
+        config = replace(config, vocab_size=GPTConfig.vocab_size)
     tensors = {}
     for name, tensor in _held_tensors(content.model, file).items():
         name = name.removeprefix("_orig_mod.")  # torch.compile's prefix

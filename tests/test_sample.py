@@ -138,6 +138,11 @@ def test_a_warning_about_the_weights_is_no_line_of_the_json(start, out_dir, tmp_
     assert f"warning: {foreign} is a GPT-2, and model.py computes something else" in ended[2]
 
 
+def test_without_standard_error_the_json_stays_alone(start, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert len(rows_of(start("--json", "--num_samples=1", "--max_new_tokens=1"))) == 1
+
+
 def test_the_pace_counts_from_the_first_token():
     times = [(10.0, 0), (12.0, 2), (13.0, 2), (14.0, 2)]
     assert sample.speed(times) == "6 tokens, first after 2.00 s, then 2.0 tokens/s"
