@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from data.tokenizers import CharTokenizer
@@ -22,6 +23,7 @@ from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
 CPU = Machine(torch.device("cpu"), torch.float32, compiled=False)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu, id="cuda")]
 
 # A model that takes milliseconds a step: one layer, 16 channels, two micro-batches of four rows.
 TINY = (
@@ -167,6 +169,14 @@ def small_step(machine: Machine = CPU, model: GPT | None = None, **changes: Any)
     import train
 
     return train.TrainStep(model or small_gpt(), config(**changes), machine)
+
+
+def plain_step(device: str, **changes: Any) -> Any:
+    """Return a TrainStep of the small model on a device, not recorded. changes: as small_step."""
+    import train
+
+    machine = replace(CPU, device=torch.device(device))
+    return train.TrainStep(small_gpt().to(device), config(**changes), machine, cuda_graph=False)
 
 
 def random_rows(rows: int = 2, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,16 +17,17 @@ from gpt12.run import Run
 from model import GPT
 from tests.helpers import (
     CPU,
+    DEVICES,
     config,
     fill,
     losses,
+    plain_step,
     random_rows,
     resume,
     run,
     same_tensors,
     same_weights,
     small_gpt,
-    small_step,
     weights,
 )
 
@@ -215,13 +216,15 @@ def test_a_trial_changes_nothing(monkeypatch, optimizer, fitting, packed):
     assert model.training
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_trial_makes_the_state_that_training_makes(optimizer):
-    trained = small_step(optimizer=optimizer)
+def test_a_trial_makes_the_state_that_training_makes_and_moves_no_weight(optimizer, device):
+    trained, tried = (plain_step(device, optimizer=optimizer) for _ in range(2))
     fill(trained, *random_rows())
     trained(1e-2)
-    tried = small_step(optimizer=optimizer)
+    before = [p.clone() for p in tried.model.parameters()]
     fit.try_step(tried)
+    assert same_weights(tried.model, before)
     for a, b in zip(trained.optimizers, tried.optimizers, strict=True):
         shapes = [{key: t.shape for key, t in state.items()} for state in a.state.values()]
         assert shapes == [{key: t.shape for key, t in state.items()} for state in b.state.values()]

@@ -29,7 +29,6 @@ from tests.helpers import (
     resume,
     run,
     same_tensors,
-    same_weights,
     weights,
     write_shard,
 )
@@ -230,24 +229,6 @@ def test_200_steps_of_the_fastest_path_end_where_the_plain_path_ends():
     assert ends[0] == pytest.approx(ends[1], abs=0.01)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_bad_updates_are_skipped_on_the_device(optimizer, value):
-    step = make_step(compiled=False, optimizer=optimizer)
-    fill(step)
-    step(1e-3)
-    before = [p.clone() for p in step.model.parameters()]
-    weight = step.model.transformer.ln_f.weight
-    hook = weight.register_hook(lambda gradient: torch.full_like(gradient, value))
-    step(1e-3)
-    hook.remove()
-    assert step.bad.item() == 1
-    assert same_weights(step.model, before)
-    step(1e-3)
-    assert step.bad.item() == 0
-    assert not torch.equal(before[0], next(step.model.parameters()))
-
-
 # --------------------------------------------------------------------------------------------------
 # Memory
 
@@ -372,15 +353,6 @@ def reserved_by_attempt(found) -> list[tuple[Any, int]]:
         assert fit.fits_in_a_trial(attempt, found, train.TrainStep)
         reserved.append((attempt, torch.cuda.max_memory_reserved()))
     return reserved
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_trial_moves_no_weight(optimizer):
-    step = make_step(compiled=False, optimizer=optimizer)
-    before = [parameter.clone() for parameter in step.model.parameters()]
-    fit.try_step(step)
-    assert same_weights(step.model, before)
-    assert all(optimizer.state for optimizer in step.optimizers)
 
 
 def test_less_memory_leads_to_a_later_attempt_with_the_same_losses(letters, tmp_path):

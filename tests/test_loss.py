@@ -14,6 +14,7 @@ from gpt12.loss import (
     plain_cross_entropy,
 )
 from model import GPT, GPTConfig
+from tests.helpers import DEVICES
 from tests.models import SHAPE, random_batch, relative, small_model
 
 
@@ -136,7 +137,7 @@ def test_lower_precision_stays_near_fp32(monkeypatch):
         assert ((a - b).norm() / b.norm()).item() < 0.03, name
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu, id="cuda")])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("divisor", [12_288, 491_520])
 def test_the_gradients_below_the_head_are_scaled_in_float32(device, divisor):
     """In bf16, 1/divisor would be rounded: every gradient would be 0.2% or 0.3% too large.
