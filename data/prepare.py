@@ -98,8 +98,7 @@ def prepare_texts(
         tokenizer = copy.copy(tokenizer)  # the model's own one keeps its template
         tokenizer.chat_template = None
         if window is not None:
-            has_end_token = tokenizer.eot is not None
-            tokenizer.chat_template = found.chat_template(documents.kind, has_end_token)
+            tokenizer.chat_template = found.chat_template(documents.kind, tokenizer.eot is not None)
         write_meta(folder, tokenizer, written.count, notes, window)
         (folder / "progress.json").unlink(missing_ok=True)
 
@@ -192,9 +191,9 @@ def _encode(documents: Documents, found: Found, tokenizer: Tokenizer) -> Iterato
         # disable=None: shown on a terminal only
         tqdm(desc=documents.source, unit=" tokens", unit_scale=True, disable=None) as bar,
     ):
-        while ahead := list(itertools.islice(pieces, 2 * cores * PIECES_AT_ONCE)):
-            starts = range(0, len(ahead), PIECES_AT_ONCE)
-            shares = [ahead[start : start + PIECES_AT_ONCE] for start in starts]
+        while any(
+            shares := [list(itertools.islice(pieces, PIECES_AT_ONCE)) for _ in range(2 * cores)]
+        ):
             for share in threads.map(encode, shares):
                 yield from share
                 bar.update(sum(len(encoded.ids) for encoded in share))
@@ -301,10 +300,8 @@ def _write_examples(
         if mask[1:block_size].any():
             split = "val" if is_for_validation(document, first, val_fraction) else "train"
             examples[split].append((ids[:block_size], mask[:block_size]))
-    dtype = token_dtype(tokenizer.text_vocab_size)
-    padding = tokenizer.eot or 0
-    written.train = write_packed(folder, "train", examples["train"], block_size, dtype, padding)
-    written.val = write_packed(folder, "val", examples["val"], block_size, dtype, padding)
+    written.train = write_packed(folder, "train", examples["train"], block_size, tokenizer)
+    written.val = write_packed(folder, "val", examples["val"], block_size, tokenizer)
     if tokenizer.eot is None:
         advice = "Sample with --stop='\\n'." if tokenizer.end else "Use another --tokenizer=."
         found.notes.append(
@@ -332,7 +329,7 @@ def _write_examples(
 
 
 def write_packed(
-    folder: Path, split: str, examples: list[Example], size: int, dtype: np.dtype, padding: int
+    folder: Path, split: str, examples: list[Example], size: int, tokenizer: Tokenizer
 ) -> int:
     """Write examples, packed whole into windows of `size` tokens, as shards and mask shards.
 
@@ -342,8 +339,7 @@ def write_packed(
     The mask says where each example starts. So the model can keep attention inside an example and
     count positions from its start: an example is computed as if it were alone.
 
-    padding: the id that fills the end of a window.
-    Returns the number of tokens.
+    The end token, or id 0, fills the end of a window. Returns the number of tokens.
     """
     used: list[int] = []  # tokens in each window
     places = []  # where each example begins
@@ -357,7 +353,8 @@ def write_packed(
         used[window] += len(ids)
     # Targets are the inputs shifted by one, so the last window needs a token to end with.
     length = len(used) * size + 1
-    tokens = np.full(length, padding, dtype)
+    dtype = token_dtype(tokenizer.text_vocab_size)
+    tokens = np.full(length, tokenizer.eot or 0, dtype)
     mask = np.zeros(length, UINT8)
     for place, (ids, trained) in zip(places, examples):
         tokens[place : place + len(ids)] = ids

@@ -162,7 +162,7 @@ class Tokenizer:
     @property
     def special_tokens(self) -> dict[str, str]:
         """The texts of eos_token, bos_token and so on, which a chat template may write."""
-        end = "" if self.eot is None else self.token_bytes(self.eot).decode()
+        end = "" if self.eot is None else self.decode([self.eot])
         return {"eos_token": end, **_special_tokens(self.files)}
 
     @property

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from data.prepare import write_packed
-from data.shards import UINT16, Tokens
+from data.shards import Tokens
+from data.tokenizers import CharTokenizer
 from data.windows import EvalWindows, TrainWindows
 from gpt12.checkpoint import Saver, trainer_tensors
 from gpt12.device import Machine
@@ -569,7 +570,7 @@ def test_an_evaluation_of_packed_rows_is_the_mean_over_examples_computed_alone(t
             if mask[t] == 1:
                 total -= log_probs[t - 1, ids[t]].item()
                 targets += 1
-    write_packed(tmp_path, "val", examples, 8, UINT16, padding=0)
+    write_packed(tmp_path, "val", examples, 8, CharTokenizer("a"))
     windows = EvalWindows(Tokens(tmp_path, "val"), 8)
     assert windows.count < 25  # packed
     assert loss_over(model, windows) == pytest.approx(total / targets, rel=1e-5)
