@@ -91,9 +91,8 @@ def find_source(config: SampleConfig) -> Path:
 
 def find_tokenizer(source: Path) -> Any:
     """Return the tokenizer of a model; UserError if there is none."""
-    is_nanogpt = source.suffix == ".pt"
-    tokenizer = load_tokenizer(source.parent if is_nanogpt else source)
-    if tokenizer is None and is_nanogpt:
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None and source.suffix == ".pt":
         tokenizer = nanogpt_tokenizer(source)
     if tokenizer is None:
         raise UserError(

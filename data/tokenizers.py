@@ -327,11 +327,13 @@ def get_tokenizer(name: str) -> Tokenizer:
     return GPT2Tokenizer(byte_level(models.BPE.from_file(*files)))
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
+def load_tokenizer(source: Path) -> Tokenizer | None:
     """Return the tokenizer in a Hugging Face folder, or None if the folder holds none.
 
+    source: the folder, or a file in it, such as nanoGPT's ckpt.pt.
     Raises UserError for damaged files.
     """
+    folder = source.parent if source.is_file() else source
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files.keys():
         return None

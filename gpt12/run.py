@@ -527,7 +527,7 @@ def load_start(request: Request, last: Path | None) -> tuple[GPT | None, Any]:
     if last is not None and source != last:
         check_code(last, read_config(last))  # the adapters
     # A tokenizer may lie beside nanoGPT's ckpt.pt, which holds none itself.
-    tokenizer = load_tokenizer(source if source.is_dir() else source.parent)
+    tokenizer = load_tokenizer(source)
     return model, tokenizer
 
 
