@@ -42,7 +42,7 @@ from gpt12.cards import CARDS, Card, find_card
 from gpt12.config import load_config
 from gpt12.device import Machine, available_memory, cap_memory, open_machine
 from gpt12.distributed import process_group, reported_by_rank_0, torchrun_ranks
-from gpt12.folder import describe_run, write_json
+from gpt12.folder import describe_run, user_error_if_unwritable, write_json
 from gpt12.generate import store_by_columns
 from gpt12.loss import CHUNK_ROWS
 from gpt12.measure import (
@@ -506,7 +506,8 @@ def finish(config: BenchConfig, device: str, results: dict[str, Any]) -> None:
         print(json.dumps(content), flush=True)
         return
     file = "plan.json" if config.plan else "bench.json"
-    write_json(Path(file), content)
+    with user_error_if_unwritable(Path(file)):
+        write_json(Path(file), content)
     say(f"wrote {file}: all figures, with versions and settings (--json prints them instead)")
     if config.ladder:
         draw(results["ladder"], f"GPT-2 of {config.n_layer} layers of {config.n_embd}: {device}")

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from gpt12.errors import UserError, say
-from gpt12.files import exists, remove, sync, write_atomically
+from gpt12.files import exists, remove, sync
 from gpt12.folder import (
     TRAINER_FORMAT,
     Progress,
@@ -43,6 +43,7 @@ from gpt12.folder import (
     is_run,
     json_bytes,
     set_aside,
+    user_error_if_unwritable,
     write_json,
 )
 from gpt12.lora import is_adapted, load_adapter, save_adapter
@@ -85,7 +86,8 @@ class Saver:
             told = set_aside(self.run.out_dir)
             if told is not None:
                 say(told)
-            write_json(self.run.out_dir / "run.json", self.description)
+            with user_error_if_unwritable(self.run.out_dir / "run.json"):
+                write_json(self.run.out_dir / "run.json", self.description)
 
     def is_due(self) -> bool:
         """Tell whether it is time to save last/: save_interval_s after the last save.
@@ -128,7 +130,7 @@ class Saver:
         try:
             save_checkpoint(folder, partial(self._write, name), self.progress)
             if name == "last":
-                write_atomically(self.run.out_dir / "run.json", json_bytes(self.description))
+                write_json(self.run.out_dir / "run.json", self.description)
         except OSError as error:
             say(f"could not save {folder}: {error}. What was there before is untouched; make room")
             return False

@@ -38,7 +38,7 @@ def lock_run(out_dir: Path) -> Iterator[None]:
     """
     busy = f"another run is writing to out_dir={out_dir}. Wait for it, or choose another --out_dir="
     with contextlib.ExitStack() as stack:
-        with _user_error_if_unwritable(out_dir):
+        with user_error_if_unwritable(out_dir):
             stack.enter_context(lock_folder(out_dir, if_locked=UserError(busy)))
         yield
 
@@ -116,7 +116,7 @@ def set_aside(out_dir: Path) -> str | None:
     if not any(path.is_dir() for path in found):
         return None
     replaced = ""
-    with _user_error_if_unwritable(previous):
+    with user_error_if_unwritable(previous):
         remove_link(previous)
         if is_run(out_dir) and exists(previous):
             replaced = ", in place of a still earlier run" if is_run(previous) else ""
@@ -203,7 +203,17 @@ def _read_progress(folder: Path) -> Progress:
 
 
 # --------------------------------------------------------------------------------------------------
-# JSON files
+# JSON files, also of models and adapters; and what happens if one cannot be written
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    write_atomically(file, json_bytes(content))
+
+
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """Return a JSON file's content."""
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def read_json(file: Path, kind: Any = dict[str, Any]) -> Any:
@@ -212,38 +222,34 @@ def read_json(file: Path, kind: Any = dict[str, Any]) -> Any:
     Raises UserError that names the file, and the key that is wrong.
     """
     try:
-        return TypeAdapter(kind).validate_json(file.read_bytes())
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}): restore it") from None
+    return validated(kind, value, file)
+
+
+def validated(kind: Any, value: Any, file: Path) -> Any:
+    """Return a value that a file holds as one of this type.
+
+    Raises UserError that names the file, and the first key that is wrong.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        wrong = what_is_wrong(error)
-    except OSError as error:
-        wrong = str(error.strerror)
-    raise UserError(f"{file} is damaged ({wrong}): restore it")
-
-
-def what_is_wrong(error: ValidationError) -> str:
-    """Return pydantic's first complaint in a line: the key and what it should be."""
-    first = error.errors()[0]
-    return ": ".join([*map(str, first["loc"]), first["msg"]])
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file atomically. Raises UserError if the disk does not accept it."""
-    write_file(file, json_bytes(content))
-
-
-def json_bytes(content: dict[str, Any]) -> bytes:
-    """Return a JSON file's content."""
-    return (json.dumps(content, indent=2) + "\n").encode()
+        first = error.errors()[0]
+        wrong = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise UserError(f"{file} is damaged or of another kind ({wrong}): restore it") from None
 
 
 def write_file(file: Path, content: bytes) -> None:
     """Write a file atomically. Raises UserError if the disk does not accept it."""
-    with _user_error_if_unwritable(file):
+    with user_error_if_unwritable(file):
         write_atomically(file, content)
 
 
 @contextlib.contextmanager
-def _user_error_if_unwritable(path: Path) -> Iterator[None]:
+def user_error_if_unwritable(path: Path) -> Iterator[None]:
+    """Turn the disk's refusal in the block into a UserError that names the path."""
     try:
         yield
     except OSError as error:

@@ -304,14 +304,12 @@ def drop_later_rows(file: Path, progress: Progress) -> None:
 
 
 def read_metrics(file: Path) -> list[MetricsRow]:
-    """Return the rows of a metrics.jsonl. What is no row, as half a line, is skipped."""
+    """Return the rows of a metrics.jsonl. Half a line, which a crash leaves, is skipped."""
     rows: list[MetricsRow] = []
     lines = file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else []
     for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
     return rows
 
 

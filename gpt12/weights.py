@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import FiniteFloat, InstanceOf, TypeAdapter, ValidationError
+from pydantic import FiniteFloat, InstanceOf
 from torch import Tensor, nn
 
 from gpt12.errors import UserError, warn
 from gpt12.files import exists
-from gpt12.folder import find_checkpoint, is_run, json_bytes, read_json, what_is_wrong
+from gpt12.folder import find_checkpoint, is_run, json_bytes, read_json, validated
 from gpt12.lora import LoRALinear, base_of_adapter, is_adapted, load_adapter
 from gpt12.twin import fingerprint, has_fingerprint, is_gpt2
 from model import GPT, GPTConfig, NothingDrawn, meta_model
@@ -153,7 +153,7 @@ def check_code(source: Path, config: GPTConfig, new_run: bool = False) -> None:
     if source.suffix != ".pt":
         file = source / "config.json"
         value = read_json(file).get("fingerprint") or None
-        saved = _validate(list[FiniteFloat] | None, value, file)
+        saved = validated(list[FiniteFloat] | None, value, file)
     if saved is None:
         if not is_gpt2(config):
             warn(
@@ -335,7 +335,7 @@ def find_pretrained(path_or_name: str | Path) -> Path:
 
 def _make_config(values: dict[str, Any], file: Path) -> GPTConfig:
     """Build a configuration from a file's values, with whatever somebody has added to GPTConfig."""
-    config: GPTConfig = _validate(GPTConfig, values, file)
+    config: GPTConfig = validated(GPTConfig, values, file)
     sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
     if not all(1 <= size < MAX_SIZE for size in sizes):
         raise UserError(f"{file}: impossible shape {config}")
@@ -356,14 +356,6 @@ def read_config(folder: Path) -> GPTConfig:
     if content.get("n_inner") not in (None, 4 * config.n_embd):
         raise UserError(f"{file}: n_inner={content['n_inner']} is not supported, only 4 * n_embd")
     return config
-
-
-def _validate(kind: Any, value: Any, file: Path) -> Any:
-    """Return a value from a file as one of this type; UserError if it is none."""
-    try:
-        return TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        raise UserError(f"{file}: {what_is_wrong(error)}") from None
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -387,7 +379,7 @@ def _weight_files(folder: Path) -> list[Path]:
         index = folder / f"{name}.index.json"
         if index.exists():
             weight_map = read_json(index).get("weight_map")
-            names = set(_validate(dict[str, str], weight_map, index).values())
+            names = set(validated(dict[str, str], weight_map, index).values())
             for part in names:
                 if not re.fullmatch(r"\w[\w.-]*", part):  # a path would lead out of the folder
                     raise UserError(f"{index}: {part!r} is no name of a file beside it")
@@ -403,7 +395,7 @@ def _held_tensors(content: Any, file: Path) -> dict[str, Tensor]:
     Tensors may share their numbers, and then ask for more memory than the file has. Only a head
     that is tied to the embedding does so for good.
     """
-    tensors: dict[str, Tensor] = _validate(dict[str, InstanceOf[Tensor]], content, file)
+    tensors: dict[str, Tensor] = validated(dict[str, InstanceOf[Tensor]], content, file)
     held = 0
     plain = True
     for name, tensor in tensors.items():
@@ -442,7 +434,7 @@ def read_nanogpt(file: Path) -> tuple[GPTConfig, dict[str, Tensor], Any]:
 
     Returns the shape, the tensors as a folder has them, and the name of the data set.
     """
-    content: NanoGPTFile = _validate(NanoGPTFile, _read_pickle(file), file)
+    content: NanoGPTFile = validated(NanoGPTFile, _read_pickle(file), file)
     config = _make_config(content.model_args, file)  # without a `bias` it has biases
     if config.vocab_size == NANOGPT_PADDED_VOCAB_SIZE:
         config = replace(config, vocab_size=GPTConfig.vocab_size)
