@@ -365,11 +365,22 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 # Counts, read off the modules
 
 
-class NothingDrawn(TorchFunctionMode):
-    """Let torch's layers not draw weights of their own: what is not set later stays NaN.
+class NaNMemory(TorchFunctionMode):
+    """Let new memory be NaN. Unlike whatever was there, it shows what is forgotten."""
 
-    For 124M parameters that would take seconds, and nobody would use them. Unlike whatever was in
-    memory, NaN shows what is forgotten.
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.empty, torch.empty_like) and result.is_floating_point():
+            result.fill_(math.nan)
+        return result
+
+
+class NothingDrawn(NaNMemory):
+    """Let torch's layers not draw weights of their own, either: they stay NaN.
+
+    For 124M parameters that would take seconds, and nobody would use them.
     """
 
     def __torch_function__(
@@ -377,10 +388,7 @@ class NothingDrawn(TorchFunctionMode):
     ) -> Any:
         if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
             return nn.init.constant_(kwargs["tensor"], math.nan)
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.empty, torch.empty_like) and result.is_floating_point():
-            result.fill_(math.nan)
-        return result
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 @functools.cache

@@ -31,7 +31,7 @@ from gpt12.files import exists
 from gpt12.folder import find_checkpoint, is_run, json_bytes, read_json, validated
 from gpt12.lora import LoRALinear, base_of_adapter, is_adapted, load_adapter
 from gpt12.twin import fingerprint, has_fingerprint, is_gpt2
-from model import GPT, GPTConfig, NothingDrawn, meta_model
+from model import GPT, GPTConfig, NaNMemory, NothingDrawn, meta_model
 
 # Settings in config.json that change the architecture, and the values that this model has. The
 # first value is the default of a missing key.
@@ -58,7 +58,8 @@ NANOGPT_PADDED_VOCAB_SIZE = 50304  # GPT-2's, rounded up
 
 def new_model(config: GPTConfig) -> GPT:
     """Return a model with the random weights of GPT.init_weights."""
-    model = GPT(config)
+    with NaNMemory():
+        model = GPT(config)
     check_initialized(model, "GPT.init_weights in model.py must set it; what layers draw is lost")
     return model
 

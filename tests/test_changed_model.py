@@ -188,6 +188,15 @@ def test_a_parameter_that_init_weights_does_not_set_is_named_before_training(
     assert not (tmp_path / "run.json").exists()
 
 
+def test_memory_that_nobody_sets_is_named_wherever_it_is_made(monkeypatch):
+    def add(gpt):  # after what GPT.__init__ does
+        gpt.scale = nn.Parameter(torch.empty(3))
+
+    extend(monkeypatch, model.GPT, add)
+    with pytest.raises(UserError, match="^scale has no value"):
+        new_model(SHAPE)
+
+
 def test_what_follows_init_weights_counts(monkeypatch):
     def zero(gpt):
         nn.init.zeros_(gpt.transformer.h[0].attn.c_proj.weight)
