@@ -188,7 +188,8 @@ class Transformer(nn.Module):
     def sees(self, query: Tensor, key: Tensor, example: Tensor | None = None) -> Tensor:
         """Decide which tokens see which, in training and in decoding: (B, T, S) bool.
 
-        query, key: the positions of those who see, (B, T), and of those who are seen, (B, S).
+        query, key: the positions of those who see, (B, T), and of those who are seen, (B, S). 1
+            stands for B if they are equal for all rows.
         example: (B, T), a number for each token's example, if rows hold several examples; queries
         and keys are then the same tokens.
         """
@@ -362,7 +363,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 # --------------------------------------------------------------------------------------------------
-# Counts, read off the modules
+# Models without values, and what they are counted by
 
 
 class NaNMemory(TorchFunctionMode):

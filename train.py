@@ -288,8 +288,9 @@ class TrainStep:
         """
         targets_of_rank = sum(self.targets_per_batch)
         world = self.machine.world
-        # N is the number of targets on all ranks. Each rank divides its sum of losses by N / world.
-        # DistributedDataParallel then takes the mean over the ranks: the sum of all, divided by N.
+        # Each rank divides its losses by N / world, where N is the number of targets on all ranks.
+        # DistributedDataParallel takes the mean over the ranks: (all losses / (N / world)) / world,
+        # which is all losses / N.
         self.divisor.fill_(targets_of_rank / world)
         if world > 1:
             dist.all_reduce(self.divisor)
@@ -344,14 +345,13 @@ class TrainStep:
             self.grad_norm.zero_()
             return
         if self.scaler.is_enabled():
-            # To learn whether a gradient is infinite, scaler.step() would wait for the device. The
-            # optimizers get `skip` instead.
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
+            # No scaler.step(): it would wait for the device. The optimizers get `skip` instead.
         self.grad_norm.copy_(nn.utils.get_total_norm(gradients))
         # 1.0 if the update must be skipped, else 0.0. It is a tensor, so nothing waits for it.
         skip = 1 - torch.isfinite(self.grad_norm + self.loss).float()
-        self.bad.add_(1).mul_(skip)  # skipped in a row: a good update resets it to 0
+        self.bad.copy_((self.bad + 1) * skip)  # in a row: a good update resets it to 0
         self.skipped.add_(skip)
         if self.config.grad_clip > 0:
             divide_by = (self.grad_norm / self.config.grad_clip).clamp(min=1)
@@ -518,7 +518,7 @@ class Trainer:
         """
         progress = self.progress
         with self.clock.stopped():
-            cut_short = self.stop.arrived_alone
+            cut_short = self.stop.arrived_in_one_process
             train_loss = mean_loss(self.run, self.run.train_eval_windows, cut_short)
             val_loss = mean_loss(self.run, self.run.val_windows, cut_short)
             if cut_short():

@@ -177,10 +177,10 @@ def _encode(documents: Documents, found: Found, tokenizer: Tokenizer) -> Iterato
         encoded = []
         for document, piece in share:
             ids = tokenizer.encode_after(piece.after, piece.text)
-            if not piece.after:
-                ids = np.append(begin, ids)
+            if not piece.after:  # the first of a text
+                ids = np.concatenate((begin, ids))
             if piece.end:
-                ids = np.append(ids, end)
+                ids = np.concatenate((ids, end))
             encoded.append(Encoded(document, ids, piece.trained))
         return encoded
 

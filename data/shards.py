@@ -63,7 +63,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class ShardWriter:
     """Write a stream of tokens as {stem}_000000.bin, {stem}_000001.bin, ... in constant memory.
 
-    A shard has no header, so that nobody takes it for whole, until its tokens are on the disk.
+    A shard's header is zeros, so that nobody takes it for whole, until its tokens are on the disk.
 
     start: go on after this many tokens of an interrupted writer. What lies after them is removed.
     count: tokens written so far.

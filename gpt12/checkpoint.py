@@ -4,10 +4,10 @@
     last/   the newest model: when Saver.is_due() says so, at the end, on a signal, on an error
             outside of a step, and at evaluations if always_save_checkpoint
 
-Both are Hugging Face folders with the tokenizer's files and trainer.json, the run's progress. last/
-also has trainer.safetensors, everything else that resuming needs. In a LoRA run best/ is the merged
-model, with the adapters beside it in best/adapter/; last/ holds only the adapters and the name of
-their base model.
+Both are Hugging Face folders with the tokenizer's files and trainer.json, the run's Progress
+(gpt12/folder.py). last/ also has trainer.safetensors, everything else that resuming needs. In a
+LoRA run best/ is the merged model, with the adapters beside it in best/adapter/; last/ holds only
+the adapters and the name of their base model.
 
 A folder cannot be renamed onto a full one, so a checkpoint X is replaced in steps:
 
@@ -17,7 +17,8 @@ A folder cannot be renamed onto a full one, so a checkpoint X is replaced in ste
     4. delete X.prev
 
 A kill at any moment leaves a checkpoint that loads: between 2 and 3 there is no X, and readers take
-X.prev. run.json follows last/: until a resumed run has saved, it says what last/ was made with.
+X.prev. A resumed run writes run.json after its first last/: until then run.json says what last/ was
+made with.
 """
 
 from __future__ import annotations

@@ -109,7 +109,8 @@ def checked(
 ) -> Schema:
     """Return the configuration of what was said, or raise UserError with every mistake.
 
-    given: the keys that the user set, and that may contradict each other. A resumed run has others.
+    given: the keys that may contradict each other, because the user set them. What was said to a
+    run that is resumed also has keys that nobody set.
     mistakes: those found so far. If there are any, keys are not compared with each other: a file
     that was not read might have changed them.
     """
@@ -123,6 +124,7 @@ def checked(
             unknown = found["type"] == "unexpected_keyword_argument"
             wrong[key] = unknown_key(key, schema) if unknown else found["msg"]
     messages = [*mistakes, *(f"{said[key].words}: {wrong[key]}" for key in said if key in wrong)]
+    # Keys with a wrong value get their defaults, so that the others can be compared.
     config = schema(**{key: value for key, value in values.items() if key not in wrong})
     for keys, advice in config.contradictions(given):
         if not mistakes and wrong.keys().isdisjoint(keys):

@@ -262,7 +262,10 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def handle(self, number: int, frame: Any) -> None:
-        """Note the first signal; a second one ends the program at once (run_main in errors.py)."""
+        """Note the first signal. A later one ends the program at once, and nothing is saved.
+
+        One that follows within SAME_SIGNAL_SECONDS is the same, sent twice.
+        """
         if self.number:
             if time.monotonic() - self.arrived_at < SAME_SIGNAL_SECONDS:
                 return
@@ -272,7 +275,7 @@ class StopSignal:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         say(f"\n{name}: finishing this step, then saving (press again to quit at once)")
 
-    def arrived_alone(self) -> bool:
+    def arrived_in_one_process(self) -> bool:
         """Tell whether a signal has arrived in a run of one process."""
         return torchrun_ranks().world == 1 and self.number > 0
 

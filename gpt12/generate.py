@@ -224,7 +224,7 @@ def stream(
     decoder.read_prompts(texts)
     for step in range(1, max_new_tokens + 1):
         # The device computes the next tokens while the host hands out the newest ones.
-        # decoder.token holds these; `texts` and the cache hold all tokens before them.
+        # decoder.token holds the newest ones; `texts` and the cache hold all tokens before them.
         newest = decoder.token.to("cpu", copy=True, non_blocking=on_gpu)
         copied = torch.cuda.current_stream().record_event() if on_gpu else None
         if step < max_new_tokens:

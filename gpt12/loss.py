@@ -48,8 +48,8 @@ def linear_cross_entropy(
 
     x: (B, T, C) in the dtype of matrix products. weight: (V, C). targets: (B, T) ids below
     vocab_size, or IGNORE_INDEX.
-    divisor: by default the number of targets that are not ignored. With gradient accumulation it
-    is that of all micro-batches.
+    divisor: by default the number of targets that are not ignored. In training it is that of all
+    micro-batches, for each rank (TrainStep.set_divisor in train.py).
     batch_targets: the number of targets here that are not ignored, if the caller knows it. It only
     saves work: most ignored rows are then not multiplied with the weight.
     fused: use the Triton kernel (GPU only).

@@ -27,13 +27,13 @@ Betas = tuple[float, float]  # beta1 and beta2
 
 @dataclass(frozen=True)
 class Entry:
-    """How an optimizer is built, and whether its step() itself clips and skips.
+    """How an optimizer is built, and who clips and skips.
 
-    on_device=False, as for most: it does not. update_all divides the gradients before, or leaves
-    the step out; it waits for the device to know which. The rate is a float.
-    on_device=True: it does, and the host never waits. step() divides the gradients by the tensor
-    in its attribute `grad_scale`, changes nothing if the tensor `found_inf` is 1, and takes its
-    rate from one float32 tensor. The names are those of torch's fused AdamW.
+    on_device=False, as for most: update_all clips and skips, on the host. It divides the gradients
+    before step(), or does not call it, and waits for the device to know which. The rate is a float.
+    on_device=True: step() clips and skips, and the host never waits. step() divides the gradients
+    by the tensor in its attribute `grad_scale`, changes nothing if the tensor `found_inf` is 1, and
+    takes its rate from one float32 tensor. The names are those of torch's fused AdamW.
     recordable: step() asks the device for nothing, so that a CUDA graph can hold it.
 
     The first step() must make all state: a resumed run makes a step of rate 0 before it loads it.

@@ -197,10 +197,14 @@ def resume(loaded: Loaded[TrainConfig], out_dir: Path) -> Request:
     """Return the request that the run in out_dir goes on.
 
     1. What was asked of the run so far counts.
-    2. Keys that are typed now take their places, but FIXED_ON_RESUME are refused. A config file
-       that is named now changes nothing.
-    3. STAYS_ON_RESUME, and what the run fitted into memory, stay as the run decided them.
+    2. Keys that are typed now take their places, but another value of FIXED_ON_RESUME is refused.
+       A config file that is named now changes nothing.
+    3. STAYS_ON_RESUME, and what the run fitted into memory, stay as the run decided them, unless
+       they are typed.
     4. resolve() decides the rest from all this, as in a new run.
+
+    With init_from=auto the line that began the run is typed again. Then only what is new in it
+    counts as typed, else it would undo what was decided since.
     """
     saved = read_run(out_dir)
     before = checked(TrainConfig, said_in(out_dir, saved.config), ())
@@ -208,16 +212,15 @@ def resume(loaded: Loaded[TrainConfig], out_dir: Path) -> Request:
     typed = dict(loaded.typed)
     typed.pop("init_from", None)  # it says that a run goes on, and changes nothing in it
     if loaded.config.init_from == "auto":
-        # The line that began the run is typed again. Only what is new in it counts, else it would
-        # undo what was decided since.
         for key in typed.keys() & asked_before.keys():
             if getattr(loaded.config, key) == asked_before[key].value:
                 del typed[key]
     refuse_fixed_keys(loaded.config, typed, before)
 
-    said = merge(asked_before, typed)
-    given = typed.keys() | (said.keys() & set(saved.given or ()))
-    asked = checked(TrainConfig, said, given)
+    asked_now = merge(asked_before, typed)
+    # Set by the user now, or before and not replaced since.
+    given = typed.keys() | (asked_now.keys() & set(saved.given or ()))
+    asked = checked(TrainConfig, asked_now, given)
     stays = STAYS_ON_RESUME - typed.keys()
     if MEMORY_KEYS.isdisjoint(typed):
         stays |= MEMORY_KEYS
@@ -480,10 +483,10 @@ def is_complete(run: Run) -> bool:
 
 
 def continued_schedule(run: Run, learning_rate: Callable[[int, TrainConfig], float]) -> Run:
-    """Return the run with the schedule that it goes on with, and with notes of what jumps in it.
+    """Return the run with a note for each jump of its schedule that changed keys cause.
 
     A phase of short context that is over does not come back when the run gets longer.
-    learning_rate: train.py's.
+    learning_rate: train.py's function.
     """
     config = run.config
     before = run.request.before
