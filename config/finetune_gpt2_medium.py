@@ -4,7 +4,7 @@
 #   python sample.py --out_dir=out-finetune-gpt2-medium
 #
 # Result  depends on your text; not measured yet
-# Time    76,500 tokens/s, measured on an H200; 11,000 on a 4070 Ti (predicted)
+# Time    75,900 tokens/s, measured on an H200; 11,000 on a 4070 Ti (predicted)
 # VRAM    5.8 GiB, measured on an H200 limited to 11 GiB
 
 out_dir = "out-finetune-gpt2-medium"
