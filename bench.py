@@ -58,7 +58,13 @@ from gpt12.measure import (
 )
 from gpt12.memory import GIB, RECOMPUTE, step_memory, trained_parameters
 from gpt12.muon import NEWTON_SCHULZ_ITERATIONS
-from gpt12.run import check_ranks, decide_dtype_and_alpha, prepare_model
+from gpt12.run import (
+    Request,
+    check_ranks,
+    decide_dtype_and_alpha,
+    overruled_keys,
+    prepare_model,
+)
 from gpt12.settings import BenchConfig, Recompute, SampleConfig, TrainConfig, model_shape
 from gpt12.twin import is_gpt2
 from gpt12.weights import new_model
@@ -83,18 +89,21 @@ TEXTS = (1, 4, 16, 64)  # written at once
 MARGIN_GIB = 1.0
 
 
-def read(argv: Sequence[str]) -> tuple[BenchConfig, Sequence[Recompute], list[str]]:
-    """Return the configuration, with the shape that it means, the recomputation to try, and notes.
+def read(argv: Sequence[str]) -> tuple[BenchConfig, Sequence[Recompute]]:
+    """Return the configuration, with the shape that it means, and the recomputation to try.
 
-    The recomputation is the kind that was asked for, or all. A note says which shape was chosen.
+    The recomputation is the kind that was asked for, or all. Say which shape was chosen, and which
+    keys the shape of GPT-2 overrules.
     """
-    notes = []
     loaded = load_config(BenchConfig, argv)
     config = loaded.config
     given = loaded.given
     if config.init_from in GPT2_SHAPES:
         n_layer, n_head, n_embd = GPT2_SHAPES[config.init_from]
+        asked = Request(config, given, config)
         config = replace(config, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=True)
+        for note in overruled_keys(asked, config):
+            say(note)
     elif config.init_from != "scratch":
         raise UserError(
             f"init_from={config.init_from}: only a model's shape matters here, so it must be "
@@ -104,13 +113,11 @@ def read(argv: Sequence[str]) -> tuple[BenchConfig, Sequence[Recompute], list[st
         machine = open_machine(config.device, "float32", compile=False)
         if machine.device.type == "cpu":
             config = replace(config, **CPU_SHAPE)  # type: ignore[arg-type]
-            notes.append(
-                "the model is a small one, for CPUs: give a shape or --init_from=gpt2 for another"
-            )
+            say("the model is a small one, for CPUs: give a shape or --init_from=gpt2 for another")
     if "gradient_accumulation_steps" not in given:
         config = replace(config, gradient_accumulation_steps=torchrun_ranks().world)
     check_ranks(config)
-    return config, (config.recompute,) if "recompute" in given else RECOMPUTE, notes
+    return config, (config.recompute,) if "recompute" in given else RECOMPUTE
 
 
 # --------------------------------------------------------------------------------------------------
@@ -160,6 +167,7 @@ def decide(config: BenchConfig) -> tuple[BenchConfig, Machine]:
 
 def measure_step(config: BenchConfig, label: str, cuda_graph: bool = True) -> Row:
     """Time train.py's step in this configuration, over all ranks together."""
+    say(f"measuring {label} ...")
     with attention_kernel(config.attention):
         runner = StepRunner(config, cuda_graph)
         step = runner.step
@@ -203,7 +211,6 @@ def compare_with_datasheet(row: Row, runner: StepRunner) -> None:
 
 def try_to_measure(label: str, config: BenchConfig, cuda_graph: bool = True) -> Row:
     """Measure a step, or return that memory did not suffice."""
-    say(f"measuring {label} ...")
     try:
         return measure_step(config, label, cuda_graph)
     except RuntimeError as error:
@@ -217,7 +224,7 @@ def imitate_card(vram_gb: float, machine: Machine) -> None:
     total = 0.0
     if machine.on_gpu:
         total = torch.cuda.get_device_properties(machine.device).total_memory / GIB
-    if not MARGIN_GIB < vram_gb <= total + MARGIN_GIB:
+    if vram_gb > total + MARGIN_GIB:
         raise UserError(
             f"vram_gb={vram_gb:g} limits a GPU's memory, and this machine has none of that size. "
             "--plan predicts what fits, without one"
@@ -241,6 +248,7 @@ BANDWIDTH_SHARE = 0.73  # of the datasheet's bandwidth, reached by kernels that 
 SOFTMAX_FLOPS = 60  # float32 operations for an element of the attention matrix in one pass
 SECONDS_PER_LAYER = 0.15e-3  # kernels of a layer starting and running out, in a micro-batch
 
+EXAMINED_CONTEXT = 2048  # tokens that show whether model.py is GPT-2's
 LARGEST_BATCH = 1024  # micro-batches up to this size are considered
 # Numbers that all kernels but matrix products read and write, per token, layer and channel.
 # Forward 16: LayerNorm with the sum before it 4, twice; GELU 8. Backward 30: GELU 12; LayerNorm
@@ -338,7 +346,7 @@ def moved_bytes(shape: GPTConfig, config: TrainConfig, tokens: int) -> float:
 def predict_sizes(
     shape: GPTConfig, config: TrainConfig, room_gib: float, card: Card
 ) -> list[dict[str, Any]]:
-    """Predict steps with micro-batches of 1, 4, 16 and 64 rows and with the largest that fits.
+    """Predict steps with micro-batches of 1, 4, 16, 64 and batch_size rows, and the largest.
 
     They fit into room_gib; a list without rows means that none does.
     """
@@ -352,7 +360,7 @@ def predict_sizes(
             break
         largest += 1
     rows = []
-    for size in sorted({1, 4, 16, 64, largest}):
+    for size in sorted({1, 4, 16, 64, config.batch_size, largest}):
         if 0 < size <= largest:
             label = f"--batch_size={size} --recompute={config.recompute}"
             rows.append(predict(shape, sized(size), card) | {"label": label})
@@ -392,16 +400,21 @@ def climb_ladder(top: BenchConfig, machine: Machine) -> list[Row]:
 
 
 def sweep(config: BenchConfig, argv: Sequence[str]) -> list[Row]:
-    """Measure the step at each value of --sweep=KEY:VALUE,VALUE."""
+    """Measure the step at each value of --sweep=KEY:VALUE,VALUE.
+
+    config: of the command line without the values.
+    """
     key, _, values = str(config.sweep).partition(":")
     if not values:
         raise UserError(
             f"sweep={config.sweep} must look like KEY:VALUE,VALUE, as in --sweep=batch_size:4,8,16"
         )
+    if key.replace("-", "_") != "init_from":  # the small model for CPUs stays small at each value
+        argv = [*(f"--{name}={getattr(config, name)}" for name in CPU_SHAPE), *argv]
     configs = {}
     for value in values.split(","):  # all are read before the first is measured
         setting = f"{key}={value}"
-        configs[setting], *_ = read([*argv, f"--{setting}"])
+        configs[setting], _ = read([*argv, f"--{setting}"])
     return [try_to_measure(setting, swept) for setting, swept in configs.items()]
 
 
@@ -436,11 +449,12 @@ def plan(config: BenchConfig, kinds: Sequence[Recompute]) -> dict[str, Any]:
     room_gib = (config.vram_gb or card.vram_gb) - MARGIN_GIB
     method = f"LoRA of rank {config.lora_rank}" if config.lora_rank else config.optimizer
     say(
-        f"predicted for {name} with {room_gib:g} GiB for the step: {config.n_layer} layers, "
-        f"{config.n_embd} wide, {method}"
+        f"predicted for {name} with {room_gib:g} GiB for the compiled step: {config.n_layer} "
+        f"layers, {config.n_embd} wide, {method}"
     )
     shape = model_shape(config, config.vocab_size)
-    if not is_gpt2(shape):
+    # Attention takes time and memory with the square of the context.
+    if not is_gpt2(replace(shape, block_size=min(shape.block_size, EXAMINED_CONTEXT))):
         say("model.py is not GPT-2's, so that these are estimates")
     rows = []
     for recompute in kinds:
@@ -485,7 +499,7 @@ def sample(config: BenchConfig, machine: Machine) -> list[Row]:
     for texts in TEXTS:
         prompts = torch.randint(config.vocab_size, (texts, length)).tolist()
         row = time_decoding(model, prompts, SampleConfig(max_new_tokens=new_tokens))
-        rows.append(row | {"label": f"{texts} texts at once"})
+        rows.append(row | {"label": f"texts at once: {texts}"})
     return rows
 
 
@@ -535,20 +549,18 @@ def draw(rows: list[Row], title: str) -> None:
     say("wrote bench.png")
 
 
-def introduce(config: BenchConfig, machine: Machine, notes: Sequence[str]) -> None:
-    """Describe the machine and the model, and limit the memory if that was asked for."""
-    for line in (f"{machine.name}, torch {torch.__version__}", *machine.notes, *notes):
+def introduce(config: BenchConfig, machine: Machine) -> None:
+    """Describe the machine, and limit the memory if that was asked for."""
+    for line in (f"{machine.name}, torch {torch.__version__}", *machine.notes):
         say(line)
     if config.vram_gb is not None:
         imitate_card(config.vram_gb, machine)
 
 
-def measure(
-    argv: Sequence[str], config: BenchConfig, kinds: Sequence[Recompute], notes: Sequence[str]
-) -> None:
+def measure(argv: Sequence[str], config: BenchConfig, kinds: Sequence[Recompute]) -> None:
     """Measure what was asked for, one after the other, and show it."""
     config, machine = decide(config)
-    introduce(config, machine, notes)
+    introduce(config, machine)
     results: dict[str, Any] = {}
     if config.sweep is not None:
         results["sweep"] = sweep(config, argv)
@@ -576,7 +588,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read what was asked for, then predict or measure."""
     argv = sys.argv[1:] if argv is None else argv
     with reported_by_rank_0():
-        config, kinds, notes = read(argv)
+        config, kinds = read(argv)
         alone = config.sweep or config.ladder or config.find_batch or config.sample
         if torchrun_ranks().world > 1 and (alone or config.profile or config.plan):
             raise UserError("with several processes only the step can be measured")
@@ -584,7 +596,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             finish(config, "", {"plan": plan(config, kinds)})
             return
         with process_group(config.device, config.backend):
-            measure(argv, config, kinds, notes)
+            measure(argv, config, kinds)
 
 
 if __name__ == "__main__":

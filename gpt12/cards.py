@@ -55,9 +55,11 @@ CARDS = {
 def find_card(name: str) -> str:
     """Return the full name of a card in the table. The end of it, in any case, is enough."""
     names = [known for known in CARDS if known.lower().endswith(name.lower())]
-    if len(names) != 1:
-        raise UserError(
-            f"card={name} is unknown. Add a line with its datasheet's figures to "
-            "gpt12/cards.py, or choose one of\n  " + "\n  ".join(CARDS)
-        )
-    return names[0]
+    if len(names) == 1:
+        return names[0]
+    part = name.lower().replace(" ", "")
+    near = [known for known in CARDS if part in known.lower().replace(" ", "")]
+    raise UserError(
+        f"card={name} names no single card. Add a line with its datasheet's figures to "
+        "gpt12/cards.py, or choose one of\n  " + "\n  ".join(near or CARDS)
+    )

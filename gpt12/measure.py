@@ -195,8 +195,8 @@ def time_decoding(model: GPT, prompts: list[list[int]], config: SampleConfig) ->
     """Time how sample.py continues the prompts.
 
     config: max_new_tokens is at least 2; prompt and new tokens fit into the context. The row holds
-        first_s        seconds to the first token in the first run
-        prompt_ms      the same time in later runs, in ms
+        first_ms       time to the first token in the first run
+        prompt_ms      the same time in later runs
         ms             mean time of a decoding step after that, one token for each text
         tokens_per_s   new tokens of all texts together
     """
@@ -213,7 +213,7 @@ def time_decoding(model: GPT, prompts: list[list[int]], config: SampleConfig) ->
     cold, *warm = first_tokens
     return {
         "texts": len(prompts),
-        "first_s": cold,
+        "first_ms": 1e3 * cold,
         "prompt_ms": 1e3 * median(warm),
         "ms": 1e3 * gap,
         "tokens_per_s": len(prompts) / gap,
@@ -225,7 +225,7 @@ def time_decoding(model: GPT, prompts: list[list[int]], config: SampleConfig) ->
 
 # What a table of rows shows: a figure's name, its title and its format.
 COLUMNS = {
-    "first_s": ("first token s", ",.2f"),
+    "first_ms": ("first token ms", ",.1f"),
     "prompt_ms": ("when warm ms", ",.1f"),
     "ms": ("ms", ",.2f"),
     "ms_p10": ("10%", ",.2f"),

@@ -28,6 +28,8 @@ STRICT = ConfigDict(
     allow_inf_nan=False,
     use_attribute_docstrings=True,
 )
+# Keys of bench.py that say what is measured, which a plan cannot do.
+MEASURING = {"sweep", "ladder", "find_batch", "sample", "profile", "attention"}
 CONTEXT_PARTS = 8  # short_context_share cuts a sequence into this many parts
 # Both keys set the length of a run. A later source that sets one of them removes the other.
 REPLACES = {"max_iters": "num_epochs", "num_epochs": "max_iters"}
@@ -378,7 +380,7 @@ class BenchConfig(TrainConfig):
     """Predict memory and speed on a card, without a GPU."""
     card: Text = "NVIDIA GeForce RTX 4070 Ti"
     """The card to plan for: the name that its driver reports, or the end of it (RTX 4070 Ti)."""
-    vram_gb: Positive | None = None
+    vram_gb: Annotated[float, Field(gt=1), NotBool] | None = None
     """Memory of the card to plan for or to imitate, in GB. 1 GiB of it stays free."""
 
     steps: Count = first_of("How to measure", 20)
@@ -397,6 +399,13 @@ class BenchConfig(TrainConfig):
     """Which attention kernel. auto leaves the choice to torch, as training does."""
     max_new_tokens: Annotated[int, Field(ge=2), NotBool] = 500
     """Tokens that each text is continued by, with --sample. Time is taken between two of them."""
+
+    def contradictions(self, given: Collection[str]) -> Contradictions:
+        """Return the keys whose values cannot hold together, and what to do."""
+        unread = MEASURING if self.plan else {"card"}
+        advice = f"counts only with --plan={not self.plan}"
+        unfit = [((key,), advice) for key in sorted(unread.intersection(given))]
+        return super().contradictions(given) + unfit
 
 
 def model_shape(config: TrainConfig, vocab_size: int) -> GPTConfig:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from bench import StepRunner, predict, predict_sizes, product_flops
-from gpt12.cards import CARDS, Card
+from gpt12.cards import CARDS, Card, find_card
 from gpt12.errors import UserError
 from gpt12.measure import show_rows, show_step
 from gpt12.memory import GIB, RECOMPUTE, step_memory
@@ -109,8 +109,17 @@ def test_a_model_has_the_shape_that_was_asked_for(monkeypatch, capsys, run, flag
         (["--sweep=init_from:gpt2,gpt3"], "init_from=gpt3"),
         (["--find_batch", "--vram_gb=12"], "vram_gb=12 limits a GPU's memory"),
         (["--plan", "--card=RTX 4070 Laptop"], "NVIDIA GeForce RTX 4070 Ti"),
-        (["--plan", "--card=Ti"], "card=Ti is unknown"),
-        (["--plan", "--vram_gb=0.5"], "nothing fits"),
+        (["--plan", "--card=Ti"], "card=Ti names no single card"),
+        (["--plan", "--init_from=gpt2", "--vram_gb=1.5"], "nothing fits"),
+        (["--plan", "--vram_gb=1"], "vram_gb=1: Input should be greater than 1"),
+        (["--card=A100"], "card=A100: counts only with --plan=True"),
+        (["--plan", "--ladder"], "--ladder=True: counts only with --plan=False"),
+        (["--plan", "--find_batch"], "--find_batch=True: counts only with --plan=False"),
+        (["--plan", "--sample"], "--sample=True: counts only with --plan=False"),
+        (["--plan", "--profile"], "--profile=True: counts only with --plan=False"),
+        (["--plan", "--attention=math"], "--attention=math: counts only with --plan=False"),
+        (["--sweep=plan:True"], "sweep=plan:True: counts only with --plan=False"),
+        (["--device=cpu", "--n_embd=32", "--sweep=n_head:3"], "must be a multiple of n_head"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(monkeypatch, flags, message):
@@ -175,7 +184,7 @@ def test_a_step_reports_its_tokens_its_time_and_its_operations(run, tmp_path):
     assert 3 < result["loss"] < 6
     assert result["config"]["n_embd"] == 32
     assert result["device"].endswith("CPU cores")
-    assert "3 x 16 tokens, recompute=none" in text
+    assert "measuring 3 x 16 tokens, recompute=none ..." in text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,9 +209,8 @@ def test_a_card_is_imitated_by_a_limit_on_torchs_allocator(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     bench.imitate_card(8, GPU)
     assert shares == [pytest.approx(7 / 11.7)]
-    for impossible in (0.5, 24):
-        with pytest.raises(UserError, match="none of that size"):
-            bench.imitate_card(impossible, GPU)
+    with pytest.raises(UserError, match="none of that size"):
+        bench.imitate_card(24, GPU)
 
 
 def test_all_ranks_are_one_figure():
@@ -271,7 +279,25 @@ def test_a_sweep_changes_only_its_key_and_is_a_table(run, monkeypatch):
     assert [config for config, _ in measured] == [
         make(batch_size=n, json=True, sweep="batch-size:1,4,2") for n in (1, 4, 2)
     ]
-    assert text.count("batch-size=2") == 2  # announced, and in the table
+    assert "batch-size=2" in text
+
+
+def test_a_sweep_over_the_small_models_shape_keeps_the_rest_of_it(monkeypatch):
+    measured = fake_steps(monkeypatch)
+    bench.main(["--device=cpu", "--sweep=n-layer:1,2", "--json"])
+    shapes = [(c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size) for c, _ in measured]
+    assert shapes == [(1, 4, 128, 64, 65), (2, 4, 128, 64, 65)]
+    bench.main(["--device=cpu", "--sweep=init-from:gpt2", "--json"])  # brings a shape of its own
+    assert (measured[-1][0].n_layer, measured[-1][0].block_size) == (12, 1024)
+
+
+def test_a_key_that_the_shape_of_gpt2_overrules_is_told(monkeypatch, capsys):
+    fake_steps(monkeypatch)
+    keys = ["--n_layer=4", "--n_embd=768", "--device=cpu", "--json"]
+    for flags in (["--init_from=gpt2"], ["--init_from=gpt2", "--plan"], ["--sweep=init_from:gpt2"]):
+        bench.main([*keys, *flags])
+        told = [line for line in capsys.readouterr().out.splitlines() if "not count" in line]
+        assert told == ["n_layer=4 does not count: the model in gpt2 has 12"]
 
 
 def test_find_batch_doubles_the_rows_until_it_gets_slower_or_does_not_fit(run, monkeypatch):
@@ -295,7 +321,8 @@ def test_find_batch_doubles_the_rows_until_it_gets_slower_or_does_not_fit(run, m
 def test_a_step_that_a_cpu_has_no_memory_for_is_not_begun(run, monkeypatch):
     """The system would kill the program."""
     monkeypatch.setattr(bench, "available_memory", lambda machine: 0.5 * GIB)
-    result, _ = run("--sweep=batch_size:1,100000")
+    result, text = run("--sweep=batch_size:1,100000")
+    assert text.count("measuring batch_size=100000 ...") == 1
     assert [row.get("error") for row in result["sweep"]] == [None, "out of memory"]
     with pytest.raises(torch.OutOfMemoryError):
         run(batch_size=100000)
@@ -320,8 +347,10 @@ def test_sample_measures_texts_as_sample_py_writes_them(run):
     assert [row["texts"] for row in result["sample"]] == [1, 4, 16, 64]
     for row in result["sample"]:
         assert row["tokens_per_s"] * row["ms"] / 1e3 == pytest.approx(row["texts"])
-        assert row["first_s"] > 0
+        assert row["first_ms"] > 0
     assert "prompts of 4 tokens, 12 new tokens" in text  # the context ends there
+    assert "texts at once: 1 " in text
+    assert "first token ms" in text
 
 
 def test_profile_and_nanogpts_other_options_of_bench_are_taken(run, tmp_path, capsys):
@@ -346,6 +375,28 @@ def test_the_plan_for_the_4070_ti(run, monkeypatch):
     # The README's prediction.
     assert (found["best"]["batch_size"], found["best"]["recompute"]) == (30, "none")
     assert found["best"]["tokens_per_s"] == pytest.approx(65_000, rel=0.01)
+
+
+def test_a_card_is_named_by_its_end_or_those_that_are_near_are_shown():
+    assert find_card("rtx 4070") == "NVIDIA GeForce RTX 4070"
+    for name, near in (
+        ("A100", ["A100-SXM4-40GB", "A100-SXM4-80GB", "A100 80GB PCIe"]),
+        ("RTX 4070Ti", ["GeForce RTX 4070 Ti", "GeForce RTX 4070 Ti SUPER"]),
+        ("L40", ["L40S"]),
+    ):
+        with pytest.raises(UserError) as refused:
+            find_card(name)
+        _, *shown = str(refused.value).splitlines()
+        assert shown == [f"  NVIDIA {card}" for card in near]
+
+
+def test_a_plan_of_a_long_context_asks_the_twin_for_a_shorter_one(monkeypatch):
+    """A twin's time and memory grow with the square of its context."""
+    examined = []
+    monkeypatch.setattr(bench, "is_gpt2", lambda shape: examined.append(shape) or True)
+    bench.main(["--plan", "--json", "--block_size=100000", "--recompute=block"])
+    assert examined[0].block_size <= 2048
+    assert examined[0].n_layer == 12
 
 
 PRESETS = ["train_gpt2.py", "train_gpt2_12gb.py", "train_gpt2_fast.py"]
@@ -457,11 +508,11 @@ def test_methods_that_save_memory_do_and_those_that_cost_time_do():
 
 def test_the_sizes_of_a_plan_end_with_the_largest_that_fits():
     for recompute in RECOMPUTE:
-        options = make_124m(recompute=recompute)
+        options = make_124m(recompute=recompute, batch_size=5)
         rows = predict_sizes(shape_of(options), options, 11.0, RTX_4070_TI)
         largest = rows[-1]["batch_size"]
         assert [row["batch_size"] for row in rows[:-1]] == [
-            n for n in (1, 4, 16, 64) if n < largest
+            n for n in (1, 4, 5, 16, 64) if n < largest
         ]
         assert rows[-1]["peak_gib"] <= 11.0
         assert step_memory(shape_of(options), replace(options, batch_size=largest + 1)) > 11.0 * GIB

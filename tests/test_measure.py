@@ -71,7 +71,7 @@ def test_every_timed_interval_computes_a_token(monkeypatch, asked):
     tokens = arrivals[2 * measure.PROMPT_RUNS + 1 : -1]
     assert {after - before for before, after in pairwise(tokens)} == {1.0}
     # The time of the first token is one pass, without a second token.
-    expected = {"texts": 3, "ms": 1e3, "tokens_per_s": 3.0, "first_s": 1.0, "prompt_ms": 1e3}
+    expected = {"texts": 3, "ms": 1e3, "tokens_per_s": 3.0, "first_ms": 1e3, "prompt_ms": 1e3}
     assert timed == expected
 
 
