@@ -437,6 +437,9 @@ def test_a_run_on_other_data_says_so_and_forgets_its_best(dataset, finished, tmp
     """A loss on other text says nothing: best/ would never be written, and patience would end."""
     folder = shutil.copytree(dataset, tmp_path / "data")
     out_dir = shutil.copytree(finished, tmp_path / "out")
+    trainer = json.loads((out_dir / "last" / "trainer.json").read_text())
+    worse = trainer | {"worse_evaluations": 3, "best_step": 2}
+    (out_dir / "last" / "trainer.json").write_text(json.dumps(worse))
     argv = ["--init_from=resume", f"--out_dir={out_dir}", f"--dataset={folder}"]
     for digit, other in (("0", False), ("1", True)):
         meta = json.loads((folder / "meta.json").read_text()) | {"val_sha256": digit * 64}
@@ -445,6 +448,8 @@ def test_a_run_on_other_data_says_so_and_forgets_its_best(dataset, finished, tmp
         said = "".join(found.notes)
         assert ("the data are not those that this run began with" in said) == other
         assert (found.progress.best_val_loss is None) == other
+        progress = (found.progress.worse_evaluations, found.progress.best_step)
+        assert progress == ((0, 0) if other else (3, 2))
     evaluated = built_from([*argv, "--eval_only"])  # which replaces nothing
     assert evaluated.progress.best_val_loss is not None
 
