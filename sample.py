@@ -85,7 +85,7 @@ def find_source(config: SampleConfig) -> Path:
     source, progress = find_checkpoint(source, names)
     loss = progress.best_val_loss
     loss_text = f", best val loss {loss:.4f}" if loss is not None else ""
-    say(f"loaded {source}, step {progress.step}{loss_text}")
+    say(f"loading {source}, step {progress.step}{loss_text}")
     return source
 
 
