@@ -414,7 +414,8 @@ def test_presets_and_results_name_the_predicted_figures(name):
         days = config.max_iters * prediction["ms"] / 1e3 / 86400
         days = f"{days:.0f} days" if days > 10 else f"{days:.1f} days"
         assert f"{days} on" in (ROOT / "config" / name).read_text()
-        row += f", {days}, {prediction['peak_gib']:.1f} GiB | `python train.py config/{name}` |"
+        figures = f"{days}, {prediction['peak_gib']:.1f} GiB"
+        row += f", {figures} | `python bench.py --plan config/{name}` |"
     assert row in (ROOT / "docs/results.md").read_text()
 
 
