@@ -278,7 +278,7 @@ class GPT(nn.Module):
         """Draw weights with standard deviation 0.02, zero the biases (Radford et al. 2018, GPT).
 
         What needs a random first value gets it here; what a layer draws for itself does not count.
-        For layers that write into the residual stream it is divided by sqrt(2 n_layer), because
+        In layers that write into the residual stream std is divided by sqrt(2 n_layer), because
         2 n_layer of them add up there (Radford et al. 2019, GPT-2, section 2.3).
         """
         for name, module in self.named_modules():
