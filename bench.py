@@ -59,7 +59,6 @@ from gpt12.measure import (
 from gpt12.memory import GIB, RECOMPUTE, step_memory, trained_parameters
 from gpt12.muon import NEWTON_SCHULZ_ITERATIONS
 from gpt12.run import (
-    Request,
     check_ranks,
     decide_dtype_and_alpha,
     overruled_keys,
@@ -100,9 +99,9 @@ def read(argv: Sequence[str]) -> tuple[BenchConfig, Sequence[Recompute]]:
     given = loaded.given
     if config.init_from in GPT2_SHAPES:
         n_layer, n_head, n_embd = GPT2_SHAPES[config.init_from]
-        asked = Request(config, given, config)
+        asked = config
         config = replace(config, n_layer=n_layer, n_head=n_head, n_embd=n_embd, bias=True)
-        for note in overruled_keys(asked, config):
+        for note in overruled_keys(asked, given, config):
             say(note)
     elif config.init_from != "scratch":
         raise UserError(

@@ -37,7 +37,6 @@ from model import GPT
 
 SEPARATOR = "---------------"  # between samples, as in nanoGPT
 PASTE_SECONDS = 0.05  # a line that follows another one sooner was pasted
-Times = list[tuple[float, int]]  # seconds on a clock, and how many tokens came then
 
 
 def main() -> None:
@@ -195,17 +194,9 @@ class Writer:
         """Return an empty text, which ends as the configuration says."""
         return TextStream(self.tokenizer, self.config.stop)
 
-    def write(
-        self, prompt: list[int], texts: list[TextStream], times: Times
-    ) -> Iterator[tuple[int, str]]:
-        """Continue the prompt once for each text; yield (index of the text, new characters).
-
-        times: gets a row at the start, and one for each decoding step.
-        """
-        times.append((time.perf_counter(), 0))
+    def write(self, prompt: list[int], texts: list[TextStream]) -> Iterator[tuple[int, str]]:
+        """Continue the prompt once for each text; yield (index of the text, new characters)."""
         for tokens in stream(self.model, [prompt] * len(texts), self.config):
-            unfinished = sum(text.finish_reason is None for text in texts)
-            times.append((time.perf_counter(), unfinished))
             for i, token in enumerate(tokens):
                 new = texts[i].add(token)
                 if new:
@@ -214,17 +205,10 @@ class Writer:
                 break
 
 
-def speed(times: Times) -> str:
-    """Tell the time to the first token, and the tokens per second after it."""
-    if len(times) < 2:
-        return "no token"
-    (start, _), (first, first_tokens), *others = times
-    tokens = sum(tokens for _, tokens in others)
-    text = f"{first_tokens + tokens} tokens, first after {first - start:.2f} s"
-    if others:
-        last, _ = others[-1]
-        text += f", then {tokens / (last - first):,.1f} tokens/s"
-    return text
+def pace(texts: list[TextStream], began: float) -> str:
+    """Tell how many tokens were written, and how fast. began: as time.perf_counter() says it."""
+    tokens = sum(len(text.ids) for text in texts)
+    return f"{tokens} tokens, {tokens / (time.perf_counter() - began):,.1f} tokens/s"
 
 
 def print_samples(writer: Writer, start: str) -> None:
@@ -235,10 +219,10 @@ def print_samples(writer: Writer, start: str) -> None:
     as_json = writer.config.json
     _, prompt, ids = writer.shorten([Message(role="user", content=start)])
     texts = [writer.new_text() for _ in range(writer.config.num_samples)]
-    times: Times = []
+    began = time.perf_counter()
     if not as_json:
         show(prompt)
-    for i, new in writer.write(ids, texts, times):
+    for i, new in writer.write(ids, texts):
         if i == 0 and not as_json:
             show(new)
     for i, text in enumerate(texts):
@@ -251,8 +235,7 @@ def print_samples(writer: Writer, start: str) -> None:
             show(f"{rest}\n{SEPARATOR}\n")
         else:
             show(f"{prompt}{text.shown}\n{SEPARATOR}\n")
-    together = f"{len(texts)} texts in one batch: " if len(texts) > 1 else ""
-    say(together + speed(times))
+    say(pace(texts, began))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -302,12 +285,12 @@ def answer(writer: Writer, messages: Sequence[Message], question: str) -> Sequen
         say(f"error: {error}")
         return messages
     text = writer.new_text()
-    times: Times = []
+    began = time.perf_counter()
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the text, not the program
-        for _, new in writer.write(ids, [text], times):
+        for _, new in writer.write(ids, [text]):
             show(new)
     show(text.finish("length") + "\n")
-    say(speed(times))
+    say(pace([text], began))
     if writer.template.forgets():
         return []
     if writer.template.complete(question) is not None:

@@ -574,7 +574,7 @@ class Trainer:
         saved = trained and self.saver.save("last")
         if trained and not saved:
             status = status or 1
-        self.log.close(status, saved, self.saver.total_s, failed)
+        self.log.close(status, saved, failed)
         return status
 
 

@@ -70,7 +70,6 @@ class Saver:
         self.model: GPT = run.model
         self.description: dict[str, Any] = run.description()  # what run.json holds
         self.interval_s: float = run.config.save_interval_s
-        self.total_s = 0.0  # what all saves took
         self.due_at = time.monotonic() + self.interval_s
         self.last_holds = self._how_far() if self.progress.step > 0 else None
         self.base: str = run.config.init_from  # adapters refer to it
@@ -109,7 +108,6 @@ class Saver:
         began = time.monotonic()
         saved = self._save(name)
         now = time.monotonic()
-        self.total_s += now - began
         if name == "last":
             least_s = 0 if "save_interval_s" in self.run.request.given else 50 * (now - began)
             self.due_at = now + max(self.interval_s, least_s)

@@ -34,7 +34,7 @@ from gpt12.generate import generate
 from gpt12.run import Run
 
 SAMPLE_TOKENS = 160  # length of the text written at each evaluation
-NOTICEABLE_S = 1.0  # seconds of training or saving that are told at the end
+NOTICEABLE_S = 1.0  # seconds of training that are told at the end
 MAX_DRAWN = 4000  # loss.png is 770 pixels wide; more points would only cost memory
 BLUE = "#0072B2"  # colours of Okabe and Ito's palette, which the colour-blind can tell apart
 ORANGE = "#D55E00"
@@ -144,11 +144,8 @@ class RunLog:
         self._show_sample()
         self._draw()
 
-    def close(self, status: int, saved: bool, saving_s: float, failed: bool) -> None:
-        """Say what came out and what to type next.
-
-        saving_s: seconds of saving. failed: an exception ends the run.
-        """
+    def close(self, status: int, saved: bool, failed: bool) -> None:
+        """Say what came out and what to type next. failed: an exception ends the run."""
         if not self.active:
             return
         self.bar.close()
@@ -158,16 +155,15 @@ class RunLog:
         if self.wandb:
             with self._going_on_without_wandb():
                 self.wandb.finish(exit_code=status)
-        for line in self._end(status, saved, saving_s, failed):
+        for line in self._end(status, saved, failed):
             say(line)
 
-    def _end(self, status: int, saved: bool, saving_s: float, failed: bool) -> Iterator[str]:
+    def _end(self, status: int, saved: bool, failed: bool) -> Iterator[str]:
         progress = self.progress
         told = ""
         # A run of one step has no time of training: its only step compiles.
-        for seconds, what in ((progress.elapsed_s, "training"), (saving_s, "saving")):
-            if seconds >= NOTICEABLE_S:
-                told += f", {seconds:.1f} s of {what}"
+        if progress.elapsed_s >= NOTICEABLE_S:
+            told = f", {progress.elapsed_s:.1f} s of training"
         typed = shlex.quote(self.run.out_dir.as_posix())  # as a shell takes it
         if failed or status > 128:
             yield f"{'failed' if failed else 'stopped'} at step {progress.step:,}{told}"

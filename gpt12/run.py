@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -296,7 +296,8 @@ def build_run(request: Request) -> Run:
     loaded, tokenizer = load_start(request, checkpoint)
     if loaded is not None:
         config = with_shape(config, loaded.config)
-        request.notes.extend(overruled_keys(request, config))
+        if not request.resumed:  # where such a key is refused
+            request.notes.extend(overruled_keys(request.undecided, request.given, config))
     dataset = open_data(config, tokenizer)
     if request.before is not None and not config.eval_only:
         _adapt_progress(progress, request.before, config, dataset)
@@ -504,7 +505,7 @@ def continued_schedule(run: Run, learning_rate: Callable[[int, TrainConfig], flo
     last_lr = f"{learning_rate(step, before):.3g}"
     lr = f"{learning_rate(step, config):.3g}"
     if lr != last_lr:
-        notes.append(f"the learning rate goes on at {lr} and not at {last_lr}, for other keys")
+        notes.append(f"the learning rate goes on at {lr} and not at {last_lr}, by the keys typed")
     return replace(run, config=config, request=replace(run.request, notes=notes))
 
 
@@ -588,15 +589,13 @@ def model_for_data(model: GPT | None, tokenizer: Any, dataset: Dataset, config: 
     return model
 
 
-def overruled_keys(request: Request, config: TrainConfig) -> list[str]:
+def overruled_keys(asked: TrainConfig, given: Collection[str], config: TrainConfig) -> list[str]:
     """Tell each given key that the shape of a loaded model overrules. config: with that shape."""
-    if request.resumed:  # where such a key is refused
-        return []
     return [
-        f"{key}={getattr(request.undecided, key)} does not count: the model in "
-        f"{config.init_from} has {getattr(config, key)}"
-        for key in sorted(request.given)
-        if getattr(request.undecided, key) != getattr(config, key)
+        f"{key}={getattr(asked, key)} does not count: the model in {config.init_from} has "
+        f"{getattr(config, key)}"
+        for key in sorted(given)
+        if getattr(asked, key) != getattr(config, key)
     ]
 
 

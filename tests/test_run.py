@@ -403,7 +403,7 @@ def test_a_longer_run_says_what_jumps_and_its_short_context_does_not_come_back(
         capsys.readouterr()
         assert resume(tmp_path, f"--max_iters={steps}") == 0
         said = capsys.readouterr().out
-        assert f"the learning rate goes on at {lr} and not at 0.0001, for other keys" in said
+        assert f"the learning rate goes on at {lr} and not at 0.0001, by the keys typed" in said
         assert (over in said) == (steps == 16)  # then run.json says that the phase is over
     assert set(lengths[5:]) == {16}
 

@@ -122,7 +122,7 @@ def test_texts_go_to_standard_output_and_figures_to_standard_error(start):
     assert status == 0
     assert out == "".join(f"abc{row['text']}\n---------------\n" for row in rows)
     assert "last, step 7, best val loss 1.5" in err
-    assert err.splitlines()[-1].startswith("3 texts in one batch: 27 tokens, first after")
+    assert err.splitlines()[-1].startswith("27 tokens, ")
     assert err.count("tokens/s") == 1
 
 
@@ -141,11 +141,6 @@ def test_a_warning_about_the_weights_is_no_line_of_the_json(start, out_dir, tmp_
 def test_without_standard_error_the_json_stays_alone(start, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     assert len(rows_of(start("--json", "--num_samples=1", "--max_new_tokens=1"))) == 1
-
-
-def test_the_pace_counts_from_the_first_token():
-    times = [(10.0, 0), (12.0, 2), (13.0, 2), (14.0, 2)]
-    assert sample.speed(times) == "6 tokens, first after 2.00 s, then 2.0 tokens/s"
 
 
 def test_greedy_sampling_gives_one_text_unless_more_are_asked_for(start):
@@ -341,7 +336,13 @@ CONVERSATIONS = {
     "a mistake is told": ([], b"x" * 33 + b"\ngood\n", [b"fine"], ["good"], "33 tokens"),
     "bytes that are no text": ([], b"a\xff\n\xe0", [b"", b""], ["a\ufffd", "a\ufffd\ufffd"], ""),
     "Ctrl-C ends a text": ([], b"one\ntwo\n", [[*b"par", None, 33], b""], ["one", "onepartwo"], ""),
-    "Ctrl-C before the first": ([], b"one\ntwo\n", [[None], b""], ["one", "onetwo"], "no token"),
+    "Ctrl-C before the first": (
+        [],
+        b"one\ntwo\n",
+        [[None], b""],
+        ["one", "onetwo"],
+        "0 tokens, 0.0 tokens/s",
+    ),
     # Every answer in the context ends as those that the model was trained on.
     "however it ended": (
         [CHAT_TEMPLATE, "--stop=."],
