@@ -309,8 +309,8 @@ class GPT(nn.Module):
         targets: (B, T), the next token of each position; IGNORE_INDEX (-1) where it is not trained.
         example_starts: see Transformer.forward.
         divisor: what the summed loss is divided by. The default is the number of targets, which
-            gives the mean in nats per token. With gradient accumulation it is the number of
-            targets of all micro-batches together.
+            gives the mean in nats per token. In training it is N / world for the N targets of
+            all micro-batches and ranks.
         batch_targets: the number of targets that are not ignored, if the caller knows it. It saves
             computing the head for ignored positions.
         context_length: see Transformer.forward.

@@ -51,11 +51,11 @@ from gpt12.optimizer import OPTIMIZERS, set_learning_rate, update_all
 from gpt12.run import (
     Run,
     build_run,
-    continued_schedule,
     is_complete,
     lock_out_dir,
     read_request,
     refuse_unread_keys,
+    schedule_jumps,
 )
 from gpt12.settings import CONTEXT_PARTS, TrainConfig, model_shape
 from model import GPT, GPTConfig, StackedLinear
@@ -293,7 +293,7 @@ class TrainStep:
         # which is all losses / N.
         self.divisor.fill_(targets_of_rank / world)
         if world > 1:
-            dist.all_reduce(self.divisor)
+            dist.all_reduce(self.divisor)  # the sum over the ranks, N / world
         self.divisor.clamp_(min=1 / world)  # a step without any target must not divide by 0
 
     def compute(self) -> None:
@@ -442,7 +442,7 @@ class Trainer:
         with self.stop.handling():
             try:
                 status = self.loop()
-            except Exception:
+            except Exception:  # no KeyboardInterrupt: a second Ctrl-C saves nothing
                 # Weights that an update has half changed are not saved: the older last/ stays.
                 if not self.updating:
                     self.finish(status=1, failed=True)
@@ -518,10 +518,10 @@ class Trainer:
         """
         progress = self.progress
         with self.clock.stopped():
-            cut_short = self.stop.arrived_in_one_process
-            train_loss = mean_loss(self.run, self.run.train_eval_windows, cut_short)
-            val_loss = mean_loss(self.run, self.run.val_windows, cut_short)
-            if cut_short():
+            signal_arrived = self.stop.arrived_in_one_process
+            train_loss = mean_loss(self.run, self.run.train_eval_windows, signal_arrived)
+            val_loss = mean_loss(self.run, self.run.val_windows, signal_arrived)
+            if signal_arrived():
                 return False
             progress.evaluated_step = progress.step
             in_best = False
@@ -599,7 +599,8 @@ def train(run: Run) -> int:
     if is_complete(run):
         return 0
     check_start(run.model.config)
-    run = fit(continued_schedule(run, learning_rate), TrainStep)
+    run.request.notes.extend(schedule_jumps(run, learning_rate))
+    run = fit(run, TrainStep)
     return Trainer(run, cuda_graph=tenth_is_free(run.machine)).train()
 
 

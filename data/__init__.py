@@ -5,7 +5,8 @@
         file_rows, hub_rows    readers.py: its rows, by one reader for each kind of file
         FORMS                  texts.py: what a row is: a text, prompt and answer, a conversation
         questions_and_answers  chat.py: a conversation as the chat template writes it
-      prepare_texts            prepare.py: which split, tokenizing on all cores, packing examples
+      prepare_texts            prepare.py: which split, tokenizing on all cores, the end-of-text
+                               token, packing examples
         encode_after           tokenizers.py: GPT-2's BPE, a model's own, characters, bytes
         ShardWriter            shards.py: the files train_000000.bin, val_000000.bin, ...
       Dataset                  dataset.py: the same files as Tokens (shards.py), read by memmap

@@ -48,12 +48,12 @@ class TrainWindows:
         self.block_size = block_size
         self.seed = seed
         targets = len(tokens) - 1
-        last_phase = 0 if tokens.mask is not None else block_size - 1
+        greatest_phase = 0 if tokens.mask is not None else block_size - 1
         # All epochs have equally many windows, as many as fit behind the greatest phase. T=4 and
         # 11 targets: phases 0 to 3, 2 windows.
-        self.per_epoch = max(1, (targets - last_phase) // block_size)
+        self.per_epoch = max(1, (targets - greatest_phase) // block_size)
         # A text shorter than two windows has one, and so fewer phases.
-        self._last_phase = min(last_phase, targets - self.per_epoch * block_size)
+        self._last_phase = min(greatest_phase, targets - self.per_epoch * block_size)
 
     def starts(self, positions: np.ndarray) -> np.ndarray:
         """Return the index of the first token of the window at each position, int64."""

@@ -5,7 +5,8 @@
             outside of a step, and at evaluations if always_save_checkpoint
 
 Both are Hugging Face folders with the tokenizer's files and trainer.json, the run's Progress
-(gpt12/folder.py). last/ also has trainer.safetensors, everything else that resuming needs. In a
+(gpt12/folder.py). last/ also has trainer.safetensors, everything else that resuming needs but the
+configuration, which is in run.json. In a
 LoRA run best/ is the merged model, with the adapters beside it in best/adapter/; last/ holds only
 the adapters and the name of their base model.
 

@@ -109,8 +109,9 @@ def checked(
 ) -> Schema:
     """Return the configuration of what was said, or raise UserError with every mistake.
 
-    given: the keys that may contradict each other, because the user set them. What was said to a
-    run that is resumed also has keys that nobody set.
+    Each value is checked by its annotation in the schema, with pydantic.
+    given: the keys that the user set. Only these may contradict each other. In a new run they are
+    all of `said`; what run.json says also has keys that nobody set.
     mistakes: those found so far. If there are any, keys are not compared with each other: a file
     that was not read might have changed them.
     """

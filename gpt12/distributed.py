@@ -283,7 +283,8 @@ class StopSignal:
         """Tell whether to stop now. Call it once per step, on all ranks.
 
         With several ranks, a call begins to compute the largest flag, and the next call reads it.
-        So the host does not wait for the GPU, and all ranks stop after the same step.
+        So the host does not wait for the GPU, and all ranks stop after the same step, one step
+        later than a single process.
         """
         if torchrun_ranks().world == 1:
             return self.number > 0

@@ -102,6 +102,10 @@ class KVCache:
         # (B, 1), where each text's slots begin if all are counted as one row
         self.first_slot = rounded * torch.arange(texts, device=device)[:, None]
         self.length = torch.zeros(texts, dtype=torch.int64, device=device)  # (B,), tokens stored
+        # Of the forward pass under way: where its tokens go, (B * T,), and the layer whose turn it
+        # is. Slot s of text b is row b * S + s.
+        self.new_slots = self.length
+        self.layer = 0
         # (B, S, ...) for each layer, made from what the layers give in the first pass.
         self.kept: list[Tensor] = []
 
@@ -130,7 +134,7 @@ class KVCache:
 
 
 def refill(model: GPT, cache: KVCache, b: int, tokens: list[int]) -> None:
-    """Make the cache of text b hold exactly these tokens."""
+    """Make the cache of text b hold exactly these tokens, when the text has filled its context."""
     alone = KVCache(1, cache.slots.size(1), cache.slots.device)
     if tokens:
         model.transformer(torch.tensor([tokens], device=cache.slots.device), alone)
@@ -230,8 +234,8 @@ def stream(
         if step < max_new_tokens:
             for b, text in enumerate(texts):
                 if len(text) == limit:  # no place for the newest token
-                    kept = max(0, limit // 2 - 1)  # the newest token makes it half a context
-                    texts[b] = text[limit - kept :]
+                    keep = max(0, limit // 2 - 1)  # the newest token makes it half a context
+                    texts[b] = text[limit - keep :]
                     refill(model, cache, b, texts[b])
             if step == 2 and on_gpu:  # the first step has set up what cannot be recorded
                 advance = record(decoder.advance).replay

@@ -29,7 +29,10 @@ CHUNK_ROWS = 4096  # rows of logits in memory at a time: 0.4 GB in bf16 at GPT-2
 
 
 def plain_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Compute what linear_cross_entropy computes by default, with all logits in memory."""
+    """Compute what linear_cross_entropy computes by default, with all logits in memory.
+
+    Only tests call it: it says in three lines what the rest of this file does.
+    """
     logits = (x @ weight.t())[..., :vocab_size]  # (B, T, vocab_size)
     logits = logits.flatten(0, 1).float()
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX)
@@ -48,8 +51,8 @@ def linear_cross_entropy(
 
     x: (B, T, C) in the dtype of matrix products. weight: (V, C). targets: (B, T) ids below
     vocab_size, or IGNORE_INDEX.
-    divisor: by default the number of targets that are not ignored. In training it is that of all
-    micro-batches, for each rank (TrainStep.set_divisor in train.py).
+    divisor: by default the number of targets that are not ignored here. In training it is N / world
+    for the N targets of all micro-batches and ranks (TrainStep.set_divisor in train.py).
     batch_targets: the number of targets here that are not ignored, if the caller knows it. It only
     saves work: most ignored rows are then not multiplied with the weight.
     fused: use the Triton kernel (GPU only).

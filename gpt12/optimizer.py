@@ -29,8 +29,9 @@ Betas = tuple[float, float]  # beta1 and beta2
 class Entry:
     """How an optimizer is built, and who clips and skips.
 
-    on_device=False, as for most: update_all clips and skips, on the host. It divides the gradients
-    before step(), or does not call it, and waits for the device to know which. The rate is a float.
+    on_device=False: any optimizer. update_all clips and skips, on the host: it divides the
+    gradients before step(), or does not call it, and waits for the device to know which. The rate
+    is a float.
     on_device=True: step() clips and skips, and the host never waits. step() divides the gradients
     by the tensor in its attribute `grad_scale`, changes nothing if the tensor `found_inf` is 1, and
     takes its rate from one float32 tensor. The names are those of torch's fused AdamW.
@@ -77,6 +78,7 @@ def adamw8bit(groups: Groups, lr: Tensor | float, betas: Betas) -> list[Optimize
     return [AdamW8bit(groups, lr=lr, betas=betas, bf16_stochastic_round=True)]
 
 
+# --optimizer takes these names. They are listed nowhere else.
 OPTIMIZERS = {
     "adamw": Entry(adamw, on_device=True, recordable=True),
     "muon": Entry(muon, on_device=True, recordable=True),

@@ -55,15 +55,15 @@ FIXED_ON_RESUME = {
     *({field.name for field in fields(GPTConfig)} - {"vocab_size", "block_size", "dropout"}),
     *("lora_rank", "lora_alpha", "optimizer", "val_fraction"),
 }
-# What stays as the run has decided it, unless it is typed: the form of the model (the first three),
-# the windows that the best loss is of (eval_iters), and short_context_share, which is 0 once that
-# phase is over.
-STAYS_ON_RESUME = FIXED_ON_RESUME | {"block_size", "dtype", "eval_iters", "short_context_share"}
-# Why a key that nobody set has the value that it has.
+# What stays as the run has decided it, unless it is typed: block_size and dtype belong to the
+# model, eval_iters to the best loss so far, and short_context_share is 0 once that phase is over.
+STAYS_ON_RESUME = {"block_size", "dtype", "eval_iters", "short_context_share"}
+# Why resolve() gives a key another value than the user.
 REASONS = {
-    "warmup_iters": "at most a tenth of all steps",
-    "eval_iters": "an evaluation is at most a tenth of the steps between two",
-    "min_lr": "a tenth of learning_rate",
+    "warmup_iters": "it was not set: at most a tenth of all steps",
+    "eval_iters": "it was not set: an evaluation is at most a tenth of the steps between two",
+    "min_lr": "it was not set: a tenth of learning_rate",
+    "short_context_share": "that phase is over and does not come back in a longer run",
 }
 # What a run fitted into the memory that there was, all three together. If one of them is typed on
 # resuming, what was asked of the others counts again.
@@ -114,7 +114,7 @@ class Run:
         for key, reason in REASONS.items():
             value = getattr(self.config, key)
             if value != getattr(self.request.undecided, key):
-                decided.append(f"{key}={value:.6g}, because it was not set: {reason}")
+                decided.append(f"{key}={value:.6g}, because {reason}")
         return [*self.request.notes, *decided, *self.machine.notes, *self.dataset.notes]
 
     def description(self) -> dict[str, Any]:
@@ -203,6 +203,13 @@ def resume(loaded: Loaded[TrainConfig], out_dir: Path) -> Request:
        they are typed.
     4. resolve() decides the rest from all this, as in a new run.
 
+    An example: --learning_rate=5e-4 is typed on resuming.
+
+                       asked_before   before   typed   asked_now   undecided   config then
+        learning_rate  1e-3           1e-3     5e-4    5e-4        5e-4        5e-4
+        batch_size     32             16       -       32          16          16, which fitted
+        warmup_iters   2000           50       -       2000        2000        50, decided anew
+
     With init_from=auto the line that began the run is typed again. Then only what is new in it
     counts as typed, else it would undo what was decided since.
     """
@@ -221,7 +228,7 @@ def resume(loaded: Loaded[TrainConfig], out_dir: Path) -> Request:
     # Set by the user now, or before and not replaced since.
     given = typed.keys() | (asked_now.keys() & set(saved.given or ()))
     asked = checked(TrainConfig, asked_now, given)
-    stays = STAYS_ON_RESUME - typed.keys()
+    stays = (FIXED_ON_RESUME | STAYS_ON_RESUME) - typed.keys()
     if MEMORY_KEYS.isdisjoint(typed):
         stays |= MEMORY_KEYS
     undecided = replace(asked, **{key: getattr(before, key) for key in stays})
@@ -350,12 +357,17 @@ def resolve(
 
     config: with the shape of the model. Only dtype and lora_alpha are decided later, when the
     machine is known. train_windows: None if the run is only an evaluation.
+    A key that was set, in a preset or by typing it, is in request.given and keeps its value.
     """
     if config.num_epochs > 0 and train_windows is not None:
         # The windows that are left, whatever a step took of them before.
         left = math.ceil(config.num_epochs * train_windows.per_epoch) - progress.position
         steps_left = max(0, math.ceil(left / config.windows_per_step))
         config = replace(config, max_iters=progress.step + steps_left)
+    before = request.before
+    end = config.short_context_steps
+    if before is not None and before.short_context_steps <= progress.step < end:
+        config = replace(config, short_context_share=0.0)
     warmup_iters = config.warmup_iters
     if "warmup_iters" not in request.given and not config.eval_only:
         warmup_iters = min(warmup_iters, min(config.max_iters, config.decay_end) // 10)
@@ -483,30 +495,26 @@ def is_complete(run: Run) -> bool:
     return True
 
 
-def continued_schedule(run: Run, learning_rate: Callable[[int, TrainConfig], float]) -> Run:
-    """Return the run with a note for each jump of its schedule that changed keys cause.
+def schedule_jumps(run: Run, learning_rate: Callable[[int, TrainConfig], float]) -> list[str]:
+    """Tell each jump of a resumed run's schedule that changed keys cause.
 
-    A phase of short context that is over does not come back when the run gets longer.
     learning_rate: train.py's function.
     """
     config = run.config
     before = run.request.before
     step = run.progress.step
     if before is None or step == 0:
-        return run
-    notes = list(run.request.notes)
+        return []
+    notes = []
     last_end = before.short_context_steps
     end = config.short_context_steps
-    if last_end <= step < end:
-        notes.append("the phase of short context is over and stays so: short_context_share=0")
-        config = replace(config, short_context_share=0.0)
-    elif end != last_end and step < last_end:
+    if end != last_end and step < last_end:
         notes.append(f"the short context ends at step {max(step, end)} and not at step {last_end}")
     last_lr = f"{learning_rate(step, before):.3g}"
     lr = f"{learning_rate(step, config):.3g}"
     if lr != last_lr:
         notes.append(f"the learning rate goes on at {lr} and not at {last_lr}, by the keys typed")
-    return replace(run, config=config, request=replace(run.request, notes=notes))
+    return notes
 
 
 # --------------------------------------------------------------------------------------------------

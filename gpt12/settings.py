@@ -157,7 +157,7 @@ class TrainConfig:
 
     warmup_iters: Whole = first_of("Schedule of the learning rate", 2000)
     """Steps over which the learning rate rises at the start. If you do not set it, it is at most a
-    tenth of all steps.
+    tenth of the steps up to lr_decay_iters.
     """
     decay_lr: bool = True
     """Whether the learning rate changes. False keeps it constant."""
@@ -320,7 +320,9 @@ class SampleConfig:
     top_k: Whole | None = 200
     """Choose among the k likeliest tokens only. 0 or None means all tokens."""
     seed: Whole = 1337
-    """The same seed writes the same text."""
+    """The same seed writes the same text on the same device; H100 and H200 may now and then differ,
+    because cuDNN's attention is not exact to the last bit there.
+    """
     device: Device = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1 or mps. auto is the GPU if there is one."""
 

@@ -395,7 +395,9 @@ def test_a_longer_run_says_what_jumps_and_its_short_context_does_not_come_back(
         return targets
 
     monkeypatch.setattr("train.Trainer.load", noted)
-    over = "the phase of short context is over and stays so: short_context_share=0\n"
+    over = (
+        "short_context_share=0, because that phase is over and does not come back in a longer run\n"
+    )
     schedule = ["--short_context_share=0.5", "--min_lr=1e-4", "--warmup_iters=0"]
     assert run(dataset, tmp_path, *schedule, "--max_iters=4") == 0
     assert lengths == [2, 2, 16, 16, 16]
