@@ -39,7 +39,6 @@ from torch import Tensor
 from gpt12.errors import UserError, say
 from gpt12.files import exists, remove, sync
 from gpt12.folder import (
-    TRAINER_FORMAT,
     Progress,
     find_checkpoint,
     is_run,
@@ -50,7 +49,6 @@ from gpt12.folder import (
 )
 from gpt12.lora import is_adapted, load_adapter, save_adapter
 from gpt12.weights import save_config, save_pretrained
-from model import GPT
 
 # What a tensor of a wrong name, shape or type leads to.
 TENSOR_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -68,11 +66,10 @@ class Saver:
         self.run = run
         self.progress: Progress = run.progress
         self.train_step = train_step
-        self.model: GPT = run.model
+        self.model = run.model
         self.description: dict[str, Any] = run.description()  # what run.json holds
-        self.interval_s: float = run.config.save_interval_s
-        self.due_at = time.monotonic() + self.interval_s
-        self.last_holds = self._how_far() if self.progress.step > 0 else None
+        self.due_at: float = time.monotonic() + run.config.save_interval_s
+        self.last_holds = self._how_far() if run.request.resumed else None
         self.base: str = run.config.init_from  # adapters refer to it
         if is_adapted(self.model) and is_run(Path(self.base)):
             self.base = str(find_checkpoint(Path(self.base))[0])
@@ -111,7 +108,7 @@ class Saver:
         now = time.monotonic()
         if name == "last":
             least_s = 0 if "save_interval_s" in self.run.request.given else 50 * (now - began)
-            self.due_at = now + max(self.interval_s, least_s)
+            self.due_at = now + max(self.run.config.save_interval_s, least_s)
             if saved:
                 self.last_holds = self._how_far()
         return saved
@@ -174,8 +171,7 @@ def save_checkpoint(folder: Path, write: Callable[[Path], None], progress: Progr
     try:
         temporary.mkdir()
         write(temporary)
-        content = asdict(progress) | {"format": TRAINER_FORMAT}
-        (temporary / "trainer.json").write_bytes(json_bytes(content))
+        (temporary / "trainer.json").write_bytes(json_bytes(asdict(progress)))
         _force_to_disk(temporary)
     except (OSError, SafetensorError) as error:  # safetensors wraps the disk's error
         # Half a checkpoint would take the space that is missing.

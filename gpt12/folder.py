@@ -30,17 +30,16 @@ PACKAGES = ("torch", "numpy", "tiktoken", "datasets", "safetensors")
 RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", "best", "last", "best.prev", "last.prev")
 
 
-@contextlib.contextmanager
-def lock_run(out_dir: Path) -> Iterator[None]:
-    """Keep a second run out of out_dir.
+def lock_run(out_dir: Path) -> contextlib.ExitStack:
+    """Keep a second run out of out_dir, until the end of the `with` that takes what is returned.
 
     Raises UserError if there is one or if out_dir cannot be written.
     """
     busy = f"another run is writing to out_dir={out_dir}. Wait for it, or choose another --out_dir="
-    with contextlib.ExitStack() as stack:
-        with user_error_if_unwritable(out_dir):
-            stack.enter_context(lock_folder(out_dir, if_locked=UserError(busy)))
-        yield
+    lock = contextlib.ExitStack()
+    with user_error_if_unwritable(out_dir):
+        lock.enter_context(lock_folder(out_dir, if_locked=UserError(busy)))
+    return lock
 
 
 def describe_run(config: dict[str, Any], **facts: Any) -> dict[str, Any]:
@@ -153,9 +152,12 @@ class Progress:
     format: int = TRAINER_FORMAT
 
 
-def _places(out_dir: Path, name: str) -> tuple[Path, Path]:
-    """Return the folders where a checkpoint may be: its own, and that of a save cut short."""
-    return out_dir / name, out_dir / f"{name}.prev"
+def _folder_of(out_dir: Path, name: str) -> Path | None:
+    """Return where a checkpoint X lies: in X.prev if a save was cut short; None if nowhere."""
+    for folder in (out_dir / name, out_dir / f"{name}.prev"):
+        if is_folder(folder):
+            return folder
+    return None
 
 
 def find_checkpoint(
@@ -166,9 +168,9 @@ def find_checkpoint(
     Raises UserError if there is none or if its trainer.json is damaged.
     """
     for name in names:
-        for folder in _places(out_dir, name):
-            if is_folder(folder):
-                return folder, _read_progress(folder)
+        folder = _folder_of(out_dir, name)
+        if folder is not None:
+            return folder, _read_progress(folder)
     where = " or ".join(str(out_dir / name) for name in names)
     raise UserError(
         f"no checkpoint in {where}: train a model first (python train.py), or name another run's "
@@ -183,10 +185,10 @@ def resumable_files(out_dir: Path) -> dict[str, Path]:
 
     Empty: out_dir holds no run with a checkpoint last/.
     """
-    found = [folder for folder in _places(out_dir, "last") if is_folder(folder)]
-    if not found or not is_run(out_dir):
+    last = _folder_of(out_dir, "last")
+    if last is None or not is_run(out_dir):
         return {}
-    files = {f"last/{file.name}": file for file in found[0].iterdir() if file.is_file()}
+    files = {f"last/{file.name}": file for file in last.iterdir() if file.is_file()}
     return files | {"run.json": out_dir / "run.json"}
 
 
@@ -199,6 +201,7 @@ def _read_progress(folder: Path) -> Progress:
             f"{file} has format {progress.format}, written by a newer version; this one reads up "
             f"to {TRAINER_FORMAT}: update the program"
         )
+    progress.format = TRAINER_FORMAT  # of the next save
     return progress
 
 

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gpt12.device import Machine
 from gpt12.errors import UserError, one_line, say
 from gpt12.folder import Progress, write_file
 from gpt12.generate import generate
@@ -59,7 +58,7 @@ class RunLog:
         self.run = run
         self.active = run.machine.rank == 0
         self.progress = run.progress
-        self.clock = Clock(run.machine, run.progress)
+        self.clock = Clock(run)
         self.metrics: Any = None  # metrics.jsonl
         self.cannot_write = False  # whether we said that metrics.jsonl lacks a row
         self.skipped = 0.0  # skipped updates that were reported
@@ -362,10 +361,10 @@ def _plot(axes: Any, rows: list[MetricsRow], key: str, **style: Any) -> None:
 class Clock:
     """Counts seconds of training: evaluation, saving and compiling do not count."""
 
-    def __init__(self, machine: Machine, progress: Progress):
-        """progress: holds the seconds, those of a resumed run's earlier processes included."""
-        self.machine = machine
-        self.progress = progress
+    def __init__(self, run: Run):
+        """run: its progress holds the seconds, those of a resumed run's earlier processes, too."""
+        self.machine = run.machine
+        self.progress = run.progress
         self.running = False
         self._read_at = 0.0  # when the seconds were last brought up to date
         self._lap_began = (0, 0.0)  # step and seconds of the last call of steps_per_second()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +41,7 @@ from gpt12.folder import (
     resumable_files,
 )
 from gpt12.lora import add_lora
-from gpt12.settings import TrainConfig, model_shape, with_shape
+from gpt12.settings import TrainConfig, model_shape, shape_keys, with_shape
 from gpt12.twin import unread_fields
 from gpt12.weights import check_code, find_pretrained, from_pretrained, new_model, read_config
 from model import GPT, GPTConfig, flops_per_token
@@ -52,7 +52,7 @@ COMPILE_FROM_FLOPS = 6e15
 EVAL_TOKENS = 12 * 1024  # eval_iters counts portions of this many tokens, nanoGPT's default batch
 # What a resumed run cannot change, because its weights or its optimizer's state depend on it.
 FIXED_ON_RESUME = {
-    *({field.name for field in fields(GPTConfig)} - {"vocab_size", "block_size", "dropout"}),
+    *(set(shape_keys()) - {"block_size", "dropout"}),
     *("lora_rank", "lora_alpha", "optimizer", "val_fraction"),
 }
 # What stays as the run has decided it, unless it is typed: block_size and dtype belong to the
@@ -465,7 +465,7 @@ def _adapt_progress(
     )
 
 
-def lock_out_dir(config: TrainConfig) -> contextlib.AbstractContextManager[None]:
+def lock_out_dir(config: TrainConfig) -> contextlib.AbstractContextManager[object]:
     """Let only one process write to out_dir. --eval_only writes nothing."""
     if config.eval_only or not is_rank_0():
         return contextlib.nullcontext()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os.path
 from collections.abc import Collection
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
@@ -74,16 +74,18 @@ def first_of(group: str, default: Any) -> Any:
     return Field(default, json_schema_extra={"group": group})
 
 
-def with_shape_keys(schema: type[Schema]) -> type[Schema]:
-    """Add the fields of GPTConfig that a class of settings lacks.
+def shape_keys() -> list[str]:
+    """Return the keys of a model's shape: all but vocab_size, which comes from the tokenizer."""
+    return [field.name for field in fields(GPTConfig) if field.name != "vocab_size"]
 
-    All but vocab_size, which comes from the tokenizer.
-    """
+
+def with_shape_keys(schema: type[Schema]) -> type[Schema]:
+    """Add the keys of a model's shape that a class of settings lacks."""
     types = get_type_hints(GPTConfig)
-    for field in fields(GPTConfig):
-        if field.name != "vocab_size" and field.name not in schema.__annotations__:
-            schema.__annotations__[field.name] = types[field.name]
-            setattr(schema, field.name, field.default)
+    for key in shape_keys():
+        if key not in schema.__annotations__:
+            schema.__annotations__[key] = types[key]
+            setattr(schema, key, getattr(GPTConfig, key))
     return schema
 
 
@@ -412,18 +414,13 @@ class BenchConfig(TrainConfig):
 
 def model_shape(config: TrainConfig, vocab_size: int) -> GPTConfig:
     """Return the shape of the model that the settings describe."""
-    keys = {}
-    for field in fields(GPTConfig):
-        if field.name != "vocab_size":
-            keys[field.name] = getattr(config, field.name)
+    keys = {key: getattr(config, key) for key in shape_keys()}
     return GPTConfig(**keys, vocab_size=vocab_size)
 
 
 def with_shape(config: TrainConfig, shape: GPTConfig) -> TrainConfig:
     """Return the settings with the shape of a model."""
-    keys = asdict(shape)
-    del keys["vocab_size"]
-    return replace(config, **keys)
+    return replace(config, **{key: getattr(shape, key) for key in shape_keys()})
 
 
 ALL_KEYS = frozenset(key.name for schema in (BenchConfig, SampleConfig) for key in fields(schema))

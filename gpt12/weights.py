@@ -17,6 +17,7 @@ Nothing is unpickled except tensors and plain values by torch's safe reader.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -410,7 +411,8 @@ def _held_tensors(content: Any, file: Path) -> dict[str, Tensor]:
 def _read_pickle(file: Path) -> Any:
     """Read a file of torch.save with torch's reader for tensors and plain values only."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(file)  # versions of torch before 1.6 wrote another format
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds, UnpicklingError for a file with code
         raise UserError(
             f"{file} does not load without running code ({type(error).__name__})"

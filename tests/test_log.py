@@ -502,7 +502,8 @@ def time(monkeypatch) -> Time:
 
 def test_starting_and_stopping_wait_for_the_device():
     waited = []
-    clock = Clock(SimpleNamespace(synchronize=lambda: waited.append(clock.running)), Progress())
+    machine = SimpleNamespace(synchronize=lambda: waited.append(clock.running))
+    clock = Clock(SimpleNamespace(machine=machine, progress=Progress()))
     clock.start()
     clock.stop()
     clock.stop()
