@@ -27,7 +27,8 @@ TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".jsonlines", ".parquet"
 SUFFIXES = (".txt", ".md", *TABLES)  # each also as .gz
 DELIMITERS = (",", ";", "\t", "|")
 END_OF_TEXT = "<|endoftext|>"  # separates the documents of a text file
-START_OF_TEXT = "<|startoftext|>"  # begins them in files made for gpt-2-simple
+# Files made for gpt-2-simple have one at the beginning of each document, too.
+MARK = re.compile(r"(<\|(?:end|start)oftext\|>\n?)")
 REPLACE = "utf-8-replace"  # the encoding in which bytes that are not UTF-8 become U+FFFD
 # The common ones besides UTF-8, of which the likeliest are shown.
 ENCODINGS = """cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 koi8_r cp932 euc_jp cp949
@@ -59,7 +60,7 @@ def file_rows(file: Path, text_column: str, encoding: str) -> Rows:
         return _json_rows(file, lines)
     if text_column == "line":
         return ((str(file), {"line": line.rstrip("\n")}) for line in lines if not line.isspace())
-    return ((str(file), {text_column: text}) for text in _texts(lines))
+    return ((str(file), {text_column: text}) for text in split_documents(lines))
 
 
 def find_files(path: Path) -> tuple[list[Path], list[Path]]:
@@ -102,22 +103,15 @@ def replace_surrogates(text: str) -> str:
 # Lines to rows
 
 
-def _texts(lines: Iterator[str]) -> Iterator[Iterator[str]]:
-    """Yield the documents of a text file, each as its lines."""
+def split_documents(lines: Iterable[str]) -> Iterator[Iterator[str]]:
+    """Yield the documents that marks for the end, or for the beginning, of a text keep apart.
 
-    def parts() -> Iterator[tuple[int, str]]:
-        document = 0
-        for line in lines:
-            first, *others = line.replace(START_OF_TEXT, END_OF_TEXT).split(END_OF_TEXT)
-            if first:
-                yield document, first
-            for other in others:
-                document += 1
-                if text := other.removeprefix("\n"):
-                    yield document, text
-
-    for _, texts in itertools.groupby(parts(), key=lambda part: part[0]):
-        yield (text for _, text in texts)
+    Each is an iterator of lines, which is over when the next one is asked for.
+    """
+    parts = itertools.chain.from_iterable(map(MARK.split, lines))
+    for mark, document in itertools.groupby(filter(None, parts), key=MARK.match):
+        if mark is None:
+            yield document
 
 
 def _json_rows(file: Path, lines: Iterator[str]) -> Rows:

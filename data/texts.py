@@ -26,7 +26,6 @@ from data.chat import (
 from data.readers import (
     END_OF_TEXT,
     REPLACE,
-    START_OF_TEXT,
     SUFFIXES,
     TABLES,
     Row,
@@ -34,6 +33,7 @@ from data.readers import (
     find_files,
     hub_rows,
     replace_surrogates,
+    split_documents,
     suffix_of,
 )
 from gpt12.errors import UserError
@@ -241,9 +241,8 @@ class Documents:
         text = row[self.text_column]
         if isinstance(text, Iterator):
             return split_text(text)
-        cell = _read_cell(where, row, self.text_column).replace(START_OF_TEXT, END_OF_TEXT)
-        parts = re.split(re.escape(END_OF_TEXT) + "\n?", cell)
-        return itertools.chain.from_iterable(split_text(io.StringIO(part)) for part in parts)
+        lines = io.StringIO(_read_cell(where, row, self.text_column))
+        return itertools.chain.from_iterable(map(split_text, split_documents(lines)))
 
     def _example(self, where: str, row: Row, form: Form, found: Found) -> list[Piece]:
         """Return the pieces of a row with questions and answers; none if no answer is trained."""
@@ -399,17 +398,13 @@ def split_text(lines: Iterable[str]) -> Iterator[Piece]:
 
     Only the last piece has the end token.
     """
-    held: list[str] = []
-    length = 0
+    text = ""
     after = ""
     for line in lines:
-        held.append(line)
-        length += len(line)
-        if length > PIECE_CHARACTERS and CUT.search(line):
-            yield Piece("".join(held)[:-1], after, end=False)
-            held = ["\n"]
-            length = 1
+        text += line
+        if len(text) > PIECE_CHARACTERS and CUT.search(line):
+            yield Piece(text[:-1], after, end=False)
+            text = "\n"
             after = "text"
-    text = "".join(held)
     if after or text.strip():
         yield Piece(text, after)
