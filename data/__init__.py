@@ -7,7 +7,7 @@
         questions_and_answers  chat.py: a conversation as the chat template writes it
       prepare_texts            prepare.py: which split, tokenizing on all cores, the end-of-text
                                token, packing examples
-        encode_after           tokenizers.py: GPT-2's BPE, a model's own, characters, bytes
+        Tokenizer.encode       tokenizers.py: GPT-2's BPE, a model's own, characters, bytes
         ShardWriter            shards.py: the files train_000000.bin, val_000000.bin, ...
       Dataset                  dataset.py: the same files as Tokens (shards.py), read by memmap
     TrainWindows, EvalWindows  windows.py: which tokens a step sees, by seed and position alone

@@ -176,7 +176,7 @@ def _encode(documents: Documents, found: Found, tokenizer: Tokenizer) -> Iterato
     def encode(share: list[tuple[int, Piece]]) -> list[Encoded]:
         encoded = []
         for document, piece in share:
-            ids = tokenizer.encode_after(piece.after, piece.text)
+            ids = tokenizer.encode(piece.text, piece.after)
             if not piece.after:  # the first of a text
                 ids = np.concatenate((begin, ids))
             if piece.end:

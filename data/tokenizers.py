@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -59,22 +58,12 @@ FILES = (
 )
 
 
-def _byte_characters() -> list[str]:
-    """Return the character by which GPT-2's files write each byte.
-
-    A byte is written as the character of that number if that is visible. The other bytes are
-    written as the characters from U+0100 on.
-    """
-    characters = []
-    others = itertools.count(0x100)
-    for byte in range(256):
-        visible = chr(byte).isprintable() and byte != 0x20
-        characters.append(chr(byte if visible else next(others)))
-    return characters
-
-
-BYTE_TO_CHARACTER = _byte_characters()
-CHARACTER_TO_BYTE = {character: byte for byte, character in enumerate(BYTE_TO_CHARACTER)}
+# GPT-2's files write a byte as the character of that number if that is visible. The other bytes are
+# written as the characters from U+0100 on.
+_CHARACTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+_BYTES = sorted(range(256), key=lambda byte: chr(byte) not in _CHARACTERS)  # the visible ones first
+CHARACTER_TO_BYTE = dict(zip(_CHARACTERS, _BYTES))
+BYTE_TO_CHARACTER = sorted(CHARACTER_TO_BYTE, key=CHARACTER_TO_BYTE.__getitem__)
 
 
 class Tokenizer:
@@ -105,9 +94,7 @@ class Tokenizer:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The hash of what decides the ids of texts. GPT-2's is that of its encoder.json."""
-        if self.name == "gpt2":
-            return GPT2_FILES["encoder.json"]
+        """The hash of what decides the ids of texts."""
         return _sha256(f"{self._described} {self.eot}")
 
     @functools.cached_property
@@ -115,42 +102,37 @@ class Tokenizer:
         """What tokenizer.json holds."""
         return self.library.to_str()
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, before: str = "") -> np.ndarray:
         """Return the ids of a text, 1-D. Threads may call this at once.
 
         `<|endoftext|>` and other special tokens in the text are ordinary text.
-        """
-        return np.array(self.library.encode(text, add_special_tokens=False).ids, np.uint32)
 
-    def encode_after(self, before: str, text: str) -> np.ndarray:
-        """Return the ids of a text that comes after nothing (""), a "text" or an "end" token.
+        before: what the text comes after: nothing (""), a "text" or an "end" token.
+        """
+        encoding = self._after[before].encode(text, add_special_tokens=False)
+        return np.array(encoding.ids, np.uint32)
+
+    @functools.cached_property
+    def _after(self) -> dict[str, tokenizers.Tokenizer]:
+        """The tokenizer for a text that comes after nothing (""), a "text" or an "end" token.
 
         Many tokenizers put a blank before a text. Within a text none belongs there; after an end
         token it depends on the tokenizer.
         """
-        begins = before == ""
-        if before == "end":
-            begins = '"prepend_scheme":"first"' not in self._described
-        if begins or self.name != "model":
-            return self.encode(text)
-        return np.array(self._within_text.encode(text, add_special_tokens=False).ids, np.uint32)
-
-    @functools.cached_property
-    def _within_text(self) -> tokenizers.Tokenizer:
-        """The same tokenizer without the blank that it may put before a text."""
         described = self._described
         for with_blank, without in BLANKS.items():
             described = described.replace(with_blank, without)
-        library = tokenizers.Tokenizer.from_str(described)
-        library.encode_special_tokens = True
-        return library
+        within = tokenizers.Tokenizer.from_str(described)
+        within.encode_special_tokens = True
+        only_first = '"prepend_scheme":"first"' in self._described
+        return {"": self.library, "text": within, "end": within if only_first else self.library}
 
     @functools.cached_property
     def begin(self) -> list[int]:
         """The ids that transformers puts before a text that is in no chat template."""
         encoding = self.library.encode(PROBE)
-        count = len(list(itertools.takewhile(bool, encoding.special_tokens_mask)))
-        return encoding.ids[:count]
+        is_special = [*encoding.special_tokens_mask, 0]
+        return encoding.ids[: is_special.index(0)]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of a prompt, in which the names of special tokens become these tokens."""
@@ -170,9 +152,8 @@ class Tokenizer:
         """The ids that keep documents apart and end answers: without an end token a line end."""
         if self.eot is not None:
             return [self.eot]
-        if self.name == "char" and "\n" not in self.names:
-            return []
-        return self.encode_after("text", "\n").tolist()
+        # The library leaves out a character that has no token.
+        return self._after["text"].encode("\n", add_special_tokens=False).ids
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of an id. They may be a part of a character.
@@ -193,12 +174,12 @@ class Tokenizer:
         context: the model's longest context in tokens, to which `truncation=True` cuts a text.
         """
         files = dict(self.files)
+        settings = _read_json(files, "tokenizer_config.json")
         if not files:
-            files["tokenizer.json"] = self.library.to_str().encode()
-            files["tokenizer_config.json"] = json.dumps(self._settings()).encode()
+            files["tokenizer.json"] = self._described.encode()
+            settings = self._settings()
             if self.name == "gpt2":
                 self.library.model.save(str(folder))
-        settings = _read_json(files, "tokenizer_config.json")
         if context is not None:
             settings["model_max_length"] = context
         if self.chat_template != _read_chat_template(files):
@@ -230,6 +211,7 @@ class GPT2Tokenizer(Tokenizer):
     """
 
     name = "gpt2"
+    sha256 = GPT2_FILES["encoder.json"]
 
     def __init__(self, library: tokenizers.Tokenizer) -> None:
         import tiktoken
@@ -247,7 +229,7 @@ class GPT2Tokenizer(Tokenizer):
             special_tokens={END_OF_TEXT: self.eot},
         )
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, before: str = "") -> np.ndarray:
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # tiktoken gives up on a million blanks without a word
@@ -263,7 +245,7 @@ class ByteTokenizer(Tokenizer):
         names = [*BYTE_TO_CHARACTER, END_OF_TEXT]
         super().__init__(byte_level(models.BPE(_by_name(names), [])))
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, before: str = "") -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
 
 
@@ -276,12 +258,12 @@ class CharTokenizer(Tokenizer):
     name = "char"
 
     def __init__(self, chars: str) -> None:
-        library = tokenizers.Tokenizer(models.BPE(_by_name(chars), []))
+        self._ids = _by_name(chars)
+        library = tokenizers.Tokenizer(models.BPE(self._ids, []))
         library.decoder = decoders.Fuse()
         super().__init__(library)
-        self._ids = _by_name(chars)
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, before: str = "") -> np.ndarray:
         unknown = set(text).difference(self._ids)
         if unknown:
             shown = [f"{character!r} (U+{ord(character):04X})" for character in sorted(unknown)]
@@ -406,8 +388,8 @@ def _end_ids(files: Mapping[str, bytes], library: tokenizers.Tokenizer) -> list[
     own = library.token_to_id(_special_tokens(files).get("eos_token", END_OF_TEXT))
     others = _read_json(files, "generation_config.json").get("eos_token_id")
     ids = [own, *(others if isinstance(others, list) else [others])]
-    size = library.get_vocab_size()
-    return [token for token in ids if type(token) is int and 0 <= token < size]
+    known = library.get_vocab().values()
+    return [token for token in ids if type(token) is int and token in known]
 
 
 def _read_chat_template(files: Mapping[str, bytes]) -> str | None:
@@ -427,14 +409,10 @@ def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 def _names(library: tokenizers.Tokenizer) -> list[str]:
     """Return the tokens' names by id; an id without a token has the name ""."""
-    vocabulary = library.get_vocab(with_added_tokens=True)
-    size = max(vocabulary.values(), default=-1) + 1
-    if size > MAX_IDS:
-        raise ValueError(f"its largest id is {size - 1:,}")
-    names = [""] * size
-    for name, token in vocabulary.items():
-        names[token] = name
-    return names
+    largest = max(library.get_vocab().values(), default=-1)
+    if largest >= MAX_IDS:
+        raise ValueError(f"its largest id is {largest:,}")
+    return [library.id_to_token(token) or "" for token in range(largest + 1)]
 
 
 def _is_byte_level(library: tokenizers.Tokenizer) -> bool:

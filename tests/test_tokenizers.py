@@ -245,6 +245,14 @@ def test_an_id_that_no_table_can_hold_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_an_end_token_behind_a_hole_in_the_ids_ends_texts(tmp_path):
+    tiny.save(tmp_path)
+    content = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(content.replace(f":{tiny.eot}", ":999"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.end_ids) == (1000, 999, {999})
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, type("PanicException", (BaseException,), {})])
 def test_a_panic_of_the_library_is_a_damaged_file_and_ctrl_c_is_not(tmp_path, monkeypatch, stop):
     tiny.save(tmp_path)
