@@ -1,7 +1,7 @@
 """Models and comparisons that several test files share."""
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ SHAPE = {"vocab_size": 97, "n_layer": 3, "n_head": 4, "n_embd": 48}
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return the largest error of a, relative to the largest value of b."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def largest_error(ours: Iterable[torch.Tensor], theirs: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the largest of the tensors' relative errors; NaN if one of them is."""
+    return torch.tensor([relative(a, b) for a, b in zip(ours, theirs, strict=True)]).max()
 
 
 def random_transformers_model() -> Any:
@@ -101,6 +106,19 @@ def use_function(monkeypatch: pytest.MonkeyPatch, **functions: Callable) -> None
     """Replace functions of torch.nn.functional in model.py alone."""
     changed = types.SimpleNamespace(**vars(torch.nn.functional) | functions)
     monkeypatch.setattr("model.F", changed)
+
+
+def use_window(monkeypatch: pytest.MonkeyPatch, size: int = 5) -> None:
+    """Let a token see the last tokens alone, but not where the cache is used."""
+
+    def near(q, k, v, attn_mask=None, is_causal=False, **options):
+        if is_causal:
+            T = q.size(2)
+            attn_mask = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - size)
+        return attention(q, k, v, attn_mask=attn_mask, **options)
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    use_function(monkeypatch, scaled_dot_product_attention=near)
 
 
 def use_exact_gelu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,26 +16,17 @@ def test_orthogonalize_brings_all_singular_values_near_one_and_keeps_the_singula
     g = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
     for x in (g, g.mT.contiguous()):
         u, _, vh = torch.linalg.svd(x, full_matrices=False)
-        out = orthogonalize(x)
-        values = torch.linalg.svdvals(out)
+        # In the input's own singular basis the result is diagonal.
+        inner = u.mT @ orthogonalize(x) @ vh.mT
+        values = inner.diagonal(dim1=1, dim2=2)
         assert values.min() > 0.5
         assert values.max() < 1.3
-        # In the input's own singular basis the result is diagonal.
-        inner = u.mT @ out @ vh.mT
-        diagonal = torch.diag_embed(inner.diagonal(dim1=1, dim2=2))
-        assert torch.allclose(inner, diagonal, atol=1e-4)
+        assert torch.allclose(inner, torch.diag_embed(values), atol=1e-4)
 
 
 def matrices(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """Return the parameters of an optimizer."""
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def make_step(optimizer: Muon, divide_by: float = 1.0, skip: float = 0.0) -> None:
-    """Update with the attributes that the training step sets."""
-    optimizer.grad_scale = torch.tensor(divide_by)
-    optimizer.found_inf = torch.tensor(skip)
-    optimizer.step()
 
 
 def split(matrix: torch.Tensor) -> list[torch.Tensor]:
@@ -58,10 +49,9 @@ def test_without_scaled_neurons_the_update_is_that_of_torchs_muon_on_each_matrix
     assert {*matrices(muon), *matrices(adamw)} == set(step.model.parameters())
     shapes = sorted({tuple(p.shape) for p in matrices(muon)})
     assert shapes == [(8, 8), (8, 32), (24, 8), (32, 8)]
-    theirs = [part.detach().clone() for p in matrices(muon) for part in split(p)]
-    theirs = [nn.Parameter(part) for part in theirs]
+    theirs = {p: [nn.Parameter(part.detach().clone()) for part in split(p)] for p in matrices(muon)}
     torch_muon = torch.optim.Muon(
-        theirs,
+        [part for parts in theirs.values() for part in parts],
         lr=1e-2,
         weight_decay=0.1,
         momentum=0.9,
@@ -70,24 +60,21 @@ def test_without_scaled_neurons_the_update_is_that_of_torchs_muon_on_each_matrix
         eps=1e-7,
     )
     set_learning_rate(step.optimizers, 1e-2)
+    muon.grad_scale = torch.tensor(1.0)  # as the training step sets them
+    muon.found_inf = torch.tensor(0.0)
     for seed in (1, 2):
         torch.manual_seed(seed)
-        for p in matrices(muon):
+        for p, parts in theirs.items():
             # Far from singular, where torch's bf16 would amplify its rounding; q, k, v of unlike
             # sizes, each of which has to count as much as the others.
-            gradients = []
-            for i, part in enumerate(split(p)):
-                gradients.append(nn.init.orthogonal_(torch.empty_like(part)) * 9.0**i)
-            p.grad = torch.cat(gradients)
-        gradients = [part for p in matrices(muon) for part in split(p.grad)]
-        for p, gradient in zip(theirs, gradients, strict=True):
-            p.grad = gradient.clone()
-        make_step(muon)
+            for i, part in enumerate(parts):
+                part.grad = nn.init.orthogonal_(torch.empty_like(part)) * 9.0**i
+            p.grad = torch.cat([part.grad for part in parts])
+        muon.step()
         torch_muon.step()
-    ours = [part for p in matrices(muon) for part in split(p)]
-    for a, b in zip(ours, theirs, strict=True):
+    for p, parts in theirs.items():
         # torch's works in bf16; the two updates moved each number by up to 2e-2.
-        assert (a - b).abs().max() < 4e-4
+        assert (p - torch.cat(parts)).abs().max() < 4e-4
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (12, 4), (4, 12)])
@@ -97,21 +84,21 @@ def test_neurons_are_scaled_as_in_the_papers_loop(shape):
     Its neurons are the rows; ours are the columns if there are more of these.
     """
     generator = np.random.default_rng(0)
-    mean_square = torch.zeros(1, shape[0], 1) if shape[0] >= shape[1] else torch.zeros(1, 1, 12)
+    wide = shape[0] < shape[1]
+    mean_square = torch.zeros(1, 1, shape[1]) if wide else torch.zeros(1, shape[0], 1)
     running = np.zeros(max(shape))
     for _ in range(3):
         direction = generator.normal(size=shape) * np.linspace(1, 9, shape[1])
-        neurons = direction if shape[0] >= shape[1] else direction.T
-        scaled = np.zeros_like(neurons)
+        neurons = direction.T if wide else direction
+        expected = np.zeros_like(neurons)
         for i, neuron in enumerate(neurons):
             running[i] = 0.95 * running[i] + 0.05 * np.mean(neuron**2)
-            scaled[i] = neuron / np.sqrt(running[i])
-        scaled *= np.sqrt(scaled.size) / np.linalg.norm(scaled)
-        expected = scaled if shape[0] >= shape[1] else scaled.T
-        ours = torch.tensor(direction[None], dtype=torch.float32)
-        ours = ours * neuron_scale(ours, mean_square, keep=torch.ones(()))
-        assert torch.allclose(ours[0], torch.tensor(expected, dtype=torch.float32), rtol=1e-4)
-    assert torch.allclose(mean_square.flatten(), torch.tensor(running, dtype=torch.float32))
+            expected[i] = neuron / np.sqrt(running[i])
+        expected *= np.sqrt(expected.size) / np.linalg.norm(expected)
+        ours = torch.tensor(direction[None]).float()
+        ours = (ours * neuron_scale(ours, mean_square, keep=torch.ones(())))[0]
+        np.testing.assert_allclose(ours.T if wide else ours, expected, rtol=1e-4)
+    np.testing.assert_allclose(mean_square.flatten(), running, rtol=1e-5)
 
 
 def test_a_step_moves_the_weights_by_a_fifth_of_the_rate():

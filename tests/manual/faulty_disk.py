@@ -45,8 +45,8 @@ import gpt12.log
 import train
 from gpt12.errors import UserError
 from gpt12.log import read_metrics
-from tests.helpers import losses, trainer, weights
-from tests.manual.kill_loop import newest, options_of_runs, run_process
+from tests.helpers import losses, trainer
+from tests.manual.kill_loop import newest, options_of_runs, run_process, tensors_of
 
 STEPS = 20
 PRESETS = {"adamw": None, "lora": "config/finetune_gpt2_xl_lora.py"}
@@ -133,11 +133,8 @@ def end_at_first_step() -> None:
 
 def outcome(out_dir: Path) -> dict:
     """Return what a fault must not change. Rows of metrics.jsonl and best/ may be lost by one."""
-    result: dict = {key: trainer(out_dir)[key] for key in ("step", "position", "tokens")}
-    for file in sorted((out_dir / "last").glob("*.safetensors")):
-        tensors = weights(out_dir, "last", file.stem)
-        result[file.name] = {name: tensor.tolist() for name, tensor in tensors.items()}
-    return result
+    progress = {key: trainer(out_dir)[key] for key in ("step", "position", "tokens")}
+    return progress | tensors_of(out_dir / "last")
 
 
 def starts(options: list[str], folder: Path) -> list[Start]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,24 +28,29 @@ from transformers import (
 )
 
 from gpt12.weights import from_pretrained, save_pretrained
-from tests.manual.interop_models import NEW_TOKENS, ROOT, our_tokenizer, run_script
+from tests.manual.interop_models import (
+    NEW_TOKENS,
+    largest_difference,
+    our_answer,
+    our_logits,
+    our_tokenizer,
+)
+from tests.test_tokenizers import german
 
-GERMAN = "Die Straße führt über Köln. Ärger über süße Äpfel, größere Öfen und müßige Mönche. " * 90
 PROMPT = "<s>Süße Äpfel über <pad>Köln"
 CLOSE = 1e-4
-# Each: what is special, and the keys of its GPT2Config.
-MODELS: dict[str, dict[str, Any]] = {
-    "German BPE, added bos/eos/pad": {"n_layer": 2},
-    "six layers": {"n_layer": 6},
-    "pytorch_model.bin only": {"n_layer": 2},
-    "vocab.json, merges.txt, added_tokens.json": {"n_layer": 2},
+# Each: what is special, and the number of its layers.
+MODELS = {
+    "German BPE, added bos/eos/pad": 2,
+    "six layers": 6,
+    "pytorch_model.bin only": 2,
+    "vocab.json, merges.txt, added_tokens.json": 2,
 }
 
 
 def make(folder: Path, name: str) -> None:
     """Save a model and its tokenizer as transformers does."""
-    library = ByteLevelBPETokenizer()
-    library.train_from_iterator([GERMAN], vocab_size=400, show_progress=False)
+    library = german()
     folder.mkdir()
     theirs: Any
     if name.startswith("vocab.json"):
@@ -54,14 +59,19 @@ def make(folder: Path, name: str) -> None:
         library.save_model(str(folder))
         theirs = GPT2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
     else:
-        library.save(str(folder / "t.json"))
-        theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "t.json"))
-        (folder / "t.json").unlink()
+        theirs = PreTrainedTokenizerFast(tokenizer_object=library._tokenizer)
     theirs.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
     torch.manual_seed(1)
-    shape = {"n_positions": 64, "n_embd": 48, "n_head": 4, "bos_token_id": 0} | MODELS[name]
-    shape["eos_token_id"] = theirs.eos_token_id
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(theirs), **shape)).eval()
+    shape = GPT2Config(
+        vocab_size=len(theirs),
+        n_positions=64,
+        n_layer=MODELS[name],
+        n_head=4,
+        n_embd=48,
+        bos_token_id=0,
+        eos_token_id=theirs.eos_token_id,
+    )
+    model = GPT2LMHeadModel(shape)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
@@ -75,45 +85,47 @@ def make(folder: Path, name: str) -> None:
         (folder / "model.safetensors").unlink()
 
 
-def our_answer(folder: Path) -> tuple[str, str]:
+def their_logits(folder: Path, ids: list[int]) -> Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder).eval()(torch.tensor([ids])).logits
+
+
+def their_text(folder: Path, ids: list[int]) -> list[int]:
+    """Return the ids of the greedy continuation by `transformers`."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    text = model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False)[0]
+    return text[len(ids) :].tolist()
+
+
+def our_text(folder: Path) -> tuple[str, str]:
     """Return sample.py's greedy continuation of PROMPT, and why it ended."""
-    options = ["--temperature=0", f"--start={PROMPT}", f"--max_new_tokens={NEW_TOKENS}", "--json"]
-    options += ["--device=cpu", "--dtype=float32", f"--init_from={folder}"]
-    answer = json.loads(run_script("sample.py", *options, folder=ROOT))
+    answer = our_answer(folder, PROMPT)
     return answer["text"], answer["finish"]
 
 
 def compare(folder: Path, again: Path) -> list[Any]:
     """Return what a line of the table says; `again` is where we save the model."""
-    ours, tokenizer = from_pretrained(folder).eval(), our_tokenizer(folder)
-    theirs: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = our_tokenizer(folder)
     their_tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     ids = their_tokenizer.encode(PROMPT, add_special_tokens=False)
-    with torch.no_grad():
-        batch = torch.tensor([ids])
-        logits = theirs(batch).logits
-        difference = (ours(batch)[0] - logits).abs().max().item()
-        written = theirs.generate(batch, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist()
-    new = written[len(ids) :]
-    greedy = our_answer(folder) == (their_tokenizer.decode(new), "length")
+    logits = their_logits(folder, ids)
+    difference = largest_difference(our_logits(folder, torch.tensor([ids])), logits)
+    text = their_text(folder, ids)
+    greedy = our_text(folder) == (their_tokenizer.decode(text), "length")
 
-    save_pretrained(ours, again, tokenizer.eot)
+    save_pretrained(from_pretrained(folder), again, tokenizer.eot)
     tokenizer.save(again)
-    saved: Any = AutoModelForCausalLM.from_pretrained(again).eval()
     their_again: Any = AutoTokenizer.from_pretrained(again)
-    with torch.no_grad():
-        round_trip = torch.equal(saved(batch).logits, logits)
+    round_trip = torch.equal(their_logits(again, ids), logits)
     round_trip &= their_again.encode(PROMPT, add_special_tokens=False) == ids
     round_trip &= their_again.get_vocab() == their_tokenizer.get_vocab()
 
-    place = max(map(new.index, new))  # the last token that is new in the text ends it, too
-    config = json.loads((folder / "generation_config.json").read_text())
-    config["eos_token_id"] = [their_tokenizer.eos_token_id, new[place]]
-    (folder / "generation_config.json").write_text(json.dumps(config))
-    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ended = theirs.generate(batch, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist()
-    stop = ended == written[: len(ids) + place + 1]
-    stop &= our_answer(folder) == (their_tokenizer.decode(new[:place]), "end")
+    place = max(map(text.index, text))  # the last token that is new in the text ends it, too
+    file = folder / "generation_config.json"
+    ends = {"eos_token_id": [their_tokenizer.eos_token_id, text[place]]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | ends))
+    stop = their_text(folder, ids) == text[: place + 1]
+    stop &= our_text(folder) == (their_tokenizer.decode(text[:place]), "end")
     return [difference, tokenizer.encode_prompt(PROMPT) == ids, greedy, stop, round_trip]
 
 

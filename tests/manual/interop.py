@@ -40,9 +40,9 @@ from tests.manual.interop_models import (
     Runs,
     batch,
     largest_difference,
+    our_answer,
     our_logits,
     our_loss,
-    our_text,
     our_tokenizer,
     run_command,
     run_script,
@@ -95,6 +95,10 @@ def their_text(folder: Path) -> str:
     return tokenizer.decode(ids[0, inputs["input_ids"].size(1) :], skip_special_tokens=True)
 
 
+def our_text(folder: Path, prompt: str = PROMPT) -> str:
+    return our_answer(folder, prompt)["text"]
+
+
 def test_pipeline(runs: Runs) -> None:
     from transformers import pipeline
 
@@ -125,18 +129,15 @@ def test_trainer(runs: Runs) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(runs.text)
     tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(runs.text)
     lines = sentences(16, "\n").splitlines()
     trainer = Trainer(
-        model=model,
+        model=AutoModelForCausalLM.from_pretrained(runs.text),
         args=TrainingArguments(**training_options(runs.work / "trainer")),
         train_dataset=[dict(tokenizer(line)) for line in lines],
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         processing_class=tokenizer,
     )
-    trainer.train()
-    trainer.save_model(str(runs.work / "trainer"))
-    check_came_home(runs, runs.work / "trainer", model)
+    check_comes_home(runs, trainer)
 
 
 def training_options(folder: Path) -> dict[str, Any]:
@@ -154,24 +155,25 @@ def training_options(folder: Path) -> dict[str, Any]:
     }
 
 
-def check_came_home(runs: Runs, folder: Path, model: Any) -> None:
-    """Check that our programs open a folder that another program trained and saved.
+def check_comes_home(runs: Runs, trainer: Any) -> None:
+    """Train with another program, and check that ours open the folder that it saves.
 
-    model: the model that was saved. Its start, the run `text`, had no biases.
+    The start of both trainings, the run `text`, had no biases.
     """
-    model = model.eval()
+    trainer.train()
+    trainer.save_model()
+    folder = Path(trainer.args.output_dir)
     ours = from_pretrained(folder).eval()
     assert ours.config.bias
     ids = batch(folder)
     with torch.no_grad():
-        theirs = model(ids).logits
+        theirs = trainer.model.eval()(ids).logits
         assert largest_difference(ours(ids)[0], theirs) <= CLOSE
         assert largest_difference(our_logits(runs.text, ids), theirs) > 0.01  # it was trained
     assert our_text(folder) == their_text(folder)
     again = ["--max_iters=1", "--batch_size=2", "--gradient_accumulation_steps=1", "--device=cpu"]
-    out_dir = f"--out_dir={folder}-again"
-    dataset = f"--dataset={runs.work / 'sentences.txt'}"
-    run_script("train.py", f"--init_from={folder}", dataset, out_dir, *again, folder=runs.work)
+    again += [f"--init_from={folder}", f"--out_dir={folder}-again"]
+    run_script("train.py", *again, "--dataset=sentences.txt", folder=runs.work)
 
 
 def test_trl(runs: Runs) -> None:
@@ -182,12 +184,11 @@ def test_trl(runs: Runs) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(runs.chat)
     tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(runs.chat)
     with (runs.work / "chat.jsonl").open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream][:16]
     options = training_options(runs.work / "trl") | {"per_device_eval_batch_size": 1}
     trainer = SFTTrainer(
-        model=model,
+        model=AutoModelForCausalLM.from_pretrained(runs.chat),
         args=SFTConfig(**options, assistant_only_loss=True),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list([{"messages": MESSAGES}]),
@@ -195,9 +196,7 @@ def test_trl(runs: Runs) -> None:
     )
     theirs = trainer.evaluate()["eval_loss"]
     assert our_loss(runs.chat, MESSAGES) == pytest.approx(theirs, abs=CLOSE)
-    trainer.train()
-    trainer.save_model(str(runs.work / "trl"))
-    check_came_home(runs, runs.work / "trl", model)
+    check_comes_home(runs, trainer)
     template = our_tokenizer(runs.work / "trl").chat_template
     assert template.strip() == CHAT_TEMPLATE
 

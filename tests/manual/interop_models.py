@@ -85,14 +85,10 @@ def conversations(count: int) -> str:
     chance = random.Random(0)
     lines = []
     for _ in range(count):
-        first = chance.choice(NAMES)
-        second = chance.choice(NAMES)
-        messages = [
-            {"role": "user", "content": f"say {first}"},
-            {"role": "assistant", "content": f"{first} and {first}"},
-            {"role": "user", "content": f"say {second}"},
-            {"role": "assistant", "content": second},
-        ]
+        first, second = chance.choices(NAMES, k=2)
+        said = (f"say {first}", f"{first} and {first}", f"say {second}", second)
+        roles = ("user", "assistant") * 2
+        messages = [{"role": role, "content": content} for role, content in zip(roles, said)]
         lines.append(json.dumps({"messages": messages}) + "\n")
     return "".join(lines)
 
@@ -137,33 +133,26 @@ def our_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def our_text(folder: Path, prompt: str = PROMPT) -> str:
-    """Return sample.py's greedy continuation of a prompt, without the prompt."""
+def our_answer(folder: Path, prompt: str = PROMPT) -> dict[str, Any]:
+    """Return sample.py's greedy continuation of a prompt as its --json: `text` and `finish`."""
     options = ["--temperature=0", f"--start={prompt}", f"--max_new_tokens={NEW_TOKENS}", "--json"]
     options += ["--device=cpu", "--dtype=float32", f"--init_from={folder}"]
-    return json.loads(run_script("sample.py", *options, folder=ROOT))["text"]
+    return json.loads(run_script("sample.py", *options, folder=ROOT))
 
 
-def our_conversation(folder: Path, messages: list[Message]) -> tuple[list[int], list[int]]:
-    """Return the ids of a conversation, and the ids that are trained, IGNORE_INDEX for others."""
+def our_loss(folder: Path, messages: list[Message]) -> float:
+    """Return our model's mean loss on the answers of a conversation."""
     tokenizer = our_tokenizer(folder)
     ids: list[int] = []
-    trained: list[int] = []
+    trained: list[int] = []  # the ids, IGNORE_INDEX for those of questions
     for question, answer in questions_and_answers("messages", messages):
         asked = tokenizer.encode(question).tolist()
         answered = [*tokenizer.encode(answer).tolist(), tokenizer.eot]
         ids += asked + answered
         trained += [IGNORE_INDEX] * len(asked) + answered
-    return ids, trained
-
-
-def our_loss(folder: Path, messages: list[Message]) -> float:
-    """Return our model's mean loss on the answers of a conversation."""
-    ids, trained = our_conversation(folder, messages)
     with torch.no_grad():
         model = from_pretrained(folder).eval()
-        loss = model(torch.tensor([ids[:-1]]), torch.tensor([trained[1:]]))[1]
-    return loss.item()
+        return model(torch.tensor([ids[:-1]]), torch.tensor([trained[1:]]))[1].item()
 
 
 def batch(folder: Path) -> Tensor:

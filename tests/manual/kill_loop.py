@@ -20,8 +20,6 @@ questions and answers trains on those.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import multiprocessing
 import os
 import random
@@ -34,7 +32,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads would not survive a fork
@@ -51,9 +49,10 @@ import train
 from gpt12 import checkpoint
 from gpt12.errors import UserError
 from gpt12.folder import Progress, find_checkpoint
-from tests.helpers import OPTIONS, ROOT, make_answers, make_dataset
+from tests.helpers import OPTIONS, ROOT, make_answers, make_dataset, read_rows
 
 PRESET = "config/train_shakespeare_cpu.py"
+NO_CLOCK = {"elapsed_s": None, "tokens_per_s": None}
 BEFORE, INSIDE, AFTER = range(3)  # the parts of a process: before its first save, in one, after one
 
 
@@ -133,22 +132,17 @@ def newest(out_dir: Path) -> int | None:
 
 def outcome(out_dir: Path) -> dict:
     """Return all that must not depend on how often a run was killed."""
-    result: dict = {"metrics": []}
-    for line in (out_dir / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        result["metrics"].append(without(row, "elapsed_s", "tokens_per_s"))
+    result: dict = {"metrics": [row | NO_CLOCK for row in read_rows(out_dir)]}
     for name in ("best", "last"):
         folder, progress = find_checkpoint(out_dir, (name,))
-        result[name] = without(asdict(progress), "elapsed_s")
-        for file in sorted(folder.rglob("*.safetensors")):
-            # The order of a file's metadata is random: compare what it holds.
-            content = safetensors.torch.save(safetensors.torch.load_file(file))
-            result[f"{name}/{file.name}"] = hashlib.sha256(content).hexdigest()
+        result[name] = (replace(progress, elapsed_s=0.0), tensors_of(folder))
     return result
 
 
-def without(values: dict, *keys: str) -> dict:
-    return {key: value for key, value in values.items() if key not in keys}
+def tensors_of(folder: Path) -> dict[str, bytes]:
+    """Return the tensors in a checkpoint's files. The order of a file's metadata is random."""
+    files = folder.rglob("*.safetensors")
+    return {file.name: safetensors.torch.save(safetensors.torch.load_file(file)) for file in files}
 
 
 def live(argv: list[str], out_dir: Path, counter: CallCounter) -> int:
