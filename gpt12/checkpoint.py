@@ -27,7 +27,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -40,11 +40,10 @@ from gpt12.errors import UserError, say
 from gpt12.files import exists, remove, sync
 from gpt12.folder import (
     Progress,
-    find_checkpoint,
-    is_run,
+    find_local,
     json_bytes,
     set_aside,
-    user_error_if_unwritable,
+    write_file,
     write_json,
 )
 from gpt12.lora import is_adapted, load_adapter, save_adapter
@@ -71,8 +70,8 @@ class Saver:
         self.due_at: float = time.monotonic() + run.config.save_interval_s
         self.last_holds = self._how_far() if run.request.resumed else None
         self.base: str = run.config.init_from  # adapters refer to it
-        if is_adapted(self.model) and is_run(Path(self.base)):
-            self.base = str(find_checkpoint(Path(self.base))[0])
+        if is_adapted(self.model):
+            self.base = str(find_local(self.base) or self.base)
 
     def open(self) -> None:
         """Make the folder that of this run: set an earlier run aside and write run.json.
@@ -84,8 +83,7 @@ class Saver:
             told = set_aside(self.run.out_dir)
             if told is not None:
                 say(told)
-            with user_error_if_unwritable(self.run.out_dir / "run.json"):
-                write_json(self.run.out_dir / "run.json", self.description)
+            write_file(self.run.out_dir / "run.json", json_bytes(self.description))
 
     def is_due(self) -> bool:
         """Tell whether it is time to save last/: save_interval_s after the last save.
@@ -243,7 +241,8 @@ def load_trainer_state(folder: Path, train_step: Any) -> None:
     themselves have made, so resuming needs no more memory than training. Nothing keeps the map:
     Windows could not replace the checkpoint then.
     """
-    import safetensors
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     if exists(folder / "adapter_config.json"):
         load_adapter(train_step.model, folder)
@@ -252,12 +251,11 @@ def load_trainer_state(folder: Path, train_step: Any) -> None:
     places = optimizer_tensors(train_step)
     file = folder / "trainer.safetensors"
     try:
-        with safetensors.safe_open(file, framework="pt") as content:
-            saved = set(content.keys())
-            for name in saved:
-                _load_tensor(train_step, places, name, content.get_tensor(name))
-        _forget_states_not_saved(train_step, places.keys() - saved, saved)
-    except (*TENSOR_ERRORS, safetensors.SafetensorError, OSError) as error:
+        saved = load_file(file)
+        for name, tensor in saved.items():
+            _load_tensor(train_step, places, name, tensor)
+        _forget_states_not_saved(train_step, places.keys() - saved.keys(), saved.keys())
+    except (*TENSOR_ERRORS, SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged ({error}). Restore it or delete {folder}") from None
 
 
@@ -284,7 +282,9 @@ def _load_tensor(train_step: Any, places: dict[str, Tensor], name: str, tensor: 
         train_step.scaler.load_state_dict(train_step.scaler.state_dict() | scale)
 
 
-def _forget_states_not_saved(train_step: Any, lacking: set[str], saved: set[str]) -> None:
+def _forget_states_not_saved(
+    train_step: Any, lacking: Collection[str], saved: Collection[str]
+) -> None:
     """Take the state of a parameter that was never updated away from the optimizers again."""
     updated = {name.rpartition(".")[0] for name in saved}
     for name in lacking:

@@ -180,6 +180,16 @@ def find_checkpoint(
     )
 
 
+def find_local(name: str | Path) -> Path | None:
+    """Return a local folder or file of a model; None if there is none of this name.
+
+    Of a run it is the folder of its best checkpoint, or of its last.
+    """
+    if is_run(Path(name)):
+        return find_checkpoint(Path(name))[0]
+    return Path(name) if exists(name) else None
+
+
 def resumable_files(out_dir: Path) -> dict[str, Path]:
     """Return where the files lie that resuming reads, by their names in out_dir.
 

@@ -28,8 +28,7 @@ from pydantic import FiniteFloat, InstanceOf
 from torch import Tensor, nn
 
 from gpt12.errors import UserError, warn
-from gpt12.files import exists
-from gpt12.folder import find_checkpoint, is_run, json_bytes, read_json, validated
+from gpt12.folder import find_local, json_bytes, read_json, validated
 from gpt12.lora import LoRALinear, base_of_adapter, is_adapted, load_adapter
 from gpt12.twin import fingerprint, has_fingerprint, is_gpt2
 from model import GPT, GPTConfig, NaNMemory, NothingDrawn, meta_model
@@ -238,11 +237,13 @@ def tensors_by_name(model: GPT) -> dict[str, Tensor]:
 
 
 def as_published(model: GPT, name: str, tensor: Tensor) -> Tensor:
-    """Return a view of a parameter or buffer as a folder's file holds it."""
+    """Return a parameter or buffer as a folder's file holds it: a view, unless it was merged."""
     tensor = tensor.detach()
     if name in VOCABULARY:
         return tensor[: model.config.vocab_size]  # without the padding rows
     module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, LoRALinear) and name.endswith(".weight"):
+        tensor = module.merged_weight()
     is_matrix = name.endswith(".weight") and isinstance(module, nn.Linear | LoRALinear)
     in_block = name.startswith("transformer.h.")
     return tensor.t() if is_matrix and in_block else tensor
@@ -255,13 +256,8 @@ def _tensors_to_save(model: GPT) -> Iterator[tuple[str, Tensor]]:
     """
     tensors = tensors_by_name(model)
     for name, tensor in tensors.items():
-        module = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, LoRALinear):
-            if name.endswith((".lora_A", ".lora_B")):
-                continue  # merged into the weight
-            if name.endswith(".weight"):
-                tensor = module.merged_weight()
-        yield name, as_published(model, name, tensor)
+        if not name.endswith((".lora_A", ".lora_B")):  # these are merged into the weight
+            yield name, as_published(model, name, tensor)
     if is_gpt2(model.config):
         for name, bias in meta_model(replace(model.config, bias=True)).named_parameters():
             if _is_bias(name) and name not in tensors:
@@ -308,15 +304,15 @@ def save_config(model: GPT, folder: Path, eot: int | None) -> None:
 def find_pretrained(path_or_name: str | Path) -> Path:
     """Return a local folder or ckpt.pt, or the downloaded (or cached) folder of a hub name.
 
-    Of a run it is the folder of its best checkpoint, or of its last. Of a hub name only the model's
-    JSON, text and safetensors files are downloaded.
+    Of a run it is that of its best checkpoint, or of its last. Of a hub name only the model's JSON,
+    text and safetensors files are downloaded.
     """
-    name = str(path_or_name)
-    if is_run(Path(name)):
-        return find_checkpoint(Path(name))[0]
-    if exists(name):
-        return Path(name)
+    local = find_local(path_or_name)
+    if local is not None:
+        return local
     from huggingface_hub import snapshot_download
+
+    name = str(path_or_name)
 
     try:
         folder = snapshot_download(
@@ -347,7 +343,7 @@ def _make_config(values: dict[str, Any], file: Path) -> GPTConfig:
 def read_config(folder: Path) -> GPTConfig:
     """Return a model's shape from its config.json. UserError if it is no model of this kind."""
     file = folder / "config.json"
-    if not exists(file):
+    if not file.exists():
         raise UserError(f"{folder} is no Hugging Face GPT-2 folder: it has no config.json")
     content = read_json(file)
     for key, values in SUPPORTED.items():
