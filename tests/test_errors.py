@@ -71,11 +71,10 @@ run_main(main)
 """
 
 
-def run_script(body, stdout, stderr=subprocess.PIPE, unbuffered=False):
-    # An unbuffered stdout fails in print, a buffered one when it is flushed.
+def python(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
+    """Run Python in the repository and return how it ended."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    options = ["-u"] if unbuffered else []
-    command = [sys.executable, *options, "-c", SCRIPT.format(body=body)]
+    command = [sys.executable, *arguments]
     return subprocess.run(
         command, cwd=REPOSITORY, stdout=stdout, stderr=stderr, text=True, env=environment
     )
@@ -102,8 +101,10 @@ def unread_pipe():
 def test_output_that_nobody_reads_prints_no_traceback_of_its_own(
     body, status, printed, unbuffered, unread_pipe
 ):
-    done = run_script(body, unread_pipe, unbuffered=unbuffered)
-    if unbuffered:  # print itself meets the error
+    # An unbuffered stdout fails in print, a buffered one when it is flushed.
+    options = ["-u"] if unbuffered else []
+    done = python(*options, "-c", SCRIPT.format(body=body), stdout=unread_pipe)
+    if unbuffered:
         status, printed = 141, ""
     assert done.returncode == status
     assert printed in done.stderr
@@ -116,35 +117,28 @@ def test_another_broken_pipe_than_standard_output_is_a_bug():
 
 
 def test_a_mistake_keeps_its_status_if_nobody_reads_the_messages(unread_pipe):
-    assert run_script("    raise UserError('x')", subprocess.DEVNULL, unread_pipe).returncode == 2
+    script = SCRIPT.format(body="    raise UserError('x')")
+    assert python("-c", script, stderr=unread_pipe).returncode == 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_output_that_cannot_be_written_is_an_error():
     with Path("/dev/full").open("w") as full:
-        done = run_script("    print('a result')", full)
+        done = python("-c", SCRIPT.format(body="    print('a result')"), stdout=full)
     assert done.returncode == 2
     assert done.stderr == "error: not all of the output could be written: No space left on device\n"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
 def test_a_program_without_standard_output_runs():
-    code = "from gpt12.errors import run_main; run_main(lambda: print('x'))"
-    done = subprocess.run(
-        ["sh", "-c", f'"{sys.executable}" -c "{code}" >&-'],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+    """Python sets sys.stdout to None if it was closed before the start."""
+    done = python("-c", "import sys; sys.stdout = None" + SCRIPT.format(body="    print('x')"))
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py"])
 def test_a_missing_package_is_named_with_what_to_do(script):
     """With -S Python knows no installed package."""
-    done = subprocess.run(
-        [sys.executable, "-S", script], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    done = python("-S", script)
     assert (done.returncode, done.stderr) == (
         2,
         "error: numpy is not installed: activate the environment, or pip install -r "

@@ -23,7 +23,7 @@ from gpt12.generate import generate
 from gpt12.run import load_start, read_request
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
-from tests.helpers import read_rows, resume, run
+from tests.helpers import losses, resume, run, same_tensors
 from tests.test_tokenizers import german
 
 pytestmark = pytest.mark.usefixtures("no_picture", "own_cache")
@@ -67,22 +67,17 @@ def text(tmp_path_factory) -> Path:
     return file
 
 
-def finetune(start, text, out_dir, *options) -> list[dict]:
-    argv = [
-        *QUICK,
-        f"--init_from={start}",
-        f"--dataset={text}",
-        f"--out_dir={out_dir}",
-        "--max_iters=60",
-        "--eval_interval=20",
-    ]
-    assert train.main([*argv, "--learning_rate=3e-3", *options]) == 0
-    return [row for row in read_rows(out_dir) if "val_loss" in row]
+def finetune(start, text, out_dir, *options) -> list[float]:
+    """Fine-tune a model and return the validation losses."""
+    argv = [*QUICK, "--max_iters=60", "--eval_interval=20", "--learning_rate=3e-3"]
+    argv += [f"--init_from={start}", f"--dataset={text}", f"--out_dir={out_dir}", *options]
+    assert train.main(argv) == 0
+    return [*losses(out_dir, "val_loss").values()]
 
 
 def test_the_finished_directory_opens_in_transformers_with_equal_logits(start, text, tmp_path):
     evaluations = finetune(start, text, tmp_path)
-    assert evaluations[-1]["val_loss"] < 0.6 * evaluations[0]["val_loss"]
+    assert evaluations[-1] < 0.6 * evaluations[0]
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "best").eval()
     ours = from_pretrained(tmp_path / "best").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "best")
@@ -116,21 +111,14 @@ def test_a_model_without_a_tokenizer_gets_that_of_the_data(
     taken = f"Its first {known} of 300 ids are taken to be those of {text} ({tokenizer})"
     assert f"{bare} has no tokenizer. {taken}" in said
     assert "\ufffd" in said
-    argv = [
-        "sample.py",
-        f"--out_dir={tmp_path}",
-        "--start=ada",
-        "--num_samples=2",
-        "--device=cpu",
-        "--temperature=99",
-    ]
-    monkeypatch.setattr(sys, "argv", argv)
+    argv = ["--start=ada", "--num_samples=2", "--device=cpu", "--temperature=99"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={tmp_path}", *argv])
     sample.main()
     assert "\ufffd" in capsys.readouterr().out
     assert len(AutoTokenizer.from_pretrained(tmp_path / "best")) == known
     end = json.loads((tmp_path / "best/config.json").read_text())["eos_token_id"]
     assert end == {"char": None, "bytes": 256}[tokenizer]  # where transformers' generate() stops
-    assert train.main(["--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=21"]) == 0
+    assert resume(tmp_path, "--max_iters=21") == 0
     assert "has no tokenizer" not in capsys.readouterr().out
 
 
@@ -156,7 +144,7 @@ def test_a_key_that_the_model_overrules_is_told(bare, dataset, tmp_path, capsys)
 def test_lora_learns_and_leaves_its_adapters_beside_the_merged_model(start, text, tmp_path):
     evaluations = finetune(start, text, tmp_path, "--lora_rank=4", "--learning_rate=1e-2")
     # A random base cannot be bent much.
-    assert evaluations[-1]["val_loss"] < 0.93 * evaluations[0]["val_loss"]
+    assert evaluations[-1] < 0.93 * evaluations[0]
     assert GPT2LMHeadModel.from_pretrained(tmp_path / "best")
     adapter = json.loads((tmp_path / "best/adapter/adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (4, 8)  # by default twice the rank
@@ -166,14 +154,12 @@ def test_a_lora_run_resumes_bit_for_bit(start, text, tmp_path, capsys):
     fixed = ["--lora_rank=4", "--dropout=0.1", "--decay_lr=False"]
     finetune(start, text, tmp_path / "whole", *fixed)
     finetune(start, text, tmp_path / "parts", *fixed, "--max_iters=23")
-    assert (
-        train.main(["--init_from=resume", f"--out_dir={tmp_path / 'parts'}", "--max_iters=60"]) == 0
-    )
+    assert resume(tmp_path / "parts", "--max_iters=60") == 0
     a, b = (from_pretrained(tmp_path / name / "last").state_dict() for name in ("whole", "parts"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert same_tensors(a, b)
     capsys.readouterr()
-    assert train.main(["--init_from=resume", f"--out_dir={tmp_path / 'whole'}", "--eval_only"]) == 0
-    final = [row["val_loss"] for row in read_rows(tmp_path / "whole") if "val_loss" in row][-1]
+    assert resume(tmp_path / "whole", "--eval_only") == 0
+    final = losses(tmp_path / "whole", "val_loss")[60]
     assert f"val loss {final:.4f}" in capsys.readouterr().out  # the adapted model, not its base
 
 
@@ -183,14 +169,13 @@ def test_adapters_whose_model_has_changed_are_not_resumed(start, text, tmp_path)
     adapted = tmp_path / "adapted"
     finetune(start, text, base, "--max_iters=2")
     finetune(base, text, adapted, "--lora_rank=4", "--max_iters=2", "--block_size=16")
-    resume = ["--init_from=resume", f"--out_dir={adapted}"]
-    assert train.main([*resume, "--max_iters=3", "--block_size=8"]) == 0
+    assert resume(adapted, "--max_iters=3", "--block_size=8") == 0
     shape = ["--tokenizer=char", "--n_layer=1", "--n_embd=12", "--block_size=32"]
     finetune("scratch", text, base, "--max_iters=2", *shape)
     changed = f"{base}/.* is not the base model of the adapters in {adapted / 'last'}, or its"
     for options in (["--max_iters=4"], ["--max_iters=4", "--eval_only"]):
         with pytest.raises(UserError, match=changed):
-            train.main([*resume, *options])
+            resume(adapted, *options)
     merged = [f"--init_from={adapted / 'best'}", f"--dataset={text}", "--eval_only"]
     assert train.main(merged) == 0
 
@@ -198,10 +183,7 @@ def test_adapters_whose_model_has_changed_are_not_resumed(start, text, tmp_path)
 @pytest.fixture(scope="module")
 def instructions(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("instructions") / "ask.jsonl"
-    rows = [
-        {"prompt": f"what is {a}?", "completion": f" {a} is {a}."}
-        for a in "abcdefghijklmnopqrstuvwxyz"
-    ]
+    rows = [{"prompt": f"what is {a}?", "completion": f" {a} is {a}."} for a in CHARS[2:28]]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return file
 
@@ -209,7 +191,7 @@ def instructions(tmp_path_factory) -> Path:
 def test_a_model_learns_the_answers_of_instruction_data(start, instructions, tmp_path, capsys):
     evaluations = finetune(start, instructions, tmp_path, "--max_iters=120")
     # Not the last: 22 epochs of 23 short examples are learned by heart.
-    assert min(row["val_loss"] for row in evaluations) < 0.5 * evaluations[0]["val_loss"]
+    assert min(evaluations) < 0.5 * evaluations[0]
     assert capsys.readouterr().out.endswith(f"--out_dir={tmp_path} --interactive\n")
 
 

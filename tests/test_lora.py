@@ -80,6 +80,14 @@ def adapted(tmp_path, monkeypatch):
     return model.eval()
 
 
+@pytest.fixture
+def last(adapted, tmp_path):
+    """A folder that holds the adapters alone, as last/ of a LoRA run is."""
+    save_adapter(adapted, tmp_path / "last", "base")
+    save_config(adapted, tmp_path / "last", None)
+    return tmp_path / "last"
+
+
 def test_peft_opens_the_adapter_and_finds_its_base_from_anywhere(adapted, tmp_path, monkeypatch):
     save_adapter(adapted, tmp_path / "best/adapter", "base")
     save_pretrained(adapted, tmp_path / "best")
@@ -97,20 +105,15 @@ def test_peft_opens_the_adapter_and_finds_its_base_from_anywhere(adapted, tmp_pa
     assert relative(base(x).logits, ours) > 0.01
 
 
-def test_adapters_are_added_to_the_weights_of_their_base_wherever_they_are_loaded(
-    adapted, tmp_path
-):
-    """As a folder of their own, as last/ of a LoRA run is."""
-    save_adapter(adapted, tmp_path / "last", "base")
-    save_config(adapted, tmp_path / "last", None)
+def test_adapters_are_added_to_the_weights_of_their_base_wherever_they_are_loaded(adapted, last):
     x = torch.randint(0, 13, (2, 8))
     ours = adapted(x)[0]
-    loaded = from_pretrained(tmp_path / "last").eval()
+    loaded = from_pretrained(last).eval()
     assert relative(loaded(x)[0], ours) < 1e-5
     assert all(p.requires_grad for p in loaded.parameters())
     again = from_pretrained("base")
     add_lora(again, 2, 4.0)
-    load_adapter(again, tmp_path / "last")
+    load_adapter(again, last)
     assert torch.equal(again.eval()(x)[0], ours)
 
 
@@ -133,12 +136,10 @@ def test_adapters_know_their_base_in_any_precision_and_no_other_model(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
-def test_damaged_adapters_are_refused_by_the_files_name(adapted, tmp_path, file):
-    save_adapter(adapted, tmp_path / "last", "base")
-    save_config(adapted, tmp_path / "last", None)
-    (tmp_path / "last" / file).write_bytes(b"{}")
+def test_damaged_adapters_are_refused_by_the_files_name(last, file):
+    (last / file).write_bytes(b"{}")
     with pytest.raises(UserError, match=f"{file} is damaged"):
-        from_pretrained(tmp_path / "last")
+        from_pretrained(last)
 
 
 def test_a_rank_that_the_layers_cannot_have_is_refused():
@@ -154,10 +155,8 @@ def test_a_rank_that_the_layers_cannot_have_is_refused():
         ({"base_model_name_or_path": "last"}, "last is its own base"),
     ],
 )
-def test_what_no_adapter_can_be_is_refused(adapted, tmp_path, change, message):
-    save_adapter(adapted, tmp_path / "last", "base")
-    save_config(adapted, tmp_path / "last", None)
-    file = tmp_path / "last/adapter_config.json"
+def test_what_no_adapter_can_be_is_refused(last, change, message):
+    file = last / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=message):
         from_pretrained("last")
