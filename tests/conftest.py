@@ -153,9 +153,23 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run of four steps. A test that changes it copies it first."""
+    """Return the folder of a run of four steps. A test that changes it takes finished_copy."""
     from tests.helpers import run
 
     out_dir = tmp_path_factory.mktemp("finished") / "out"
-    assert run(dataset, out_dir, "--max_iters=4", "--eval_interval=2") == 0
+    places = [f"--dataset={dataset}", f"--out_dir={out_dir}"]
+    run(*places, "--max_iters=4", "--eval_interval=2")
     return out_dir
+
+
+@pytest.fixture
+def own_folder(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in tmp_path, with a copy of the tiny data set in letters/, so that runs are in out/."""
+    shutil.copytree(dataset, tmp_path / "letters")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def finished_copy(finished: Path, own_folder: None) -> None:
+    """Let out/ be a copy of the run of four steps."""
+    shutil.copytree(finished, "out")

@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from data.tokenizers import CharTokenizer
 from gpt12.config import load_config
 from gpt12.device import Machine
+from gpt12.errors import UserError
 from gpt12.settings import TrainConfig
 from model import GPT, GPTConfig
 
@@ -26,11 +28,15 @@ CPU = Machine(torch.device("cpu"), torch.float32, compiled=False)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu, id="cuda")]
 
 # A model that takes milliseconds a step: one layer, 16 channels, two micro-batches of four rows.
+# Its data are where the fixture own_folder puts them.
 TINY = (
     "--device=cpu --dtype=float32 --compile=False --block_size=16 --n_layer=1 --n_head=2 "
     "--n_embd=16 --batch_size=4 --gradient_accumulation_steps=2 --eval_iters=2 "
-    "--learning_rate=1e-2 --warmup_iters=2 --eval_interval=10"
+    "--learning_rate=1e-2 --warmup_iters=2 --eval_interval=10 --dataset=letters"
 ).split()
+RESUME = ["--init_from=resume"]
+PathText = Path | str
+OUT = Path("out")  # a run's folder where a test names no other
 
 # A run of 10 steps with a checkpoint after every step.
 OPTIONS = [
@@ -107,23 +113,29 @@ def changed_copy(folder: Path, change: str | None) -> Path:
 # Running
 
 
-def run(dataset: Path, out_dir: Path, *options: str) -> int:
-    """Train a tiny model in this process and return the exit status."""
+def run(*options: str, status: int = 0) -> None:
+    """Train a tiny model in this process, into out/, and see with which exit status it ends."""
     import train
 
-    return train.main([*TINY, f"--dataset={dataset}", f"--out_dir={out_dir}", *options])
+    assert train.main([*TINY, *options]) == status
 
 
-def resume(out_dir: Path, *options: str) -> int:
-    """Resume a run in this process and return the exit status."""
+def resume(*options: str) -> None:
+    """Resume the run in out/ in this process, and see that it ends well."""
     import train
 
-    return train.main(["--init_from=resume", f"--out_dir={out_dir}", *options])
+    assert train.main([*RESUME, *options]) == 0
 
 
-def built(dataset: Path, out_dir: Path, *options: str) -> Any:
+def refused(message: str, call: Callable, *arguments: Any) -> None:
+    """See that a call ends with a user's mistake whose message matches a pattern."""
+    with pytest.raises(UserError, match=message):
+        call(*arguments)
+
+
+def built(*options: str) -> Any:
     """Return the Run of a tiny model, built but not trained."""
-    return built_from([*TINY, f"--dataset={dataset}", f"--out_dir={out_dir}", *options])
+    return built_from([*TINY, *options])
 
 
 def built_from(argv: list[str]) -> Any:
@@ -199,31 +211,43 @@ def fill(step: Any, x: torch.Tensor, y: torch.Tensor) -> None:
 # What a run leaves
 
 
-def read_rows(out_dir: Path) -> list[dict]:
+def read_json(file: PathText) -> dict:
+    """Return what a file of JSON holds."""
+    return json.loads(Path(file).read_text())
+
+
+def edit_json(file: PathText, **changes: Any) -> None:
+    """Change values of a file of JSON."""
+    Path(file).write_text(json.dumps(read_json(file) | changes))
+
+
+def read_rows(out_dir: PathText = OUT) -> list[dict]:
     """Return the rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
 
 
-def losses(out_dir: Path, key: str = "loss") -> dict[int, float]:
+def losses(out_dir: PathText = OUT, key: str = "loss") -> dict[int, float]:
     """Return one column of metrics.jsonl by step. Rows that lack it are left out."""
     return {row["step"]: row[key] for row in read_rows(out_dir) if key in row}
 
 
-def evaluations(out_dir: Path) -> list[int]:
+def evaluations(out_dir: PathText = OUT) -> list[int]:
     """Return the steps at which a run was evaluated."""
     return [row["step"] for row in read_rows(out_dir) if "val_loss" in row]
 
 
-def trainer(out_dir: Path, name: str = "last") -> dict:
+def trainer(out_dir: PathText = OUT, name: str = "last") -> dict:
     """Return a checkpoint's trainer.json."""
-    return json.loads((out_dir / name / "trainer.json").read_text())
+    return read_json(Path(out_dir, name, "trainer.json"))
 
 
-def weights(out_dir: Path, name: str = "last", file: str = "model") -> dict[str, torch.Tensor]:
+def weights(
+    out_dir: PathText = OUT, name: str = "last", file: str = "model"
+) -> dict[str, torch.Tensor]:
     """Return the tensors of a checkpoint: its model's, or with file="trainer" the trainer's."""
     from safetensors.torch import load_file
 
-    return load_file(out_dir / name / f"{file}.safetensors")
+    return load_file(Path(out_dir, name, f"{file}.safetensors"))
 
 
 def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -52,19 +52,19 @@ def start(
     main: Callable,
     *argv: str,
     environment: dict[str, str] | None = None,
-    folder: Path = ROOT,
+    folder: str = ".",
     errors: Path | None = None,
 ) -> Started:
     """Run a script's main function in a process of its own, as `python script.py ARGV` does.
 
     main: a function at the top level of a file: the process finds it by its name. It is not the
     process that monkeypatch has changed; only os.environ is that of this process.
-    environment: more variables. folder: its working directory. errors: a file for stderr, which
-    else goes where stdout goes.
+    environment: more variables. folder: its working directory, from this one's on. errors: a file
+    for stderr, which else goes where stdout goes.
     """
     ours, theirs = multiprocessing.Pipe(duplex=False)
     everything = os.environ | (environment or {})
-    arguments = (main, argv, theirs, folder, errors, everything)
+    arguments = (main, argv, theirs, Path(folder).absolute(), errors, everything)
     process = _server().Process(target=_run, args=arguments, daemon=True)
     process.start()
     theirs.close()
@@ -72,22 +72,20 @@ def start(
 
 
 def start_ranks(
-    main: Callable, *argv: str, count: int = 2, folders: list[Path] | None = None
+    main: Callable, *argv: str, folders: tuple[str, str] | None = None
 ) -> list[Started]:
-    """Start so many ranks of a script as torchrun does. One that is lost is not started again.
+    """Start two ranks of a script as torchrun does. One that is lost is not started again.
 
     folders: a working directory each; then every rank is on a machine of its own.
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     ranks = []
-    for rank in range(count):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        folder = ROOT
+    for rank, folder in zip("01", folders or (".", ".")):
+        place = {"RANK": rank, "LOCAL_RANK": rank}
         if folders is not None:
             place |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-            folder = folders[rank]
         ranks.append(start(main, *argv, environment=meeting | place, folder=folder))
     return ranks
 

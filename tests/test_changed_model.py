@@ -1,7 +1,7 @@
 """A model that somebody has changed in model.py: nothing is lost, and nothing is pretended."""
 
-import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +11,14 @@ import model
 import sample
 from gpt12 import twin
 from gpt12.errors import UserError
+from gpt12.folder import write_json
 from gpt12.twin import unread_fields
 from gpt12.weights import from_pretrained, new_model, save_pretrained
 from model import GPT, GPTConfig
-from tests.helpers import losses, resume, run, same_tensors, weights
+from tests.helpers import OUT, losses, read_json, refused, resume, run, same_tensors, weights
 from tests.models import extend, use_exact_gelu
 
-pytestmark = pytest.mark.usefixtures("no_picture")
+pytestmark = pytest.mark.usefixtures("own_folder")
 SHAPE = GPTConfig(block_size=16, vocab_size=13, n_layer=1, n_head=2, n_embd=16)
 
 
@@ -76,24 +77,21 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_somebody_adds_is_saved_and_a_resumed_run_is_the_unbroken_one(
-    dataset, tmp_path, monkeypatch, change
-):
+def test_what_somebody_adds_is_saved_and_a_resumed_run_is_the_unbroken_one(monkeypatch, change):
     change(monkeypatch)
     forget()
     options = ["--decay_lr=False", "--eval_interval=3"]
-    assert run(dataset, tmp_path / "whole", *options, "--max_iters=6") == 0
-    assert run(dataset, tmp_path / "parts", *options, "--max_iters=3") == 0
-    before = weights(tmp_path / "parts")
-    assert resume(tmp_path / "parts", "--max_iters=6") == 0
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    assert losses(tmp_path / "parts", "val_loss") == losses(tmp_path / "whole", "val_loss")
-    after = weights(tmp_path / "parts")
-    assert same_tensors(after, weights(tmp_path / "whole"))
+    run("--out_dir=whole", *options, "--max_iters=6")
+    run("--out_dir=parts", *options, "--max_iters=3")
+    before = weights("parts")
+    resume("--out_dir=parts", "--max_iters=6")
+    assert losses("parts") == losses("whole")
+    assert losses("parts", "val_loss") == losses("whole", "val_loss")
+    after = weights("parts")
+    assert same_tensors(after, weights("whole"))
     name = CHANGES[change]
     assert not torch.equal(before[name], after[name])
-    content = json.loads((tmp_path / "whole/last/config.json").read_text())
-    assert content["model_type"] == "gpt12"
+    assert read_json("whole/last/config.json")["model_type"] == "gpt12"
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -113,50 +111,46 @@ def test_a_parameter_that_the_file_or_the_model_lacks_is_named(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("how", ["resume", "sample", "lora"])
-def test_a_checkpoint_of_another_model_py_is_refused(dataset, tmp_path, monkeypatch, how):
-    assert run(dataset, tmp_path / "old", "--max_iters=1", "--eval_iters=1") == 0
+def test_a_checkpoint_of_another_model_py_is_refused(monkeypatch, how):
+    run("--out_dir=old", "--max_iters=1", "--eval_iters=1")
     if how == "lora":
-        lora = ["--lora_rank=2", f"--init_from={tmp_path / 'old'}", "--max_iters=1"]
-        assert run(dataset, tmp_path / "adapters", *lora) == 0
+        lora = ["--lora_rank=2", "--init_from=old", "--max_iters=1"]
+        run("--out_dir=adapters", *lora)
     with monkeypatch.context() as m:
         use_exact_gelu(m)
         forget()
         with pytest.raises(UserError, match=r"model\.py computes something else"):
             if how == "resume":
-                resume(tmp_path / "old", "--max_iters=2")
+                resume("--out_dir=old", "--max_iters=2")
             elif how == "lora":
-                resume(tmp_path / "adapters", "--max_iters=2")
+                resume("--out_dir=adapters", "--max_iters=2")
             else:
-                m.setattr("sys.argv", ["sample.py", f"--out_dir={tmp_path / 'old'}"])
+                m.setattr("sys.argv", ["sample.py", "--out_dir=old"])
                 sample.main()
     forget()
-    assert resume(tmp_path / "old", "--max_iters=2") == 0
+    resume("--out_dir=old", "--max_iters=2")
 
 
-def test_a_new_run_from_other_code_and_from_a_foreign_gpt2_is_warned(
-    dataset, tmp_path, monkeypatch, capsys
-):
-    assert run(dataset, tmp_path / "old", "--max_iters=1", "--eval_iters=1") == 0
-    foreign = tmp_path / "old" / "best"
+def test_a_new_run_from_other_code_and_from_a_foreign_gpt2_is_warned(monkeypatch, capsys):
+    run("--out_dir=old", "--max_iters=1", "--eval_iters=1")
     use_exact_gelu(monkeypatch)
     forget()
-    start = [f"--init_from={foreign}", "--max_iters=1"]
-    assert run(dataset, tmp_path / "new", *start) == 0
+    start = ["--init_from=old/best", "--max_iters=1"]
+    run("--out_dir=new", *start)
     said, warned = capsys.readouterr()
     assert "warning: model.py computes something else than when" in warned
     assert said.count("others cannot") == 1
-    content = json.loads((foreign / "config.json").read_text())
+    content = read_json("old/best/config.json")
     del content["fingerprint"]
-    (foreign / "config.json").write_text(json.dumps(content))
-    assert run(dataset, tmp_path / "newer", *start) == 0
+    write_json(Path("old/best/config.json"), content)
+    run("--out_dir=newer", *start)
     assert "is a GPT-2, and model.py computes something else" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["--max_iters=1", "--check"])
-def test_a_shape_key_that_the_model_does_not_read_is_refused(dataset, tmp_path, monkeypatch, key):
+def test_a_shape_key_that_the_model_does_not_read_is_refused(monkeypatch, key):
     monkeypatch.setattr("gpt12.run.unread_fields", lambda shape: {"n_head"})
-    with pytest.raises(UserError, match="n_head=1 would change nothing"):
-        run(dataset, tmp_path / "out", "--n_head=1", key)
+    refused("n_head=1 would change nothing", run, "--n_head=1", key)
 
 
 @dataclass(frozen=True)
@@ -172,9 +166,7 @@ def test_fields_that_nobody_reads_are_found():
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-def test_a_parameter_that_init_weights_does_not_set_is_named_before_training(
-    dataset, tmp_path, monkeypatch, drawn
-):
+def test_a_parameter_that_init_weights_does_not_set_is_named_before_training(monkeypatch, drawn):
     """Also one that the layer itself draws: that is not done, because it would take seconds."""
 
     def add(block):
@@ -183,9 +175,8 @@ def test_a_parameter_that_init_weights_does_not_set_is_named_before_training(
             nn.init.normal_(block.scale)
 
     extend(monkeypatch, model.Block, add)
-    with pytest.raises(UserError, match=r"h\.0\.scale has no value: GPT\.init_weights"):
-        run(dataset, tmp_path, "--max_iters=1")
-    assert not (tmp_path / "run.json").exists()
+    refused(r"h\.0\.scale has no value: GPT\.init_weights", run, "--max_iters=1")
+    assert not (OUT / "run.json").exists()
 
 
 def test_memory_that_nobody_sets_is_named_wherever_it_is_made(monkeypatch):

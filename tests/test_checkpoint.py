@@ -2,13 +2,13 @@
 
 import errno
 import importlib.util
-import json
 import os
 import shutil
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,8 +19,6 @@ from gpt12.checkpoint import (
     save_checkpoint,
     trainer_tensors,
 )
-from gpt12.device import Machine
-from gpt12.errors import UserError, run_main
 from gpt12.folder import (
     TRAINER_FORMAT,
     Progress,
@@ -32,12 +30,16 @@ from gpt12.folder import (
 )
 from tests.helpers import (
     CPU,
+    OUT,
+    RESUME,
     built,
     built_from,
+    edit_json,
     fill,
     losses,
     random_rows,
-    read_rows,
+    read_json,
+    refused,
     resume,
     run,
     same_tensors,
@@ -48,7 +50,7 @@ from tests.helpers import (
 )
 from train import Trainer, TrainStep
 
-pytestmark = pytest.mark.usefixtures("no_picture")
+pytestmark = pytest.mark.usefixtures("own_folder")
 FULL = OSError(errno.ENOSPC, "No space left on device")
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="torchao is optional and not installed"
@@ -159,32 +161,24 @@ def test_the_previous_checkpoint_is_used_while_there_is_no_newer_one(tmp_path):
 # Nothing to resume, or nothing that can be read
 
 
-def test_what_to_do_where_there_is_no_checkpoint_is_said(tmp_path):
-    out_dir = tmp_path / "out"
-    message = f"no checkpoint in {out_dir / 'best'} or {out_dir / 'last'}: train a model first"
-    with pytest.raises(UserError, match=message):
-        find_checkpoint(out_dir, ("best", "last"))
-    with pytest.raises(UserError, match=f"no run in {out_dir}: name the folder of one"):
-        resume(out_dir)
+def test_what_to_do_where_there_is_no_checkpoint_is_said():
+    message = "no checkpoint in out/best or out/last: train a model first"
+    refused(message, find_checkpoint, OUT, ("best", "last"))
+    refused("no run in out: name the folder of one", resume)
 
 
 @pytest.mark.parametrize("file", ["run.json", "last/trainer.json"])
-def test_damaged_json_is_refused_by_name(finished, tmp_path, file):
-    out_dir = shutil.copytree(finished, tmp_path / "out")
+def test_damaged_json_is_refused_by_name(finished_copy, file):
     for damage in (b"", b"{", b"3", b"\xff"):
-        (out_dir / file).write_bytes(damage)
-        with pytest.raises(UserError, match=f"{file} is damaged"):
-            resume(out_dir, "--max_iters=6")
+        (OUT / file).write_bytes(damage)
+        refused(f"{file} is damaged", resume, "--max_iters=6")
 
 
-def test_a_checkpoint_with_half_a_file_is_refused_by_its_name(finished, tmp_path):
-    out_dir = shutil.copytree(finished, tmp_path / "out")
-    for file in ("config.json", "model.safetensors", "trainer.safetensors"):
-        content = (out_dir / "last" / file).read_bytes()
-        (out_dir / "last" / file).write_bytes(content[: len(content) // 2])
-        with pytest.raises(UserError, match=f"last/{file}"):
-            resume(out_dir, "--max_iters=6")
-        (out_dir / "last" / file).write_bytes(content)
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "trainer.safetensors"])
+def test_a_checkpoint_with_half_a_file_is_refused_by_its_name(finished_copy, file):
+    path = OUT / "last" / file
+    os.truncate(path, path.stat().st_size // 2)
+    refused(f"last/{file}", resume, "--max_iters=6")
 
 
 def test_trainer_json_gives_back_the_progress_and_newer_formats_are_refused(tmp_path):
@@ -192,83 +186,66 @@ def test_trainer_json_gives_back_the_progress_and_newer_formats_are_refused(tmp_
     progress = Progress(**values | {"format": TRAINER_FORMAT, "wandb_id": "abc"})
     save_checkpoint(tmp_path / "last", lambda folder: None, progress)
     assert find_checkpoint(tmp_path, ("last",))[1] == progress
-    (tmp_path / "last" / "trainer.json").write_text(json.dumps({"format": TRAINER_FORMAT + 1}))
+    edit_json("last/trainer.json", format=TRAINER_FORMAT + 1)
     message = rf"format {TRAINER_FORMAT + 1}, written by a newer version.*update"
-    with pytest.raises(UserError, match=message):
-        find_checkpoint(tmp_path, ("last",))
+    refused(message, find_checkpoint, tmp_path, ("last",))
 
 
 # --------------------------------------------------------------------------------------------------
 # The lock, and what a run writes first
 
 
-def test_a_folder_is_locked_for_a_second_run_until_the_first_has_ended(dataset, tmp_path):
-    with (
-        lock_run(tmp_path),
-        pytest.raises(UserError, match=f"another run is writing to out_dir={tmp_path}"),
-    ):
-        run(dataset, tmp_path, "--max_iters=1")
-    with lock_run(tmp_path):
+def test_a_folder_is_locked_for_a_second_run_until_the_first_has_ended():
+    with lock_run(OUT):
+        refused("another run is writing to out_dir=out", run)
+    with lock_run(OUT):
         pass
 
 
-def test_a_disk_without_locks_is_not_taken_for_another_run(tmp_path, monkeypatch):
+def test_a_disk_without_locks_is_not_taken_for_another_run(monkeypatch):
     fcntl = pytest.importorskip("fcntl")
-
-    def no_locks(*args):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with lock_run(tmp_path):
+    error = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=error))
+    with lock_run(OUT):
         pass
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_any_work(dataset, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_told_before_any_work():
     """Root may write anywhere, but not even root can make a folder below a file."""
-    (tmp_path / "file").write_text("")
-    out_dir = tmp_path / "file" / "out"
-    with pytest.raises(SystemExit) as end:
-        run_main(lambda: run(dataset, out_dir))
-    assert end.value.code == 2
-    assert f"error: {out_dir} cannot be written" in capsys.readouterr().err
+    Path("file").touch()
+    refused("^file/out cannot be written", run, "--out_dir=file/out")
 
 
-def test_a_file_that_the_disk_does_not_take_leaves_no_half_of_it(tmp_path, monkeypatch):
-    def full(descriptor):
-        raise FULL
-
-    (tmp_path / "a.json").write_text("old")
-    monkeypatch.setattr(os, "fsync", full)
+def test_a_file_that_the_disk_does_not_take_leaves_no_half_of_it(monkeypatch):
+    OUT.mkdir()
+    (OUT / "a.json").write_text("old")
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=FULL))
     with pytest.raises(OSError, match="No space left"):
-        write_json(tmp_path / "a.json", {})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    assert (tmp_path / "a.json").read_text() == "old"
+        write_json(OUT / "a.json", {})
+    [left] = OUT.iterdir()
+    assert left.read_text() == "old"
 
 
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
-def test_a_run_that_cannot_write_its_first_files_says_so(dataset, tmp_path, name):
-    (tmp_path / f"{name}.tmp").mkdir()  # stands for a disk that takes no file
-    with pytest.raises(UserError, match=f"{name} cannot be written"):
-        run(dataset, tmp_path)
+def test_a_run_that_cannot_write_its_first_files_says_so(name):
+    Path(f"out/{name}.tmp").mkdir(parents=True)  # stands for a disk that takes no file
+    refused(f"{name} cannot be written", run)
 
 
-def test_run_json_explains_the_run_and_no_file_holds_a_secret(
-    dataset, tmp_path, monkeypatch, capsys
-):
+def test_run_json_explains_the_run_and_no_file_holds_a_secret(monkeypatch, capsys):
     for name in ("WANDB_API_KEY", "HF_TOKEN", "FREE"):
         monkeypatch.setenv(name, f"s3cret-{name}-abcdef")
     monkeypatch.setattr(sys, "argv", ["train.py", "--password=s3cret-argv"])
-    assert run(dataset, tmp_path, "--max_iters=2") == 0
+    run("--max_iters=2")
     told = "".join(capsys.readouterr())
-    for path in tmp_path.rglob("*"):
-        if path.is_file():
-            told += path.read_text("utf-8", errors="replace")
+    for path in OUT.rglob("*.*"):
+        told += path.read_text("utf-8", errors="replace")
     assert "s3cret" not in told
-    facts = json.loads((tmp_path / "run.json").read_text())
+    facts = read_json("out/run.json")
     assert {"config", "requested", "commit", "versions", "platform", "device"} < set(facts)
     assert facts["data"] == {
-        "name": str(dataset),
-        "folder": dataset.name,
+        "name": "letters",
+        "folder": "letters",
         "val_sha256": "0" * 64,
         "tokens": 2600,
         "val_tokens": 400,
@@ -276,18 +253,17 @@ def test_run_json_explains_the_run_and_no_file_holds_a_secret(
 
 
 @pytest.mark.picture
-def test_every_file_of_a_run_honours_the_umask(dataset, tmp_path):
+def test_every_file_of_a_run_honours_the_umask():
     before = os.umask(0o027)
     try:
-        assert run(dataset, tmp_path / "out", "--max_iters=2") == 0
+        run("--max_iters=2")
     finally:
         os.umask(before)
-    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    names = {file.name for file in files}
-    assert {"model.safetensors", "trainer.safetensors", "loss.png", "run.json"} <= names
-    for file in files:
-        if file.name != ".lock":  # filelock's own file, which holds nothing
-            assert file.stat().st_mode & 0o777 == 0o640, file
+    modes = {str(path): path.stat().st_mode & 0o777 for path in OUT.rglob("*.*")}
+    for name in ("best/model.safetensors", "last/trainer.safetensors", "loss.png", "run.json"):
+        assert f"out/{name}" in modes
+    modes.pop("out/.lock")  # filelock's own file, which holds nothing
+    assert set(modes.values()) == {0o640}, modes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,27 +289,28 @@ def version_of(folder: Path) -> int:
     return version
 
 
-def test_an_earlier_run_replaces_the_one_before_it_and_the_users_files_stay(tmp_path):
-    (tmp_path / "notes.txt").write_text("the user's own")
-    for version in (1, 2):
-        make_run(tmp_path, version)
-        told = f"the earlier run in {tmp_path} was moved to {tmp_path / 'previous'} (0.0 MB)"
-        assert set_aside(tmp_path) == told + (", in place of a still earlier run" * (version - 1))
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "previous"]
-        assert version_of(tmp_path / "previous") == version
-    (tmp_path / "run.json").write_text("{}")  # a run without a checkpoint
-    assert set_aside(tmp_path) is None
-    assert version_of(tmp_path / "previous") == 2
+def test_an_earlier_run_replaces_the_one_before_it_and_the_users_files_stay():
+    OUT.mkdir()
+    (OUT / "notes.txt").touch()  # the user's own
+    for version, more in ((1, ""), (2, ", in place of a still earlier run")):
+        make_run(OUT, version)
+        told = f"the earlier run in out was moved to out/previous (0.0 MB){more}"
+        assert set_aside(OUT) == told
+        assert sorted(path.name for path in OUT.iterdir()) == ["notes.txt", "previous"]
+        assert version_of(OUT / "previous") == version
+    (OUT / "run.json").write_text("{}")  # a run without a checkpoint
+    assert set_aside(OUT) is None
+    assert version_of(OUT / "previous") == 2
 
 
-def test_a_run_without_a_step_displaces_no_trained_one(dataset, tmp_path, monkeypatch, capsys):
-    assert run(dataset, tmp_path, "--max_iters=2") == 0
+def test_a_run_without_a_step_displaces_no_trained_one(monkeypatch, capsys):
+    run("--max_iters=2")
     monkeypatch.setattr(Trainer, "loop", lambda trainer: 130)
     for _ in range(2):
-        assert run(dataset, tmp_path, "--max_iters=2") == 130
+        run("--max_iters=2", status=130)
     assert "go on with" not in capsys.readouterr().out.split("stopped at step 0")[1]
-    assert trainer(tmp_path / "previous")["step"] == 2
-    assert not (tmp_path / "last").exists()
+    assert trainer("out/previous")["step"] == 2
+    assert not (OUT / "last").exists()
 
 
 def test_a_kill_while_setting_aside_loses_nothing(tmp_path, monkeypatch):
@@ -354,14 +331,12 @@ def test_a_kill_while_setting_aside_loses_nothing(tmp_path, monkeypatch):
 # run.json of a resumed run
 
 
-def test_run_json_of_a_resumed_run_follows_its_first_checkpoint(dataset, tmp_path, capsys):
+def test_run_json_of_a_resumed_run_follows_its_first_checkpoint():
     """A run that is killed before it has saved again must not make other data look like its own."""
-    assert run(dataset, tmp_path / "out", "--max_iters=2") == 0
-    other = shutil.copytree(dataset, tmp_path / "other")
-    meta = json.loads((other / "meta.json").read_text())
-    (other / "meta.json").write_text(json.dumps(meta | {"val_sha256": "1" * 64}))
-    argv = ["--init_from=resume", f"--out_dir={tmp_path / 'out'}", f"--dataset={other}"]
-    argv += ["--max_iters=4"]
+    run("--max_iters=2")
+    Path("letters").rename("other")
+    edit_json("other/meta.json", val_sha256="1" * 64)
+    argv = [*RESUME, "--dataset=other", "--max_iters=4"]
     for _ in range(2):  # the first is killed at once
         killed = Trainer(built_from(argv))
         killed.saver.open()
@@ -369,7 +344,7 @@ def test_run_json_of_a_resumed_run_follows_its_first_checkpoint(dataset, tmp_pat
         assert "the data are not those that this run began with" in "".join(killed.run.notes)
     killed.progress.step += 1
     assert killed.saver.save("last")
-    assert read_run(tmp_path / "out").config["dataset"] == str(other)
+    assert read_run(OUT).config["dataset"] == "other"
     assert "the data are not" not in "".join(built_from(argv).notes)
 
 
@@ -382,27 +357,26 @@ def save_state(folder: Path, step: TrainStep) -> None:
     save_file(trainer_tensors(step), folder / "trainer.safetensors")
 
 
+def train_on(step: TrainStep, *seeds: int) -> None:
+    """Update the weights once for each of these batches."""
+    for seed in seeds:
+        fill(step, *random_rows(seed=seed))
+        step(1e-2)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_saved_state_continues_as_the_unbroken_step_does(tmp_path, optimizer):
-    batches = [random_rows(seed=seed) for seed in range(4)]
-    whole = small_step(optimizer=optimizer)
-    first = small_step(optimizer=optimizer)
-    for x, y in batches:
-        fill(whole, x, y)
-        whole(1e-2)
-    for x, y in batches[:2]:
-        fill(first, x, y)
-        first(1e-2)
+    whole, first, second = (small_step(optimizer=optimizer) for _ in range(3))
+    train_on(whole, 0, 1, 2, 3)
+    train_on(first, 0, 1)
     save_state(tmp_path, first)
-    second = small_step(optimizer=optimizer)
     second.model.load_state_dict(first.model.state_dict())
     load_trainer_state(tmp_path, second)
-    for x, y in batches[2:]:
-        fill(second, x, y)
-        second(1e-2)
-    assert same_weights(second.model, [p.detach() for p in whole.model.parameters()])
+    train_on(second, 2, 3)
+    assert same_weights(second.model, [*whole.model.parameters()])
 
 
+HALF = replace(CPU, dtype=torch.float16)
 WPE = "optimizer.transformer.wpe.weight"
 
 
@@ -422,15 +396,13 @@ WPE = "optimizer.transformer.wpe.weight"
 def test_a_state_that_the_optimizer_cannot_have_is_refused(tmp_path, optimizer, name, tensor):
     """torch's fused AdamW reads and writes past the end of a moment that is too small."""
     step = small_step(optimizer=optimizer)
-    fill(step, *random_rows())
-    step(1e-2)
-    tensors = trainer_tensors(step)
-    tensors[name] = tensor
+    train_on(step, 0)
+    tensors = trainer_tensors(step) | {name: tensor}
     if tensor is None:
         del tensors[name]
-    save_file(tensors, tmp_path / "trainer.safetensors")
-    with pytest.raises(UserError, match=r"trainer\.safetensors is damaged"):
-        load_trainer_state(tmp_path, small_step(optimizer=optimizer))
+    save_file(tensors, "trainer.safetensors")
+    fresh = small_step(optimizer=optimizer)
+    refused(r"trainer\.safetensors is damaged", load_trainer_state, tmp_path, fresh)
 
 
 def test_a_parameter_that_was_never_updated_has_no_state_after_resuming_either(tmp_path):
@@ -443,9 +415,8 @@ def test_a_parameter_that_was_never_updated_has_no_state_after_resuming_either(t
 
 
 def test_the_names_of_the_tensors_are_those_that_the_format_says():
-    step = small_step(Machine(CPU.device, torch.float16, compiled=False))
-    fill(step, *random_rows())
-    step(1e-2)
+    step = small_step(HALF)
+    train_on(step, 0)
     expected = {"rng.cpu", "scaler"}
     for name, _ in step.model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -454,13 +425,11 @@ def test_the_names_of_the_tensors_are_those_that_the_format_says():
 
 
 def test_resuming_restores_the_loss_scale(tmp_path):
-    half = Machine(CPU.device, torch.float16, compiled=False)
-    first = small_step(half)
-    second = small_step(half)
+    first = small_step(HALF)
+    second = small_step(HALF)
     first.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    for step in (first, second):
-        fill(step, *random_rows())
-        step(1e-2)
+    train_on(first, 0)
+    train_on(second, 0)
     save_state(tmp_path, first)
     load_trainer_state(tmp_path, second)
     state = second.scaler.state_dict()
@@ -468,23 +437,23 @@ def test_resuming_restores_the_loss_scale(tmp_path):
     assert state == first.scaler.state_dict()
 
 
-def test_a_smaller_context_crops_the_moments_of_the_positions_too(finished, tmp_path):
-    out_dir = shutil.copytree(finished, tmp_path / "out")
+def test_a_smaller_context_crops_the_moments_of_the_positions_too(finished_copy):
     for steps in (6, 8):
-        assert resume(out_dir, f"--max_iters={steps}", "--block_size=8") == 0
-    moments = weights(out_dir, file="trainer")
+        resume(f"--max_iters={steps}", "--block_size=8")
+    moments = weights(file="trainer")
     assert moments["optimizer.transformer.wpe.weight.exp_avg"].shape == (8, 16)
 
 
 @needs_torchao
-def test_8_bit_moments_resume_bit_for_bit_but_not_with_a_smaller_context(dataset, tmp_path):
+def test_8_bit_moments_resume_bit_for_bit_but_not_with_a_smaller_context():
+    parts = ["--out_dir=parts", "--max_iters=6"]
     fixed = ["--optimizer=adamw8bit", "--dtype=bfloat16", "--decay_lr=False"]
-    assert run(dataset, tmp_path / "whole", *fixed, "--max_iters=6") == 0
-    assert run(dataset, tmp_path / "parts", *fixed, "--max_iters=3") == 0
-    with pytest.raises(UserError, match=r"block_size=8, but the run in .* has 16: leave"):
-        resume(tmp_path / "parts", "--max_iters=6", "--block_size=8")
-    assert resume(tmp_path / "parts", "--max_iters=6", "--block_size=16") == 0
-    assert same_tensors(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    run("--out_dir=whole", *fixed, "--max_iters=6")
+    run(*parts, *fixed, "--max_iters=3")
+    message = r"block_size=8, but the run in parts has 16: leave"
+    refused(message, resume, *parts, "--block_size=8")
+    resume(*parts, "--block_size=16")
+    assert same_tensors(weights("parts"), weights("whole"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -510,10 +479,10 @@ def clock(monkeypatch) -> SimpleNamespace:
     ],
 )
 def test_last_is_due_at_the_interval_or_later_if_saving_takes_long(
-    dataset, tmp_path, monkeypatch, clock, interval, typed, cost, expected
+    monkeypatch, clock, interval, typed, cost, expected
 ):
     options = [f"--save_interval_s={interval}"] if typed else []
-    saver = Trainer(built(dataset, tmp_path, *options)).saver
+    saver = Trainer(built(*options)).saver
 
     def slow(*args):
         clock.now += cost
@@ -528,39 +497,36 @@ def test_last_is_due_at_the_interval_or_later_if_saving_takes_long(
     assert saver.is_due()
 
 
-def test_weights_that_are_not_finite_are_never_saved(dataset, tmp_path, capsys):
+def test_weights_that_are_not_finite_are_never_saved(capsys):
     """At such a rate finite gradients make infinite weights. The exit status says so."""
     options = ["--max_iters=10", "--learning_rate=1e38", "--warmup_iters=0", "--eval_interval=5"]
-    assert run(dataset, tmp_path, *options) == 1
+    run(*options, status=1)
     out = capsys.readouterr().out
     assert "weights are not finite" in out
     assert "go on with" not in out
-    assert not (tmp_path / "best").exists()
-    assert not (tmp_path / "last").exists()
+    assert not (OUT / "best").exists()
+    assert not (OUT / "last").exists()
 
 
-def test_the_last_evaluation_is_in_last_though_its_step_was_saved_before_it(dataset, tmp_path):
+def test_the_last_evaluation_is_in_last_though_its_step_was_saved_before_it():
     options = ["--always_save_checkpoint=False", "--save_interval_s=0", "--eval_interval=4"]
-    assert run(dataset, tmp_path, *options, "--max_iters=4") == 0
-    saved = trainer(tmp_path)
+    run(*options, "--max_iters=4")
+    saved = trainer()
     assert (saved["step"], saved["evaluated_step"]) == (4, 4)
-    assert saved["best_val_loss"] == trainer(tmp_path, "best")["best_val_loss"]
+    assert saved["best_val_loss"] == trainer(name="best")["best_val_loss"]
 
 
-def test_only_rank_0_writes(dataset, tmp_path, monkeypatch):
+def test_only_rank_0_writes(monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    trainer_of_rank_1 = Trainer(built(dataset, tmp_path))
-    assert trainer_of_rank_1.saver.save("last")
-    assert not (tmp_path / "last").exists()
+    assert Trainer(built()).saver.save("last")
+    assert not (OUT / "last").exists()
 
 
 # --------------------------------------------------------------------------------------------------
 # A disk that is full or cannot be written
 
 
-def test_a_full_disk_costs_neither_the_run_nor_the_old_checkpoint(
-    dataset, tmp_path, monkeypatch, capsys
-):
+def test_a_full_disk_costs_neither_the_run_nor_the_old_checkpoint(monkeypatch, capsys):
     """From the fifth save on a write ends within a file."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -578,20 +544,18 @@ def test_a_full_disk_costs_neither_the_run_nor_the_old_checkpoint(
     options = ["--max_iters=10", "--save_interval_s=0", "--eval_interval=6"]
     with monkeypatch.context() as m:
         m.setattr("gpt12.checkpoint.save_checkpoint", short_of_space)
-        assert run(dataset, tmp_path, *options) == 1
+        run(*options, status=1)
     out = capsys.readouterr().out
     assert out.count("could not save") == len(saves) - 4 > 2
     assert "too large" in out
-    assert list(losses(tmp_path)) == list(range(1, 11))  # it went on to its end
-    assert trainer(tmp_path)["step"] == 4
-    assert not list(tmp_path.glob("*.tmp"))
-    assert resume(tmp_path) == 0  # there is space again
-    assert trainer(tmp_path)["step"] == 10
+    assert list(losses()) == list(range(1, 11))  # it went on to its end
+    assert trainer()["step"] == 4
+    assert not list(OUT.glob("*.tmp"))
+    resume()  # there is space again
+    assert trainer()["step"] == 10
 
 
-def test_a_best_that_could_not_be_saved_does_not_count_as_the_best(
-    dataset, tmp_path, monkeypatch, capsys
-):
+def test_a_best_that_could_not_be_saved_does_not_count_as_the_best(monkeypatch, capsys):
     """best/ still holds the older model, so the older loss goes on counting."""
 
     def failing(folder, write, progress):
@@ -600,9 +564,9 @@ def test_a_best_that_could_not_be_saved_does_not_count_as_the_best(
         save_checkpoint(folder, write, progress)
 
     monkeypatch.setattr("gpt12.checkpoint.save_checkpoint", failing)
-    assert run(dataset, tmp_path, "--max_iters=4", "--eval_interval=2") == 0
-    values = {row["step"]: row["val_loss"] for row in read_rows(tmp_path) if "val_loss" in row}
+    run("--max_iters=4", "--eval_interval=2")
+    values = losses(key="val_loss")
     assert values[4] < values[2]
-    assert trainer(tmp_path)["best_step"] == 2
-    assert trainer(tmp_path)["best_val_loss"] == values[2]
+    assert trainer()["best_step"] == 2
+    assert trainer()["best_val_loss"] == values[2]
     assert f"best val loss {values[2]:.4f} at step 2" in capsys.readouterr().out

@@ -36,11 +36,14 @@ from gpt12.loss import IGNORE_INDEX
 from tests.helpers import (
     CPU,
     ENDLESS,
+    OUT,
+    RESUME,
     ROOT,
     TINY,
     evaluations,
     losses,
     make_answers,
+    refused,
     resume,
     run,
     trainer,
@@ -49,7 +52,7 @@ from tests.helpers import (
 from tests.processes import Started, start, start_ranks
 from train import TrainStep
 
-pytestmark = pytest.mark.usefixtures("no_picture")
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 LIMIT_S = 180  # ranks that do not agree wait for each other
 STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -71,14 +74,14 @@ def test_more_processes_than_gpus_are_refused_by_every_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(UserError, match=r"3 processes .* 2 GPU\(s\): --nproc_per_node=2"):
-        train.main([*TINY, "--device=auto", "--gradient_accumulation_steps=3"])
+    message = r"3 processes .* 2 GPU\(s\): --nproc_per_node=2"
+    refused(message, run, "--device=auto", "--gradient_accumulation_steps=3")
 
 
 def test_a_mistake_is_reported_once_on_each_machine_and_ends_all_with_the_same_status(monkeypatch):
-    for rank, local in ((0, 0), (2, 0)):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("LOCAL_RANK", str(local))
+    for rank in "02":  # the first of each machine
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", "0")
         with pytest.raises(UserError), reported_by_rank_0():
             raise UserError("what is wrong")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -87,7 +90,9 @@ def test_a_mistake_is_reported_once_on_each_machine_and_ends_all_with_the_same_s
     assert end.value.code == 2
 
 
-@pytest.mark.parametrize(("rank", "local", "turn"), [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)])
+@pytest.mark.parametrize(
+    ("rank", "local", "turn"), [("0", "0", 0), ("1", "1", 2), ("2", "0", 1), ("3", "1", 2)]
+)
 def test_rank_0_prepares_first_then_one_rank_of_each_machine_then_all(
     monkeypatch, rank, local, turn
 ):
@@ -101,8 +106,8 @@ def test_rank_0_prepares_first_then_one_rank_of_each_machine_then_all(
         assert timeout > timedelta(days=1)
         return "group"
 
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "new_group", new_group)
     monkeypatch.setattr(dist, "barrier", met.append)
@@ -130,7 +135,7 @@ def test_a_lost_rank_is_told_how_the_run_goes_on(monkeypatch):
         assert said.endswith(advice)
 
 
-def test_what_a_rank_draws_in_a_step_is_its_own_also_after_resuming(dataset, tmp_path, monkeypatch):
+def test_what_a_rank_draws_in_a_step_is_its_own_also_after_resuming(monkeypatch):
     """Dropout's masks follow from seed, rank and step. A rank other than 0 saves nothing."""
     drawn = []
     make_step = TrainStep.__call__
@@ -140,16 +145,12 @@ def test_what_a_rank_draws_in_a_step_is_its_own_also_after_resuming(dataset, tmp
         make_step(self, *args)
 
     monkeypatch.setattr(TrainStep, "__call__", draw_and_step)
-    assert run(dataset, tmp_path, "--max_iters=2") == 0
-    of_rank_0 = drawn.copy()
+    run("--max_iters=2")
     monkeypatch.setenv("RANK", "1")
-    drawn.clear()
-    assert run(dataset, tmp_path, "--max_iters=4") == 0
-    whole = drawn.copy()
-    drawn.clear()
-    assert resume(tmp_path, "--max_iters=4") == 0
-    assert drawn == whole[2:]
-    assert len({*of_rank_0, *whole}) == 6
+    run("--max_iters=4")
+    resume("--max_iters=4")
+    assert drawn[6:] == drawn[4:6]
+    assert len({*drawn}) == 6
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,14 +170,13 @@ def end_well(processes: list[Started]) -> list[str]:
     return [said for _, said in ends]
 
 
-def write_letters(file: Path) -> Path:
+def write_letters(file: str) -> None:
     """Write a text over 13 letters."""
     letters = np.cumsum(np.random.default_rng(0).integers(1, 4, 4000)) % 13
-    file.write_text("".join("abcdefghijklm"[i] for i in letters))
-    return file
+    Path(file).write_text("".join("abcdefghijklm"[i] for i in letters))
 
 
-def assert_same_run(one: Path, other: Path, keys: tuple[str, ...] = ("loss",)) -> None:
+def assert_same_run(one: str, other: str, keys: tuple[str, ...] = ("loss",)) -> None:
     """Compare the curves and the weights of two runs, up to rounding."""
     for key in keys:
         expected = losses(one, key)
@@ -187,62 +187,58 @@ def assert_same_run(one: Path, other: Path, keys: tuple[str, ...] = ("loss",)) -
         assert torch.allclose(tensor, weights(other)[name], atol=1e-5), name
 
 
-def test_two_ranks_prepare_a_text_once_and_train_like_one_process(tmp_path, monkeypatch):
+def test_two_ranks_prepare_a_text_once_and_train_like_one_process(monkeypatch):
     """The same windows and the same updates; and a single process can resume the run."""
-    monkeypatch.setattr("data.dataset.DATA", tmp_path / "data")
-    text = write_letters(tmp_path / "letters.txt")
+    monkeypatch.setattr("data.dataset.DATA", Path("data"))
+    write_letters("letters.txt")
     # Two micro-batches a rank: gradients are averaged after the last one only.
     options = ["--max_iters=4", "--eval_interval=2", "--gradient_accumulation_steps=4"]
-    options += ["--eval_iters=0", "--tokenizer=char"]
-    places = [f"--dataset={text}", f"--out_dir={tmp_path / 'two'}"]
-    ranks = start_ranks(train_elsewhere, str(tmp_path / "data"), *TINY, *places, *options)
+    options += ["--eval_iters=0", "--tokenizer=char", "--dataset=letters.txt"]
+    ranks = start_ranks(train_elsewhere, "data", *TINY, *options)
     assert ["; curves: " in said for said in end_well(ranks)] == [True, False]
-    (prepared,) = (tmp_path / "data/cache").iterdir()
+    (prepared,) = Path("data/cache").iterdir()
     assert prepared.name.startswith("letters-")
-    assert run(text, tmp_path / "one", *options) == 0
-    assert_same_run(tmp_path / "one", tmp_path / "two", ("loss", "grad_norm", "val_loss"))
-    assert resume(tmp_path / "two", "--max_iters=6") == 0
-    assert list(losses(tmp_path / "two")) == list(range(1, 7))
+    run("--out_dir=one", *options)
+    assert_same_run("one", "out", ("loss", "grad_norm", "val_loss"))
+    resume("--max_iters=6")
+    assert list(losses()) == list(range(1, 7))
 
 
 def test_two_machines_prepare_their_own_data_and_resume_the_run_of_the_first(tmp_path, monkeypatch):
     """They share no disk: each has a working folder. The second gets the checkpoint on resuming."""
-    monkeypatch.setattr("data.dataset.DATA", tmp_path / "data")
-    machines = [tmp_path / "first", tmp_path / "second"]
+    monkeypatch.setattr("data.dataset.DATA", Path("data"))
+    machines = ("first", "second")
     for machine in machines:
-        machine.mkdir()
-        write_letters(machine / "letters.txt")
+        Path(machine).mkdir()
+        write_letters(f"{machine}/letters.txt")
     # A run that the second machine had is not the one that goes on.
-    options = [*TINY, "--tokenizer=char", "--decay_lr=False", "--dataset=letters.txt"]
-    options += ["--out_dir=out", "--init_from=auto"]
-    monkeypatch.chdir(machines[1])
-    assert train.main([*options, "--max_iters=1"]) == 0
-    shutil.rmtree(machines[1] / "out" / "best")
-    for steps in (2, 4):
-        argv = ["data", *options, f"--max_iters={steps}"]
-        end_well(start_ranks(train_elsewhere, *argv, folders=machines))
+    options = ["--tokenizer=char", "--decay_lr=False", "--dataset=letters.txt"]
+    monkeypatch.chdir("second")
+    run(*options, "--max_iters=1")
+    shutil.rmtree("out/best")
     monkeypatch.chdir(tmp_path)
-    assert run(machines[0] / "letters.txt", tmp_path / "one", *options[:-3], "--max_iters=4") == 0
-    assert_same_run(tmp_path / "one", machines[0] / "out")
-    second = machines[1] / "out"
-    assert trainer(second)["step"] == 2  # where it resumed
-    assert not (second / "best").exists()
-    assert [len(list((machine / "data/cache").iterdir())) for machine in machines] == [1, 1]
+    for steps in (2, 4):
+        argv = ["data", *TINY, *options, "--init_from=auto", f"--max_iters={steps}"]
+        end_well(start_ranks(train_elsewhere, *argv, folders=machines))
+    run(*options, "--dataset=first/letters.txt", "--max_iters=4")
+    assert_same_run("out", "first/out")
+    assert trainer("second/out")["step"] == 2  # where it resumed
+    assert not Path("second/out/best").exists()
+    assert [len(list(Path(machine, "data/cache").iterdir())) for machine in machines] == [1, 1]
 
 
-def test_two_ranks_resume_the_run_of_one_although_they_share_the_targets_unevenly(tmp_path):
+def test_two_ranks_resume_the_run_of_one_although_they_share_the_targets_unevenly():
     """Rows with few targets, and steps in which one rank has none, count as in one process."""
-    folder = make_answers(tmp_path / "rows")
+    folder = make_answers(Path("rows"))
     windows = TrainWindows(Tokens(folder, "train"), 16, 1337)
     _, y, _ = windows.batch(24, 24)  # of the three steps after resuming
     targets = (y.reshape(3, 2, -1) != IGNORE_INDEX).sum(2)  # by step and rank
     assert ((targets == 0).sum(1) == 1).any()
-    fixed = ["--eval_interval=3", "--decay_lr=False"]
-    assert run(folder, tmp_path / "one", *fixed, "--max_iters=6") == 0
-    assert run(folder, tmp_path / "both", *fixed, "--max_iters=3") == 0
-    both = tmp_path / "both"
-    end_well(start_ranks(train.main, "--init_from=resume", f"--out_dir={both}", "--max_iters=6"))
-    assert_same_run(tmp_path / "one", both)
+    fixed = ["--dataset=rows", "--eval_interval=3", "--decay_lr=False"]
+    run("--out_dir=one", *fixed, "--max_iters=6")
+    run(*fixed, "--max_iters=3")
+    end_well(start_ranks(train.main, *RESUME, "--max_iters=6"))
+    assert_same_run("one", "out")
 
 
 def tell_least_memory() -> None:
@@ -255,18 +251,17 @@ def test_ranks_with_unequal_memory_decide_alike():
     assert end_well(start_ranks(tell_least_memory)) == ["least 4.0\n"] * 2
 
 
-def test_a_rank_that_has_lost_the_others_says_how_the_run_goes_on(dataset, tmp_path):
-    places = [f"--dataset={dataset}", f"--out_dir={tmp_path}"]
-    ranks = start_ranks(train.main, *TINY, *ENDLESS, *places, "--save_interval_s=0")
+def test_a_rank_that_has_lost_the_others_says_how_the_run_goes_on():
+    ranks = start_ranks(train.main, *TINY, *ENDLESS, "--save_interval_s=0")
     assert any(line.startswith("step 12:") for line in ranks[0].stdout), "it ended before"
     ranks[1].send(signal.SIGKILL)
     status, said = ranks[0].end()
     assert (status, ranks[1].end()[0]) == (2, -signal.SIGKILL)
     assert "error: rank 0 has lost the others" in said
     assert "Traceback" not in said
-    step = trainer(tmp_path)["step"]
-    assert resume(tmp_path, f"--max_iters={step + 2}") == 0
-    assert list(losses(tmp_path)) == list(range(1, step + 3))
+    step = trainer()["step"]
+    resume(f"--max_iters={step + 2}")
+    assert list(losses()) == list(range(1, step + 3))
 
 
 def process_of_rank(process: subprocess.Popen, rank: int) -> int:
@@ -281,12 +276,12 @@ def process_of_rank(process: subprocess.Popen, rank: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
-def test_torchrun_starts_all_ranks_again_if_one_dies_and_the_run_goes_on(dataset, tmp_path):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    places = [f"--dataset={dataset}", f"--out_dir={tmp_path}", "--init_from=auto"]
-    argv = [*start, "--max_restarts=1", "train.py", *TINY, *ENDLESS, *places]
+def test_torchrun_starts_all_ranks_again_if_one_dies_and_the_run_goes_on():
+    line = "-m torch.distributed.run --standalone --nproc_per_node=2 --max_restarts=1"
+    script = [str(ROOT / "train.py"), *TINY, *ENDLESS, "--init_from=auto", "--save_interval_s=0"]
+    argv = [sys.executable, *line.split(), *script]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([*argv, "--save_interval_s=0"], cwd=ROOT, **pipes) as process:
+    with subprocess.Popen(argv, **pipes) as process:
         limit = threading.Timer(LIMIT_S, process.terminate)
         limit.start()
         assert any(line.startswith("step 12:") for line in process.stdout), "it ended before"
@@ -311,13 +306,17 @@ def clock(monkeypatch) -> SimpleNamespace:
     return found
 
 
+@pytest.fixture
+def stop() -> StopSignal:
+    return StopSignal(CPU.device)
+
+
 @pytest.mark.parametrize(
     ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")]
 )
 def test_a_signal_is_remembered_and_told_once_and_a_second_one_ends_at_once(
-    clock, capsys, number, name
+    stop, clock, capsys, number, name
 ):
-    stop = StopSignal(CPU.device)
     assert not stop.agreed()
     stop.handle(number, None)
     assert stop.agreed()
@@ -329,19 +328,17 @@ def test_a_signal_is_remembered_and_told_once_and_a_second_one_ends_at_once(
         stop.handle(signal.SIGINT, None)
 
 
-def test_a_signal_that_arrives_twice_at_once_still_lets_the_run_save(clock):
+def test_a_signal_that_arrives_twice_at_once_still_lets_the_run_save(stop, clock):
     """`timeout` signals the process and then its whole group."""
-    stop = StopSignal(CPU.device)
     stop.handle(signal.SIGTERM, None)
     clock.now += 0.2
     stop.handle(signal.SIGTERM, None)
     assert stop.number == signal.SIGTERM
 
 
-def test_a_signal_that_another_rank_got_first_still_lets_this_one_save(clock, monkeypatch):
+def test_a_signal_that_another_rank_got_first_still_lets_this_one_save(stop, clock, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(dist, "all_reduce", lambda flag, operation: flag.fill_(signal.SIGTERM))
-    stop = StopSignal(CPU.device)
     assert not stop.agreed()
     assert stop.agreed()
     clock.now += 0.2
@@ -352,17 +349,14 @@ def test_a_signal_that_another_rank_got_first_still_lets_this_one_save(clock, mo
 
 
 @pytest.mark.parametrize("of_hangup", [signal.SIG_DFL, signal.SIG_IGN])
-def test_the_handlers_of_before_are_restored(of_hangup):
+def test_the_handlers_of_before_are_restored(stop, of_hangup):
     """A SIGHUP that nohup ignores stays ignored."""
     signal.signal(signal.SIGHUP, of_hangup)
-    before = [signal.getsignal(number) for number in STOPS]
-    stop = StopSignal(CPU.device)
+    before = [*map(signal.getsignal, STOPS)]
     ours = of_hangup if of_hangup == signal.SIG_IGN else stop.handle
     with stop.handling():
-        found = [signal.getsignal(number) for number in STOPS]
-        assert found == [stop.handle, stop.handle, ours]
-    assert [signal.getsignal(number) for number in STOPS] == before
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert [*map(signal.getsignal, STOPS)] == [stop.handle, stop.handle, ours]
+    assert [*map(signal.getsignal, STOPS)] == before
 
 
 def test_all_ranks_stop_after_the_same_step(monkeypatch):
@@ -386,7 +380,7 @@ def test_all_ranks_stop_after_the_same_step(monkeypatch):
 
 
 @pytest.mark.parametrize("step", [0, 20, 30])
-def test_a_signal_ends_a_long_evaluation_early(dataset, tmp_path, monkeypatch, step):
+def test_a_signal_ends_a_long_evaluation_early(monkeypatch, step):
     """At the start, on the way and at the end: no result of half a split is kept.
 
     A resumed run evaluates again.
@@ -395,7 +389,7 @@ def test_a_signal_ends_a_long_evaluation_early(dataset, tmp_path, monkeypatch, s
     sent = []
 
     def interrupted(self, indices):
-        if (step == 0 or step in losses(tmp_path)) and not sent:
+        if (step == 0 or step in losses()) and not sent:
             sent.append(True)
             signal.raise_signal(signal.SIGINT)
         return batch(self, indices)
@@ -403,19 +397,19 @@ def test_a_signal_ends_a_long_evaluation_early(dataset, tmp_path, monkeypatch, s
     options = ["--max_iters=30", "--eval_iters=0", "--always_save_checkpoint=False"]
     with monkeypatch.context() as m:
         m.setattr(EvalWindows, "batch", interrupted)
-        assert run(dataset, tmp_path, *options) == 130
+        run(*options, status=130)
     assert sent
     evaluated = [*range(0, step, 10)]
-    assert evaluations(tmp_path) == evaluated
+    assert evaluations() == evaluated
     if step == 0:
-        assert not (tmp_path / "last").exists()  # nothing was trained
+        assert not (OUT / "last").exists()  # nothing was trained
         return
-    state = trainer(tmp_path)
+    state = trainer()
     assert state["step"] == step
     assert state["evaluated_step"] == evaluated[-1]
     assert state["best_step"] < step
-    assert resume(tmp_path) == 0
-    assert evaluations(tmp_path) == [0, 10, 20, 30]
+    resume()
+    assert evaluations() == [0, 10, 20, 30]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -423,18 +417,16 @@ def test_a_signal_ends_a_long_evaluation_early(dataset, tmp_path, monkeypatch, s
 
 
 def train_in_a_terminal() -> int:
-    """Train in the terminal of the command line; each step first waits for a file to appear."""
-    terminal, gate = sys.argv[1:3]
-    del sys.argv[1:3]
+    """Train in the terminal of the command line; each step first waits for the file `gate`."""
     os.setsid()
-    opened = os.open(terminal, os.O_RDWR)  # closing the window sends SIGHUP here
+    opened = os.open(sys.argv.pop(1), os.O_RDWR)  # closing the window sends SIGHUP here
     for stream in range(3):
         os.dup2(opened, stream)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started under nohup
     make_step = TrainStep.__call__
 
     def wait_and_step(self, *args):
-        while not Path(gate).exists():
+        while not Path("gate").exists():
             time.sleep(0.01)
         make_step(self, *args)
 
@@ -442,33 +434,30 @@ def train_in_a_terminal() -> int:
     return train.main()
 
 
-def test_a_run_whose_terminal_is_closed_saves_and_ends(dataset, tmp_path):
+def test_a_run_whose_terminal_is_closed_saves_and_ends():
     """The window is closed before the first step, which the gate holds back until then."""
     pytest.importorskip("termios")
     window, theirs = os.openpty()
-    gate = tmp_path / "gate"
-    options = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--max_iters=3"]
-    process = start(train_in_a_terminal, os.ttyname(theirs), str(gate), *options)
+    process = start(train_in_a_terminal, os.ttyname(theirs), *TINY, "--max_iters=3")
     shown = b""
     while b"step 0: train loss" not in shown:
         shown += os.read(window, 4096)
     os.close(theirs)
     os.close(window)  # sends SIGHUP
-    gate.touch()
+    Path("gate").touch()
     assert process.end()[0] == 129
-    assert trainer(tmp_path / "out")["step"] == 1
+    assert trainer()["step"] == 1
 
 
-def test_a_run_saves_when_ctrl_c_also_ends_the_reader_of_its_log(dataset, tmp_path):
+def test_a_run_saves_when_ctrl_c_also_ends_the_reader_of_its_log(tmp_path):
     """`python train.py | tee log`: the terminal interrupts both, and nobody reads what follows."""
-    argv = [*TINY, *ENDLESS, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"]
-    process = start(train.main, *argv, errors=tmp_path / "errors")
+    process = start(train.main, *TINY, *ENDLESS, errors=tmp_path / "errors")
     assert any(line.startswith("step 12:") for line in process.stdout), "it ended before"
     process.stdout.close()
     process.send(signal.SIGINT)
     assert process.end()[0] == 130
     assert (tmp_path / "errors").read_text() == ""
-    assert trainer(tmp_path / "out")["step"] >= 12
+    assert trainer()["step"] >= 12
 
 
 def train_without_output() -> int:
@@ -478,7 +467,6 @@ def train_without_output() -> int:
     return train.main()
 
 
-def test_a_run_without_output_saves_all(dataset, tmp_path):
-    options = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=2"]
-    assert start(train_without_output, *options).end()[0] == 0
-    assert trainer(tmp_path)["step"] == 2
+def test_a_run_without_output_saves_all():
+    end_well([start(train_without_output, *TINY, "--max_iters=2")])
+    assert trainer()["step"] == 2

@@ -1,6 +1,5 @@
 """gpt12/fit.py: what is tried, what a trial leaves behind, and runs that did not fit at first."""
 
-import json
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +17,14 @@ from model import GPT
 from tests.helpers import (
     CPU,
     DEVICES,
+    OUT,
     config,
     fill,
     losses,
     plain_step,
     random_rows,
+    read_json,
+    refused,
     resume,
     run,
     same_tensors,
@@ -31,7 +33,7 @@ from tests.helpers import (
     weights,
 )
 
-pytestmark = pytest.mark.usefixtures("no_picture")
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def attempts(**changes):
@@ -156,7 +158,8 @@ def test_a_step_that_never_fits_is_a_users_mistake(monkeypatch, keep):
 
     monkeypatch.setattr(train.TrainStep, "accumulate_gradients", full)
     last = "none, batch_size=2.*deterministic=True keeps" if keep else "block, batch_size=1"
-    with pytest.raises(UserError, match=f"out of memory with recompute={last}.*--lora_rank=16"):
+    message = f"out of memory with recompute={last}.*--lora_rank=16"
+    with pytest.raises(UserError, match=message):
         fit_small(resumed=keep, deterministic=True)
 
 
@@ -243,51 +246,45 @@ def need_gib_per_row(monkeypatch, free: float) -> None:
     monkeypatch.setattr(fit, "available_memory", lambda machine: free)
 
 
-def test_a_run_that_took_a_later_attempt_trains_as_the_one_that_fitted(
-    dataset, tmp_path, monkeypatch, capsys
-):
-    fixed = ["--max_iters=6", "--eval_interval=3"]
-    typed = ["--recompute=block", "--batch_size=2", "--gradient_accumulation_steps=4"]
-    assert run(dataset, tmp_path / "typed", *fixed, *typed) == 0
-    need_gib_per_row(monkeypatch, free=2)
-    assert run(dataset, tmp_path / "fallen", *fixed) == 0
-    assert "trying recompute=block, batch_size=2, gradient_accumulation_steps=4" in (
-        capsys.readouterr().out
-    )
-    assert losses(tmp_path / "fallen") == losses(tmp_path / "typed")
-    assert same_tensors(weights(tmp_path / "fallen"), weights(tmp_path / "typed"))
-    facts = json.loads((tmp_path / "fallen" / "run.json").read_text())
+def kept_memory_keys(key: str) -> list:
+    """Return what run.json says of the keys of memory. key: "config" or "requested"."""
     keys = ("recompute", "batch_size", "gradient_accumulation_steps")
-    assert [facts["config"][key] for key in keys] == ["block", 2, 4]
-    assert [facts["requested"][key] for key in keys] == ["none", 4, 2]
+    return [*map(read_json("fallen/run.json")[key].get, keys)]
+
+
+def test_a_run_that_took_a_later_attempt_trains_as_the_one_that_fitted(monkeypatch, capsys):
+    fixed = ["--max_iters=6", "--eval_interval=3"]
+    typed = "recompute=block, batch_size=2, gradient_accumulation_steps=4"
+    run("--out_dir=typed", *fixed, *(f"--{pair}" for pair in typed.split(", ")))
+    need_gib_per_row(monkeypatch, free=2)
+    run("--out_dir=fallen", *fixed)
+    assert f"trying {typed}" in capsys.readouterr().out
+    assert losses("fallen") == losses("typed")
+    assert same_tensors(weights("fallen"), weights("typed"))
+    assert kept_memory_keys("config") == ["block", 2, 4]
+    assert kept_memory_keys("requested") == ["none", 4, 2]
     # It goes on as it is, also where there is more memory now; a typed key begins anew.
     need_gib_per_row(monkeypatch, free=100)
-    assert resume(tmp_path / "fallen", "--max_iters=8") == 0
-    config_now = json.loads((tmp_path / "fallen" / "run.json").read_text())["config"]
-    assert [config_now[key] for key in keys] == ["block", 2, 4]
-    assert resume(tmp_path / "fallen", "--max_iters=9", "--recompute=none") == 0
-    config_now = json.loads((tmp_path / "fallen" / "run.json").read_text())["config"]
-    assert [config_now[key] for key in keys] == ["none", 4, 2]
-    assert losses(tmp_path / "fallen", "tokens")[9] == 9 * 2 * 4 * 16
+    resume("--out_dir=fallen", "--max_iters=8")
+    assert kept_memory_keys("config") == ["block", 2, 4]
+    resume("--out_dir=fallen", "--max_iters=9", "--recompute=none")
+    assert kept_memory_keys("config") == ["none", 4, 2]
+    assert losses("fallen", "tokens")[9] == 9 * 2 * 4 * 16
 
 
-def test_a_deterministic_run_is_not_resumed_in_less_memory(dataset, tmp_path, monkeypatch):
+def test_a_deterministic_run_is_not_resumed_in_less_memory(monkeypatch):
     need_gib_per_row(monkeypatch, free=12)
     options = ["--deterministic", "--max_iters=2"]
     try:
-        assert run(dataset, tmp_path, *options) == 0
+        run(*options)
         need_gib_per_row(monkeypatch, free=11)
-        with pytest.raises(UserError, match="deterministic=True keeps a resumed run as it is"):
-            resume(tmp_path, "--max_iters=4")
-        assert resume(tmp_path, "--max_iters=4", "--deterministic=False") == 0
+        refused("deterministic=True keeps a resumed run as it is", resume, "--max_iters=4")
+        resume("--max_iters=4", "--deterministic=False")
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_on_a_cpu_a_run_that_needs_more_than_there_is_ends_before_it_begins(
-    dataset, tmp_path, monkeypatch
-):
+def test_on_a_cpu_a_run_that_needs_more_than_there_is_ends_before_it_begins(monkeypatch):
     need_gib_per_row(monkeypatch, free=0.5)
-    with pytest.raises(UserError, match=r"out of memory with recompute=block, batch_size=1,"):
-        run(dataset, tmp_path)
-    assert not (tmp_path / "run.json").exists()
+    refused("out of memory with recompute=block, batch_size=1,", run)
+    assert not (OUT / "run.json").exists()

@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -26,6 +25,7 @@ from tests.helpers import (
     built,
     config,
     losses,
+    read_json,
     resume,
     run,
     same_tensors,
@@ -34,7 +34,7 @@ from tests.helpers import (
 )
 from tests.models import relative
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("no_picture")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_folder")]
 SMALL = GPTConfig(128, 1000, 4, 4, 256, bias=True)
 
 
@@ -302,26 +302,25 @@ def test_a_recorded_decoder_draws_what_a_plain_one_draws(monkeypatch):
 # Whole runs
 
 
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory):
+@pytest.fixture
+def many_letters(tmp_path):
     """A data set of 97 ids."""
-    folder = tmp_path_factory.mktemp("data") / "letters"
+    folder = tmp_path / "many"
     folder.mkdir()
     steps = np.random.default_rng(0).integers(1, 4, 30000)
     tokens = (np.cumsum(steps) % 97).astype(np.uint16)
     write_shard(folder / "train_000000.bin", tokens[:25000])
     write_shard(folder / "val_000000.bin", tokens[25000:])
-    (folder / "meta.json").write_text(json.dumps({"vocab_size": 97}))
-    return folder
+    (folder / "meta.json").write_text('{"vocab_size": 97}')
 
 
-ON_GPU = ["--device=cuda", "--dtype=auto", "--compile=auto", "--n_layer=2", "--n_embd=64"]
-ON_GPU += ["--block_size=64", "--batch_size=8", "--dropout=0.1", "--eval_interval=100"]
+ON_GPU = (
+    "--device=cuda --dtype=auto --compile=auto --n_layer=2 --n_embd=64 --block_size=64 "
+    "--batch_size=8 --dropout=0.1 --eval_interval=100 --dataset=many"
+).split()
 
 
-def test_deterministic_training_resumes_bit_for_bit(letters, tmp_path, monkeypatch):
-    whole = tmp_path / "whole"
-    broken = tmp_path / "broken"
+def test_deterministic_training_resumes_bit_for_bit(many_letters, monkeypatch):
     # Both save after each step: an evaluation's text draws random numbers, whose state is saved.
     options = [*ON_GPU, "--deterministic", "--max_iters=20", "--save_interval_s=0"]
     original = train.TrainStep.__call__
@@ -333,16 +332,16 @@ def test_deterministic_training_resumes_bit_for_bit(letters, tmp_path, monkeypat
         original(self, *args)
 
     try:
-        assert run(letters, whole, *options) == 0
+        run("--out_dir=whole", *options)
         with monkeypatch.context() as m, pytest.raises(SystemExit):
             m.setattr(train.TrainStep, "__call__", killed_at_the_eighth_step)
-            run(letters, broken, *options)
-        assert resume(broken) == 0
+            run(*options)
+        resume()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert losses(broken) == losses(whole)
+    assert losses() == losses("whole")
     for file in ("model", "trainer"):
-        assert same_tensors(weights(broken, file=file), weights(whole, file=file))
+        assert same_tensors(weights(file=file), weights("whole", file=file))
 
 
 def reserved_by_attempt(found) -> list[tuple[Any, int]]:
@@ -355,11 +354,11 @@ def reserved_by_attempt(found) -> list[tuple[Any, int]]:
     return reserved
 
 
-def test_less_memory_leads_to_a_later_attempt_with_the_same_losses(letters, tmp_path):
+def test_less_memory_leads_to_a_later_attempt_with_the_same_losses(many_letters):
     """The allocator is capped between what a attempt takes and what the attempt before it takes."""
     options = [*ON_GPU, "--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=1024"]
     options += ["--compile=False", "--deterministic", "--dropout=0", "--max_iters=3"]
-    reserved = reserved_by_attempt(built(letters, tmp_path / "measured", *options))
+    reserved = reserved_by_attempt(built(*options))
     print("GiB by attempt:", [round(size / GIB, 2) for _, size in reserved])
     asked = reserved[0][0]
     total = torch.cuda.mem_get_info()[1]
@@ -371,16 +370,16 @@ def test_less_memory_leads_to_a_later_attempt_with_the_same_losses(letters, tmp_
             name = f"{attempt.recompute}-{attempt.batch_size}"
             typed = [f"--{key}={getattr(attempt, key)}" for key in MEMORY_KEYS]
             free_memory()
-            assert run(letters, tmp_path / f"typed-{name}", *options, *typed) == 0
+            run(f"--out_dir=typed-{name}", *options, *typed)
             free_memory()
             torch.cuda.set_per_process_memory_fraction((less + more) / 2 / total)
-            assert run(letters, tmp_path / f"fallen-{name}", *options) == 0
+            run(f"--out_dir=fallen-{name}", *options)
             torch.cuda.set_per_process_memory_fraction(1.0)
-            facts = json.loads((tmp_path / f"fallen-{name}" / "run.json").read_text())
+            facts = read_json(f"fallen-{name}/run.json")
             for key in MEMORY_KEYS:
                 assert facts["config"][key] == getattr(attempt, key), (name, key)
                 assert facts["requested"][key] == getattr(asked, key)
-            assert losses(tmp_path / f"fallen-{name}") == losses(tmp_path / f"typed-{name}")
+            assert losses(f"fallen-{name}") == losses(f"typed-{name}")
             seen.append(name)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -388,14 +387,13 @@ def test_less_memory_leads_to_a_later_attempt_with_the_same_losses(letters, tmp_
     assert {"pointwise-8", "pointwise-4", "block-4"} <= set(seen)
 
 
-def test_a_save_of_a_run_with_a_recorded_step_holds_the_weights_after_the_replay(letters, tmp_path):
+def test_a_save_of_a_run_with_a_recorded_step_holds_the_weights_after_the_replay(many_letters):
     """The checkpoint has the tensors that the graph updates, not copies of them."""
-    options = [*ON_GPU, "--max_iters=12"]
-    found = train.Trainer(built(letters, tmp_path, *options))
+    found = train.Trainer(built(*ON_GPU, "--max_iters=12"))
     assert found.train() == 0
     assert found.train_step.graph is not None
     assert found.saver.last_holds == (12, 12)
     now = found.run.model.transformer.wpe.weight.cpu()
-    assert torch.equal(weights(tmp_path)["transformer.wpe.weight"], now)
-    counts = {t.item() for name, t in weights(tmp_path, file="trainer").items() if ".step" in name}
+    assert torch.equal(weights()["transformer.wpe.weight"], now)
+    counts = {t.item() for name, t in weights(file="trainer").items() if ".step" in name}
     assert counts == {12.0}

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +17,17 @@ import train
 from data.tokenizers import CharTokenizer
 from data.windows import EvalWindows
 from gpt12.checkpoint import Saver
-from gpt12.errors import UserError
 from gpt12.folder import Progress
 from gpt12.introduction import CPU_FLOPS_PER_CORE, introduction
 from gpt12.log import Clock, RunLog, draw_losses, drop_later_rows
 from gpt12.weights import save_pretrained
 from model import GPT, GPTConfig, flops_per_token, parameter_count
 from tests.helpers import (
+    OUT,
     built,
     losses,
     read_rows,
+    refused,
     resume,
     run,
     same_tensors,
@@ -36,16 +36,16 @@ from tests.helpers import (
 )
 from train import Trainer, TrainStep
 
-pytestmark = pytest.mark.usefixtures("no_picture")
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 # --------------------------------------------------------------------------------------------------
 # The introduction
 
 
-def test_notes_the_model_the_data_and_the_tokens_of_a_step_are_told(dataset, tmp_path, monkeypatch):
+def test_notes_the_model_the_data_and_the_tokens_of_a_step_are_told(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    found = built(dataset, tmp_path, "--max_iters=20")
+    found = built("--max_iters=20")
     found.machine.notes[:] = ["of the machine"]
     found.dataset.notes.append("of the data")
     found = replace(found, request=replace(found.request, notes=["of the request"]))
@@ -59,7 +59,7 @@ def test_notes_the_model_the_data_and_the_tokens_of_a_step_are_told(dataset, tmp
         f"model: {parameters:,} parameters (n_layer=1, n_head=2, n_embd=16, block_size=16, "
         "vocabulary 13)"
     )
-    assert tokens == f"data: {dataset}, documents: 1, 2,600 training and 400 validation tokens"
+    assert tokens == "data: letters, documents: 1, 2,600 training and 400 validation tokens"
     assert step == (
         "step: batch_size=4 x block_size=16 x gradient_accumulation_steps=2 = 128 tokens on 2 "
         "processes; 20 steps end after 0.994 epochs"  # 160 of 161 windows
@@ -85,43 +85,43 @@ def test_notes_the_model_the_data_and_the_tokens_of_a_step_are_told(dataset, tmp
         ("--max_iters=412 --n_embd=28", []),  # 4.5
     ],
 )
-def test_what_is_likely_to_spoil_a_run_is_warned_of_with_what_to_change(
-    dataset, tmp_path, options, told
-):
-    said = introduction(built(dataset, tmp_path, *options.split()))
+def test_what_is_likely_to_spoil_a_run_is_warned_of_with_what_to_change(options, told):
+    said = introduction(built(*options.split()))
     found = [line for line in said if line.startswith("warning: ")]
     assert len(found) == len(told), found
     for line, pattern in zip(found, told, strict=True):
         assert re.search(pattern, line), line
 
 
-def test_other_ranks_than_0_say_nothing(dataset, tmp_path, capsys, monkeypatch):
+def test_other_ranks_than_0_say_nothing(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    log = RunLog(built(dataset, tmp_path))
+    log = RunLog(built())
     capsys.readouterr()
     log.introduce(["a line"])
     assert capsys.readouterr().out == ""
 
 
-def test_a_lora_run_says_how_many_parameters_it_trains(dataset, finished, tmp_path):
-    found = built(dataset, tmp_path, f"--init_from={finished}", "--lora_rank=2")
+def test_a_lora_run_says_how_many_parameters_it_trains(finished):
+    found = built(f"--init_from={finished}", "--lora_rank=2")
     trained = 2 * (16 + 48 + 16 + 16 + 16 + 64 + 64 + 16)  # A and B of the four matrices
-    assert f"LoRA: {trained} parameters are trained, the others stay as they are" in [
-        *introduction(found)
-    ]
+    line = f"LoRA: {trained} parameters are trained, the others stay as they are"
+    assert line in introduction(found)
 
 
-def test_a_run_of_hours_on_a_cpu_is_warned_of_until_it_is_nearly_over(dataset, tmp_path):
-    found = built(dataset, tmp_path, "--max_iters=100000000000")
+def test_a_run_of_hours_on_a_cpu_is_warned_of_until_it_is_nearly_over():
+    found = built("--max_iters=100000000000")
     step_flops = flops_per_token(found.model.config) * found.config.tokens_per_step
     steps_in_an_hour = 3600 * torch.get_num_threads() * CPU_FLOPS_PER_CORE / step_flops
-    said = []
-    for hours in (5, 1.9):
-        found.progress.step = found.config.max_iters - round(hours * steps_in_an_hour)
-        said.append("".join(introduction(found)))
     warning = "warning: this run will take about 5 hours on this CPU. config/train_shakespeare_cpu"
-    assert warning in said[0]
-    assert "will take about" not in said[1]
+    for hours, told in ((5, True), (1.9, False)):
+        found.progress.step = found.config.max_iters - round(hours * steps_in_an_hour)
+        said = "".join(introduction(found))
+        assert ((warning if told else "will take about") in said) == told
+
+
+def write_rows(file: str, rows: list[dict]) -> None:
+    """Write a file of one JSON object a line."""
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
@@ -131,18 +131,16 @@ CHARS = "\n abcdefghijklmnopqrstuvwxyz.,?"
 def test_instruction_data_are_told_and_sampled_as_questions_and_answers(tmp_path, capsys):
     save_pretrained(GPT(GPTConfig(32, len(CHARS), 1, 2, 16)), tmp_path / "model")
     CharTokenizer(CHARS).save(tmp_path / "model")
-    options = [f"--init_from={tmp_path / 'model'}", "--block_size=32", "--max_iters=1"]
+    options = ["--init_from=model", "--block_size=32", "--max_iters=1"]
     rows = [{"prompt": f"what is {a}?", "completion": f" {a} is {a}."} for a in CHARS[2:28]]
-    questions = tmp_path / "ask.jsonl"
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert run(questions, tmp_path / "out", *options) == 0
+    write_rows("ask.jsonl", rows)
+    run("--dataset=ask.jsonl", *options)
     said = capsys.readouterr().out
-    pattern = rf"\ndata: {questions}, documents: 26, .*; only the answers are trained on\n"
+    pattern = "\ndata: ask.jsonl, documents: 26, .*; only the answers are trained on\n"
     assert re.search(pattern, said)
     assert len(re.findall(r"^    \| what is [a-z]\?", said, re.M)) == 2
-    text = tmp_path / "plain.txt"
-    text.write_text("only text. " * 200)
-    said = "\n".join(introduction(built(text, tmp_path / "out", *options)))
+    Path("plain.txt").write_text("only text. " * 200)
+    said = "\n".join(introduction(built("--dataset=plain.txt", *options)))
     assert "tokens; plain text, every token is a target\n" in said
 
 
@@ -150,37 +148,34 @@ def test_instruction_data_are_told_and_sampled_as_questions_and_answers(tmp_path
 # During training, and at the end
 
 
-def test_what_a_run_tells_from_its_first_evaluation_to_its_end(
-    dataset, tmp_path, monkeypatch, capsys
-):
+def test_what_a_run_tells_from_its_first_evaluation_to_its_end(monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr("gpt12.log.draw_losses", lambda out_dir, *best: drawn.append(best))
-    out_dir = tmp_path / "my run"
-    assert run(dataset, out_dir, "--max_iters=2") == 0
+    run("--out_dir=my run", "--max_iters=2")
     said = capsys.readouterr().out
     assert re.search(r"\nevaluating before the first step\nstep 0: train loss .*\n    \| ", said)
-    pattern = r"\nended at step 2.*, best val loss [\d.]+ at step 2; curves: "
-    assert re.search(pattern + f"{out_dir}/loss.png\n", said)
-    assert said.endswith(f"\nread what it writes: python sample.py --out_dir='{out_dir}'\n")
-    evaluation, step, *_ = read_rows(out_dir)
-    of_a_step = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "elapsed_s"}
-    assert set(step) == of_a_step
+    pattern = r"\nended at step 2.*, best val loss [\d.]+ at step 2; curves: my run/loss.png\n"
+    assert re.search(pattern, said)
+    assert said.endswith("\nread what it writes: python sample.py --out_dir='my run'\n")
+    evaluation, step, *_ = read_rows("my run")
+    of_a_step = "step tokens loss lr grad_norm tokens_per_s elapsed_s"
+    assert sorted(step) == sorted(of_a_step.split())
     assert set(evaluation) == {"step", "tokens", "train_loss", "val_loss", "elapsed_s"}
-    assert drawn == [(None, 0), (trainer(out_dir, "best")["best_val_loss"], 2)]
-    assert resume(out_dir, "--max_iters=3") == 0
+    assert drawn == [(None, 0), (trainer("my run", "best")["best_val_loss"], 2)]
+    resume("--out_dir=my run", "--max_iters=3")
     said = capsys.readouterr().out
     assert "resuming at step 2\n" in said
     assert "evaluating before" not in said
 
 
-def test_a_sample_compiles_nothing(dataset, tmp_path):
+def test_a_sample_compiles_nothing():
     compiled = []
 
     def backend(graph, inputs):
         compiled.append(graph)
         return graph.forward
 
-    found = built(dataset, tmp_path)
+    found = built()
     for layer in found.model.transformer.h:
         layer.compile(backend=backend)
     log = RunLog(replace(found, machine=replace(found.machine, compiled=True)))
@@ -190,31 +185,31 @@ def test_a_sample_compiles_nothing(dataset, tmp_path):
     assert compiled  # as it is in training
 
 
-def test_a_run_of_one_step_claims_no_time(dataset, tmp_path, capsys):
+def test_a_run_of_one_step_claims_no_time(capsys):
     """Its only step compiles, which does not count."""
-    assert run(dataset, tmp_path, "--max_iters=1") == 0
+    run("--max_iters=1")
     assert "\nended at step 1, best val" in capsys.readouterr().out
 
 
-def test_a_run_that_improves_nothing_says_so(dataset, tmp_path, monkeypatch, capsys):
+def test_a_run_that_improves_nothing_says_so(monkeypatch, capsys):
     values = iter([2.5, 2.0, 2.5, 2.1, 2.5, 2.2, 2.5, 2.0, 2.5, 1.9])  # training and validation
     monkeypatch.setattr("train.mean_loss", lambda *args, **options: next(values))
-    assert run(dataset, tmp_path, "--max_iters=2") == 0
+    run("--max_iters=2")
     assert "no better than at the start, val loss 2.0000" in capsys.readouterr().out
-    assert resume(tmp_path, "--max_iters=3") == 0  # is not compared with its start
-    assert run(dataset, tmp_path, "--max_iters=2") == 0
+    resume("--max_iters=3")  # is not compared with its start
+    run("--max_iters=2")
     assert "no better than" not in capsys.readouterr().out
 
 
-def test_an_evaluation_alone_tells_loss_perplexity_and_warnings(dataset, tmp_path, capsys):
-    assert run(dataset, tmp_path / "none", "--eval_only", "--learning_rate=1e-5") == 0
+def test_an_evaluation_alone_tells_loss_perplexity_and_warnings(capsys):
+    run("--eval_only", "--learning_rate=1e-5")
     said = capsys.readouterr().out
     assert re.search("min_lr=.*, because it was not set", said)
-    found = re.findall(r"val loss ([\d.]+), perplexity ([\d.]+) over (\d+)", said)
-    [(loss, perplexity, windows)] = found
-    assert float(perplexity) == pytest.approx(math.exp(float(loss)), rel=1e-3)
-    assert windows == "25"
-    assert not (tmp_path / "none").exists()
+    [values] = re.findall(r"val loss ([\d.]+), perplexity ([\d.]+) over (\d+)", said)
+    loss, perplexity, windows = map(float, values)
+    assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
+    assert windows == 25
+    assert not OUT.exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,7 +225,7 @@ def unbroken(dataset, tmp_path_factory) -> dict[str, torch.Tensor]:
     out_dir = tmp_path_factory.mktemp("unbroken")
     with pytest.MonkeyPatch.context() as m:
         m.setattr("gpt12.log.draw_losses", lambda *arguments: None)
-        assert run(dataset, out_dir, *RARE_SAVES) == 0
+        run(f"--dataset={dataset}", f"--out_dir={out_dir}", *RARE_SAVES)
     return weights(out_dir)
 
 
@@ -245,7 +240,7 @@ def unbroken(dataset, tmp_path_factory) -> dict[str, torch.Tensor]:
     ],
 )
 def test_an_exception_in_the_loop_leaves_a_last_from_which_the_run_goes_on(
-    dataset, tmp_path, monkeypatch, capsys, unbroken, owner, name, best_step
+    monkeypatch, capsys, unbroken, owner, name, best_step
 ):
     """It passes through with its traceback; what was trained up to then is saved."""
     original = getattr(owner, name)
@@ -255,21 +250,20 @@ def test_an_exception_in_the_loop_leaves_a_last_from_which_the_run_goes_on(
             raise ZeroDivisionError
         return original(*args, **options)
 
-    loop = Trainer(built(dataset, tmp_path, *RARE_SAVES))
+    loop = Trainer(built(*RARE_SAVES))
     with monkeypatch.context() as m:
         m.setattr(owner, name, failing)
         with pytest.raises(ZeroDivisionError):
             loop.train()
     said = capsys.readouterr().out
     assert re.search(r"failed at step 4.*\ngo on with: python train.py --init_from=resume", said)
-    assert trainer(tmp_path)["step"] == 4
-    assert trainer(tmp_path)["best_step"] == best_step
-    assert trainer(tmp_path, "best")["step"] == best_step
-    assert resume(tmp_path) == 0
-    assert same_tensors(weights(tmp_path), unbroken)
+    assert (trainer()["step"], trainer()["best_step"]) == (4, best_step)
+    assert trainer(name="best")["step"] == best_step
+    resume()
+    assert same_tensors(weights(), unbroken)
 
 
-def test_an_update_that_fails_half_way_leaves_the_older_last(dataset, tmp_path, monkeypatch):
+def test_an_update_that_fails_half_way_leaves_the_older_last(monkeypatch):
     update = TrainStep.update_weights
     count = itertools.count(1)
 
@@ -281,22 +275,23 @@ def test_an_update_that_fails_half_way_leaves_the_older_last(dataset, tmp_path, 
     monkeypatch.setattr(TrainStep, "update_weights", failing)
     options = ["--max_iters=8", "--eval_interval=3", "--save_interval_s=1e9"]
     with pytest.raises(ZeroDivisionError):
-        run(dataset, tmp_path, *options)
-    assert trainer(tmp_path)["step"] == 3
+        run(*options)
+    assert trainer()["step"] == 3
 
 
 # --------------------------------------------------------------------------------------------------
 # metrics.jsonl
 
 
-def test_metrics_are_read_up_to_a_torn_line_and_continued(tmp_path):
-    file = tmp_path / "metrics.jsonl"
+def test_metrics_are_read_up_to_a_torn_line_and_continued():
+    OUT.mkdir()
+    file = OUT / "metrics.jsonl"
     rows = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 6)]
     whole = "".join(rows)
     for cut in range(len(rows[-1])):  # every way in which the last line can be torn
         file.write_text(whole[: len(whole) - cut])
         drop_later_rows(file, Progress(step=5))
-        assert list(losses(tmp_path)) == [1, 2, 3, 4, 5][: 4 if cut > 1 else 5]
+        assert list(losses()) == [1, 2, 3, 4, 5][: 4 if cut > 1 else 5]
     # A disk that lost its power may keep parts of the last rows, with zeros between them.
     file.write_bytes(whole.encode() + b'\x00\xff\n{"st\x00\x00": 3.25}\n{"step": 6, "lo')
     drop_later_rows(file, Progress(step=3))
@@ -306,19 +301,17 @@ def test_metrics_are_read_up_to_a_torn_line_and_continued(tmp_path):
     assert file.read_text() == '{"step": 5, "loss": 1.0}\n'
 
 
-def test_a_metric_that_is_not_finite_is_written_as_null(dataset, tmp_path):
-    log = RunLog(built(dataset, tmp_path))
+def test_a_metric_that_is_not_finite_is_written_as_null():
+    log = RunLog(built())
     log.open()
     log.log_step(lr=0.1, loss=math.nan, grad_norm=math.inf, bad=0.0, skipped=0.0)
-    [row] = read_rows(tmp_path)
+    [row] = read_rows()
     assert [row[key] for key in ("loss", "grad_norm", "tokens_per_s", "lr")] == [None] * 3 + [0.1]
 
 
-def test_a_full_disk_costs_rows_of_metrics_and_neither_the_run_nor_later_rows(
-    dataset, tmp_path, capsys, monkeypatch
-):
+def test_a_full_disk_costs_rows_of_metrics_and_neither_the_run_nor_later_rows(capsys, monkeypatch):
     resource = pytest.importorskip("resource")  # a limit of a file's size is POSIX
-    file = tmp_path / "metrics.jsonl"
+    file = OUT / "metrics.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     record = RunLog._record
 
@@ -330,9 +323,9 @@ def test_a_full_disk_costs_rows_of_metrics_and_neither_the_run_nor_later_rows(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     monkeypatch.setattr(RunLog, "_record", on_a_small_disk)
-    assert run(dataset, tmp_path, "--max_iters=4") == 0
+    run("--max_iters=4")
     assert capsys.readouterr().out.count(f"could not write {file}: File too large") == 1
-    assert list(losses(tmp_path)) == [1, 2, 3, 4]
+    assert list(losses()) == [1, 2, 3, 4]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -347,22 +340,23 @@ def evaluation_row(step: int, loss: float | None) -> dict:
     return {"step": step, "tokens": 100 * step, "train_loss": loss, "val_loss": loss}
 
 
-def draw(folder: Path, rows: list[dict], best_val_loss: float | None = None) -> None:
-    """Draw loss.png from a metrics.jsonl with these rows."""
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    draw_losses(folder, best_val_loss, best_step=1)
+def draw(rows: list[dict], best_val_loss: float | None = None) -> None:
+    """Draw out/loss.png from a metrics.jsonl with these rows."""
+    OUT.mkdir(exist_ok=True)
+    write_rows("out/metrics.jsonl", rows)
+    draw_losses(OUT, best_val_loss, best_step=1)
 
 
 @pytest.mark.picture
-def test_the_picture_is_drawn_without_rows_and_without_finite_ones(tmp_path):
+def test_the_picture_is_drawn_without_rows_and_without_finite_ones():
     for rows in ([], [step_row(1, None), evaluation_row(1, None)]):
-        draw(tmp_path, rows)
-        assert imread(tmp_path / "loss.png").shape == (550, 770, 4)
-        assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
+        draw(rows)
+        assert imread("out/loss.png").shape == (550, 770, 4)
+        assert {path.name for path in OUT.iterdir()} == {"metrics.jsonl", "loss.png"}
 
 
 @pytest.mark.picture
-def test_the_lines_of_a_picture(tmp_path, monkeypatch):
+def test_the_lines_of_a_picture(monkeypatch):
     """Evaluations begin after step 0 if there are others; of the steps some are left out."""
     figures = []
     monkeypatch.setattr(
@@ -372,7 +366,7 @@ def test_the_lines_of_a_picture(tmp_path, monkeypatch):
     rows = [evaluation_row(step, 4.0 - step) for step in range(3)]
     of_steps = [step_row(step, 3.5) for step in range(1, 100)]
     for evaluations in (rows, rows[:1]):
-        draw(tmp_path, of_steps + evaluations, best_val_loss=2.5)
+        draw(of_steps + evaluations, best_val_loss=2.5)
     drawn = []
     for figure in figures:
         lines = {line.get_label(): line for line in figure.axes[0].lines}
@@ -413,35 +407,30 @@ class FakeWandb:
         return FakeWandbRun(self, options["id"] or "new-id")
 
 
-def test_wandb_gets_the_rows_of_metrics_jsonl_and_a_resumed_run_keeps_its_id(
-    dataset, tmp_path, monkeypatch
-):
+def test_wandb_gets_the_rows_of_metrics_jsonl_and_a_resumed_run_keeps_its_id(monkeypatch):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     options = ["--wandb_log", "--wandb_project=test", "--wandb_run_name=mine"]
-    assert run(dataset, tmp_path, "--max_iters=2", *options) == 0
-    assert trainer(tmp_path)["wandb_id"] == "new-id"
-    assert resume(tmp_path, "--max_iters=4") == 0
+    run("--max_iters=2", *options)
+    assert trainer()["wandb_id"] == "new-id"
+    resume("--max_iters=4")
     assert [start["id"] for start in wandb.started] == [None, "new-id"]
-    assert wandb.started[0]["project"] == "test"
-    assert wandb.started[0]["name"] == "mine"
-    assert wandb.started[0]["config"]["max_iters"] == 2
-    assert [{"step": step, **values} for step, values in wandb.logged] == read_rows(tmp_path)
+    first = wandb.started[0]
+    assert (first["project"], first["name"], first["config"]["max_iters"]) == ("test", "mine", 2)
+    assert [{"step": step, **values} for step, values in wandb.logged] == read_rows()
     assert wandb.ended == [0, 0]
 
 
-def test_the_real_wandb_gets_a_run_offline(dataset, tmp_path, monkeypatch):
+def test_the_real_wandb_gets_a_run_offline(monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    assert run(dataset, tmp_path, "--max_iters=1", "--wandb_log", "--wandb_project=test") == 0
-    assert list((tmp_path / "wandb").glob(f"offline-run-*-{trainer(tmp_path)['wandb_id']}"))
+    run("--max_iters=1", "--wandb_log", "--wandb_project=test")
+    assert list((OUT / "wandb").glob(f"offline-run-*-{trainer()['wandb_id']}"))
 
 
 @pytest.mark.parametrize("method", ["log", "finish"])
-def test_a_wandb_that_fails_is_told_once_and_costs_nothing(
-    dataset, tmp_path, monkeypatch, capsys, method
-):
+def test_a_wandb_that_fails_is_told_once_and_costs_nothing(monkeypatch, capsys, method):
     wandb = FakeWandb()
 
     def fail(self, *args, **options):
@@ -450,22 +439,20 @@ def test_a_wandb_that_fails_is_told_once_and_costs_nothing(
 
     monkeypatch.setattr(FakeWandbRun, method, fail)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    assert run(dataset, tmp_path, "--max_iters=3", "--wandb_log") == 0
+    run("--max_iters=3", "--wandb_log")
     assert wandb.ended == ["asked"]  # and then nothing more
     line = "warning: wandb has failed (ValueError: two)"
     assert capsys.readouterr().out.count(line) == 1
-    assert list(losses(tmp_path)) == [1, 2, 3]
-    assert trainer(tmp_path)["step"] == 3
+    assert list(losses()) == [1, 2, 3]
+    assert trainer()["step"] == 3
 
 
 def test_a_wandb_that_does_not_start_ends_with_a_message_and_displaces_no_run(
-    finished, dataset, tmp_path, monkeypatch
+    finished_copy, monkeypatch
 ):
-    out_dir = shutil.copytree(finished, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
-    with pytest.raises(UserError, match=r"wandb_log=True, but wandb does not start.*WANDB_MODE"):
-        run(dataset, out_dir, "--max_iters=1", "--wandb_log")
-    assert trainer(out_dir)["step"] == 4
+    refused("wandb_log=True, but wandb does not start.*WANDB_MODE", run, "--wandb_log")
+    assert trainer()["step"] == 4
 
 
 # --------------------------------------------------------------------------------------------------
@@ -510,15 +497,13 @@ def test_starting_and_stopping_wait_for_the_device():
     assert waited == [False, True]
 
 
-def test_a_run_counts_neither_compiling_nor_evaluations_nor_saves(
-    dataset, tmp_path, monkeypatch, time
-):
+def test_a_run_counts_neither_compiling_nor_evaluations_nor_saves(monkeypatch, time):
     """A step takes a second, an evaluation 100, a checkpoint 1,000. The first step compiles."""
     monkeypatch.setattr(TrainStep, "__call__", time.taking(1, TrainStep.__call__))
     monkeypatch.setattr(train, "mean_loss", time.taking(100, train.mean_loss))
     monkeypatch.setattr(Saver, "_save", time.taking(1000, Saver._save))
     options = ["--max_iters=6", "--eval_interval=3", "--save_interval_s=2"]
-    assert run(dataset, tmp_path, *options, "--always_save_checkpoint=False") == 0
-    assert losses(tmp_path, "elapsed_s") == {0: 0, 1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5}
+    run(*options, "--always_save_checkpoint=False")
+    assert losses(key="elapsed_s") == {0: 0, 1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5}
     speed = 2 * 4 * 16  # tokens in a step
-    assert losses(tmp_path, "tokens_per_s") == {1: None} | dict.fromkeys(range(2, 7), speed)
+    assert losses(key="tokens_per_s") == {1: None} | dict.fromkeys(range(2, 7), speed)

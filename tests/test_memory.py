@@ -12,7 +12,6 @@ from model import GPT, GPTConfig, Shared
 from tests.bench_helpers import make_124m, shape_of
 from tests.helpers import CPU, built, config
 
-pytestmark = pytest.mark.usefixtures("no_picture")
 GPT2 = GPTConfig(bias=False)  # 124M
 
 
@@ -157,9 +156,10 @@ def test_weights_state_and_gradients_take_the_bytes_of_their_formats():
 
 
 @pytest.mark.parametrize("is_gpt2", [True, False])
-def test_the_predicted_memory_of_a_run_is_told(dataset, tmp_path, monkeypatch, is_gpt2):
+@pytest.mark.usefixtures("own_folder")
+def test_the_predicted_memory_of_a_run_is_told(monkeypatch, is_gpt2):
     monkeypatch.setattr("gpt12.introduction.is_gpt2", lambda shape: is_gpt2)
-    lines = introduction(built(dataset, tmp_path))
+    lines = introduction(built())
     line = next(line for line in lines if line.startswith("memory:"))
     known = "memory: about 0.435 GiB at the peak of a step (recompute=none)"
     doubt = "" if is_gpt2 else ", an estimate, because model.py is not GPT-2's"

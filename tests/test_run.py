@@ -1,10 +1,9 @@
 """gpt12/run.py: what a run starts from, what follows from several keys, and resuming."""
 
 import contextlib
-import json
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,9 @@ import torch
 
 import train
 from data.tokenizers import CharTokenizer
-from gpt12.device import Machine
-from gpt12.errors import UserError
-from gpt12.folder import Progress
+from gpt12.folder import Progress, write_json
 from gpt12.run import (
+    Request,
     load_start,
     prepare_model,
     read_request,
@@ -27,12 +25,18 @@ from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 from tests.helpers import (
     CPU,
+    OUT,
+    RESUME,
+    ROOT,
     TINY,
     built,
     built_from,
     config,
+    edit_json,
     evaluations,
     losses,
+    read_json,
+    refused,
     resume,
     run,
     small_gpt,
@@ -42,7 +46,7 @@ from tests.helpers import (
 )
 from tests.models import save_nanogpt
 
-pytestmark = pytest.mark.usefixtures("no_picture")
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -60,27 +64,23 @@ def test_without_arguments_the_preset_that_suits_the_machine_is_used(
 
 
 def test_evaluating_a_run_takes_its_own_data_unless_others_are_given(finished, dataset):
-    own = read_request([f"--init_from={finished}", "--eval_only"]).undecided
-    assert own.dataset == str(dataset)
-    other = read_request([f"--init_from={finished}", "--eval_only", "--dataset=x.txt"]).undecided
-    assert other.dataset == "x.txt"
-    fine_tuned = read_request([f"--init_from={finished}"]).undecided
-    assert fine_tuned.dataset == TrainConfig().dataset
+    for options, expected in (
+        (["--eval_only"], str(dataset)),
+        (["--eval_only", "--dataset=x.txt"], "x.txt"),
+        ([], "openwebtext"),  # fine-tuned
+    ):
+        found = read_request([f"--init_from={finished}", *options]).undecided
+        assert found.dataset == expected
 
 
 @pytest.mark.parametrize(("micro_batches", "near"), [(1, 2), (3, 4)])
-def test_micro_batches_that_the_ranks_cannot_share_are_refused(
-    monkeypatch, tmp_path, micro_batches, near
-):
+def test_micro_batches_that_the_ranks_cannot_share_are_refused(monkeypatch, micro_batches, near):
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = f"={micro_batches} is not a multiple of 2 ranks.*_steps={near}$"
-    with pytest.raises(UserError, match=message):
-        read_request([f"--gradient_accumulation_steps={micro_batches}"])
-    write_run(tmp_path, {"gradient_accumulation_steps": micro_batches})  # of a single rank
-    argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
-    with pytest.raises(UserError, match=message):
-        read_request(argv)
-    assert read_request([*argv, "--eval_only"]).resumed
+    refused(message, read_request, [f"--gradient_accumulation_steps={micro_batches}"])
+    write_run({"gradient_accumulation_steps": micro_batches})  # of a single rank
+    refused(message, resumed)
+    assert resumed("--eval_only").resumed
 
 
 def test_who_gives_keys_but_no_preset_is_told_of_the_small_ones(capsys):
@@ -88,8 +88,9 @@ def test_who_gives_keys_but_no_preset_is_told_of_the_small_ones(capsys):
     said = capsys.readouterr().out
     assert "GPT-2 124M on openwebtext" in said
     assert "python train.py config/train_shakespeare_c" in said
-    for argv in (["config/train_gpt2.py"], ["--dataset=openwebtext"], ["--init_from=gpt2"]):
-        read_request(argv)
+    preset = str(ROOT / "config/train_gpt2.py")
+    for word in (preset, "--dataset=openwebtext", "--init_from=gpt2"):
+        read_request([word])
         assert capsys.readouterr().out == ""
 
 
@@ -110,23 +111,19 @@ def test_who_gives_keys_but_no_preset_is_told_of_the_small_ones(capsys):
         ("--learning_rate=1e-5 --decay_lr=False", {"min_lr": 6e-5}),
     ],
 )
-def test_keys_that_follow_from_others_are_decided_once_and_told(
-    dataset, tmp_path, options, expected
-):
+def test_keys_that_follow_from_others_are_decided_once_and_told(options, expected):
     argv = [word for word in TINY if "warmup" not in word]
-    argv += [f"--dataset={dataset}", f"--out_dir={tmp_path}", *options.split()]
-    found = built_from(argv)
-    values = asdict(found.config)
-    assert {key: values[key] for key in expected} == pytest.approx(expected)
+    found = built_from([*argv, *options.split()])
+    assert {key: getattr(found.config, key) for key in expected} == pytest.approx(expected)
     assert found.request.asked.warmup_iters == 2000
     reason = "because it was not set: at most a tenth of all steps"
     note = f"warmup_iters={found.config.warmup_iters}, {reason}"
     assert (note in found.notes) == (found.config.warmup_iters < 2000)
 
 
-def test_a_loaded_model_brings_its_own_shape(dataset, finished, tmp_path):
+def test_a_loaded_model_brings_its_own_shape(finished):
     options = [f"--init_from={finished}", "--n_layer=7", "--n_embd=64", "--lora_rank=2"]
-    found = built(dataset, tmp_path, *options)
+    found = built(*options)
     shape = found.model.config
     assert (found.config.n_layer, found.config.n_embd) == (shape.n_layer, shape.n_embd) == (1, 16)
     assert found.config.lora_alpha == 4.0  # twice the rank
@@ -135,11 +132,11 @@ def test_a_loaded_model_brings_its_own_shape(dataset, finished, tmp_path):
 @pytest.mark.parametrize(("eval_iters", "windows"), [(1, 6), (4, 24), (5, 25), (0, 25)])
 @pytest.mark.parametrize("batch", [(8, 1), (2, 4)])
 def test_eval_iters_counts_portions_whatever_the_micro_batch_up_to_one_pass(
-    dataset, tmp_path, monkeypatch, eval_iters, windows, batch
+    monkeypatch, eval_iters, windows, batch
 ):
     monkeypatch.setattr("gpt12.run.EVAL_TOKENS", 6 * 16)
     options = [f"--batch_size={batch[0]}", f"--gradient_accumulation_steps={batch[1]}"]
-    assert built(dataset, tmp_path, f"--eval_iters={eval_iters}", *options).eval_count == windows
+    assert built(f"--eval_iters={eval_iters}", *options).eval_count == windows
 
 
 @pytest.mark.parametrize(
@@ -148,12 +145,11 @@ def test_eval_iters_counts_portions_whatever_the_micro_batch_up_to_one_pass(
     [(10, 100, 1), (25, 100, 2), (3, 100, 1), (1000, 30, 3), (10**6, 10**6, 200)],
 )
 def test_an_evaluation_that_nobody_set_is_at_most_a_tenth_of_the_steps_before_it(
-    dataset, tmp_path, monkeypatch, interval, max_iters, eval_iters
+    monkeypatch, interval, max_iters, eval_iters
 ):
     monkeypatch.setattr("gpt12.run.EVAL_TOKENS", 4 * 16)
     argv = [word for word in TINY if "eval_i" not in word]
-    argv += [f"--dataset={dataset}", f"--out_dir={tmp_path}", f"--max_iters={max_iters}"]
-    argv += [f"--eval_interval={interval}"]
+    argv += [f"--max_iters={max_iters}", f"--eval_interval={interval}"]
     found = built_from(argv)
     assert found.config.eval_iters == eval_iters
     reason = "an evaluation is at most a tenth of the steps between two"
@@ -163,15 +159,13 @@ def test_an_evaluation_that_nobody_set_is_at_most_a_tenth_of_the_steps_before_it
     assert (given.config.eval_iters, given.eval_count) == (5, 20)
     # A resumed run evaluates the windows that its best loss is of.
     asked = asdict(found.request.asked)
-    write_run(tmp_path, asdict(found.config), requested=asked, given=sorted(found.request.given))
-    resumed = read_request(["--init_from=resume", f"--out_dir={tmp_path}", "--eval_interval=1"])
-    config = resolve(resumed.undecided, resumed, None, Progress())
-    assert config.eval_iters == eval_iters
+    write_run(asdict(found.config), requested=asked, given=sorted(found.request.given))
+    assert resolved(resumed("--eval_interval=1")).eval_iters == eval_iters
 
 
-def test_what_was_asked_is_saved_apart_from_what_it_became(dataset, tmp_path):
-    assert run(dataset, tmp_path / "out", "--num_epochs=0.1", "--dtype=auto") == 0
-    saved = json.loads((tmp_path / "out" / "run.json").read_text())
+def test_what_was_asked_is_saved_apart_from_what_it_became():
+    run("--num_epochs=0.1", "--dtype=auto")
+    saved = read_json("out/run.json")
     asked, became = saved["requested"], saved["config"]
     assert (asked["max_iters"], asked["lr_decay_iters"], asked["dtype"]) == (600000, None, "auto")
     assert became["max_iters"] == became["lr_decay_iters"] == 3
@@ -184,11 +178,21 @@ def test_what_was_asked_is_saved_apart_from_what_it_became(dataset, tmp_path):
 # Resuming: the run's settings, then the keys that are typed
 
 
-def write_run(out_dir: Path, keys: dict | None = None, **facts) -> Path:
-    """Write the run.json of a run. keys: of its configuration. facts: beside it."""
-    saved = asdict(TrainConfig(n_layer=3, n_head=3, n_embd=96, dtype="float32")) | (keys or {})
-    (out_dir / "run.json").write_text(json.dumps({"config": saved} | facts))
-    return out_dir
+def write_run(keys: dict, **facts) -> None:
+    """Write the run.json of a run in out/. keys: of its configuration. facts: beside it."""
+    saved = asdict(TrainConfig(n_layer=3, n_head=3, n_embd=96, dtype="float32")) | keys
+    OUT.mkdir(exist_ok=True)
+    write_json(OUT / "run.json", {"config": saved} | facts)
+
+
+def resumed(*options: str) -> Request:
+    """Return what is asked of the run in out/ by resuming it."""
+    return read_request([*RESUME, *options])
+
+
+def resolved(request: Request) -> TrainConfig:
+    """Return the settings of a run that has no data and no progress."""
+    return resolve(request.undecided, request, None, Progress())
 
 
 @contextlib.contextmanager
@@ -200,49 +204,42 @@ def killed_at(monkeypatch, step: int):
         yield
 
 
-@pytest.mark.parametrize("asks", ["file", "--init_from=resume", "--init-from=resume"])
-def test_a_run_is_resumed_wherever_init_from_was_set(asks, tmp_path):
+@pytest.mark.parametrize("asks", ["again.py", "--init_from=resume", "--init-from=resume"])
+def test_a_run_is_resumed_wherever_init_from_was_set(asks):
     """The folder may have been renamed, or be a stranger's, whose run.json names another place."""
-    write_run(tmp_path, {"out_dir": "/elsewhere"})
-    argv = [asks, f"--out_dir={tmp_path}"]
-    if asks == "file":
-        argv = [str(tmp_path / "again.py")]
-        text = f'init_from = "resume"\nout_dir = "{tmp_path}"\n'
-        (tmp_path / "again.py").write_text(text)
-    request = read_request([*argv, "--max_iters=7"])
+    write_run({"out_dir": "/elsewhere"})
+    Path("again.py").write_text('init_from = "resume"\nout_dir = "out"\n')
+    request = read_request([asks, "--max_iters=7"])
     assert request.resumed
     made = request.undecided
     assert (made.n_layer, made.max_iters, made.init_from) == (3, 7, "scratch")
-    assert made.out_dir == str(tmp_path)
+    assert made.out_dir == "out"
     assert request.given >= {"max_iters"}
     assert request.notes == []
 
 
-def test_a_config_file_changes_nothing_of_a_resumed_run_and_each_key_is_told(tmp_path):
+def test_a_config_file_changes_nothing_of_a_resumed_run_and_each_key_is_told():
     """nanoGPT's habit: the preset is named again, and is not the one that the run began with."""
-    write_run(tmp_path, {"learning_rate": 1e-3, "dataset": "mine"})
-    file = tmp_path / "preset.py"
-    file.write_text("learning_rate = 5e-4\ndataset = 'other'\nn_layer = 3\nn_embd = 12\nseed = 4\n")
-    argv = [str(file), "--init_from=resume", f"--out_dir={tmp_path}", "--seed=5"]
-    request = read_request(argv)
+    write_run({"learning_rate": 1e-3, "dataset": "mine"})
+    text = "learning_rate = 5e-4\ndataset = 'other'\nn_layer = 3\nn_embd = 12\nseed = 4\n"
+    Path("preset.py").write_text(text)
+    request = resumed("preset.py", "--seed=5")
     made = request.undecided
     assert (made.learning_rate, made.dataset, made.n_embd, made.seed) == (1e-3, "mine", 96, 5)
     assert request.notes == [
-        f"{file}:1: learning_rate=0.0005 does not count: this run has learning_rate=0.001",
-        f"{file}:2: dataset='other' does not count: this run has dataset=mine",
-        f"{file}:4: n_embd=12 does not count: this run has n_embd=96",
+        "preset.py:1: learning_rate=0.0005 does not count: this run has learning_rate=0.001",
+        "preset.py:2: dataset='other' does not count: this run has dataset=mine",
+        "preset.py:4: n_embd=12 does not count: this run has n_embd=96",
         "a resumed run keeps its settings; type a key, as --KEY=VALUE, to change it",
     ]
 
 
-def test_typed_keys_are_checked_together_with_the_saved_ones(tmp_path):
-    write_run(tmp_path, {"learning_rate": 1e-2})
-    argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
-    with pytest.raises(UserError, match=r"--dropout=2: .* less than 1\n--sed=3: .* seed"):
-        read_request([*argv, "--dropout=2", "--sed=3"])
-    assert read_request([*argv, "--min_lr=5e-3"]).undecided.min_lr == 5e-3
-    with pytest.raises(UserError, match="min_lr"):
-        read_request([*argv, "--min_lr=5e-2"])
+def test_typed_keys_are_checked_together_with_the_saved_ones():
+    write_run({"learning_rate": 1e-2})
+    message = r"--dropout=2: .* less than 1\n--sed=3: .* seed"
+    refused(message, resumed, "--dropout=2", "--sed=3")
+    assert resumed("--min_lr=5e-3").undecided.min_lr == 5e-3
+    refused("min_lr", resumed, "--min_lr=5e-2")
 
 
 @pytest.mark.parametrize(
@@ -254,11 +251,15 @@ def test_typed_keys_are_checked_together_with_the_saved_ones(tmp_path):
         ([], {"save_interval_s": "auto", "cuda_graph": "auto", "max_bad_steps": 20}, {}),
     ],
 )
-def test_saved_keys_and_typed_keys_are_joined(tmp_path, options, saved, expected):
+def test_saved_keys_and_typed_keys_are_joined(options, saved, expected):
     given = [key for key in saved if key in ("num_epochs", "max_iters")][:1]
-    write_run(tmp_path, saved, given=given)
-    made = read_request(["--init_from=resume", f"--out_dir={tmp_path}", *options]).undecided
+    write_run(saved, given=given)
+    made = resumed(*options).undecided
     assert {key: getattr(made, key) for key in expected} == expected
+
+
+def memory_keys(config: TrainConfig) -> tuple:
+    return config.batch_size, config.gradient_accumulation_steps, config.recompute
 
 
 MEMORY = {"batch_size": 6, "gradient_accumulation_steps": 8, "recompute": "pointwise"}
@@ -276,51 +277,45 @@ MEMORY = {"batch_size": 6, "gradient_accumulation_steps": 8, "recompute": "point
         (["--init_from=auto", "--batch_size=12", "--recompute=block"], (12, 4, "block")),
     ],
 )
-def test_what_a_run_fitted_into_memory_stays_until_such_a_key_is_typed(tmp_path, options, expected):
+def test_what_a_run_fitted_into_memory_stays_until_such_a_key_is_typed(options, expected):
     asked = {"batch_size": 12, "gradient_accumulation_steps": 4, "recompute": "none"}
-    write_run(tmp_path, MEMORY, requested=asked, given=[])
-    (tmp_path / "last.prev").mkdir()
-    request = read_request(["--init_from=resume", f"--out_dir={tmp_path}", *options])
-    made = request.undecided
-    assert (made.batch_size, made.gradient_accumulation_steps, made.recompute) == expected
+    write_run(MEMORY, requested=asked, given=[])
+    (OUT / "last.prev").mkdir()
+    request = resumed(*options)
+    assert memory_keys(request.undecided) == expected
     typed = {word.strip("-").partition("=")[0] for word in options}
     for key in asked.keys() - typed:
         assert getattr(request.asked, key) == asked[key]
 
 
-def test_values_that_an_older_program_chose_stay_as_they_became(tmp_path):
+def test_values_that_an_older_program_chose_stay_as_they_became():
     became = MEMORY | {"lr_decay_iters": 77}
-    write_run(tmp_path, became, requested={"batch_size": "auto", "recompute": "auto"})
-    made = read_request(
-        ["--init_from=resume", f"--out_dir={tmp_path}", "--recompute=none"]
-    ).undecided
-    assert (made.batch_size, made.gradient_accumulation_steps, made.recompute) == (6, 8, "none")
+    write_run(became, requested={"batch_size": "auto", "recompute": "auto"})
+    made = resumed("--recompute=none").undecided
+    assert memory_keys(made) == (6, 8, "none")
     assert made.lr_decay_iters == 77
 
 
 def test_one_command_starts_a_run_goes_on_with_it_and_finds_it_complete(
-    dataset, finished, tmp_path, monkeypatch, capsys
+    finished, monkeypatch, capsys
 ):
     """Nothing in the line changes: neither the preset's start nor a shape that the model brings."""
-    preset = tmp_path / "mine.py"
-    preset.write_text(f'init_from = "{finished}"\nlearning_rate = 3e-3\n')
-    line = [*TINY, f"--dataset={dataset}", "--n_embd=32", "--max_iters=6", "--save_interval_s=0"]
-    command = [str(preset), *line, "--init_from=auto"]
-    first, second = tmp_path / "a", tmp_path / "b"
-    assert train.main([str(preset), *line, f"--out_dir={first}"]) == 0
+    Path("mine.py").write_text(f'init_from = "{finished}"\nlearning_rate = 3e-3\n')
+    command = ["mine.py", "--n_embd=32", "--max_iters=6", "--save_interval_s=0"]
+    run(*command, "--out_dir=first")
     # What a start without a checkpoint left behind is no run.
-    second.mkdir()
-    shutil.copy(first / "run.json", second)
-    command.append(f"--out_dir={second}")
+    OUT.mkdir()
+    shutil.copy("first/run.json", OUT)
+    command.append("--init_from=auto")
     with killed_at(monkeypatch, 3):
-        train.main(command)
-    assert trainer(second)["step"] == 3
-    assert not (second / "previous").exists()
-    assert train.main(command) == 0
-    assert losses(first) == losses(second)
-    assert not (second / "previous").exists()
+        run(*command)
+    assert trainer()["step"] == 3
+    assert not (OUT / "previous").exists()
+    run(*command)
+    assert losses("first") == losses()
+    assert not (OUT / "previous").exists()
     capsys.readouterr()
-    assert train.main(command) == 0
+    run(*command)
     assert "this run is complete (6 of 6 steps)" in capsys.readouterr().out
 
 
@@ -331,61 +326,52 @@ def test_one_command_starts_a_run_goes_on_with_it_and_finds_it_complete(
         *(("optimizer", "muon"), ("val_fraction", 0.3), ("lora_alpha", 2.0)),
     ],
 )
-def test_keys_that_the_saved_weights_depend_on_cannot_change(tmp_path, key, value):
+def test_keys_that_the_saved_weights_depend_on_cannot_change(key, value):
     """Another lora_alpha would turn what is trained up or down at once."""
-    write_run(tmp_path, {"lora_rank": 4, "lora_alpha": 8.0, "init_from": "gpt2"})
-    argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
-    with pytest.raises(UserError, match=f"^{key}={value}, but the run in .*leave --{key} out"):
-        read_request([*argv, f"--{key}={value}"])
-    saved = json.loads((tmp_path / "run.json").read_text())["config"][key]
-    assert read_request([*argv, f"--{key}={saved}"]).resumed  # the same value may be given
+    write_run({"lora_rank": 4, "lora_alpha": 8.0, "init_from": "gpt2"})
+    message = f"^{key}={value}, but the run in .*leave --{key} out"
+    refused(message, resumed, f"--{key}={value}")
+    saved = read_json("out/run.json")["config"][key]
+    assert resumed(f"--{key}={saved}").resumed  # the same value may be given
 
 
-def test_a_resumed_run_keeps_the_precision_and_the_context_that_it_got(tmp_path):
-    argv = ["--init_from=resume", f"--out_dir={tmp_path}"]
+def test_a_resumed_run_keeps_the_precision_and_the_context_that_it_got():
     became = {"dtype": "bfloat16", "block_size": 64}
-    write_run(tmp_path, became, requested={"dtype": "auto", "block_size": 1024}, given=[])
-    made = read_request(argv).undecided
+    write_run(became, requested={"dtype": "auto", "block_size": 1024}, given=[])
+    made = resumed().undecided
     assert (made.dtype, made.block_size) == ("bfloat16", 64)
-    assert read_request([*argv, "--block_size=32"]).undecided.block_size == 32
-    write_run(tmp_path, {"dtype": "load"})
-    with pytest.raises(
-        UserError, match=r"run\.json: dtype='load': Input should be 'auto', 'float32'"
-    ):
-        read_request(argv)
+    assert resumed("--block_size=32").undecided.block_size == 32
+    write_run({"dtype": "load"})
+    refused(r"run\.json: dtype='load': Input should be 'auto', 'float32'", resumed)
 
 
 def test_resuming_a_finished_run_says_that_it_is_complete_and_changes_nothing(
-    finished, tmp_path, capsys
+    finished_copy, capsys
 ):
-    out_dir = shutil.copytree(finished, tmp_path / "out")
-    before = {file: file.stat().st_mtime_ns for file in out_dir.rglob("*")}
+    before = {file: file.stat().st_mtime_ns for file in OUT.rglob("*")}
     capsys.readouterr()
     for steps in (4, 3):
-        assert resume(out_dir, f"--max_iters={steps}") == 0
+        resume(f"--max_iters={steps}")
         told = f"this run is complete (4 of {steps} steps); go on with --max_iters=8\n"
         assert capsys.readouterr().out == told
-    after = {file: file.stat().st_mtime_ns for file in out_dir.rglob("*")}
-    assert after == before
+    assert {file: file.stat().st_mtime_ns for file in OUT.rglob("*")} == before
 
 
-def test_epochs_are_counted_in_data_whatever_a_step_took_of_them_before(dataset, tmp_path, capsys):
+def test_epochs_are_counted_in_data_whatever_a_step_took_of_them_before(capsys):
     """An epoch of 161 windows takes 21 steps of 8; 154 windows of the next are left."""
-    assert run(dataset, tmp_path, "--num_epochs=1", "--decay_lr=False") == 0
-    assert (trainer(tmp_path)["step"], trainer(tmp_path)["position"]) == (21, 168)
+    run("--num_epochs=1", "--decay_lr=False")
+    assert (trainer()["step"], trainer()["position"]) == (21, 168)
     capsys.readouterr()
     for options in ([], ["--batch_size=1"], ["--num_epochs=0.5"]):
-        assert resume(tmp_path, *options) == 0
+        resume(*options)
         told = "this run is complete (21 of 21 steps); go on with --num_epochs=2\n"
         assert capsys.readouterr().out == told
-    assert resume(tmp_path, "--num_epochs=2", "--batch_size=8") == 0
+    resume("--num_epochs=2", "--batch_size=8")
     assert "31 steps end after 2.04 epochs" in capsys.readouterr().out
-    assert (trainer(tmp_path)["step"], trainer(tmp_path)["position"]) == (31, 328)
+    assert (trainer()["step"], trainer()["position"]) == (31, 328)
 
 
-def test_a_longer_run_says_what_jumps_and_its_short_context_does_not_come_back(
-    dataset, tmp_path, monkeypatch, capsys
-):
+def test_a_longer_run_says_what_jumps_and_its_short_context_does_not_come_back(monkeypatch, capsys):
     lengths = []
     load = train.Trainer.load
 
@@ -399,53 +385,44 @@ def test_a_longer_run_says_what_jumps_and_its_short_context_does_not_come_back(
         "short_context_share=0, because that phase is over and does not come back in a longer run\n"
     )
     schedule = ["--short_context_share=0.5", "--min_lr=1e-4", "--warmup_iters=0"]
-    assert run(dataset, tmp_path, *schedule, "--max_iters=4") == 0
+    run(*schedule, "--max_iters=4")
     assert lengths == [2, 2, 16, 16, 16]
     for steps, lr in ((16, "0.00855"), (40, "0.00658")):
         capsys.readouterr()
-        assert resume(tmp_path, f"--max_iters={steps}") == 0
+        resume(f"--max_iters={steps}")
         said = capsys.readouterr().out
         assert f"the learning rate goes on at {lr} and not at 0.0001, by the keys typed" in said
         assert (over in said) == (steps == 16)  # then run.json says that the phase is over
     assert set(lengths[5:]) == {16}
 
 
-def test_a_run_that_was_stopped_before_its_last_evaluation_is_not_complete(
-    dataset, tmp_path, monkeypatch
-):
+def test_a_run_that_was_stopped_before_its_last_evaluation_is_not_complete(monkeypatch):
     with killed_at(monkeypatch, 3):
-        run(dataset, tmp_path, "--max_iters=3", "--save_interval_s=0")
-    assert trainer(tmp_path)["step"] == 3
-    assert resume(tmp_path) == 0
-    assert evaluations(tmp_path) == [3]
+        run("--max_iters=3", "--save_interval_s=0")
+    assert trainer()["step"] == 3
+    resume()
+    assert evaluations() == [3]
 
 
-def test_a_run_resumes_exactly_before_and_after_its_rows_get_longer(dataset, tmp_path, monkeypatch):
+def test_a_run_resumes_exactly_before_and_after_its_rows_get_longer(monkeypatch):
     options = ["--short_context_share=0.5", "--max_iters=6", "--save_interval_s=0"]
-    whole = tmp_path / "whole"
-    assert run(dataset, whole, *options) == 0
+    run("--out_dir=whole", *options)
     for step in (2, 3):
-        out_dir = tmp_path / str(step)
         with killed_at(monkeypatch, step):
-            run(dataset, out_dir, *options)
-        assert resume(out_dir) == 0
-        assert losses(out_dir) == losses(whole)
-        assert trainer(out_dir)["position"] == trainer(whole)["position"]
-    assert run(dataset, tmp_path / "long", "--max_iters=1") == 0
-    assert losses(tmp_path / "long")[1] != losses(whole)[1]
+            run(*options)
+        resume()
+        assert losses() == losses("whole")
+        assert trainer()["position"] == trainer("whole")["position"]
+    run("--out_dir=long", "--max_iters=1")
+    assert losses("long")[1] != losses("whole")[1]
 
 
-def test_a_run_on_other_data_says_so_and_forgets_its_best(dataset, finished, tmp_path):
+def test_a_run_on_other_data_says_so_and_forgets_its_best(finished_copy):
     """A loss on other text says nothing: best/ would never be written, and patience would end."""
-    folder = shutil.copytree(dataset, tmp_path / "data")
-    out_dir = shutil.copytree(finished, tmp_path / "out")
-    trainer = json.loads((out_dir / "last" / "trainer.json").read_text())
-    worse = trainer | {"worse_evaluations": 3, "best_step": 2}
-    (out_dir / "last" / "trainer.json").write_text(json.dumps(worse))
-    argv = ["--init_from=resume", f"--out_dir={out_dir}", f"--dataset={folder}"]
+    edit_json("out/last/trainer.json", worse_evaluations=3, best_step=2)
+    argv = [*RESUME, "--dataset=letters"]
     for digit, other in (("0", False), ("1", True)):
-        meta = json.loads((folder / "meta.json").read_text()) | {"val_sha256": digit * 64}
-        (folder / "meta.json").write_text(json.dumps(meta))
+        edit_json("letters/meta.json", val_sha256=digit * 64)
         found = built_from([*argv, "--max_iters=9"])
         said = "".join(found.notes)
         assert ("the data are not those that this run began with" in said) == other
@@ -458,30 +435,27 @@ def test_a_run_on_other_data_says_so_and_forgets_its_best(dataset, finished, tmp
 
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("change", ["training tokens", "validation tokens", "one letter"])
-def test_other_data_are_noticed_without_a_hash_too(dataset, tmp_path, change):
+def test_other_data_are_noticed_without_a_hash_too(change):
     """Shards made elsewhere have no hash; the folder of a text has the hash of all of it."""
-    data = shutil.copytree(dataset, tmp_path / "letters")
-    (data / "meta.json").write_text(json.dumps({"documents": 1}))
-    if change == "one letter":
-        data = tmp_path / "text.txt"
-        data.write_text("ab cd ef gh\n" * 100)
-    out_dir = tmp_path / "out"
-    assert run(data, out_dir, "--tokenizer=auto", "--max_iters=2") == 0
-    again = ["--init_from=resume", f"--out_dir={out_dir}", "--max_iters=4"]
+    write_json(Path("letters/meta.json"), {"documents": 1})
+    Path("text.txt").write_text("ab cd ef gh\n" * 100)
+    data = "text.txt" if change == "one letter" else "letters"
+    run(f"--dataset={data}", "--tokenizer=auto", "--max_iters=2")
+    again = [*RESUME, "--max_iters=4"]
     assert built_from(again).progress.best_val_loss is not None
     if change == "one letter":
-        data.write_text("b" + data.read_text()[1:])
+        Path(data).write_text("bb cd ef gh\n" + "ab cd ef gh\n" * 99)
     else:
         split = "train_000001" if change == "training tokens" else "val_000000"
-        write_shard(data / f"{split}.bin", np.arange(99, dtype=np.uint16) % 13)
+        write_shard(Path(f"letters/{split}.bin"), np.arange(99, dtype=np.uint16) % 13)
     found = built_from(again)
     assert found.progress.best_val_loss is None
     assert "the data are not those that this run began with" in found.notes[-1]
     # What an earlier version did not write counts as equal.
-    facts = json.loads((out_dir / "run.json").read_text())
+    facts = read_json("out/run.json")["data"]
     for key in ("folder", "tokens", "val_tokens"):
-        del facts["data"][key]
-    (out_dir / "run.json").write_text(json.dumps(facts))
+        del facts[key]
+    edit_json("out/run.json", data=facts)
     assert built_from(again).progress.best_val_loss is not None
 
 
@@ -489,50 +463,48 @@ def test_other_data_are_noticed_without_a_hash_too(dataset, tmp_path, change):
     ("option", "position", "kept"),
     [("--block_size=8", 32, False), ("--eval_iters=1", 16, False), ("--max_iters=9", 16, True)],
 )
-def test_progress_is_counted_anew_where_windows_are_others(
-    dataset, tmp_path, option, position, kept
-):
-    assert run(dataset, tmp_path, "--max_iters=2") == 0
-    found = built_from(["--init_from=resume", f"--out_dir={tmp_path}", option])
+def test_progress_is_counted_anew_where_windows_are_others(option, position, kept):
+    run("--max_iters=2")
+    found = built_from([*RESUME, option])
     assert found.progress.position == position
     assert (found.progress.best_val_loss is not None) == kept
     told = "an evaluation reads other windows than before (eval_iters, block_size): the best loss"
     assert any(note.startswith(told) for note in found.notes) == (not kept)
 
 
-def test_a_run_that_patience_has_ended_stays_ended_until_it_gets_more(dataset, tmp_path, capsys):
+def test_a_run_that_patience_has_ended_stays_ended_until_it_gets_more(capsys):
     options = ["--eval_interval=1", "--learning_rate=0", "--min_lr=0", "--max_iters=30"]
-    assert run(dataset, tmp_path, *options, "--patience=2") == 0
-    assert trainer(tmp_path)["step"] == 3
+    run(*options, "--patience=2")
+    assert trainer()["step"] == 3
     capsys.readouterr()
-    assert resume(tmp_path) == 0
+    resume()
     told = "this run ended at step 3, after 2 evaluations without a better loss; go on with "
     assert capsys.readouterr().out == f"{told}--patience=4\n"
-    assert resume(tmp_path, "--patience=4") == 0
-    assert trainer(tmp_path)["step"] == 5
+    resume("--patience=4")
+    assert trainer()["step"] == 5
 
 
-def test_a_warm_up_that_nobody_set_follows_the_length_of_the_run(tmp_path):
-    asked = {"lr_decay_iters": None, "warmup_iters": 2000, "max_iters": 5000}
-    write_run(tmp_path, {"max_iters": 5000, "warmup_iters": 500}, requested=asked, given=[])
-    for options, expected in (
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
         (["--max_iters=300"], 30),
         ([], 500),
         (["--max_iters=200000"], 2000),
         (["--warmup_iters=2000"], 2000),
-    ):
-        request = read_request(["--init_from=resume", f"--out_dir={tmp_path}", *options])
-        assert resolve(request.undecided, request, None, Progress()).warmup_iters == expected
+    ],
+)
+def test_a_warm_up_that_nobody_set_follows_the_length_of_the_run(options, expected):
+    asked = {"lr_decay_iters": None, "warmup_iters": 2000, "max_iters": 5000}
+    write_run({"max_iters": 5000, "warmup_iters": 500}, requested=asked, given=[])
+    assert resolved(resumed(*options)).warmup_iters == expected
 
 
-def test_a_data_set_without_a_training_split_can_only_be_evaluated(dataset, tmp_path):
-    shutil.copytree(dataset, tmp_path / "data")
-    for file in (tmp_path / "data").glob("train_*.bin"):
+def test_a_data_set_without_a_training_split_can_only_be_evaluated():
+    for file in Path("letters").glob("train_*.bin"):
         file.unlink()
-    with pytest.raises(UserError, match=r"no training shards .*only --eval_only works"):
-        run(tmp_path / "data", tmp_path / "out", "--max_iters=1")
-    assert run(tmp_path / "data", tmp_path / "evaluated", "--eval_only") == 0
-    assert not (tmp_path / "evaluated").exists()
+    refused(r"no training shards .*only --eval_only works", run, "--max_iters=1")
+    run("--eval_only", "--out_dir=evaluated")
+    assert not Path("evaluated").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -542,62 +514,61 @@ def test_a_data_set_without_a_training_split_can_only_be_evaluated(dataset, tmp_
 def test_nanogpts_checkpoint_starts_with_the_tokenizer_beside_it(finished, tmp_path):
     model = from_pretrained(finished / "best")
     save_nanogpt(tmp_path / "ckpt.pt", model, model.config.vocab_size)
-    request = read_request([f"--init_from={tmp_path / 'ckpt.pt'}"])
+    request = read_request(["--init_from=ckpt.pt"])
     assert load_start(request, None)[1] is None
     CharTokenizer("abcdefghijklm").save(tmp_path)
     assert load_start(request, None)[1].name == "char"
 
 
-def test_a_run_as_start_means_its_best_and_else_its_last(finished, tmp_path):
-    out_dir = shutil.copytree(finished, tmp_path / "out")
+def test_a_run_as_start_means_its_best_and_else_its_last(finished_copy):
     # A step so long that the model becomes worse: best/ stays as it is.
-    assert resume(out_dir, "--max_iters=5", "--learning_rate=1", "--decay_lr=False") == 0
+    resume("--max_iters=5", "--learning_rate=1", "--decay_lr=False")
     for name in ("best", "last"):
-        model, tokenizer = load_start(read_request([*TINY, f"--init_from={out_dir}"]), None)
-        wpe = weights(out_dir, name)["transformer.wpe.weight"]
+        model, tokenizer = load_start(read_request([*TINY, "--init_from=out"]), None)
+        wpe = weights(name=name)["transformer.wpe.weight"]
         assert torch.equal(model.transformer.wpe.weight, wpe)
         assert tokenizer.vocab_size == 13
-        shutil.rmtree(out_dir / "best", ignore_errors=True)
+        shutil.rmtree(OUT / "best", ignore_errors=True)
 
 
 def test_adapters_on_an_untrained_model_are_refused():
-    with pytest.raises(UserError, match=r"lora_rank with init_from=scratch.*--init_from="):
-        load_start(read_request([*TINY, "--lora_rank=2"]), None)
+    request = read_request([*TINY, "--lora_rank=2"])
+    refused("lora_rank with init_from=scratch.*--init_from=", load_start, request, None)
 
 
 def test_adapters_on_a_model_that_the_run_replaces_are_refused(finished):
     """Resuming would put them a second time on the model into which best/ has merged them."""
     argv = [*TINY, f"--init_from={finished / 'best'}", "--lora_rank=4"]
-    with pytest.raises(UserError, match="choose another --out_dir="):
-        load_start(read_request([*argv, f"--out_dir={finished}"]), None)
+    request = read_request([*argv, f"--out_dir={finished}"])
+    refused("choose another --out_dir=", load_start, request, None)
     model, _ = load_start(read_request([*argv, f"--out_dir={finished}-2"]), None)
     assert model.config.n_layer == 1
 
 
-def test_data_of_another_tokenizer_than_the_models_are_refused(dataset, tmp_path):
+def test_data_of_another_tokenizer_than_the_models_are_refused(tmp_path):
     save_pretrained(GPT(GPTConfig(16, 9, 1, 2, 16)), tmp_path / "model")
-    with pytest.raises(UserError, match=r"another tokenizer.*13 tokens.*9 tokens"):
-        run(dataset, tmp_path / "out", f"--init_from={tmp_path / 'model'}")
+    refused("another tokenizer.*13 tokens.*9 tokens", run, "--init_from=model")
 
 
 # --------------------------------------------------------------------------------------------------
 # The form of the model, and the length of the run
 
 
+BF16 = replace(CPU, dtype=torch.bfloat16)
+
+
 def test_8_bit_adamw_is_refused_unless_weights_may_be_bfloat16():
-    with pytest.raises(UserError, match=r"adamw8bit keeps the weights in bfloat16.*--dtype="):
-        prepare_model(small_gpt(), config(optimizer="adamw8bit"), CPU)
     model = small_gpt()
-    machine = Machine(CPU.device, torch.bfloat16, compiled=False)
-    prepare_model(model, config(optimizer="adamw8bit"), machine)
+    asked = config(optimizer="adamw8bit")
+    message = "adamw8bit keeps the weights in bfloat16.*--dtype="
+    refused(message, prepare_model, model, asked, CPU)
+    prepare_model(model, asked, BF16)
     assert model.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_frozen_weights_of_lora_have_the_products_precision_and_adapters_float32():
     model = small_gpt()
-    machine = Machine(CPU.device, torch.bfloat16, compiled=False)
-    changes = {"lora_rank": 2, "lora_alpha": 4.0, "recompute": "block"}
-    prepare_model(model, config(**changes), machine)
+    prepare_model(model, config(lora_rank=2, lora_alpha=4.0, recompute="block"), BF16)
     adapters = 0
     for name, p in model.named_parameters():
         assert p.requires_grad == ("lora_" in name)
@@ -612,14 +583,12 @@ def test_only_a_compiled_run_compiles_its_layers(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
     for wanted in (False, True):
         model = small_gpt()
-        machine = Machine(CPU.device, torch.float32, compiled=wanted)
-        prepare_model(model, config(), machine)
+        prepare_model(model, config(), replace(CPU, compiled=wanted))
         assert len(compiled) == (3 if wanted else 0)  # two layers and the last norm
         assert not model.fused_loss  # a GPU's kernel
 
 
 @pytest.mark.parametrize(("key", "value"), [("lora_dropout", 0.1), ("lora_targets", "c_attn")])
-def test_a_run_with_adapters_that_are_gone_is_refused_by_name(tmp_path, key, value):
-    write_run(tmp_path, {key: value})
-    with pytest.raises(UserError, match=f"{key}={value}, which this version cannot train"):
-        read_request(["--init_from=resume", f"--out_dir={tmp_path}"])
+def test_a_run_with_adapters_that_are_gone_is_refused_by_name(key, value):
+    write_run({key: value})
+    refused(f"{key}={value}, which this version cannot train", resumed)

@@ -30,13 +30,13 @@ from gpt12.twin import gpt2_logits
 from tests.helpers import (
     CPU,
     DEVICES,
+    OUT,
     config,
     evaluations,
     fill,
     losses,
     plain_step,
     random_rows,
-    read_rows,
     resume,
     run,
     same_tensors,
@@ -50,13 +50,24 @@ from tests.helpers import (
 )
 from tests.models import starts_of
 
-pytestmark = pytest.mark.usefixtures("no_picture")
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def moments(step: train.TrainStep) -> dict[str, torch.Tensor]:
     """Return copies of the optimizers' state."""
     tensors = trainer_tensors(step)
     return {name: t.clone() for name, t in tensors.items() if name.startswith("optimizer.")}
+
+
+def parameters(step: train.TrainStep) -> list[torch.Tensor]:
+    """Return copies of the model's parameters."""
+    return [p.clone() for p in step.model.parameters()]
+
+
+def assert_same_checkpoints(one: str, other: str) -> None:
+    """Compare the last checkpoints of two runs, bit for bit."""
+    for file in ("model", "trainer"):
+        assert same_tensors(weights(one, file=file), weights(other, file=file))
 
 
 def break_gradients(step: train.TrainStep, value: float = math.nan):
@@ -118,7 +129,7 @@ def test_a_matrix_that_two_layers_share_is_updated_once(stacked):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_any_optimizer_is_added_by_one_entry(name, dataset, tmp_path, monkeypatch):
+def test_any_optimizer_is_added_by_one_entry(name, monkeypatch):
     """It makes the same steps here as by hand, is skipped, clipped, saved and resumed."""
     make = OTHERS[name]
     entry = Entry(lambda groups, lr, betas: [make(groups, lr)])
@@ -135,23 +146,18 @@ def test_any_optimizer_is_added_by_one_entry(name, dataset, tmp_path, monkeypatc
         for group in by_hand.param_groups:
             group["lr"] = lr
         by_hand.step()
-    for a, b in zip(step.model.parameters(), model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    before = [p.clone() for p in step.model.parameters()]
+    assert same_weights(step.model, [*model.parameters()])
     states = moments(step)
-    hook = break_gradients(step)
+    break_gradients(step)
     step(1e-2)
-    hook.remove()
     assert step.bad.item() == 1
-    assert same_weights(step.model, before)
+    assert same_weights(step.model, [*model.parameters()])
     assert same_tensors(moments(step), states)
     options = [f"--optimizer={name}", "--decay_lr=False"]
-    assert run(dataset, tmp_path / "whole", *options, "--max_iters=6") == 0
-    assert run(dataset, tmp_path / "parts", *options, "--max_iters=3") == 0
-    assert resume(tmp_path / "parts", "--max_iters=6") == 0
-    for file in ("model", "trainer"):
-        whole = weights(tmp_path / "whole", file=file)
-        assert same_tensors(weights(tmp_path / "parts", file=file), whole)
+    run("--out_dir=whole", *options, "--max_iters=6")
+    run("--out_dir=parts", *options, "--max_iters=3")
+    resume("--out_dir=parts", "--max_iters=6")
+    assert_same_checkpoints("whole", "parts")
 
 
 def schedule(**changes):
@@ -160,11 +166,9 @@ def schedule(**changes):
 
 
 def test_the_learning_rate_follows_its_closed_form():
-    cosine = schedule()
-    assert train.learning_rate(0, cosine) == pytest.approx(1 / 11)
-    assert train.learning_rate(10, cosine) == 1.0
-    assert train.learning_rate(60, cosine) == pytest.approx(0.55)
-    assert train.learning_rate(110, cosine) == 0.1
+    cosine = {0: 1 / 11, 10: 1.0, 60: 0.55, 110: 0.1}
+    found = {step: train.learning_rate(step, schedule()) for step in cosine}
+    assert found == pytest.approx(cosine)
     assert train.learning_rate(5, schedule(decay_lr=False)) == 1.0
     assert train.learning_rate(30, schedule(lr_decay_iters=30)) == 0.1
 
@@ -367,22 +371,18 @@ def test_the_first_share_of_the_steps_has_a_short_context():
 @pytest.mark.parametrize(
     ("step", "changes", "notes"),
     [
-        (6, {}, []),
-        (6, {"max_iters": 20, "lr_decay_iters": 10}, ["short context ends at step 16 and not at"]),
-        (
-            6,
-            {"short_context_share": 0.0, "lr_decay_iters": 10},
-            ["ends at step 6 and not at step 8"],
-        ),
-        (8, {"max_iters": 20, "lr_decay_iters": 10, "short_context_share": 0.0}, []),
-        (0, {"max_iters": 20}, []),
-        (4, {"learning_rate": 2e-2}, ["learning rate goes on at 0.0134 and not at 0.00689"]),
+        (6, "", []),
+        (6, "--max_iters=20 --lr_decay_iters=10", ["short context ends at step 16 and not at"]),
+        (6, "--short_context_share=0 --lr_decay_iters=10", ["ends at step 6 and not at step 8"]),
+        (8, "--max_iters=20 --lr_decay_iters=10 --short_context_share=0", []),
+        (0, "--max_iters=20", []),
+        (4, "--learning_rate=2e-2", ["learning rate goes on at 0.0134 and not at 0.00689"]),
     ],
 )
 def test_a_resumed_run_notes_what_its_typed_keys_make_jump(step, changes, notes):
-    keys = {"short_context_share": 0.8, "max_iters": 10, "min_lr": 1e-3, "warmup_iters": 0}
-    before = config(**keys)
-    now = config(**keys | changes)
+    options = "--short_context_share=0.8 --max_iters=10 --min_lr=1e-3 --warmup_iters=0".split()
+    before = config(*options)
+    now = config(*options, *changes.split())
     parts = dict.fromkeys(field.name for field in fields(Run))
     parts["request"] = Request(now, frozenset(), now, before)
     run = Run(**parts | {"config": now, "progress": Progress(step=step)})
@@ -398,7 +398,7 @@ def test_an_update_that_is_not_finite_is_skipped(value, optimizer, device):
     step = plain_step(device, optimizer=optimizer, gradient_accumulation_steps=2)
     fill(step, *random_rows(4))
     step(1e-2)
-    before = [p.clone() for p in step.model.parameters()]
+    before = parameters(step)
     states = moments(step)
     hook = break_gradients(step, value)
     for bad in (1, 2):
@@ -409,14 +409,14 @@ def test_an_update_that_is_not_finite_is_skipped(value, optimizer, device):
     hook.remove()
     step(1e-2)
     assert (step.bad.item(), step.skipped.item()) == (0, 2)
-    assert all(torch.isfinite(p).all() for p in step.model.parameters())
+    assert all(torch.isfinite(p).all() for p in parameters(step))
     assert not same_weights(step.model, before)
 
 
 def test_a_loss_that_is_not_finite_skips_the_update_although_the_gradients_are():
     step = small_step()
     fill(step, *random_rows())
-    before = [p.clone() for p in step.model.parameters()]
+    before = parameters(step)
     forward = step.forward
     step.forward = lambda *args, **more: (None, forward(*args, **more)[1] + math.inf)
     step(1e-2)
@@ -432,7 +432,7 @@ def test_a_step_without_a_target_changes_nothing_and_shows_no_old_norm(dtype):
     x, y = random_rows()
     none = torch.full_like(y, IGNORE_INDEX)
     for targets in (none, y, none, none, y):
-        before = [p.clone() for p in step.model.parameters()]
+        before = parameters(step)
         fill(step, x, targets)
         step(1e-2)
         trained = targets is y
@@ -572,13 +572,12 @@ def test_an_evaluation_of_packed_rows_is_the_mean_over_examples_computed_alone(t
     assert loss_over(model, windows) == pytest.approx(total / targets, rel=1e-5)
 
 
-def test_evaluating_more_often_does_not_move_training(dataset, tmp_path):
-    rare = ["--eval_interval=50"]
-    often = ["--eval_interval=3", "--eval_iters=0"]
-    for name, options in (("rare", rare), ("often", often)):
-        assert run(dataset, tmp_path / name, "--max_iters=10", "--dropout=0.1", *options) == 0
-    assert losses(tmp_path / "rare") == losses(tmp_path / "often")
-    assert evaluations(tmp_path / "often") == [0, 3, 6, 9, 10]
+def test_evaluating_more_often_does_not_move_training():
+    options = ["--max_iters=10", "--dropout=0.1"]
+    run("--out_dir=rare", *options, "--eval_interval=50")
+    run("--out_dir=often", *options, "--eval_interval=3", "--eval_iters=0")
+    assert losses("rare") == losses("often")
+    assert evaluations("often") == [0, 3, 6, 9, 10]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -598,49 +597,42 @@ def kill_after(monkeypatch, steps: int) -> None:
     monkeypatch.setattr(train.TrainStep, "__call__", call)
 
 
-def test_a_killed_run_that_is_resumed_equals_the_unbroken_run_bit_for_bit(
-    dataset, tmp_path, monkeypatch
-):
-    whole = tmp_path / "whole"
-    broken = tmp_path / "broken"
+def test_a_killed_run_that_is_resumed_equals_the_unbroken_run_bit_for_bit(monkeypatch):
     options = ["--max_iters=20", "--dropout=0.2"]
     # A clock that a second passes on whenever it is read.
     clock = SimpleNamespace(perf_counter=itertools.count().__next__)
     monkeypatch.setattr("gpt12.log.time", clock)
-    assert run(dataset, whole, *options) == 0
+    run("--out_dir=whole", *options)
     with monkeypatch.context() as m, pytest.raises(SystemExit):
         kill_after(m, 7)
-        run(dataset, broken, *options, "--save_interval_s=0")
-    state = trainer(broken)
+        run("--out_dir=broken", *options, "--save_interval_s=0")
+    state = trainer("broken")
     assert (state["step"], state["position"]) == (7, 7 * 8)
-    assert resume(broken) == 0
-    assert losses(broken) == losses(whole)
-    assert losses(broken, "tokens") == {step: step * 2 * 4 * 16 for step in range(21)}
-    for step, lr in losses(whole, "lr").items():  # of 20 steps two are warm-up
+    resume("--out_dir=broken")
+    assert losses("broken") == losses("whole")
+    assert losses("broken", "tokens") == {step: step * 2 * 4 * 16 for step in range(21)}
+    for step, lr in losses("whole", "lr").items():  # of 20 steps two are warm-up
         cosine = 6e-5 + (1e-2 - 6e-5) * (1 + math.cos(math.pi * (step - 3) / 18)) / 2
         assert lr == pytest.approx(1e-2 * step / 3 if step <= 2 else cosine), step
-    elapsed = losses(broken, "elapsed_s")
+    elapsed = losses("broken", "elapsed_s")
     assert list(elapsed.values()) == sorted(elapsed.values())
     assert 0 < elapsed[6] <= elapsed[8]  # the second process continues the first one's clock
-    for file in ("model", "trainer"):
-        assert same_tensors(weights(broken, file=file), weights(whole, file=file))
+    assert_same_checkpoints("whole", "broken")
 
 
 @pytest.mark.picture
-def test_a_run_learns_and_leaves_what_it_promises(dataset, tmp_path):
-    assert run(dataset, tmp_path, "--max_iters=60", "--eval_interval=20", "--n_layer=2") == 0
-    curve = losses(tmp_path)
+def test_a_run_learns_and_leaves_what_it_promises():
+    run("--max_iters=60", "--eval_interval=20", "--n_layer=2")
+    curve = losses()
     assert curve[60] < math.log(3) + 0.4 < curve[1]  # each letter is followed by one of three
-    names = ["run.json", "metrics.jsonl", "loss.png", "best/model.safetensors"]
-    names += ["best/config.json", "last/trainer.json", "last/trainer.safetensors"]
-    for name in names:
-        assert (tmp_path / name).stat().st_size > 0, name
+    of_best = "best/model.safetensors best/config.json"
+    of_last = "last/trainer.json last/trainer.safetensors"
+    for name in f"run.json metrics.jsonl loss.png {of_best} {of_last}".split():
+        assert (OUT / name).stat().st_size > 0, name
 
 
 @pytest.mark.parametrize(("always", "steps"), [(True, [2, 4, 5]), (False, [5])])
-def test_a_run_logs_and_saves_at_its_intervals_and_at_its_end(
-    dataset, tmp_path, monkeypatch, always, steps
-):
+def test_a_run_logs_and_saves_at_its_intervals_and_at_its_end(monkeypatch, always, steps):
     saved = []
     save = Saver._save
 
@@ -650,14 +642,12 @@ def test_a_run_logs_and_saves_at_its_intervals_and_at_its_end(
 
     monkeypatch.setattr(Saver, "_save", noted)
     options = ["--max_iters=5", "--eval_interval=2", "--log_interval=3", "--save_interval_s=1e9"]
-    assert run(dataset, tmp_path, *options, f"--always_save_checkpoint={always}") == 0
-    assert list(losses(tmp_path)) == [3, 5]
+    run(*options, f"--always_save_checkpoint={always}")
+    assert list(losses()) == [3, 5]
     assert [step for name, step in saved if name == "last"] == steps
 
 
-def test_too_many_bad_updates_stop_the_run_and_last_stays_finite(
-    dataset, tmp_path, monkeypatch, capsys
-):
+def test_too_many_bad_updates_stop_the_run_and_last_stays_finite(monkeypatch, capsys):
     original = train.TrainStep.compute
     count = itertools.count()
 
@@ -669,15 +659,15 @@ def test_too_many_bad_updates_stop_the_run_and_last_stays_finite(
     monkeypatch.setattr(train.TrainStep, "compute", poisoned)
     monkeypatch.setattr(train, "MAX_BAD_STEPS", 3)
     options = ["--max_iters=30", "--log_interval=100", "--eval_interval=100"]
-    assert run(dataset, tmp_path, *options) == 1
+    run(*options, status=1)
     out = capsys.readouterr().out
     assert "stopping at step 9: the last 4 updates" in out
     assert "Try a lower learning_rate" in out
-    assert all(torch.isfinite(t).all() for t in weights(tmp_path).values())
-    assert trainer(tmp_path)["step"] == 9
+    assert all(torch.isfinite(t).all() for t in weights().values())
+    assert trainer()["step"] == 9
 
 
-def test_patience_counts_the_evaluations_since_the_best(dataset, tmp_path, monkeypatch, capsys):
+def test_patience_counts_the_evaluations_since_the_best(monkeypatch, capsys):
     values = iter((1.0, 4.0, 5.0, 3.0, 4.0, 3.5, 3.4))  # every five steps; step 0 does not count
 
     def acted(run, windows, stop):
@@ -685,20 +675,20 @@ def test_patience_counts_the_evaluations_since_the_best(dataset, tmp_path, monke
         return 0.0 if is_training_split else next(values)
 
     monkeypatch.setattr(train, "mean_loss", acted)
-    assert run(dataset, tmp_path, "--max_iters=30", "--eval_interval=5", "--patience=2") == 0
-    assert evaluations(tmp_path) == [0, 5, 10, 15, 20, 25]
-    assert set(losses(tmp_path, "train_loss").values()) == {0.0}
+    run("--max_iters=30", "--eval_interval=5", "--patience=2")
+    assert evaluations() == [0, 5, 10, 15, 20, 25]
+    assert set(losses(key="train_loss").values()) == {0.0}
     assert "no better validation loss in 2 evaluations" in capsys.readouterr().out
-    assert trainer(tmp_path, "best")["step"] == 15
-    assert trainer(tmp_path)["worse_evaluations"] == 2
+    assert trainer(name="best")["step"] == 15
+    assert trainer()["worse_evaluations"] == 2
 
 
-def test_losses_that_are_not_finite_never_become_the_best(dataset, tmp_path, monkeypatch):
+def test_losses_that_are_not_finite_never_become_the_best(monkeypatch):
     monkeypatch.setattr(train, "mean_loss", lambda *args, **options: math.nan)
-    assert run(dataset, tmp_path, "--max_iters=2", "--eval_interval=1") == 0
-    assert not (tmp_path / "best").exists()
-    assert trainer(tmp_path)["best_val_loss"] is None
-    assert [row["val_loss"] for row in read_rows(tmp_path) if "val_loss" in row] == [None] * 3
+    run("--max_iters=2", "--eval_interval=1")
+    assert not (OUT / "best").exists()
+    assert trainer()["best_val_loss"] is None
+    assert losses(key="val_loss") == dict.fromkeys(range(3))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -706,22 +696,21 @@ def test_losses_that_are_not_finite_never_become_the_best(dataset, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "message"),
     [
-        (["--learning_rat=1"], "learning_rate"),
-        (["--dataset=/nowhere/at_all.txt"], "at_all.txt"),
-        (["--out_dir=/proc/nothing"], "cannot be written"),
-        (["--init_from=/nowhere"], "'/nowhere' is no local folder or file"),
+        ("--learning_rat=1", "learning_rate"),
+        ("--dataset=/nowhere/at_all.txt", "at_all.txt"),
+        ("--out_dir=/proc/nothing", "cannot be written"),
+        ("--init_from=/nowhere", "'/nowhere' is no local folder or file"),
     ],
 )
 def test_a_users_mistake_ends_with_a_message_and_status_2_and_leaves_nothing(
-    dataset, tmp_path, capsys, options, message
+    capsys, option, message
 ):
-    out_dir = tmp_path / "out"
     with pytest.raises(SystemExit) as end:
-        run_main(lambda: run(dataset, out_dir, *options))
+        run_main(lambda: run(option))
     assert end.value.code == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
-    assert not out_dir.exists()
+    assert not OUT.exists()

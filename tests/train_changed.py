@@ -7,6 +7,7 @@ tests/test_changes.py runs this in a copy of the tree whose code was changed. Wh
 not behave as it should, an assertion fails.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -33,38 +34,34 @@ from tests.helpers import (
 from train import Trainer
 
 
-def train_and_resume(folder: Path, options: list[str]) -> None:
+def train_and_resume(options: list[str]) -> None:
     """A resumed run is the unbroken one, bit for bit, and learns."""
-    dataset = make_dataset(folder / "data")
     options = [*options, "--bias=True", "--decay_lr=False", "--eval_interval=6"]
-    assert run(dataset, folder / "whole", *options, "--max_iters=12") == 0
-    assert run(dataset, folder / "parts", *options, "--max_iters=6") == 0
-    before = weights(folder / "parts")
-    assert resume(folder / "parts", "--max_iters=12") == 0
-    after = weights(folder / "parts")
-    assert losses(folder / "parts") == losses(folder / "whole")
-    assert losses(folder / "parts", "val_loss") == losses(folder / "whole", "val_loss")
-    assert same_tensors(after, weights(folder / "whole"))
+    run("--out_dir=whole", *options, "--max_iters=12")
+    run("--out_dir=parts", *options, "--max_iters=6")
+    before = weights("parts")
+    resume("--out_dir=parts", "--max_iters=12")
+    after = weights("parts")
+    assert losses("parts") == losses("whole")
+    val_loss = losses("whole", "val_loss")
+    assert losses("parts", "val_loss") == val_loss
+    assert same_tensors(after, weights("whole"))
     for name, tensor in after.items():
         assert not torch.equal(tensor, before[name]), f"{name} is not trained"
-    val_loss = losses(folder / "whole", "val_loss")
     assert val_loss[12] < val_loss[0]
     for how in ("pointwise", "block"):
-        recomputed = [*options, f"--recompute={how}", "--max_iters=3"]
-        assert run(dataset, folder / how, *recomputed) == 0
-        for step, loss in losses(folder / how).items():
-            assert loss == pytest.approx(losses(folder / "whole")[step], rel=1e-5)
+        run(f"--out_dir={how}", *options, f"--recompute={how}", "--max_iters=3")
+        for step, loss in losses(how).items():
+            assert loss == pytest.approx(losses("whole")[step], rel=1e-5)
 
 
-def train_adapters(folder: Path, options: list[str]) -> None:
+def train_adapters(options: list[str]) -> None:
     """Adapters are trained, and the saved model is the one that was measured."""
-    base = f"--init_from={folder / 'whole' / 'last'}"
-    options = [*options, base, "--lora_rank=2", "--eval_iters=0", "--learning_rate=0.01"]
-    assert run(folder / "data", folder / "lora", *options, "--max_iters=4") == 0
-    merged = [f"--init_from={folder / 'lora' / 'best'}", "--max_iters=1", "--eval_iters=0"]
-    assert run(folder / "data", folder / "merged", *merged) == 0
-    best = trainer(folder / "lora", "best")["best_val_loss"]
-    assert losses(folder / "merged", "val_loss")[0] == pytest.approx(best, rel=1e-5)
+    lora = ["--init_from=whole/last", "--lora_rank=2", "--eval_iters=0", "--learning_rate=0.01"]
+    run("--out_dir=lora", *options, *lora, "--max_iters=4")
+    run("--out_dir=merged", "--init_from=lora/best", "--max_iters=1", "--eval_iters=0")
+    best = trainer("lora", "best")["best_val_loss"]
+    assert losses("merged", "val_loss")[0] == pytest.approx(best, rel=1e-5)
 
 
 @torch.no_grad()
@@ -83,9 +80,9 @@ def greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
     return new
 
 
-def sample(folder: Path) -> None:
+def sample() -> None:
     """Text written with the cache is that written without, past the context's end, too."""
-    model = from_pretrained(folder / "whole" / "last").eval()
+    model = from_pretrained(Path("whole/last")).eval()
     with torch.no_grad():  # a text of many different tokens
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
@@ -96,34 +93,33 @@ def sample(folder: Path) -> None:
     assert len({token for text in written for token in text}) > 3
 
 
-def train_on_a_gpu(folder: Path, options: list[str]) -> None:
+def train_on_a_gpu(options: list[str]) -> None:
     """Compiled and recorded as a CUDA graph, ten steps have the losses of the plain path."""
-    dataset = make_dataset(folder / "data")
     options = [*options, "--dtype=bfloat16", "--max_iters=10"]
     for fast in (False, True):
-        out_dir = folder / f"fast-{fast}"
-        built_run = built(dataset, out_dir, *options, f"--compile={fast}")
+        built_run = built(f"--out_dir=fast-{fast}", *options, f"--compile={fast}")
         loop = Trainer(built_run, cuda_graph=fast)
         assert loop.train() == 0
         recordable = OPTIMIZERS[built_run.config.optimizer].recordable
         assert (loop.train_step.graph is not None) == (fast and recordable)
-    for step, loss in losses(folder / "fast-True").items():
-        assert loss == pytest.approx(losses(folder / "fast-False")[step], rel=0.02)
+    for step, loss in losses("fast-True").items():
+        assert loss == pytest.approx(losses("fast-False")[step], rel=0.02)
 
 
 def main() -> None:
     """Run all of it."""
     gpt12.log.draw_losses = lambda *arguments: None  # which takes as long as a tiny run
-    folder = Path(sys.argv[1])
+    os.chdir(sys.argv[1])
+    make_dataset(Path("letters"))
     options = sys.argv[2:]
     torch.manual_seed(0)
     assert train.main(["--check", *TINY, "--bias=True", *options]) == 0
     if "--device=cuda" in options:
-        train_on_a_gpu(folder, options)
+        train_on_a_gpu(options)
         return
-    train_and_resume(folder, options)
-    train_adapters(folder, options)
-    sample(folder)
+    train_and_resume(options)
+    train_adapters(options)
+    sample()
 
 
 if __name__ == "__main__":
