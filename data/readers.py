@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gpt12.errors import UserError
-from gpt12.files import exists
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".jsonlines", ".parquet")
 SUFFIXES = (".txt", ".md", *TABLES)  # each also as .gz
@@ -63,30 +62,20 @@ def file_rows(file: Path, text_column: str, encoding: str) -> Rows:
     return ((str(file), {text_column: text}) for text in split_documents(lines))
 
 
-def find_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """Return the files to read for a data set, and the files that are no text, sorted.
+def find_files(path: Path) -> list[Path]:
+    """Return a file alone, or all files of a folder and of its subfolders, sorted.
 
-    path: a file, or a folder, whose subfolders are searched, too. Hidden files and folders, and
-        node_modules, are neither read nor counted.
-    Raises UserError if there is nothing to read.
+    Hidden files and folders, and node_modules, are left out.
     """
-    if not exists(path):
-        raise UserError(f"There is no file or folder {str(path)[:200]!r}.")
-    candidates = [path]
-    if path.is_dir():
-        candidates = []
-        for file in sorted(path.rglob("*")):
-            parts = file.relative_to(path).parts
-            hidden = any(part.startswith(".") or part == "node_modules" for part in parts)
-            if file.is_file() and not hidden:
-                candidates.append(file)
-    files = [file for file in candidates if suffix_of(file) in SUFFIXES or _is_text(file)]
-    if not files:
-        raise UserError(
-            f"{path} holds no text and no val shards. These files are read: "
-            f"{', '.join(SUFFIXES)}, each also as .gz, and plain text with any other ending."
-        )
-    return files, sorted(set(candidates).difference(files))
+    if not path.is_dir():
+        return [path]
+    files = []
+    for file in sorted(path.rglob("*")):
+        parts = file.relative_to(path).parts
+        hidden = any(part.startswith(".") or part == "node_modules" for part in parts)
+        if file.is_file() and not hidden:
+            files.append(file)
+    return files
 
 
 def suffix_of(file: Path) -> str:
@@ -156,10 +145,11 @@ def _csv_rows(file: Path, lines: Iterator[str], encoding: str) -> Rows:
         strict=True,
         quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
     )
-    end = before + 1  # of what was read
+    end = before  # of what was read
     advice = f"A text with {delimiter!r} or a quotation mark in it should stand in quotation marks"
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        end += reader.line_num
         for row in reader:
             end = before + reader.line_num
             where = f"{file}, line {end}"
@@ -241,8 +231,10 @@ def _open(file: Path) -> BinaryIO:
     return stream  # type: ignore[return-value]
 
 
-def _is_text(file: Path) -> bool:
-    """Tell whether a file of unknown ending begins as text, in which no byte is 0 but in UTF-16."""
+def is_text(file: Path) -> bool:
+    """Tell whether a file has a known ending or begins as text, with no byte 0 but in UTF-16."""
+    if suffix_of(file) in SUFFIXES:
+        return True
     try:
         with _open(file) as stream:
             begin = stream.read(SAMPLE_BYTES)
@@ -265,13 +257,10 @@ def _lines(file: Path, encoding: str) -> Iterator[str]:
 
 def _is_utf8(file: Path) -> bool:
     """Tell whether a file is UTF-8 and has characters that show it."""
-    shown = False
-    try:
-        for line in _decode(file, "utf-8"):
-            shown = shown or not line.isascii()
+    try:  # sum reads it all
+        return sum(not line.isascii() for line in _decode(file, "utf-8")) > 0
     except UnicodeError:
         return False
-    return shown
 
 
 def _decode(file: Path, encoding: str) -> Iterator[str]:

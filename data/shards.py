@@ -208,25 +208,20 @@ class Tokens:
             assert start >= 0, f"window at {start} is outside the split"
             filled = 0
             while filled < min(length, len(self) - start):
-                shard, first = self._locate(start + filled)
+                number = bisect.bisect_right(self._ends, start + filled)
+                shard = self._shards[number]
+                first = start + filled - (self._ends[number] - shard.length)
                 part = self._map(shard)[first : first + length - filled]
+                if part.max() >= self._vocab_size:
+                    place = int(np.argmax(part >= self._vocab_size))
+                    raise UserError(
+                        f"{shard.path}: token {first + place} is {part[place]}, but the vocabulary "
+                        f"has ids 0 to {self._vocab_size - 1}. The file is damaged, or another "
+                        "tokenizer made it. Prepare the data again."
+                    )
                 window[filled : filled + len(part)] = part
                 filled += len(part)
-        if windows.max(initial=0) >= self._vocab_size:
-            number, place = np.argwhere(windows >= self._vocab_size)[0].tolist()
-            shard, index = self._locate(int(starts[number]) + place)
-            raise UserError(
-                f"{shard.path}: token {index} is {windows[number, place]}, but the vocabulary "
-                f"has ids 0 to {self._vocab_size - 1}. "
-                "The file is damaged, or another tokenizer made it. Prepare the data again."
-            )
         return windows
-
-    def _locate(self, index: int) -> tuple[Shard, int]:
-        """Return the shard that holds the token of an index, and the token's index in the shard."""
-        number = bisect.bisect_right(self._ends, index)
-        shard = self._shards[number]
-        return shard, index - (self._ends[number] - shard.length)
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise UserError with file, token index and id if an id is not below vocab_size.

@@ -32,11 +32,13 @@ from data.readers import (
     file_rows,
     find_files,
     hub_rows,
+    is_text,
     replace_surrogates,
     split_documents,
     suffix_of,
 )
 from gpt12.errors import UserError
+from gpt12.files import exists
 
 # A longer text is tokenized in pieces of about this size, on all cores and in constant memory.
 PIECE_CHARACTERS = 20_000
@@ -274,7 +276,10 @@ class Documents:
     # Files
 
     def _find_files(self) -> None:
-        """Find the files to read, and note what a folder holds."""
+        """Find the files to read, and note what a folder holds.
+
+        Raises UserError if there is nothing to read.
+        """
         try:
             if self.encoding != REPLACE:
                 "?".encode(self.encoding)  # fails also for what encodes no text, like base64
@@ -282,17 +287,24 @@ class Documents:
         except LookupError:
             raise UserError(f"There is no encoding {self.encoding!r}. utf-8 is one.") from None
         path = Path(self.source).expanduser()
-        self.files, skipped = find_files(path)
+        if not exists(path):
+            raise UserError(f"There is no file or folder {str(path)[:200]!r}.")
+        found = find_files(path)
+        self.files = list(filter(is_text, found))
         if any(suffix_of(file) not in ("", *SUFFIXES) for file in self.files):  # source code
-            skipped += [file for file in self.files if not self._is_usable(file)]
-            self.files = [file for file in self.files if file not in skipped]
+            self.files = list(filter(self._is_usable, self.files))
+        if not self.files:
+            raise UserError(
+                f"{path} holds no text and no val shards. These files are read: "
+                f"{', '.join(SUFFIXES)}, each also as .gz, and plain text with any other ending."
+            )
         if path.is_dir():
             note = f"{self.source}: {len(self.files):,} files are read: {_count(self.files)}"
-            if skipped:
+            if skipped := sorted(set(found).difference(self.files)):
                 note += f"; {len(skipped):,} without a text are not: {_count(skipped)}"
             self.notes.append(f"{note}.")
-            found = map(SPLIT_NAME.match, (file.name.lower() for file in self.files))
-            splits = sorted({match[1] for match in found if match})
+            matches = map(SPLIT_NAME.match, (file.name.lower() for file in self.files))
+            splits = sorted({match[1] for match in matches if match})
             if len(splits) > 1:
                 self.notes.append(
                     f"The files named {' and '.join(splits)} are read as one data set, which is "

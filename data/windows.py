@@ -99,9 +99,8 @@ class EvalWindows:
 
         n: more windows than there are means all.
         """
-        if n >= self.count:
-            return np.arange(self.count)
-        return np.sort(permute(np.arange(n), self.count, key=0))
+        first = np.arange(min(n, self.count))
+        return np.sort(permute(first, self.count, key=0))
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return inputs, targets and, for instruction data, example starts of some windows.

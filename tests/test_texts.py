@@ -519,6 +519,8 @@ def test_pieces_have_the_ids_of_the_whole(monkeypatch, parts):
             'text\n"never closed\n',
             "line 2 begins a row of broken CSV: unexpected end.* each mark in the text twice",
         ),
+        ("a.csv", '"text,\nx,y\n', "line 1 begins a row of broken CSV"),
+        ("a.csv", 'sep=;\n"id\nof a row";text\n1;"x\n', "line 4 begins a row of broken CSV"),
         ("a.csv", "sep=\nx\n", "has no 'text', only 'sep='.*--text_column="),
         ("a.csv", 'sep="\nx\n', "has no 'text', only"),
         ("a.json", '{\n "text": "a"\n}', r"line 1 is broken JSON: .* as a list"),
