@@ -94,7 +94,7 @@ def open_dataset(
     try:
         if find_shards(folder, "val"):
             pass
-        elif _is_named(name) and (folder / "prepare.py").exists():
+        elif (folder / "prepare.py").exists() and folder.parent.resolve() == DATA.resolve():
             _prepare_named(folder)
         else:
             source = name if name.startswith("hf:") else str(folder)
@@ -135,7 +135,7 @@ def check_exists(name: str) -> None:
 
 def _is_named(name: str) -> bool:
     """Return whether a name is that of a folder in data/."""
-    return name != "" and Path(name).name == name and is_folder(DATA / name)
+    return name not in ("", "..") and Path(name).name == name and is_folder(DATA / name)
 
 
 # ----------------------------------------------------------------------------------------------

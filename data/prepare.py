@@ -224,7 +224,7 @@ def _write_texts(
     dtype = token_dtype(tokenizer.text_vocab_size)
     train = ShardWriter(folder, "train", dtype, start=written.train)
     val = ShardWriter(folder, "val", dtype, start=written.val)
-    total = saved = written.train + written.val
+    saved = written.train + written.val
     encoded = _encode(documents, found, tokenizer)
     for document, pieces in itertools.groupby(encoded, key=lambda piece: piece.document):
         is_val = not few and is_for_validation(document, first, val_fraction)
@@ -293,8 +293,8 @@ def _write_examples(
     for document, group in itertools.groupby(encoded, key=lambda piece: piece.document):
         pieces = list(group)
         ids = np.concatenate([piece.ids for piece in pieces])
-        lengths = [len(piece.ids) for piece in pieces]
-        mask = np.repeat(np.array([TRAINED * piece.trained for piece in pieces], UINT8), lengths)
+        masks = [np.full(len(piece.ids), TRAINED * piece.trained, UINT8) for piece in pieces]
+        mask = np.concatenate(masks)
         cut += len(ids) > block_size
         written.count += 1
         if mask[1:block_size].any():
@@ -308,7 +308,7 @@ def _write_examples(
             "This tokenizer has no end-of-text token, so answers will not end by themselves. "
             f"{advice}"
         )
-    if found.unanswered > 0:
+    if found.unanswered:
         found.notes.append(
             f"{found.unanswered:,} conversations end with a message that has no answer. It was "
             "left out."
@@ -318,7 +318,7 @@ def _write_examples(
             "The prompts have no common ending, so the model cannot see where a question ends and "
             "its answer begins. End every prompt in the same way, for example with a line end."
         )
-    if cut > 0:
+    if cut:
         left_out = written.count - len(examples["train"]) - len(examples["val"])
         found.notes.append(
             f"{cut:,} of {written.count:,} examples were longer than {block_size} tokens and "

@@ -248,9 +248,10 @@ def _lines(file: Path, encoding: str) -> Iterator[str]:
     try:
         if encoding not in ("utf-8", REPLACE) and _is_utf8(file):
             encoding = "utf-8"
-        yield from _decode(file, encoding)
-    except UnicodeError:
-        raise UserError(_explain_encoding(file, encoding)) from None
+        try:
+            yield from _decode(file, encoding)
+        except UnicodeError:
+            raise UserError(_explain_encoding(file, encoding)) from None
     except UNREADABLE as error:
         raise UserError(f"{file} cannot be read: {error}.") from None
 

@@ -378,8 +378,9 @@ def _special_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
     settings |= _read_json(files, "tokenizer_config.json")
     tokens = {}
     for key, token in settings.items():
-        if key.endswith("_token") and token:
-            tokens[key] = token if isinstance(token, str) else token["content"]
+        text = token.get("content") if isinstance(token, dict) else token
+        if key.endswith("_token") and text and isinstance(text, str):
+            tokens[key] = text
     return tokens
 
 

@@ -105,32 +105,30 @@ class EvalWindows:
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return inputs, targets and, for instruction data, example starts of some windows.
 
-        They are the windows at `indices`, int64 (len(indices), T) each. Past the end of the split
-        targets are NOT_TRAINED.
+        They are the windows at `indices`, int64 (len(indices), T) each.
         """
         starts = np.asarray(indices) * self.block_size
-        inputs, targets, *example_starts = _read_windows(self.tokens, starts, self.block_size)
-        room = len(self.tokens) - 1 - starts  # targets from each start on
-        targets[np.arange(self.block_size) >= room[:, None]] = NOT_TRAINED
-        return inputs, targets, *example_starts
+        return _read_windows(self.tokens, starts, self.block_size)
 
 
 def _read_windows(tokens: Tokens, starts: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
     """Return the windows at `starts` and the same shifted by one, int64 (len(starts), length).
 
-    If the split has a mask, a target is NOT_TRAINED where it is not trained, and the example
-    starts are returned, too.
+    Past the end of the split targets are NOT_TRAINED. If the split has a mask, so are those that
+    it does not name, and the example starts are returned, too.
     """
     windows = tokens.gather(starts, length + 1)
     inputs = np.ascontiguousarray(windows[:, :-1])
     targets = np.ascontiguousarray(windows[:, 1:])
+    indices = np.arange(length, dtype=np.int64)
+    room = len(tokens) - 1 - starts  # targets from each start on
+    targets[indices >= room[:, None]] = NOT_TRAINED
     if tokens.mask is None:
         return inputs, targets
     mask = tokens.mask.gather(starts, length + 1)
     targets = np.where(mask[:, 1:] & TRAINED, targets, NOT_TRAINED)
     is_start = mask[:, :-1] & EXAMPLE_START
     # Each token's example starts at the last start up to the token, or at 0 before the first.
-    indices = np.arange(length, dtype=np.int64)
     example_starts = np.maximum.accumulate(np.where(is_start, indices, 0), axis=1)
     return inputs, targets, example_starts
 

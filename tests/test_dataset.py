@@ -137,6 +137,12 @@ def test_too_little_text_is_refused_and_leaves_no_data_set(house, text):
     assert len(open_bytes("a.txt").train) > 8
 
 
+def test_answers_that_are_all_blank_are_too_short(house):
+    rows = [{"question": "Hi?", "answer": " "}] * 30
+    with pytest.raises(UserError, match="too short .* 30 blank texts or answers were left out"):
+        open_bytes(jsonl(house / "a.jsonl", rows))
+
+
 # The cache
 
 
@@ -514,13 +520,16 @@ def shards(folder, top=9, tokenizer=None):
     return folder
 
 
-def test_a_name_in_data_comes_first_and_a_missing_one_names_the_nearest(house):
+def test_a_name_in_data_comes_first_and_a_missing_one_names_the_nearest(house, monkeypatch):
     shards(house / "data" / "mine", tokenizer=ByteTokenizer())
     (house / "mine").write_text("a file of the same name")
     assert open_bytes("mine").folder == house / "data" / "mine"
     (house / "data" / "mine" / "prepare.py").write_text("")
     with pytest.raises(UserError, match="no data set 'mime'.* one of mine, a file"):
         open_bytes("mime")
+    monkeypatch.chdir(house / "data" / "mine")
+    with pytest.raises(UserError, match=r"\.\.: 1 files are read"):  # of data/
+        open_bytes("..")
     for name in ("own.txt", "texts/own", "./own"):
         with pytest.raises(UserError, match="no such file or folder exists"):
             open_bytes(name)
@@ -540,8 +549,9 @@ def test_only_our_small_data_sets_prepare_themselves(house, monkeypatch):
     folder = house / "data" / "theirs"
     folder.mkdir()
     (folder / "prepare.py").write_text(f"import os\nos.mkdir({str(house / 'ran')!r})\n")
-    with pytest.raises(UserError, match=r"Run: python .*theirs/prepare\.py .*--dataset=my\.txt"):
-        open_bytes("theirs")
+    for name in ("theirs", "data/theirs/"):
+        with pytest.raises(UserError, match=r"Run: python .*theirs/prepare\.py .*--dataset=my\.t"):
+            open_bytes(name)
     assert not (house / "ran").exists()
     (house / "data" / "shakespeare_char").mkdir()
     (house / "data" / "shakespeare_char" / "prepare.py").write_text("")

@@ -277,6 +277,12 @@ def test_a_bad_byte_in_good_utf8_is_replaced_only_if_asked(tmp_path):
     assert read(tmp_path / "a.jsonl") == ["a\ufffdb"]
 
 
+def test_a_cut_archive_of_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"\xe9\n" * 99_999)[:-9])
+    with pytest.raises(UserError, match=r"a\.txt\.gz cannot be read: Compressed file ended"):
+        read(tmp_path / "a.txt.gz")
+
+
 # Forms
 
 ONE = [

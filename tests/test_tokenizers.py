@@ -267,7 +267,10 @@ def test_a_panic_of_the_library_is_a_damaged_file_and_ctrl_c_is_not(tmp_path, mo
 
 @pytest.mark.parametrize("end", ["7", [True, None, {}], -1, 1e3, 2**40])
 def test_an_end_that_is_no_id_is_ignored(tmp_path, end):
+    """And so is a setting that only has the name of a token."""
     tiny.save(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("{", '{"add_bos_token": true,'))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.end_ids == {tokenizer.eot}
