@@ -541,7 +541,7 @@ def draw(rows: list[Row], title: str) -> None:
     speeds = [row.get("tokens_per_s", 0) for row in rows]
     bars = axes.barh([row["label"] for row in rows], speeds, color="#0072B2")
     axes.bar_label(bars, words, padding=3)
-    axes.margins(x=0.25)  # room for the words
+    axes.margins(x=0.3)  # room for the words
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig("bench.png", dpi=110)

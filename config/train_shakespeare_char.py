@@ -4,7 +4,7 @@
 #   python sample.py --out_dir=out-shakespeare-char
 #
 # Result  validation loss 1.45 over the whole split (nanoGPT: 1.4697)
-# Time    17 to 29 s with imports, 4 of them training, measured on an H200
+# Time    15 to 29 s with imports, 4 of them training, measured on an H200
 # VRAM    1.4 GiB (predicted)
 
 out_dir = "out-shakespeare-char"
