@@ -13,32 +13,14 @@ import pytest
 from gpt12.checkpoint import save_checkpoint
 from gpt12.folder import Progress, find_checkpoint
 from gpt12.twin import VOCAB_SIZE
-from gpt12.weights import from_pretrained, save_pretrained
-from model import GPT, GPTConfig
-from tests.helpers import OUT, ROOT, edit_json, refused, resume, run, trainer
+from model import GPT
+from tests.helpers import OUT, ROOT, refused, resume, run, trainer
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 # --------------------------------------------------------------------------------------------------
 # Forgeries
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"n_layer": 1000}, "asks for more than its tensors hold"),
-        ({"vocab_size": 2**62}, "impossible shape"),
-        ({"n_head": 0}, "impossible shape"),
-    ],
-)
-def test_a_config_that_lies_is_refused_before_memory_is_asked_for(
-    tmp_path, monkeypatch, change, message
-):
-    save_pretrained(GPT(GPTConfig(8, 11, 1, 2, 8)), tmp_path)
-    edit_json("config.json", **change)
-    monkeypatch.setattr("gpt12.weights.meta_model", pytest.fail)
-    refused(message, from_pretrained, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -92,18 +92,22 @@ def test_other_architectures_are_refused_by_name(folder, change, message):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "message", "not_made"),
     [
-        ({"n_positions": 30_000}, r"wpe\.weight has shape \(32, 48\), its configuration asks for"),
-        ({"fingerprint": "x"}, "valid list"),
-        ({"fingerprint": [1.0, float("nan")]}, "finite"),
+        ({"n_layer": 1000}, "asks for more than its tensors hold", "weights.meta_model"),
+        ({"vocab_size": 2**62}, "impossible shape", "weights.meta_model"),
+        ({"n_head": 0}, "impossible shape", "weights.meta_model"),
+        ({"n_positions": 30_000}, r"wpe\.weight has shape \(32, 48\)", "twin.make_twin"),
+        ({"fingerprint": "x"}, "valid list", "twin.make_twin"),
+        ({"fingerprint": [1.0, float("nan")]}, "finite", "twin.make_twin"),
     ],
 )
-def test_a_configuration_is_compared_with_the_tensors_before_a_twin_of_it_is_made(
-    folder, monkeypatch, change, message
+def test_a_config_that_lies_is_refused_before_memory_is_asked_for(
+    folder, monkeypatch, change, message, not_made
 ):
+    """It is compared with the tensors before the model's shape or a twin of it is made."""
     set_config(folder, **change)
-    monkeypatch.setattr("gpt12.twin.make_twin", pytest.fail)
+    monkeypatch.setattr(f"gpt12.{not_made}", pytest.fail)
     with pytest.raises(UserError, match=message):
         from_pretrained(folder)
 
