@@ -213,9 +213,12 @@ def resume(loaded: Loaded[TrainConfig], out_dir: Path) -> Request:
     With init_from=auto the line that began the run is typed again. Then only what is new in it
     counts as typed, else it would undo what was decided since.
     """
+    # 1. What was asked of the run so far.
     saved = read_run(out_dir)
     before = checked(TrainConfig, said_in(out_dir, saved.config), ())
     asked_before = said_in(out_dir, saved.asked)
+
+    # 2. What is typed now.
     typed = dict(loaded.typed)
     typed.pop("init_from", None)  # it says that a run goes on, and changes nothing in it
     if loaded.config.init_from == "auto":
@@ -223,11 +226,12 @@ def resume(loaded: Loaded[TrainConfig], out_dir: Path) -> Request:
             if getattr(loaded.config, key) == asked_before[key].value:
                 del typed[key]
     refuse_fixed_keys(loaded.config, typed, before)
-
     asked_now = merge(asked_before, typed)
     # Set by the user now, or before and not replaced since.
     given = typed.keys() | (asked_now.keys() & set(saved.given or ()))
     asked = checked(TrainConfig, asked_now, given)
+
+    # 3. What stays as the run decided it.
     stays = (FIXED_ON_RESUME | STAYS_ON_RESUME) - typed.keys()
     if MEMORY_KEYS.isdisjoint(typed):
         stays |= MEMORY_KEYS

@@ -16,15 +16,14 @@ Nothing is unpickled except tensors and plain values by torch's safe reader.
 
 from __future__ import annotations
 
-import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import FiniteFloat, InstanceOf
+from pydantic import Field, FiniteFloat, InstanceOf
 from torch import Tensor, nn
 
 from gpt12.errors import UserError, warn
@@ -371,17 +370,21 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+@dataclass
+class WeightIndex:
+    """What we read of an index: the file beside it that holds a tensor, by the tensor's name."""
+
+    # A path would lead out of the folder.
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^\w[\w.-]*$")]]
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """Return the files with the weights: one, or the shards that an index names."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            names = set(validated(dict[str, str], weight_map, index).values())
-            for part in names:
-                if not re.fullmatch(r"\w[\w.-]*", part):  # a path would lead out of the folder
-                    raise UserError(f"{index}: {part!r} is no name of a file beside it")
-            return [folder / part for part in sorted(names)]
+            parts = set(read_json(index, WeightIndex).weight_map.values())
+            return [folder / part for part in sorted(parts)]
         if (folder / name).exists():
             return [folder / name]
     return [folder / "model.safetensors"]
