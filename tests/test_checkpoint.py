@@ -4,7 +4,6 @@ import errno
 import importlib.util
 import os
 import shutil
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,9 +202,9 @@ def test_a_folder_is_locked_for_a_second_run_until_the_first_has_ended():
 
 
 def test_a_disk_without_locks_is_not_taken_for_another_run(monkeypatch):
-    fcntl = pytest.importorskip("fcntl")
+    pytest.importorskip("fcntl")
     error = OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=error))
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=error))
     with lock_run(OUT):
         pass
 
@@ -219,7 +218,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work():
 def test_a_file_that_the_disk_does_not_take_leaves_no_half_of_it(monkeypatch):
     OUT.mkdir()
     (OUT / "a.json").write_text("old")
-    monkeypatch.setattr(os, "fsync", Mock(side_effect=FULL))
+    monkeypatch.setattr("os.fsync", Mock(side_effect=FULL))
     with pytest.raises(OSError, match="No space left"):
         write_json(OUT / "a.json", {})
     [left] = OUT.iterdir()
@@ -235,7 +234,7 @@ def test_a_run_that_cannot_write_its_first_files_says_so(name):
 def test_run_json_explains_the_run_and_no_file_holds_a_secret(monkeypatch, capsys):
     for name in ("WANDB_API_KEY", "HF_TOKEN", "FREE"):
         monkeypatch.setenv(name, f"s3cret-{name}-abcdef")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--password=s3cret-argv"])
+    monkeypatch.setattr("sys.argv", ["train.py", "--password=s3cret-argv"])
     run("--max_iters=2")
     told = "".join(capsys.readouterr())
     for path in OUT.rglob("*.*"):
@@ -305,7 +304,7 @@ def test_an_earlier_run_replaces_the_one_before_it_and_the_users_files_stay():
 
 def test_a_run_without_a_step_displaces_no_trained_one(monkeypatch, capsys):
     run("--max_iters=2")
-    monkeypatch.setattr(Trainer, "loop", lambda trainer: 130)
+    monkeypatch.setattr("train.Trainer.loop", lambda trainer: 130)
     for _ in range(2):
         run("--max_iters=2", status=130)
     assert "go on with" not in capsys.readouterr().out.split("stopped at step 0")[1]

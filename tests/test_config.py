@@ -378,7 +378,7 @@ def test_a_field_of_gptconfig_is_a_key(monkeypatch):
     class Changed(GPTConfig):
         n_kv_head: int = 3
 
-    monkeypatch.setattr(gpt12.settings, "GPTConfig", Changed)
+    monkeypatch.setattr("gpt12.settings.GPTConfig", Changed)
 
     @gpt12.settings.dataclass(frozen=True, config=gpt12.settings.STRICT)
     @with_shape_keys

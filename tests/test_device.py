@@ -3,15 +3,16 @@
 import math
 import os
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from gpt12 import device
 from gpt12.device import COMPILE_THREADS, CUDA_WHEELS, Machine, open_machine
-from gpt12.errors import UserError
 from gpt12.memory import COMPILED_GPU, GIB
 from tests.helpers import CPU as ON_CPU
+from tests.helpers import refused
 
 CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -20,8 +21,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def no_gpu(monkeypatch):
     """A machine without a GPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     monkeypatch.setattr("gpt12.device.shutil.which", lambda name: None)
     monkeypatch.setattr("gpt12.device.Path", lambda path: SimpleNamespace(exists=lambda: False))
 
@@ -29,21 +30,19 @@ def no_gpu(monkeypatch):
 @pytest.fixture
 def two_gpus(monkeypatch):
     """A machine with two GPUs that have bfloat16 and a compiler that works."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "Some Card")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda place: None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *args: "Some Card")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", Mock())
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr("torch.empty", Mock())
     monkeypatch.setattr("gpt12.device._try_compiler", lambda place: "")
     monkeypatch.setenv(COMPILE_THREADS, "1")  # open_machine sets it, and this takes it back
 
 
 def test_auto_on_a_cpu_is_float32_and_not_compiled_and_says_why(no_gpu):
     machine = open_machine("auto", "auto", "auto")
-    assert machine.device == CPU
-    assert machine.dtype == torch.float32
-    assert not machine.compiled
+    assert (machine.device, machine.dtype, machine.compiled) == (CPU, torch.float32, False)
     assert machine.notes == [
         "device: cpu",
         "compile: off, because on this device compiling takes longer than it saves",
@@ -56,8 +55,8 @@ def test_auto_on_a_gpu_is_cuda_bfloat16_and_compiled_if_there_is_work(two_gpus, 
     monkeypatch.setenv("LOCAL_RANK", "1")
     machine = open_machine("auto", "auto", "auto")
     assert machine.device == torch.device("cuda", 1)
-    assert (machine.dtype, machine.compiled) == (torch.bfloat16, True)
-    assert (machine.rank, machine.world) == (1, 3)
+    assert machine.dtype == torch.bfloat16
+    assert (machine.compiled, machine.rank, machine.world) == (True, 1, 3)
     assert machine.notes == ["device: cuda (Some Card)", "dtype: bfloat16"]
     short = open_machine("cuda", "bfloat16", "auto", long=False)
     assert not short.compiled
@@ -68,8 +67,7 @@ def test_auto_on_a_gpu_is_cuda_bfloat16_and_compiled_if_there_is_work(two_gpus, 
 @pytest.mark.parametrize(("in_hardware", "dtype"), [(True, "bfloat16"), (False, "float16")])
 def test_a_gpu_takes_bfloat16_only_where_it_has_it_in_hardware(monkeypatch, in_hardware, dtype):
     monkeypatch.setattr(
-        torch.cuda,
-        "is_bf16_supported",
+        "torch.cuda.is_bf16_supported",
         lambda including_emulation: in_hardware or including_emulation,
     )
     notes: list[str] = []
@@ -82,28 +80,25 @@ def test_an_nvidia_card_that_torch_cannot_use_is_reported_with_the_line_that_fix
     no_gpu, monkeypatch, built_for
 ):
     monkeypatch.setattr("gpt12.device.shutil.which", lambda name: "/usr/bin/nvidia-smi")
-    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr("torch.version.cuda", built_for)
     notes = open_machine("auto", "auto", False).notes
     assert notes[0].startswith("device: cpu, although there is an NVIDIA card.")
     assert f"pip install --force-reinstall torch --index-url {CUDA_WHEELS}" in notes[0]
     assert ("built without CUDA" in notes[0]) == (built_for is None)
-    with pytest.raises(UserError, match=r"device=cuda cannot be used: This torch .*--device=cpu"):
-        open_machine("cuda", "auto", False)
+    message = "device=cuda cannot be used: This torch .*--device=cpu"
+    refused(message, open_machine, "cuda", "auto", False)
 
 
 def test_an_apple_gpu_that_is_not_there_is_refused(no_gpu):
-    with pytest.raises(UserError, match=r"device=mps cannot be used: .* Or pass --device=cpu"):
-        open_machine("mps", "auto", False)
+    message = "device=mps cannot be used: .* Or pass --device=cpu"
+    refused(message, open_machine, "mps", "auto", False)
 
 
 def test_a_gpu_that_fails_at_its_first_tensor_is_refused(two_gpus, monkeypatch):
-    def fail(*shape, device):
-        raise RuntimeError("CUDA error: all CUDA-capable devices are busy\nmore lines")
-
-    monkeypatch.setattr(torch, "empty", fail)
+    error = RuntimeError("CUDA error: all CUDA-capable devices are busy\nmore lines")
+    monkeypatch.setattr("torch.empty", Mock(side_effect=error))
     message = r"device=cuda:1 cannot be used: RuntimeError: CUDA error: .* are busy\. Or pass"
-    with pytest.raises(UserError, match=message):
-        open_machine("cuda:1", "auto", False)
+    refused(message, open_machine, "cuda:1", "auto", False)
 
 
 def test_a_compiler_that_fails_is_told_and_refused_where_it_was_asked_for(two_gpus, monkeypatch):
@@ -112,15 +107,12 @@ def test_a_compiler_that_fails_is_told_and_refused_where_it_was_asked_for(two_gp
     assert not machine.compiled
     assert machine.notes == ["compile: off, because there is no compiler"]
     message = "compile=True, but there is no compiler. Pass --compile=False"
-    with pytest.raises(UserError, match=message):
-        open_machine("cuda", "bfloat16", True)
+    refused(message, open_machine, "cuda", "bfloat16", True)
 
 
 def test_whatever_the_compiler_raises_becomes_one_line(monkeypatch):
-    def compile_(function):
-        raise OSError("no C++ compiler\nmore lines")
-
-    monkeypatch.setattr(torch, "compile", compile_)
+    error = OSError("no C++ compiler\nmore lines")
+    monkeypatch.setattr("torch.compile", Mock(side_effect=error))
     assert device._try_compiler(CPU) == "torch.compile fails here: OSError: no C++ compiler"
 
 
@@ -153,11 +145,11 @@ def test_products_have_the_lower_precision_under_autocast_and_weights_stay_float
 
 
 def test_memory_that_this_process_holds_counts_as_free_and_a_cap_counts(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 12 * GIB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GIB)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (3 * GIB, 12 * GIB))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 2 * GIB)
     for share, usable in ((1.0, 5.0), (0.25, 3.0)):
         monkeypatch.setattr(
-            torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share
+            "torch.cuda.get_per_process_memory_fraction", lambda device, share=share: share
         )
         assert device.available_memory(COMPILED_GPU) == usable * GIB
 
@@ -185,12 +177,12 @@ def test_free_ram_and_what_the_process_holds_are_available_up_to_a_containers_li
     for file, content in contents.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content)
-    monkeypatch.setattr(device, "ROOT", tmp_path)
+    monkeypatch.setattr("gpt12.device.ROOT", tmp_path)
     assert device.available_memory(ON_CPU) == available * 1024
 
 
 def test_a_system_that_does_not_tell_its_free_ram_counts_as_unlimited(monkeypatch, tmp_path):
-    monkeypatch.setattr(device, "ROOT", tmp_path)
+    monkeypatch.setattr("gpt12.device.ROOT", tmp_path)
     assert device.available_memory(ON_CPU) == math.inf
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 12 kB\n")

@@ -70,8 +70,8 @@ def test_the_ranks_are_those_of_torchruns_environment(monkeypatch):
 
 
 def test_more_processes_than_gpus_are_refused_by_every_rank(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     message = r"3 processes .* 2 GPU\(s\): --nproc_per_node=2"
@@ -108,9 +108,9 @@ def test_rank_0_prepares_first_then_one_rank_of_each_machine_then_all(
 
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local)
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "new_group", new_group)
-    monkeypatch.setattr(dist, "barrier", met.append)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.new_group", new_group)
+    monkeypatch.setattr("torch.distributed.barrier", met.append)
     with first_ranks_first():
         assert met == ["group"] * turn
     assert met == ["group"] * 2
@@ -144,7 +144,7 @@ def test_what_a_rank_draws_in_a_step_is_its_own_also_after_resuming(monkeypatch)
         drawn.append(torch.rand(()).item())
         make_step(self, *args)
 
-    monkeypatch.setattr(TrainStep, "__call__", draw_and_step)
+    monkeypatch.setattr("train.TrainStep.__call__", draw_and_step)
     run("--max_iters=2")
     monkeypatch.setenv("RANK", "1")
     run("--max_iters=4")
@@ -338,7 +338,9 @@ def test_a_signal_that_arrives_twice_at_once_still_lets_the_run_save(stop, clock
 
 def test_a_signal_that_another_rank_got_first_still_lets_this_one_save(stop, clock, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(dist, "all_reduce", lambda flag, operation: flag.fill_(signal.SIGTERM))
+    monkeypatch.setattr(
+        "torch.distributed.all_reduce", lambda flag, operation: flag.fill_(signal.SIGTERM)
+    )
     assert not stop.agreed()
     assert stop.agreed()
     clock.now += 0.2
@@ -396,7 +398,7 @@ def test_a_signal_ends_a_long_evaluation_early(monkeypatch, step):
 
     options = ["--max_iters=30", "--eval_iters=0", "--always_save_checkpoint=False"]
     with monkeypatch.context() as m:
-        m.setattr(EvalWindows, "batch", interrupted)
+        m.setattr("data.windows.EvalWindows.batch", interrupted)
         run(*options, status=130)
     assert sent
     evaluated = [*range(0, step, 10)]
@@ -430,7 +432,7 @@ def train_in_a_terminal() -> int:
             time.sleep(0.01)
         make_step(self, *args)
 
-    pytest.MonkeyPatch().setattr(TrainStep, "__call__", wait_and_step)
+    pytest.MonkeyPatch().setattr("train.TrainStep.__call__", wait_and_step)
     return train.main()
 
 

@@ -6,7 +6,6 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -33,10 +32,7 @@ def exit_status_of(main, help_page=None):
     ],
 )
 def test_an_exception_becomes_a_status_and_a_message(raised, status, printed, capsys):
-    def main():
-        raise raised
-
-    assert exit_status_of(main) == status
+    assert exit_status_of(Mock(side_effect=raised)) == status
     assert capsys.readouterr().err == printed
 
 
@@ -57,7 +53,7 @@ def test_a_bug_keeps_its_traceback():
 def test_a_script_without_options_answers_help_and_refuses_an_argument(
     argument, status, stream, printed, monkeypatch, capsys
 ):
-    monkeypatch.setattr(sys, "argv", ["prepare.py", argument])
+    monkeypatch.setattr("sys.argv", ["prepare.py", argument])
     assert exit_status_of(lambda: pytest.fail("main was run"), "the page\nwraps") == status
     assert printed in getattr(capsys.readouterr(), stream)
 
@@ -113,7 +109,7 @@ def test_output_that_nobody_reads_prints_no_traceback_of_its_own(
 
 def test_another_broken_pipe_than_standard_output_is_a_bug():
     with pytest.raises(BrokenPipeError):
-        run_main(lambda: raising(BrokenPipeError(32, "another pipe")))
+        run_main(Mock(side_effect=BrokenPipeError(32, "another pipe")))
 
 
 def test_a_mistake_keeps_its_status_if_nobody_reads_the_messages(unread_pipe):
@@ -163,7 +159,7 @@ def test_where_memory_does_not_suffice_a_script_says_what_helps(
     errors = [kind(text), RuntimeError("illegal access")]
     for module in ("gpt12.config", "gpt12.run"):  # where the scripts get it from
         monkeypatch.setattr(f"{module}.load_config", Mock(side_effect=errors))
-    monkeypatch.setattr(sys, "argv", [script, "--seed=1"])
+    monkeypatch.setattr("sys.argv", [script, "--seed=1"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(REPOSITORY / script), run_name="__main__")
     assert end.value.code == 2
@@ -175,7 +171,7 @@ def test_where_memory_does_not_suffice_a_script_says_what_helps(
 def test_without_advice_a_lack_of_memory_is_a_bug():
     """A script that reads no model has none."""
     with pytest.raises(torch.OutOfMemoryError):
-        run_main(lambda: raising(torch.OutOfMemoryError("CUDA out of memory")))
+        run_main(Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
 
 
 def test_only_rank_0_prints(capsys, monkeypatch):
@@ -190,11 +186,8 @@ def test_only_rank_0_prints(capsys, monkeypatch):
 def test_a_line_that_cannot_be_written_costs_no_run(monkeypatch, error):
     """The log's disk is full, or a signal comes in the middle of a line."""
 
-    def write(text):
-        raise error
-
-    broken = SimpleNamespace(write=write, flush=lambda: None, encoding="utf-8")
-    monkeypatch.setattr(sys, "stdout", broken)
+    broken = Mock(write=Mock(side_effect=error), encoding="utf-8")
+    monkeypatch.setattr("sys.stdout", broken)
     say("a line")
 
 
@@ -210,13 +203,9 @@ def test_characters_that_control_a_terminal_are_not_printed(capsys, monkeypatch)
     text = "\x1b[31m\x9b\x00\x7f\r\n\tred"
     say(text)
     with pytest.raises(SystemExit):
-        run_main(lambda: raising(UserError(text)))
+        run_main(Mock(side_effect=UserError(text)))
     shown = "?[31m???\n\tred\n"
     assert capsys.readouterr() == (shown, f"error: {shown}")
-
-
-def raising(error: Exception) -> None:
-    raise error
 
 
 def test_an_exception_becomes_one_line():

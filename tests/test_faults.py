@@ -130,7 +130,7 @@ def test_updates_skipped_between_two_logs_are_reported(monkeypatch, capsys):
             loss = loss * math.nan
         return logits, loss
 
-    monkeypatch.setattr(GPT, "forward", poisoned)
+    monkeypatch.setattr("model.GPT.forward", poisoned)
     run("--max_iters=12", "--log_interval=4", "--gradient_accumulation_steps=1")
     [told] = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
     assert told.startswith("step 4: loss or gradient not finite; skipped 2 update(s)")

@@ -334,7 +334,7 @@ def test_deterministic_training_resumes_bit_for_bit(many_letters, monkeypatch):
     try:
         run("--out_dir=whole", *options)
         with monkeypatch.context() as m, pytest.raises(SystemExit):
-            m.setattr(train.TrainStep, "__call__", killed_at_the_eighth_step)
+            m.setattr("train.TrainStep.__call__", killed_at_the_eighth_step)
             run(*options)
         resume()
     finally:

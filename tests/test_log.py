@@ -158,9 +158,8 @@ def test_what_a_run_tells_from_its_first_evaluation_to_its_end(monkeypatch, caps
     assert re.search(pattern, said)
     assert said.endswith("\nread what it writes: python sample.py --out_dir='my run'\n")
     evaluation, step, *_ = read_rows("my run")
-    of_a_step = "step tokens loss lr grad_norm tokens_per_s elapsed_s"
-    assert sorted(step) == sorted(of_a_step.split())
-    assert set(evaluation) == {"step", "tokens", "train_loss", "val_loss", "elapsed_s"}
+    assert {*step} == {*"step tokens loss lr grad_norm tokens_per_s elapsed_s".split()}
+    assert {*evaluation} == {"step", "tokens", "train_loss", "val_loss", "elapsed_s"}
     assert drawn == [(None, 0), (trainer("my run", "best")["best_val_loss"], 2)]
     resume("--out_dir=my run", "--max_iters=3")
     said = capsys.readouterr().out
@@ -272,7 +271,7 @@ def test_an_update_that_fails_half_way_leaves_the_older_last(monkeypatch):
         if next(count) == 5:
             raise ZeroDivisionError
 
-    monkeypatch.setattr(TrainStep, "update_weights", failing)
+    monkeypatch.setattr("train.TrainStep.update_weights", failing)
     options = ["--max_iters=8", "--eval_interval=3", "--save_interval_s=1e9"]
     with pytest.raises(ZeroDivisionError):
         run(*options)
@@ -322,7 +321,7 @@ def test_a_full_disk_costs_rows_of_metrics_and_neither_the_run_nor_later_rows(ca
         record(self, **values)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(RunLog, "_record", on_a_small_disk)
+    monkeypatch.setattr("gpt12.log.RunLog._record", on_a_small_disk)
     run("--max_iters=4")
     assert capsys.readouterr().out.count(f"could not write {file}: File too large") == 1
     assert list(losses()) == [1, 2, 3, 4]
@@ -499,9 +498,9 @@ def test_starting_and_stopping_wait_for_the_device():
 
 def test_a_run_counts_neither_compiling_nor_evaluations_nor_saves(monkeypatch, time):
     """A step takes a second, an evaluation 100, a checkpoint 1,000. The first step compiles."""
-    monkeypatch.setattr(TrainStep, "__call__", time.taking(1, TrainStep.__call__))
-    monkeypatch.setattr(train, "mean_loss", time.taking(100, train.mean_loss))
-    monkeypatch.setattr(Saver, "_save", time.taking(1000, Saver._save))
+    monkeypatch.setattr("train.TrainStep.__call__", time.taking(1, TrainStep.__call__))
+    monkeypatch.setattr("train.mean_loss", time.taking(100, train.mean_loss))
+    monkeypatch.setattr("gpt12.checkpoint.Saver._save", time.taking(1000, Saver._save))
     options = ["--max_iters=6", "--eval_interval=3", "--save_interval_s=2"]
     run(*options, "--always_save_checkpoint=False")
     assert losses(key="elapsed_s") == {0: 0, 1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5}

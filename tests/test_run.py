@@ -57,7 +57,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 def test_without_arguments_the_preset_that_suits_the_machine_is_used(
     monkeypatch, capsys, gpu, preset
 ):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     request = read_request([])
     assert request.undecided.out_dir == f"out-shakespeare-{preset}"
     assert f"using config/train_shakespeare_{preset}.py" in capsys.readouterr().out
@@ -580,7 +580,7 @@ def test_frozen_weights_of_lora_have_the_products_precision_and_adapters_float32
 
 def test_only_a_compiled_run_compiles_its_layers(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
+    monkeypatch.setattr("torch.nn.Module.compile", lambda self, **_: compiled.append(self))
     for wanted in (False, True):
         model = small_gpt()
         prepare_model(model, config(), replace(CPU, compiled=wanted))
