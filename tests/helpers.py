@@ -127,6 +127,23 @@ def resume(*options: str) -> None:
     assert train.main([*RESUME, *options]) == 0
 
 
+def check_resuming(*options: str, steps: int) -> tuple[dict, dict]:
+    """See that a run in parts/ resumed after half its steps is the unbroken one in whole/.
+
+    Returns the weights after half the steps and after all.
+    """
+    options = (*options, "--decay_lr=False", f"--eval_interval={steps // 2}")
+    run("--out_dir=whole", *options, f"--max_iters={steps}")
+    run("--out_dir=parts", *options, f"--max_iters={steps // 2}")
+    before = weights("parts")
+    resume("--out_dir=parts", f"--max_iters={steps}")
+    after = weights("parts")
+    for key in ("loss", "val_loss"):
+        assert losses("parts", key) == losses("whole", key)
+    assert same_tensors(after, weights("whole"))
+    return before, after
+
+
 def refused(message: str, call: Callable, *arguments: Any) -> None:
     """See that a call ends with a user's mistake whose message matches a pattern."""
     with pytest.raises(UserError, match=message):

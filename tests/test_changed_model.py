@@ -15,7 +15,7 @@ from gpt12.folder import write_json
 from gpt12.twin import unread_fields
 from gpt12.weights import from_pretrained, new_model, save_pretrained
 from model import GPT, GPTConfig
-from tests.helpers import OUT, losses, read_json, refused, resume, run, same_tensors, weights
+from tests.helpers import OUT, check_resuming, read_json, refused, resume, run
 from tests.models import extend, use_exact_gelu
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -80,15 +80,7 @@ CHANGES = {
 def test_what_somebody_adds_is_saved_and_a_resumed_run_is_the_unbroken_one(monkeypatch, change):
     change(monkeypatch)
     forget()
-    options = ["--decay_lr=False", "--eval_interval=3"]
-    run("--out_dir=whole", *options, "--max_iters=6")
-    run("--out_dir=parts", *options, "--max_iters=3")
-    before = weights("parts")
-    resume("--out_dir=parts", "--max_iters=6")
-    assert losses("parts") == losses("whole")
-    assert losses("parts", "val_loss") == losses("whole", "val_loss")
-    after = weights("parts")
-    assert same_tensors(after, weights("whole"))
+    before, after = check_resuming(steps=6)
     name = CHANGES[change]
     assert not torch.equal(before[name], after[name])
     assert read_json("whole/last/config.json")["model_type"] == "gpt12"
@@ -105,28 +97,22 @@ def test_a_parameter_that_the_file_or_the_model_lacks_is_named(tmp_path, monkeyp
             with pytest.raises(UserError, match=f"tensor {CHANGES[change]} is missing"):
                 from_pretrained(tmp_path / "plain", new_run=True)
     forget()
-    refused = "ln_1.bias is missing" if change is use_rms_norm else CHANGES[change]
-    with pytest.raises(UserError, match=refused):
+    lacks = "ln_1.bias is missing" if change is use_rms_norm else CHANGES[change]
+    with pytest.raises(UserError, match=lacks):
         from_pretrained(tmp_path / "changed", new_run=True)
 
 
-@pytest.mark.parametrize("how", ["resume", "sample", "lora"])
-def test_a_checkpoint_of_another_model_py_is_refused(monkeypatch, how):
+def test_a_checkpoint_of_another_model_py_is_refused(monkeypatch):
     run("--out_dir=old", "--max_iters=1", "--eval_iters=1")
-    if how == "lora":
-        lora = ["--lora_rank=2", "--init_from=old", "--max_iters=1"]
-        run("--out_dir=adapters", *lora)
+    run("--out_dir=adapters", "--lora_rank=2", "--init_from=old", "--max_iters=1")
+    monkeypatch.setattr("sys.argv", ["sample.py", "--out_dir=old"])
     with monkeypatch.context() as m:
         use_exact_gelu(m)
         forget()
-        with pytest.raises(UserError, match=r"model\.py computes something else"):
-            if how == "resume":
-                resume("--out_dir=old", "--max_iters=2")
-            elif how == "lora":
-                resume("--out_dir=adapters", "--max_iters=2")
-            else:
-                m.setattr("sys.argv", ["sample.py", "--out_dir=old"])
-                sample.main()
+        other = r"model\.py computes something else"
+        refused(other, sample.main)
+        refused(other, resume, "--out_dir=old", "--max_iters=2")
+        refused(other, resume, "--out_dir=adapters", "--max_iters=2")
     forget()
     resume("--out_dir=old", "--max_iters=2")
 

@@ -21,6 +21,19 @@ def folder(theirs, tmp_path) -> Path:
     return Path(shutil.copytree(theirs[1], tmp_path / "theirs"))
 
 
+@pytest.fixture
+def x() -> torch.Tensor:
+    return random_batch()[0]
+
+
+@pytest.fixture
+def ours(tmp_path) -> GPT:
+    """A model without biases, saved in the folder `ours`."""
+    model = GPT(GPTConfig(block_size=32, bias=False, **SHAPE))
+    save_pretrained(model, tmp_path / "ours")
+    return model
+
+
 def set_config(folder: Path, **changes) -> None:
     """Change keys of a folder's config.json."""
     content = json.loads((folder / "config.json").read_text()) | changes
@@ -28,43 +41,40 @@ def set_config(folder: Path, **changes) -> None:
 
 
 @pytest.mark.gpt2
-def test_transformers_opens_what_we_save(theirs, batch, tmp_path):
+def test_transformers_opens_what_we_save(theirs, x, tmp_path):
     model, folder = theirs
     ours = from_pretrained(folder)
     save_pretrained(ours, tmp_path)
     again = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
-    assert torch.equal(again(batch[0]).logits, model(batch[0]).logits)
+    assert torch.equal(again(x).logits, model(x).logits)
     assert (
         load_file(tmp_path / "model.safetensors").keys()
         == load_file(folder / "model.safetensors").keys()
     )
-    assert torch.equal(from_pretrained(tmp_path)(batch[0])[0], ours(batch[0])[0])
+    assert torch.equal(from_pretrained(tmp_path)(x)[0], ours(x)[0])
 
 
 @pytest.mark.gpt2
-def test_a_model_without_biases_is_saved_and_loaded_unchanged(tmp_path, batch):
-    torch.manual_seed(3)
-    ours = GPT(GPTConfig(block_size=32, bias=False, **SHAPE))
-    save_pretrained(ours, tmp_path)
-    again = from_pretrained(tmp_path)
+def test_a_model_without_biases_is_saved_and_loaded_unchanged(ours, tmp_path, x):
+    again = from_pretrained(tmp_path / "ours")
     assert not again.config.bias
     assert again.state_dict().keys() == ours.state_dict().keys()
-    assert torch.equal(again(batch[0])[0], ours(batch[0])[0])
-    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
-    assert relative(theirs(batch[0]).logits, ours(batch[0])[0]) < 1e-5
+    assert torch.equal(again(x)[0], ours(x)[0])
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    assert relative(theirs(x).logits, ours(x)[0]) < 1e-5
 
 
 @pytest.mark.gpt2
-def test_a_smaller_block_size_keeps_the_first_positions(theirs, batch):
+def test_a_smaller_block_size_keeps_the_first_positions(theirs, x):
     model, folder = theirs
     cropped = from_pretrained(folder, block_size=16, dropout=0.1)
     assert (cropped.config.block_size, cropped.config.dropout) == (16, 0.1)
     cropped.eval()
-    assert relative(cropped(batch[0][:, :16])[0], model(batch[0][:, :16]).logits) < 1e-5
+    assert relative(cropped(x[:, :16])[0], model(x[:, :16]).logits) < 1e-5
     with pytest.raises(UserError, match="the model in .* has a context of 32 tokens: pass --block"):
         from_pretrained(folder, block_size=33)
     with pytest.raises(UserError, match="block_size=16"):
-        cropped(batch[0])
+        cropped(x)
 
 
 @pytest.mark.gpt2
@@ -150,21 +160,20 @@ def test_an_index_names_files_beside_it(folder, tmp_path, weight_map):
 
 
 @pytest.mark.gpt2
-@pytest.mark.parametrize("form", ["shards", "pickle", "old pickle"])
-def test_weights_in_several_files_and_in_a_pickle_of_tensors_are_read(theirs, folder, batch, form):
+@pytest.mark.parametrize("form", ["shards", "pickle"])
+def test_weights_in_several_files_and_in_a_pickle_of_tensors_are_read(theirs, folder, x, form):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    if form != "shards":
-        file = folder / "pytorch_model.bin"
-        # GPT-2's own upload is older than torch's present format.
-        torch.save(theirs[0].state_dict(), file, _use_new_zipfile_serialization=form == "pickle")
+    if form == "pickle":
+        torch.save(theirs[0].state_dict(), folder / "pytorch_model.bin")
     else:
-        names = {f"{i}.safetensors": sorted(tensors)[i::2] for i in range(2)}
-        for file, part in names.items():
-            save_file({name: tensors[name] for name in part}, folder / file)
-        index = {"weight_map": {name: file for file, part in names.items() for name in part}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert relative(from_pretrained(folder)(batch[0])[0], theirs[0](batch[0]).logits) < 1e-5
+        files = {name: f"{len(name) % 2}.safetensors" for name in tensors}
+        for file in files.values():
+            part = {name: tensors[name] for name in files if files[name] == file}
+            save_file(part, folder / file)
+        index = json.dumps({"weight_map": files})
+        (folder / "model.safetensors.index.json").write_text(index)
+    assert relative(from_pretrained(folder)(x)[0], theirs[0](x).logits) < 1e-5
 
 
 def test_damaged_safetensors_are_refused(folder):
@@ -175,13 +184,13 @@ def test_damaged_safetensors_are_refused(folder):
 
 
 @pytest.mark.gpt2
-def test_a_compiled_checkpoint_of_nanogpt_is_read(theirs, tmp_path, batch):
+def test_a_compiled_checkpoint_of_nanogpt_is_read(theirs, tmp_path, x):
     ours = from_pretrained(theirs[1])
     save_nanogpt(tmp_path / "ckpt.pt", ours, 97)
     content = torch.load(tmp_path / "ckpt.pt")
     content["model"] = {f"_orig_mod.{name}": t for name, t in content["model"].items()}
     torch.save(content, tmp_path / "ckpt.pt")
-    assert torch.equal(from_pretrained(tmp_path / "ckpt.pt")(batch[0])[0], ours(batch[0])[0])
+    assert torch.equal(from_pretrained(tmp_path / "ckpt.pt")(x)[0], ours(x)[0])
 
 
 def test_nanogpts_padded_vocabulary_of_gpt2_is_cut_to_its_ids(tmp_path):
@@ -196,31 +205,28 @@ def test_nanogpts_padded_vocabulary_of_gpt2_is_cut_to_its_ids(tmp_path):
 
 
 @pytest.mark.gpt2
-def test_biases_that_another_program_trained_are_read_whatever_the_configuration_says(tmp_path):
+@pytest.mark.usefixtures("ours")
+def test_biases_that_another_program_trained_are_read_whatever_the_configuration_says(tmp_path, x):
     """A model of ours without biases gets zero biases on disk, and other programs train them."""
-    save_pretrained(GPT(GPTConfig(block_size=32, bias=False, **SHAPE)), tmp_path / "ours")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
     torch.nn.init.normal_(theirs.transformer.h[1].attn.c_attn.bias)
     theirs.save_pretrained(tmp_path / "theirs")
     assert json.loads((tmp_path / "theirs/config.json").read_text())["bias"] is False
     again = from_pretrained(tmp_path / "theirs")
     assert again.config.bias
-    x, _ = random_batch()
     assert relative(again(x)[0], theirs(x).logits) < 1e-5
 
 
-def test_openais_upload_has_no_prefix_and_causal_masks_that_are_no_biases(tmp_path, batch):
-    ours = GPT(GPTConfig(block_size=32, bias=False, **SHAPE))
-    save_pretrained(ours, tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+def test_openais_upload_has_no_prefix_and_causal_masks_that_are_no_biases(ours, tmp_path, x):
+    file = tmp_path / "ours/model.safetensors"
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(file).items()}
     for i in range(SHAPE["n_layer"]):
         tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
         tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    read = from_pretrained(tmp_path)
+    save_file(tensors, file, metadata={"format": "pt"})
+    read = from_pretrained(tmp_path / "ours")
     assert not read.config.bias
-    assert torch.equal(read(batch[0])[0], ours(batch[0])[0])
+    assert torch.equal(read(x)[0], ours(x)[0])
 
 
 @pytest.mark.gpt2

@@ -19,38 +19,29 @@ import train
 from gpt12.generate import generate
 from gpt12.optimizer import OPTIMIZERS
 from gpt12.weights import from_pretrained
-from model import GPT
 from tests.helpers import (
     TINY,
     built,
+    check_resuming,
     losses,
     make_dataset,
-    resume,
     run,
-    same_tensors,
     trainer,
-    weights,
 )
+from tests.texts import recomputed
 from train import Trainer
 
 
 def train_and_resume(options: list[str]) -> None:
     """A resumed run is the unbroken one, bit for bit, and learns."""
-    options = [*options, "--bias=True", "--decay_lr=False", "--eval_interval=6"]
-    run("--out_dir=whole", *options, "--max_iters=12")
-    run("--out_dir=parts", *options, "--max_iters=6")
-    before = weights("parts")
-    resume("--out_dir=parts", "--max_iters=12")
-    after = weights("parts")
-    assert losses("parts") == losses("whole")
+    options = [*options, "--bias=True"]
+    before, after = check_resuming(*options, steps=12)
     val_loss = losses("whole", "val_loss")
-    assert losses("parts", "val_loss") == val_loss
-    assert same_tensors(after, weights("whole"))
     for name, tensor in after.items():
         assert not torch.equal(tensor, before[name]), f"{name} is not trained"
     assert val_loss[12] < val_loss[0]
     for how in ("pointwise", "block"):
-        run(f"--out_dir={how}", *options, f"--recompute={how}", "--max_iters=3")
+        run(f"--out_dir={how}", *options, "--decay_lr=False", f"--recompute={how}", "--max_iters=3")
         for step, loss in losses(how).items():
             assert loss == pytest.approx(losses("whole")[step], rel=1e-5)
 
@@ -64,22 +55,6 @@ def train_adapters(options: list[str]) -> None:
     assert losses("merged", "val_loss")[0] == pytest.approx(best, rel=1e-5)
 
 
-@torch.no_grad()
-def greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
-    """Continue a prompt by the likeliest tokens, without a cache."""
-    limit = model.config.block_size
-    text = list(prompt)
-    new = []
-    for _ in range(count):
-        if len(text) > limit:
-            text = text[-(limit // 2) :]
-        logits, _ = model(torch.tensor([text]))
-        assert logits is not None
-        new.append(int(logits[0, -1].argmax()))
-        text.append(new[-1])
-    return new
-
-
 def sample() -> None:
     """Text written with the cache is that written without, past the context's end, too."""
     model = from_pretrained(Path("whole/last")).eval()
@@ -89,7 +64,7 @@ def sample() -> None:
     prompts = [[1, 5, 3], [2], list(range(12))]
     written = generate(model, prompts, max_new_tokens=40, temperature=0)
     for prompt, text in zip(prompts, written):
-        assert text == greedy(model, prompt, 40)
+        assert text == recomputed(model, prompt, 40, decided=-1.0)
     assert len({token for text in written for token in text}) > 3
 
 
