@@ -347,7 +347,7 @@ def predict_sizes(
 ) -> list[dict[str, Any]]:
     """Predict steps with micro-batches of 1, 4, 16, 64 and batch_size rows, and the largest.
 
-    They fit into room_gib; a list without rows means that none does.
+    They fit into room_gib, or the row of batch_size says that it does not.
     """
 
     def sized(batch_size: int) -> TrainConfig:
@@ -359,10 +359,13 @@ def predict_sizes(
             break
         largest += 1
     rows = []
-    for size in sorted({1, 4, 16, 64, config.batch_size, largest}):
-        if 0 < size <= largest:
-            label = f"--batch_size={size} --recompute={config.recompute}"
-            rows.append(predict(shape, sized(size), card) | {"label": label})
+    for size in sorted({1, 4, 16, 64, config.batch_size, largest} - {0}):
+        row = {"label": f"--batch_size={size} --recompute={config.recompute}"}
+        if size <= largest:
+            rows.append(predict(shape, sized(size), card) | row)
+        elif size == config.batch_size:
+            needed = step_memory(shape, sized(size)) / GIB
+            rows.append(row | {"error": f"does not fit: {needed:.3g} GiB"})
     return rows
 
 

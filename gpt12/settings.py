@@ -407,7 +407,7 @@ class BenchConfig(TrainConfig):
     def contradictions(self, given: Collection[str]) -> Contradictions:
         """Return the keys whose values cannot hold together, and what to do."""
         unread = MEASURING if self.plan else {"card"}
-        advice = f"counts only with --plan={not self.plan}"
+        advice = "does not count with --plan" if self.plan else "counts only with --plan"
         unfit = [((key,), advice) for key in sorted(unread.intersection(given))]
         return super().contradictions(given) + unfit
 
