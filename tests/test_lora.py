@@ -9,10 +9,10 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import GPT2LMHeadModel
 
-from gpt12.errors import UserError
 from gpt12.lora import LoRALinear, add_lora, load_adapter, save_adapter
 from gpt12.weights import from_pretrained, save_config, save_pretrained
 from model import GPT, GPTConfig
+from tests.helpers import edit_json, refused
 from tests.models import relative, small_model
 
 
@@ -128,23 +128,20 @@ def test_adapters_know_their_base_in_any_precision_and_no_other_model(tmp_path):
     with torch.no_grad():
         other.transformer.h[1].mlp.c_fc.weight[0, 0] += 1e-6
     save_pretrained(other, tmp_path / "base")
-    with pytest.raises(UserError, match=r"base is not the base model of the adapters in .*last"):
-        from_pretrained(tmp_path / "last")
+    other_base = r"base is not the base model of the adapters in .*last"
+    refused(other_base, from_pretrained, tmp_path / "last")
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(UserError, match=r"the adapters in .*last.*is no local folder"):
-        from_pretrained(tmp_path / "last")
+    refused(r"the adapters in .*last.*is no local folder", from_pretrained, tmp_path / "last")
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
 def test_damaged_adapters_are_refused_by_the_files_name(last, file):
     (last / file).write_bytes(b"{}")
-    with pytest.raises(UserError, match=f"{file} is damaged"):
-        from_pretrained(last)
+    refused(f"{file} is damaged", from_pretrained, last)
 
 
 def test_a_rank_that_the_layers_cannot_have_is_refused():
-    with pytest.raises(UserError, match=r"lora_rank=9 must lie between 1 and .* 8"):
-        add_lora(small_model(), 9, 1.0)
+    refused(r"lora_rank=9 must lie between 1 and .* 8", add_lora, small_model(), 9, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -156,10 +153,8 @@ def test_a_rank_that_the_layers_cannot_have_is_refused():
     ],
 )
 def test_what_no_adapter_can_be_is_refused(last, change, message):
-    file = last / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(UserError, match=message):
-        from_pretrained("last")
+    edit_json(last / "adapter_config.json", **change)
+    refused(message, from_pretrained, "last")
 
 
 @pytest.mark.parametrize("share", ["layer", "weight"])
@@ -170,8 +165,7 @@ def test_a_matrix_that_two_layers_share_is_refused(share):
         second.mlp = first.mlp
     else:
         second.mlp.c_fc.weight = first.mlp.c_fc.weight
-    with pytest.raises(UserError, match=r"h\.1\.mlp\.c_fc\.weight and .*h\.0\.mlp.* one matrix"):
-        add_lora(model, 2, 4.0)
+    refused(r"h\.1\.mlp\.c_fc\.weight and .*h\.0\.mlp.* one matrix", add_lora, model, 2, 4.0)
 
 
 def test_adapters_are_drawn_as_before():

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, GPT2LMHeadModel
 
-from gpt12.errors import UserError
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
+from tests.helpers import edit_json, refused
 from tests.models import SHAPE, random_batch, relative, save_nanogpt
 
 
@@ -32,12 +32,6 @@ def ours(tmp_path) -> GPT:
     model = GPT(GPTConfig(block_size=32, bias=False, **SHAPE))
     save_pretrained(model, tmp_path / "ours")
     return model
-
-
-def set_config(folder: Path, **changes) -> None:
-    """Change keys of a folder's config.json."""
-    content = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(content))
 
 
 @pytest.mark.gpt2
@@ -71,10 +65,9 @@ def test_a_smaller_block_size_keeps_the_first_positions(theirs, x):
     assert (cropped.config.block_size, cropped.config.dropout) == (16, 0.1)
     cropped.eval()
     assert relative(cropped(x[:, :16])[0], model(x[:, :16]).logits) < 1e-5
-    with pytest.raises(UserError, match="the model in .* has a context of 32 tokens: pass --block"):
-        from_pretrained(folder, block_size=33)
-    with pytest.raises(UserError, match="block_size=16"):
-        cropped(x)
+    context = "the model in .* has a context of 32 tokens: pass --block"
+    refused(context, from_pretrained, folder, 33)
+    refused("block_size=16", cropped, x)
 
 
 @pytest.mark.gpt2
@@ -96,9 +89,8 @@ def test_a_smaller_block_size_keeps_the_first_positions(theirs, x):
     ],
 )
 def test_other_architectures_are_refused_by_name(folder, change, message):
-    set_config(folder, **change)
-    with pytest.raises(UserError, match=message):
-        from_pretrained(folder)
+    edit_json(folder / "config.json", **change)
+    refused(message, from_pretrained, folder)
 
 
 @pytest.mark.parametrize(
@@ -116,10 +108,9 @@ def test_a_config_that_lies_is_refused_before_memory_is_asked_for(
     folder, monkeypatch, change, message, not_made
 ):
     """It is compared with the tensors before the model's shape or a twin of it is made."""
-    set_config(folder, **change)
+    edit_json(folder / "config.json", **change)
     monkeypatch.setattr(f"gpt12.{not_made}", pytest.fail)
-    with pytest.raises(UserError, match=message):
-        from_pretrained(folder)
+    refused(message, from_pretrained, folder)
 
 
 class Bomb:
@@ -145,8 +136,7 @@ def test_a_pickle_that_runs_code_or_holds_no_tensors_is_refused(folder, tensors,
     arguments = {"n_layer": 3, "n_head": 4, "n_embd": 48, "vocab_size": 97, "block_size": 32}
     torch.save({"model": tensors, "model_args": arguments}, folder / "ckpt.pt")
     for source in (folder, folder / "ckpt.pt"):
-        with pytest.raises(UserError, match=message):
-            from_pretrained(source)
+        refused(message, from_pretrained, source)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +145,7 @@ def test_a_pickle_that_runs_code_or_holds_no_tensors_is_refused(folder, tensors,
 def test_an_index_names_files_beside_it(folder, tmp_path, weight_map):
     (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(UserError, match=r"index\.json"):
-        from_pretrained(folder)
+    refused(r"index\.json", from_pretrained, folder)
 
 
 @pytest.mark.gpt2
@@ -179,8 +168,7 @@ def test_weights_in_several_files_and_in_a_pickle_of_tensors_are_read(theirs, fo
 def test_damaged_safetensors_are_refused(folder):
     for damage in (b"", b"\xff" * 8, b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"):
         (folder / "model.safetensors").write_bytes(damage)
-        with pytest.raises(UserError, match="damaged"):
-            from_pretrained(folder)
+        refused("damaged", from_pretrained, folder)
 
 
 @pytest.mark.gpt2
