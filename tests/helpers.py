@@ -224,6 +224,13 @@ def fill(step: Any, x: torch.Tensor, y: torch.Tensor) -> None:
     step.targets_per_batch = (step.y != IGNORE_INDEX).sum((1, 2)).tolist()
 
 
+def train_on(step: Any, *seeds: int, lr: float = 1e-2) -> None:
+    """Update the weights once for the batch of each of these seeds."""
+    for seed in seeds:
+        fill(step, *random_rows(seed=seed))
+        step(lr)
+
+
 # --------------------------------------------------------------------------------------------------
 # What a run leaves
 

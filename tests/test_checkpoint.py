@@ -34,9 +34,7 @@ from tests.helpers import (
     built,
     built_from,
     edit_json,
-    fill,
     losses,
-    random_rows,
     read_json,
     refused,
     resume,
@@ -44,6 +42,7 @@ from tests.helpers import (
     same_tensors,
     same_weights,
     small_step,
+    train_on,
     trainer,
     weights,
 )
@@ -354,13 +353,6 @@ def test_run_json_of_a_resumed_run_follows_its_first_checkpoint():
 def save_state(folder: Path, step: TrainStep) -> None:
     """Write trainer.safetensors."""
     save_file(trainer_tensors(step), folder / "trainer.safetensors")
-
-
-def train_on(step: TrainStep, *seeds: int) -> None:
-    """Update the weights once for each of these batches."""
-    for seed in seeds:
-        fill(step, *random_rows(seed=seed))
-        step(1e-2)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -20,10 +20,8 @@ from tests.helpers import (
     DEVICES,
     OUT,
     config,
-    fill,
     losses,
     plain_step,
-    random_rows,
     read_json,
     refused,
     resume,
@@ -31,6 +29,7 @@ from tests.helpers import (
     same_tensors,
     same_weights,
     small_gpt,
+    train_on,
     weights,
 )
 
@@ -220,8 +219,7 @@ def test_a_trial_changes_nothing(monkeypatch, optimizer, fitting, packed):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_trial_makes_the_state_that_training_makes_and_moves_no_weight(optimizer, device):
     trained, tried = (plain_step(device, optimizer=optimizer) for _ in range(2))
-    fill(trained, *random_rows())
-    trained(1e-2)
+    train_on(trained, 3)
     before = [p.clone() for p in tried.model.parameters()]
     fit.try_step(tried)
     assert same_weights(tried.model, before)

@@ -45,6 +45,7 @@ from tests.helpers import (
     set_weights,
     small_gpt,
     small_step,
+    train_on,
     trainer,
     weights,
     write_shard,
@@ -92,8 +93,7 @@ def test_all_optimizers_of_a_step_read_one_learning_rate(optimizer):
     """A recorded step has no other way to a new one. Loading a checkpoint keeps it."""
     step = small_step(optimizer=optimizer)
     rates = [group["lr"] for found in step.optimizers for group in found.param_groups]
-    fill(step, *random_rows())
-    step(0.125)
+    train_on(step, 3, lr=0.125)
     assert len(rates) > 1
     for found in step.optimizers:
         for group in found.param_groups:
@@ -145,8 +145,7 @@ def test_any_optimizer_is_added_by_one_entry(name, monkeypatch):
     model = small_gpt()
     by_hand = make(train.parameter_groups(model, 0.1), 1.0)
     for lr in (1e-2, 3e-3):
-        fill(step, *random_rows())
-        step(lr)
+        train_on(step, 3, lr=lr)
         for p, ours in zip(model.parameters(), step.parameters, strict=True):
             p.grad = ours.grad.clone()  # clipped, with the same rounding
         assert nn.utils.get_total_norm([p.grad for p in model.parameters()]).item() < 0.1001
@@ -494,9 +493,8 @@ def test_a_mac_which_lacks_fused_kernels_and_float64_trains_the_same(
         monkeypatch.setattr(f"{module}._device_has_foreach_support", lambda device: False)
     with NoFloat64():
         assert loss_over(mac.model, windows, 5) == pytest.approx(expected, rel=1e-6)
-    for step in (fused, mac):
-        fill(step, *random_rows())
-        step(1e-2)
+    train_on(fused, 3)
+    train_on(mac, 3)
     torch.testing.assert_close(moments(mac), moments(fused), rtol=1e-3, atol=1e-7)
 
 
