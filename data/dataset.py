@@ -187,9 +187,7 @@ def _prepare_documents(
 
 def _characters_of(documents: Documents) -> CharTokenizer:
     """Return a tokenizer that knows the characters of some documents."""
-    found: set[str] = set()
-    for _, piece in documents.pieces():
-        found.update(piece.text)
+    found = {character for _, piece in documents.pieces() for character in piece.text}
     if len(documents.first_indices) > 1:
         found.add("\n")  # a line end keeps documents apart
     return CharTokenizer("".join(sorted(found)))

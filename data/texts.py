@@ -303,8 +303,8 @@ class Documents:
             if skipped := sorted(set(found).difference(self.files)):
                 note += f"; {len(skipped):,} without a text are not: {_count(skipped)}"
             self.notes.append(f"{note}.")
-            matches = map(SPLIT_NAME.match, (file.name.lower() for file in self.files))
-            splits = sorted({match[1] for match in matches if match})
+            names = [file.name.lower() for file in self.files]
+            splits = sorted({match[1] for name in names if (match := SPLIT_NAME.match(name))})
             if len(splits) > 1:
                 self.notes.append(
                     f"The files named {' and '.join(splits)} are read as one data set, which is "

@@ -64,8 +64,7 @@ def prepare(folder: Path = HERE, tokenizer: Tokenizer | None = None) -> None:
     for split, part in (("train", text[:end_of_train]), ("val", text[end_of_train:])):
         ids = tokenizer.encode(part)
         write_shards(folder, split, ids, token_dtype(tokenizer.vocab_size))
-        vocabulary = f"vocabulary {tokenizer.vocab_size:,}"
-        print(f"{folder.name}: {len(ids):,} {split} tokens, {vocabulary}")
+        print(f"{folder.name}: {len(ids):,} {split} tokens, vocabulary {tokenizer.vocab_size:,}")
     write_meta(folder, tokenizer, document_count=1, notes=[])
 
 
