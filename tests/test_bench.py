@@ -469,14 +469,13 @@ def test_muons_products_are_counted_as_torch_counts_them():
 )
 def test_predicted_time_is_what_was_measured(batch_size, recompute, ms):
     """Measured on an H200: 124M, T=1024, bias=False, torch 2.11 (docs/results.md)."""
-    options = make_124m(batch_size=batch_size, recompute=recompute)
-    found = predict(shape_of(options), options, CARDS["NVIDIA H200"])
+    found = predicted(CARDS["NVIDIA H200"], batch_size=batch_size, recompute=recompute)
     assert found["ms"] == pytest.approx(ms, rel=0.025)
 
 
-def predicted(**keys):
+def predicted(card=RTX_4070_TI, **keys):
     options = make_124m(**keys)
-    return predict(shape_of(options), options, RTX_4070_TI)
+    return predict(shape_of(options), options, card)
 
 
 def test_methods_that_save_memory_do_and_those_that_cost_time_do():

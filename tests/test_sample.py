@@ -61,7 +61,9 @@ def start(out_dir, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", stdin)
         with pytest.raises(SystemExit) as end:
             run_main(sample.main)
-        return (end.value.code or 0, *capsys.readouterr())
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return (end.value.code or 0, *printed)
 
     return call
 
@@ -85,6 +87,13 @@ def scripted(monkeypatch):
 
     monkeypatch.setattr(sample, "stream", stream)
     return SimpleNamespace(calls=calls, configs=configs, script=script)
+
+
+def save_random(folder: Path, tokenizer: Tokenizer, room: int = 32) -> str:
+    """Save a random model with this context and tokenizer. Returns the option that names it."""
+    save_pretrained(GPT(GPTConfig(room, tokenizer.vocab_size, 1, 1, 8)), folder, tokenizer.eot)
+    tokenizer.save(folder)
+    return f"--init_from={folder}"
 
 
 def ids_of(text: str) -> list[int]:
@@ -197,11 +206,8 @@ def test_a_prompt_begins_with_the_token_that_transformers_puts_there(start, scri
     library = tiny_library()
     end = library.token_to_id(END)
     library.post_processor = TemplateProcessing(f"{END} $A", None, [(END, end)])
-    tokenizer = Tokenizer(library)
-    save_pretrained(GPT(GPTConfig(32, tokenizer.vocab_size, 1, 1, 8)), tmp_path, end)
-    tokenizer.save(tmp_path)
     scripted.script[:] = [b"!"]
-    start(f"--init_from={tmp_path}", "--start=the cat", "--num_samples=1")
+    start(save_random(tmp_path, Tokenizer(library)), "--start=the cat", "--num_samples=1")
     assert scripted.calls == [
         transformers.AutoTokenizer.from_pretrained(tmp_path).encode("the cat")
     ]
@@ -239,11 +245,7 @@ def chat(tmp_path):
     def make(template: str, room: int = 256) -> str:
         tokenizer = ByteTokenizer()
         tokenizer.chat_template = template
-        save_pretrained(
-            GPT(GPTConfig(room, tokenizer.vocab_size, 1, 1, 8)), tmp_path, tokenizer.eot
-        )
-        tokenizer.save(tmp_path)
-        return f"--init_from={tmp_path}"
+        return save_random(tmp_path, tokenizer, room)
 
     return make
 
@@ -403,7 +405,6 @@ def test_a_conversation(start, scripted, chat, name):
     assert (status, out) == (0, "".join(f"{text.rstrip('.')}\n" for text in texts)), err
     assert scripted.calls == [ids_of(prompt) for prompt in prompts]
     assert told in err
-    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
@@ -421,7 +422,6 @@ def test_a_bad_template_ends_with_a_message(start, chat, option, template, told)
     status, out, err = start(chat(template), option, "--num_samples=1", "--max_new_tokens=1")
     assert (status, out) == (2, "")
     assert f"the model's chat template fails ({told}" in err
-    assert "Traceback" not in err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot tell pasted lines apart")
@@ -501,7 +501,6 @@ def test_a_users_mistake_ends_with_a_message_and_status_2(start, options, messag
     status, out, err = start(*options, stdin=b"\xff")
     assert (status, out) == (2, "")
     assert message in err
-    assert "Traceback" not in err
 
 
 ONE_TEXT = ("--start=ab", "--num_samples=1", "--max_new_tokens=9")
