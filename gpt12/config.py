@@ -194,7 +194,9 @@ def execute(name: str, present: Mapping[str, Any]) -> dict[str, Said]:
     if not exists(name):
         presets = [f"config/{path.name}" for path in (REPOSITORY / "config").glob("*.py")]
         near = difflib.get_close_matches(name, presets, n=1)
-        advice = f"did you mean {near[0]}?" if near else "--help lists the presets"
+        advice = "--help lists the presets"
+        if near:  # we may be in another folder
+            advice = f"did you mean {near[0] if exists(near[0]) else REPOSITORY / near[0]}?"
         raise UserError(f"{name}: there is no such file; {advice}")
     # Python looks for a name among the builtins last. So the file can read every key there, and
     # `names` holds only what the file has set itself.

@@ -303,6 +303,12 @@ def test_a_mistake_on_the_command_line_gets_advice(word, advice):
     assert re.fullmatch(f"{word}{advice}", line)
 
 
+def test_from_another_folder_a_preset_is_named_by_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [line] = refusal(["config/train_gpt2.py"])
+    assert line.endswith(f"did you mean {ROOT / 'config/train_gpt2.py'}?")
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -14,10 +14,10 @@ FOLDERS = ("gpt12", "data")
 # A house that one can walk through: files in gpt12/, imports between files, floors; and the nodes
 # of the syntax trees without docstrings, which long lines and short names do not change.
 MOST_FILES = 26
-MOST_IMPORTS = 163
+MOST_IMPORTS = 160
 LONGEST_CHAIN = 9
-MOST_NODES = 64_000
-MOST_NODES_OF_TESTS = 102_000
+MOST_NODES = 63_500
+MOST_NODES_OF_TESTS = 96_500
 
 
 def python_files(*patterns: str) -> list[Path]:
