@@ -227,8 +227,10 @@ def resume(loaded: Loaded[TrainConfig], out_dir: Path) -> Request:
                 del typed[key]
     refuse_fixed_keys(loaded.config, typed, before)
     asked_now = merge(asked_before, typed)
+    # An earlier version did not write what was set. These two are as it has decided them.
+    given_before = {"warmup_iters", "min_lr"} if saved.given is None else set(saved.given)
     # Set by the user now, or before and not replaced since.
-    given = typed.keys() | (asked_now.keys() & set(saved.given or ()))
+    given = typed.keys() | (asked_now.keys() & given_before)
     asked = checked(TrainConfig, asked_now, given)
 
     # 3. What stays as the run decided it.

@@ -289,11 +289,11 @@ def test_what_a_run_fitted_into_memory_stays_until_such_a_key_is_typed(options, 
 
 
 def test_values_that_an_older_program_chose_stay_as_they_became():
-    became = MEMORY | {"lr_decay_iters": 77}
+    became = MEMORY | {"lr_decay_iters": 77, "warmup_iters": 50, "max_iters": 100}
     write_run(became, requested={"batch_size": "auto", "recompute": "auto"})
-    made = resumed("--recompute=none").undecided
+    made = resolved(resumed("--recompute=none"))
     assert memory_keys(made) == (6, 8, "none")
-    assert made.lr_decay_iters == 77
+    assert (made.lr_decay_iters, made.warmup_iters) == (77, 50)
 
 
 def test_one_command_starts_a_run_goes_on_with_it_and_finds_it_complete(
