@@ -215,6 +215,8 @@ class TrainStep:
         self.targets_per_batch = [self.x[0].numel()] * self.micro_steps
         self.context_length = config.block_size  # tokens that attention sees at once
         self.divisor = torch.ones((), device=machine.device)
+        # 1.0 if no rank has a target in this step: momentum must not move the weights then.
+        self.nothing = torch.zeros((), device=machine.device)
 
         self.results = torch.zeros(4, device=machine.device)
         self.loss, self.grad_norm, self.bad, self.skipped = self.results  # views
@@ -294,6 +296,7 @@ class TrainStep:
         self.divisor.fill_(targets_of_rank / world)
         if world > 1:
             dist.all_reduce(self.divisor)  # the sum over the ranks, N / world
+        self.nothing.copy_(self.divisor == 0)
         self.divisor.clamp_(min=1 / world)  # a step without any target must not divide by 0
 
     def compute(self) -> None:
@@ -310,8 +313,6 @@ class TrainStep:
         self.model.zero_grad()
         self.loss.zero_()
         for m, batch_targets in enumerate(self.targets_per_batch):
-            if batch_targets == 0 and self.machine.world == 1:
-                continue  # nothing to learn here; of several ranks, the others would wait
             starts = None if self.example_starts is None else self.example_starts[m]
             averaging: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
             if self.machine.world > 1 and m < self.micro_steps - 1:
@@ -341,9 +342,6 @@ class TrainStep:
         Clipping: Pascanu et al. 2013, arXiv:1211.5063, algorithm 1.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if not gradients:  # no micro-batch had a target
-            self.grad_norm.zero_()
-            return
         if self.scaler.is_enabled():
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
@@ -353,6 +351,7 @@ class TrainStep:
         skip = 1 - torch.isfinite(self.grad_norm + self.loss).float()
         self.bad.copy_((self.bad + 1) * skip)  # in a row: a good update resets it to 0
         self.skipped.add_(skip)
+        skip = skip.maximum(self.nothing)
         if self.config.grad_clip > 0:
             divide_by = (self.grad_norm / self.config.grad_clip).clamp(min=1)
         else:

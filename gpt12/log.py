@@ -299,12 +299,13 @@ def drop_later_rows(file: Path, progress: Progress) -> None:
 
 
 def read_metrics(file: Path) -> list[MetricsRow]:
-    """Return the rows of a metrics.jsonl. Half a line, which a crash leaves, is skipped."""
+    """Return the rows of a metrics.jsonl. Any other line is skipped, as half a line of a crash."""
     rows: list[MetricsRow] = []
     lines = file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else []
     for line in lines:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            rows.append(row | {"step": int(row["step"]), "tokens": int(row["tokens"])})
     return rows
 
 

@@ -285,7 +285,8 @@ def test_an_update_that_fails_half_way_leaves_the_older_last(monkeypatch):
 def test_metrics_are_read_up_to_a_torn_line_and_continued():
     OUT.mkdir()
     file = OUT / "metrics.jsonl"
-    rows = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 6)]
+    row = '{"step": %d, "tokens": %d, "loss": %r}\n'
+    rows = [row % (step, 8 * step, 1 / step) for step in range(1, 6)]
     whole = "".join(rows)
     for cut in range(len(rows[-1])):  # every way in which the last line can be torn
         file.write_text(whole[: len(whole) - cut])
@@ -295,9 +296,21 @@ def test_metrics_are_read_up_to_a_torn_line_and_continued():
     file.write_bytes(whole.encode() + b'\x00\xff\n{"st\x00\x00": 3.25}\n{"step": 6, "lo')
     drop_later_rows(file, Progress(step=3))
     assert file.read_text() == "".join(rows[:3])  # what is past the resumed step is dropped
-    file.write_text('{"step": 5, "loss": 1.0}\n{"step": 5, "val_loss": 2.0}\n')
+    file.write_text(rows[4] + rows[4].replace("loss", "val_loss"))
     drop_later_rows(file, Progress(step=5, evaluated_step=0))  # that evaluation is made again
-    assert file.read_text() == '{"step": 5, "loss": 1.0}\n'
+    assert file.read_text() == rows[4]
+
+
+@pytest.mark.parametrize(
+    "line", ["5", "null", '{"note": "slow"}', '{"step": "one", "tokens": 8}', '{"step": 1}']
+)
+def test_a_line_of_another_kind_in_the_metrics_is_left_out(line):
+    OUT.mkdir()
+    row = '{"step": 1, "tokens": 8, "loss": 1.0}\n'
+    file = OUT / "metrics.jsonl"
+    file.write_text(f"{row}{line}\n")
+    drop_later_rows(file, Progress(step=5))
+    assert file.read_text() == row
 
 
 def test_a_metric_that_is_not_finite_is_written_as_null():

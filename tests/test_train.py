@@ -427,10 +427,13 @@ def test_a_loss_that_is_not_finite_skips_the_update_although_the_gradients_are()
     assert same_weights(step.model, before)
 
 
+@pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_step_without_a_target_changes_nothing_and_shows_no_old_norm(dtype):
+def test_a_step_without_a_target_changes_nothing_and_shows_no_old_norm(dtype, world, monkeypatch):
     """With float16 there is nothing to find a loss scale by, least of all in the first step."""
     step = small_step(replace(CPU, dtype=dtype))
+    step.machine = replace(step.machine, world=world)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor: tensor)
     x, y = random_rows()
     none = torch.full_like(y, IGNORE_INDEX)
     for targets in (none, y, none, none, y):
