@@ -22,7 +22,7 @@ from gpt12.generate import (
 )
 from gpt12.settings import SampleConfig
 from gpt12.weights import from_pretrained, save_pretrained
-from model import GPT, GPTConfig, Transformer
+from model import GPT, GPTConfig
 from tests.helpers import ROOT
 from tests.texts import PROMPTS, VOCAB, random_theirs, recomputed, with_loud_padding
 
@@ -70,7 +70,7 @@ def test_a_changed_model_writes_with_the_cache_what_it_writes_without(both, monk
     """Training and decoding see the same tokens. docs/changes has models with other caches."""
     model = copy.deepcopy(both[1])
     before = recomputed(model, PROMPTS[3], 20)
-    monkeypatch.setattr(Transformer, "sees", window_of_five)
+    monkeypatch.setattr("model.Transformer.sees", window_of_five)
     del model.transformer.is_causal  # it was asked for before sees() was changed
     expected = [recomputed(model, prompt, 40) for prompt in PROMPTS]
     assert expected[3][:20] != before
@@ -246,41 +246,29 @@ def test_a_prompt_of_one_token_works_under_autocast(both):
 # From ids to shown text
 
 
-def pieces(*table: str | bytes) -> SimpleNamespace:
-    """A tokenizer whose id i is the i-th piece; the one after the last ends a text."""
-    parts = [piece if isinstance(piece, bytes) else piece.encode() for piece in table]
-    return SimpleNamespace(end_ids={len(parts)}, token_bytes=lambda i: parts[i])
-
-
-def shown(tokens: list[str | bytes], *stops: str) -> tuple[list[str], str | None]:
-    text = TextStream(pieces(*tokens), stops)
-    steps = [text.add(i) for i in range(len(tokens))]
-    reason = text.finish_reason
-    steps.append("" if reason else text.finish("length"))
-    assert text.shown == "".join(steps)
-    return steps, reason
-
-
-E_ACUTE = "\u00e9".encode()
-EURO = "\u20ac".encode()
-SMILE = "\U0001f642".encode()
-
-
 @pytest.mark.parametrize(
     ("tokens", "stops", "steps", "reason"),
     [
-        (["ab", "c"], (), ["ab", "c", ""], None),
-        (["ab\n\ncd", "e"], ("\n\n",), ["ab", "", ""], "stop"),  # inside a token
-        (["ab\n", "\ncd"], ("\n\n",), ["ab", "", ""], "stop"),  # over two tokens
-        (["ab\n", "cd", "\n"], ("\n\n",), ["ab", "\ncd", "", "\n"], None),  # held back
-        (["a", "a", "a", "b"], ("aab",), ["", "", "a", "", ""], "stop"),
-        (["one END two STOP"], ("STOP", "END"), ["one ", ""], "stop"),  # the first in the text
-        (["EN", "D"], ("ENDING", "XY"), ["", "", "END"], None),
-        ([E_ACUTE[:1], E_ACUTE[1:]], (), ["", "\u00e9", ""], None),
-        ([b"a" + SMILE[:2], b"b"], (), ["a", "\ufffdb", ""], None),  # half of it stays one
-        ([b"a" + SMILE[:2]], (), ["a", "\ufffd"], None),
-        ([EURO[:2], EURO[2:] + b"!"], ("\u20ac",), ["", "", ""], "stop"),
+        (b"ab|c", "", "ab|c|", None),
+        (b"ab\n\ncd|e", "\n\n", "ab||", "stop"),  # inside a token
+        (b"ab\n|\ncd", "\n\n", "ab||", "stop"),  # over two tokens
+        (b"ab\n|cd|\n", "\n\n", "ab|\ncd||\n", None),  # held back
+        (b"a|a|a|b", "aab", "||a||", "stop"),
+        (b"one END two STOP", "STOP|END", "one |", "stop"),  # the first in the text
+        (b"EN|D", "ENDING|XY", "||END", None),
+        (b"\xc3|\xa9", "", "|\u00e9|", None),
+        (b"a\xf0\x9f|b", "", "a|\ufffdb|", None),  # half of it stays one
+        (b"a\xf0\x9f", "", "a|\ufffd", None),
+        (b"\xe2\x82|\xac!", "\u20ac", "||", "stop"),
     ],
 )
 def test_stop_strings_and_whole_characters(tokens, stops, steps, reason):
-    assert shown(tokens, *stops) == (steps, reason)
+    """Tokens, stop strings, and what is shown at each token and at the end, parted by |."""
+    pieces = tokens.split(b"|")
+    tokenizer = SimpleNamespace(end_ids={len(pieces)}, token_bytes=pieces.__getitem__)
+    text = TextStream(tokenizer, tuple(filter(None, stops.split("|"))))
+    shown = [text.add(i) for i in range(len(pieces))]
+    assert text.finish_reason == reason
+    shown.append("" if reason else text.finish("length"))
+    assert "|".join(shown) == steps
+    assert text.shown == "".join(shown)

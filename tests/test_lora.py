@@ -59,7 +59,7 @@ def test_adapters_are_merged_one_layer_at_a_time(tmp_path, monkeypatch):
         most.append(sum(ref() is not None for ref in alive))
         return weight
 
-    monkeypatch.setattr(LoRALinear, "merged_weight", counted)
+    monkeypatch.setattr("gpt12.lora.LoRALinear.merged_weight", counted)
     save_pretrained(model, tmp_path)
     assert len(most) == 12
     assert max(most) <= 2

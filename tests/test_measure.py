@@ -1,6 +1,5 @@
 """How times are taken, and what is said about a GPU that spoils them."""
 
-import subprocess
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -40,7 +39,7 @@ def test_a_timing_is_its_calls_median_and_outer_deciles(monkeypatch):
     def call():
         now[0] += next(coming)
 
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("gpt12.measure.time", SimpleNamespace(perf_counter=lambda: now[0]))
     timed = time_calls(call, CPU, warmup=2, count=7)
     p10, p50, p90 = (1e3 * np.percentile(took, (10, 50, 90))).tolist()
     expected = {"ms": p50, "ms_p10": p10, "ms_p90": p90, "steps": 7, "warmup_s": 7.0}
@@ -66,7 +65,7 @@ def test_every_timed_interval_computes_a_token(monkeypatch, asked):
 
     model = GPT(GPTConfig(16, 13, 1, 2, 8)).eval()
     model.transformer.register_forward_pre_hook(count)
-    monkeypatch.setattr(measure.time, "perf_counter", clock)
+    monkeypatch.setattr("time.perf_counter", clock)
     timed = time_decoding(model, [[1, 2, 3, 4]] * 3, SampleConfig(max_new_tokens=asked))
     tokens = arrivals[2 * measure.PROMPT_RUNS + 1 : -1]
     assert {after - before for before, after in pairwise(tokens)} == {1.0}
@@ -108,9 +107,9 @@ def test_a_clock_is_held_if_nvidia_smi_says_that_heat_or_power_hold_it(monkeypat
             raise FileNotFoundError
         return SimpleNamespace(stdout=answer)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("subprocess.run", run)
     properties = SimpleNamespace(uuid="1")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda: properties)
     assert measure.clock_is_held() == held
 
 
@@ -129,9 +128,9 @@ def test_what_spoils_the_figures_is_a_warning(
 ):
     """On a GPU of 12 GiB, where torch holds 6 and our own context 0.5."""
     free = (12 - 6 - 0.5 - others_gib) * GIB
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 12 * GIB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 6 * GIB)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: most_gib * GIB)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free, 12 * GIB))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 6 * GIB)
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda: most_gib * GIB)
     warnings = warnings_about(replace(GPU, world=world), held)
     assert len(warnings) == (words is not None)
     assert all(words in warning for warning in warnings)

@@ -11,7 +11,6 @@ import io
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -155,8 +154,8 @@ def test_a_quick_command_of_the_readme_runs(command, tiny_run, tmp_path, monkeyp
     words = [re.sub(r"^--init_from=.*", f"--init_from={tiny_run}", word) for word in words]
     if script == "sample.py":
         words += ["--max_new_tokens=8", "--device=cpu"]
-    monkeypatch.setattr(sys, "argv", [script, *words])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Once\n"), "utf-8"))
+    monkeypatch.setattr("sys.argv", [script, *words])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Once\n"), "utf-8"))
     program = importlib.import_module(script.removesuffix(".py"))
     if "--help" in words:
         with pytest.raises(SystemExit, match="0"):

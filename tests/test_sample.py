@@ -3,10 +3,10 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
-import sys
-from itertools import takewhile, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
@@ -27,6 +27,7 @@ from gpt12.settings import SampleConfig
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
 from tests import processes
+from tests.helpers import edit_json
 from tests.models import save_nanogpt, use_exact_gelu
 from tests.tiny_bpe import END, tiny_library
 
@@ -55,10 +56,10 @@ def start(out_dir, monkeypatch, capsys):
 
     def call(*options: str, stdin: bytes | TextIO = b"") -> tuple[int, str, str]:
         argv = ["sample.py", f"--out_dir={out_dir}", "--device=cpu", "--dtype=float32", *options]
-        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr("sys.argv", argv)
         if isinstance(stdin, bytes):
             stdin = io.TextIOWrapper(io.BytesIO(stdin), "utf-8")
-        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr("sys.stdin", stdin)
         with pytest.raises(SystemExit) as end:
             run_main(sample.main)
         printed = capsys.readouterr()
@@ -70,22 +71,20 @@ def start(out_dir, monkeypatch, capsys):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Replace the model: each call of stream yields the next of these texts; None is Ctrl-C."""
+    """Replace the model: each call of stream yields the next of these texts; \\x03 is Ctrl-C."""
     calls: list[list[int]] = []
     configs: list[SampleConfig] = []
-    script: list[list[str | bytes | None]] = []
+    script: list[bytes] = []
 
     def stream(model, prompts, config):
         calls.extend(list(prompt) for prompt in prompts)
         configs.append(config)
-        texts = [script.pop(0) for _ in prompts]
-        rows = [[*(t or b"")] if t is None or isinstance(t, bytes) else t for t in texts]
-        for step in zip_longest(*rows, fillvalue=256):
-            if None in step:
+        for step in zip_longest(*(ids_of(script.pop(0)) for _ in prompts), fillvalue=256):
+            if 3 in step:
                 signal.raise_signal(signal.SIGINT)
             yield list(step)
 
-    monkeypatch.setattr(sample, "stream", stream)
+    monkeypatch.setattr("sample.stream", stream)
     return SimpleNamespace(calls=calls, configs=configs, script=script)
 
 
@@ -96,10 +95,10 @@ def save_random(folder: Path, tokenizer: Tokenizer, room: int = 32) -> str:
     return f"--init_from={folder}"
 
 
-def ids_of(text: str) -> list[int]:
+def ids_of(text: bytes) -> list[int]:
     """Return the ids of bytes, in which `<|endoftext|>` is that token, as in nanoGPT."""
-    first, *others = text.split("<|endoftext|>")
-    return [*first.encode(), *(i for other in others for i in (256, *other.encode()))]
+    first, *others = text.split(b"<|endoftext|>")
+    return [*first, *(i for other in others for i in (256, *other))]
 
 
 def rows_of(ended: tuple[int, str, str]) -> list[dict]:
@@ -137,9 +136,7 @@ def test_texts_go_to_standard_output_and_figures_to_standard_error(start):
 
 def test_a_warning_about_the_weights_is_no_line_of_the_json(start, out_dir, tmp_path, monkeypatch):
     foreign = shutil.copytree(out_dir / "best", tmp_path / "foreign")
-    content = json.loads((foreign / "config.json").read_text())
-    del content["fingerprint"]
-    (foreign / "config.json").write_text(json.dumps(content))
+    edit_json(foreign / "config.json", fingerprint=None)
     use_exact_gelu(monkeypatch)
     twin.examine.cache_clear()
     ended = start(f"--init_from={foreign}", "--json", "--num_samples=2", "--max_new_tokens=1")
@@ -148,7 +145,7 @@ def test_a_warning_about_the_weights_is_no_line_of_the_json(start, out_dir, tmp_
 
 
 def test_without_standard_error_the_json_stays_alone(start, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr("sys.stderr", None)
     assert len(rows_of(start("--json", "--num_samples=1", "--max_new_tokens=1"))) == 1
 
 
@@ -161,14 +158,14 @@ def test_greedy_sampling_gives_one_text_unless_more_are_asked_for(start):
 def test_tokens_appear_as_they_come(start, scripted, monkeypatch):
     scripted.script[:] = ["a\u20acb\n\nc".encode(), b"second\n\n"]
     seen = []
-    monkeypatch.setattr(sample, "show", seen.append)
+    monkeypatch.setattr("sample.show", seen.append)
     assert start("--start=q", "--num_samples=2", "--stop=\\n\\n")[0] == 0
     rule = "\n---------------\n"
     assert seen == ["q", "a", "\u20ac", "b", rule, "qsecond" + rule]
 
 
 def test_the_reason_why_a_text_ended_is_reported(start, scripted):
-    scripted.script[:] = [b"one\n", [*b"two", 256, *b"more"], "\u20ac".encode()[:2]]
+    scripted.script[:] = [b"one\n", b"two<|endoftext|>more", b"\xe2\x82"]
     rows = rows_of(start("--start=q", "--num_samples=3", "--stop=\\n", "--json"))
     assert [row["text"] for row in rows] == ["one", "two", "\ufffd"]
     assert [row["finish"] for row in rows] == ["stop", "end", "end"]
@@ -177,14 +174,11 @@ def test_the_reason_why_a_text_ended_is_reported(start, scripted):
 
 def test_every_sampling_option_reaches_the_model(start, scripted):
     every = "--temperature=0.7 --top_k=12 --top_p=0.8 --min_p=0.15 --repetition_penalty=1.3"
-    values = []
-    for options in ([], every.split()):
-        scripted.script[:] = [b"!"]
-        assert start("--num_samples=1", *options)[0] == 0
-        config = scripted.configs[-1]
-        values.append((config.temperature, config.top_k, config.top_p, config.min_p))
-        values.append(config.repetition_penalty)
-    assert values == [(0.8, 200, 1.0, 0.0), 1.0, (0.7, 12, 0.8, 0.15), 1.3]
+    scripted.script[:] = [b"!", b"!"]
+    assert start("--num_samples=1")[0] == start("--num_samples=1", *every.split())[0] == 0
+    values = [(c.temperature, c.top_k, c.top_p, c.min_p) for c in scripted.configs]
+    assert values == [(0.8, 200, 1.0, 0.0), (0.7, 12, 0.8, 0.15)]
+    assert [c.repetition_penalty for c in scripted.configs] == [1.0, 1.3]
 
 
 @pytest.mark.parametrize(
@@ -264,9 +258,7 @@ def chat(tmp_path):
 )
 def test_a_template_writes_here_what_it_writes_in_transformers(chat, template):
     folder = chat(template).partition("=")[2]
-    settings_file = Path(folder) / "tokenizer_config.json"
-    changed = json.loads(settings_file.read_text()) | {"bos_token": "<s>"}
-    settings_file.write_text(json.dumps(changed))
+    edit_json(f"{folder}/tokenizer_config.json", bos_token="<s>")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer = load_tokenizer(Path(folder))
     ours = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens)
@@ -301,7 +293,7 @@ def test_a_start_is_put_into_the_template_once(start, scripted, chat, template, 
     assert status == 0, err
     prompt = prompt or start_text
     assert out == f"{prompt}!\n{sample.SEPARATOR}\n"
-    assert scripted.calls == [ids_of(prompt)]
+    assert scripted.calls == [ids_of(prompt.encode())]
 
 
 def ask(*turns: str) -> str:
@@ -317,7 +309,7 @@ CONVERSATIONS = {
     "keeps its context": (
         [],
         b"\none\ntwo\nthree\n",
-        [b"hi", [*b"yo", 256, *b"x"], b"\n"],
+        [b"hi", b"yo<|endoftext|>x", b"\n"],
         ["one", "onehitwo", "onehitwoyo<|endoftext|>three"],
         "The model reads each text together",
     ),
@@ -337,11 +329,11 @@ CONVERSATIONS = {
     ),
     "a mistake is told": ([], b"x" * 33 + b"\ngood\n", [b"fine"], ["good"], "33 tokens"),
     "bytes that are no text": ([], b"a\xff\n\xe0", [b"", b""], ["a\ufffd", "a\ufffd\ufffd"], ""),
-    "Ctrl-C ends a text": ([], b"one\ntwo\n", [[*b"par", None, 33], b""], ["one", "onepartwo"], ""),
+    "Ctrl-C ends a text": ([], b"one\ntwo\n", [b"par\x03!", b""], ["one", "onepartwo"], ""),
     "Ctrl-C before the first": (
         [],
         b"one\ntwo\n",
-        [[None], b""],
+        [b"\x03", b""],
         ["one", "onetwo"],
         "0 tokens, 0.0 tokens/s",
     ),
@@ -349,7 +341,7 @@ CONVERSATIONS = {
     "however it ended": (
         [CHAT_TEMPLATE, "--stop=."],
         b"q\nr\ns\nt\n",
-        [[*b"a", 256], b"b.", [*b"cc", None], b""],
+        [b"a<|endoftext|>", b"b.", b"cc\x03", b""],
         [
             ask("q"),
             ask("q", "a", "r"),
@@ -394,16 +386,17 @@ CONVERSATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_a_conversation(start, scripted, chat, name):
-    options, stdin, script, prompts, told = CONVERSATIONS[name]
+@pytest.mark.parametrize(
+    ("options", "stdin", "script", "prompts", "told"), CONVERSATIONS.values(), ids=CONVERSATIONS
+)
+def test_a_conversation(start, scripted, chat, options, stdin, script, prompts, told):
     if options and not options[0].startswith("--"):
         options = [chat(options[0], room=128), *options[1:]]
     scripted.script[:] = script
-    texts = [bytes(takewhile(lambda t: t not in (None, 256), text)).decode() for text in script]
+    texts = [re.split(rb"\x03|<", text)[0].decode() for text in script]
     status, out, err = start("--interactive", *options, stdin=stdin)
     assert (status, out) == (0, "".join(f"{text.rstrip('.')}\n" for text in texts)), err
-    assert scripted.calls == [ids_of(prompt) for prompt in prompts]
+    assert scripted.calls == [ids_of(prompt.encode()) for prompt in prompts]
     assert told in err
 
 
@@ -436,7 +429,7 @@ def test_lines_that_are_pasted_together_are_one_message(start, scripted, monkeyp
         return original(*args, **options)
 
     original = sample.stream
-    monkeypatch.setattr(sample, "stream", end)
+    monkeypatch.setattr("sample.stream", end)
     scripted.script[:] = [b"fine"]
     with open(terminal, encoding="utf-8") as stdin:
         status, out, err = start("--interactive", stdin=stdin)
@@ -450,7 +443,7 @@ def test_lines_that_are_pasted_together_are_one_message(start, scripted, monkeyp
 
 
 def test_ctrl_c_outside_of_a_conversation_ends_with_130(start, scripted):
-    scripted.script[:] = [[*b"ab", None]]
+    scripted.script[:] = [b"ab\x03"]
     assert start("--start=q", "--num_samples=1")[:2] == (130, "qab")
 
 
@@ -466,7 +459,7 @@ def test_sample_ends_quietly_when_nobody_reads_any_more(out_dir, tmp_path):
 
 
 def test_a_program_without_standard_output_says_so(start, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr("sys.stdout", None)
     status, _, err = start(*ONE_TEXT)
     assert (status, "there is no standard output" in err) == (2, True)
 
@@ -474,7 +467,7 @@ def test_a_program_without_standard_output_says_so(start, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
 def test_sample_reports_a_full_disk(start, monkeypatch):
     full = io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)
-    monkeypatch.setattr(sys, "stdout", full)
+    monkeypatch.setattr("sys.stdout", full)
     status, _, err = start("--start=q", "--num_samples=1", "--max_new_tokens=3")
     assert status == 2
     assert err.endswith("error: the text cannot be written: No space left on device\n")
@@ -483,22 +476,22 @@ def test_sample_reports_a_full_disk(start, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out_dir=/nowhere"], "no checkpoint in /nowhere/best"),
-        (["--checkpoint=best", "--init_from=/nowhere/else"], "/nowhere/else"),
-        (["--start="], "prompt is empty"),
-        (["--start=-"], "--start=- cannot be read as UTF-8 text"),
-        (["--start=FILE:/nowhere/prompt.txt"], "FILE:/nowhere/prompt.txt cannot be read as UTF-8"),
-        (["--start=" + "x" * 33], "33 tokens"),
-        (["--start=abcZ", "--checkpoint=last"], "'Z'"),
-        (["--stop="], "stop"),
-        (["--max_token=5"], "max_new_tokens"),
-        (["--init_from=" + "a" * 300], "is no local folder"),
-        (["--out_dir=" + "a" * 300], "no checkpoint in"),
-        (["--system=Be brief."], "--system: the model's chat template has no place for it"),
+        ("--out_dir=/nowhere", "no checkpoint in /nowhere/best"),
+        ("--checkpoint=best --init_from=/nowhere/else", "/nowhere/else"),
+        ("--start=", "prompt is empty"),
+        ("--start=-", "--start=- cannot be read as UTF-8 text"),
+        ("--start=FILE:/nowhere/prompt.txt", "FILE:/nowhere/prompt.txt cannot be read as UTF-8"),
+        ("--start=" + "x" * 33, "33 tokens"),
+        ("--start=abcZ --checkpoint=last", "'Z'"),
+        ("--stop=", "stop"),
+        ("--max_token=5", "max_new_tokens"),
+        ("--init_from=" + "a" * 300, "is no local folder"),
+        ("--out_dir=" + "a" * 300, "no checkpoint in"),
+        ("--system=Brief.", "--system: the model's chat template has no place for it"),
     ],
 )
 def test_a_users_mistake_ends_with_a_message_and_status_2(start, options, message):
-    status, out, err = start(*options, stdin=b"\xff")
+    status, out, err = start(*options.split(), stdin=b"\xff")
     assert (status, out) == (2, "")
     assert message in err
 
@@ -513,7 +506,7 @@ def nanogpt(out_dir, tmp_path, monkeypatch):
     for folder in letters:
         (tmp_path / folder).mkdir(parents=True)
         CharTokenizer(letters[folder]).save(tmp_path / folder)
-    monkeypatch.setattr(sample, "DATA", tmp_path / "data")
+    monkeypatch.setattr("sample.DATA", tmp_path / "data")
 
     def write(name: str, dataset: str | None = None) -> str:
         model = from_pretrained(out_dir / name)
@@ -544,7 +537,7 @@ def test_nanogpts_checkpoint_of_gpt2s_vocabulary_has_gpt2s_tokenizer(start, tmp_
     save_nanogpt(tmp_path / "ckpt.pt", GPT(GPTConfig(16, 50304, 1, 1, 2)), 50304)
     tokenizer = ByteTokenizer()
     monkeypatch.setattr(tokenizer, "token_bytes", lambda token: b"x")
-    monkeypatch.setattr(sample, "get_tokenizer", {"gpt2": tokenizer}.get)
+    monkeypatch.setattr("sample.get_tokenizer", {"gpt2": tokenizer}.get)
     status, out, err = start(f"--init_from={tmp_path / 'ckpt.pt'}", *ONE_TEXT)
     assert (status, out) == (0, f"abxxxxxxxxx\n{sample.SEPARATOR}\n"), err
 

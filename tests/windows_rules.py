@@ -13,12 +13,10 @@ that compiled libraries hold open count as well.
 
 from __future__ import annotations
 
-import builtins
 import errno
 import fcntl
 import io
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,15 +30,15 @@ Call = Callable[..., Any]
 def enforce(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this process follow the rules until monkeypatch is undone."""
     # Where folders cannot be opened, shutil works with paths.
-    monkeypatch.setattr(shutil, "_use_fd_functions", False)
-    monkeypatch.setattr(os, "fsync", _checked(os.fsync, _check_writable))
-    monkeypatch.setattr(os, "open", _checked(os.open, _check_no_folder, _check_name))
+    monkeypatch.setattr("shutil._use_fd_functions", False)
+    monkeypatch.setattr("os.fsync", _checked(os.fsync, _check_writable))
+    monkeypatch.setattr("os.open", _checked(os.open, _check_no_folder, _check_name))
     opening = _checked(io.open, _check_no_folder, _check_name)
-    monkeypatch.setattr(io, "open", opening)
-    monkeypatch.setattr(builtins, "open", opening)
-    monkeypatch.setattr(os, "mkdir", _checked(os.mkdir, _check_name))
-    monkeypatch.setattr(os, "rename", _checked(os.rename, _check_free, _check_new_target))
-    monkeypatch.setattr(os, "replace", _checked(os.replace, _check_free, _check_free_target))
+    monkeypatch.setattr("io.open", opening)
+    monkeypatch.setattr("builtins.open", opening)
+    monkeypatch.setattr("os.mkdir", _checked(os.mkdir, _check_name))
+    monkeypatch.setattr("os.rename", _checked(os.rename, _check_free, _check_new_target))
+    monkeypatch.setattr("os.replace", _checked(os.replace, _check_free, _check_free_target))
     for name in ("unlink", "remove", "rmdir"):
         monkeypatch.setattr(os, name, _checked(getattr(os, name), _check_free))
 
