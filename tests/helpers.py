@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -229,6 +230,33 @@ def train_on(step: Any, *seeds: int, lr: float = 1e-2) -> None:
     for seed in seeds:
         fill(step, *random_rows(seed=seed))
         step(lr)
+
+
+# --------------------------------------------------------------------------------------------------
+# Programs of tests/manual/
+
+
+def options_parser(doc: str, **keys: Any) -> argparse.ArgumentParser:
+    """Return a parser of --key=value whose --help prints a program's doc.
+
+    keys: the defaults, which tell the types. A type alone: the key has to be given. A tuple: the
+    choices, the default first. False: a flag.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for key, value in keys.items():
+        settings: dict[str, Any] = {"type": type(value), "default": value}
+        if value is False:
+            settings = {"action": "store_true"}
+        elif isinstance(value, tuple):
+            settings = {"choices": value, "default": value[0]}
+        elif isinstance(value, type):
+            settings = {"type": value, "required": True}
+        parser.add_argument(f"--{key}", **settings)
+    return parser
 
 
 # --------------------------------------------------------------------------------------------------

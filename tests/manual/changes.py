@@ -18,7 +18,6 @@ Rows are printed and written into --table as they come, so a run that is cut sho
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -35,7 +34,7 @@ from queue import Queue
 from typing import NamedTuple
 
 from gpt12.errors import UserError, run_main, say
-from tests.helpers import CHANGES, ROOT, changed_copy
+from tests.helpers import CHANGES, ROOT, changed_copy, options_parser
 
 AS_IT_IS = "as it is"
 HALF_AS_LONG = "as it is, for half the steps"
@@ -155,13 +154,8 @@ def table(names: list[str], runs: dict[str, list[Future[Figures]]]) -> Iterator[
 def main() -> int:
     """Train all and print the table, row by row. Return 1 if a run failed."""
     known = sorted(file.stem for file in CHANGES.glob("*.diff"))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--changes", default=",".join(known))
-    parser.add_argument("--seeds", default="1337")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its own GPU")
-    parser.add_argument("--table", type=Path, default=Path("out-changes.md"))
+    keys = {"dataset": str, "steps": int, "changes": ",".join(known), "seeds": "1337", "jobs": 1}
+    parser = options_parser(__doc__, **keys, table=Path("out-changes.md"))
     arguments, options = parser.parse_known_args()
     names = [name for name in arguments.changes.split(",") if name]
     for name in names:

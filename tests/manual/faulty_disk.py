@@ -19,14 +19,12 @@ tests/manual/faulty_disk.c makes the faults. It needs Linux on x86-64 and a C co
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -45,13 +43,21 @@ import gpt12.log
 import train
 from gpt12.errors import UserError
 from gpt12.log import read_metrics
-from tests.helpers import losses, trainer
-from tests.manual.kill_loop import newest, options_of_runs, run_process, tensors_of
+from tests.helpers import RESUME, losses, options_parser, trainer
+from tests.manual.kill_loop import (
+    log_of,
+    memory_folder,
+    newest,
+    options_of_runs,
+    run_process,
+    tensors_of,
+)
 
 STEPS = 20
-PRESETS = {"adamw": None, "lora": "config/finetune_gpt2_xl_lora.py"}
+PRESETS = {"adamw": "", "lora": "config/finetune_gpt2_xl_lora.py"}
 # Two checkpoints of each name, and the same learning rates if the run is made in two halves.
 RUN = "--max_iters=20 --lr_decay_iters=20 --eval_interval=10 --save_interval_s=1e9".split()
+RESUMED = [*RESUME, f"--max_iters={STEPS}"]
 EARLIER_STEPS = 4  # of the run in whose folder another one is started
 
 
@@ -97,11 +103,7 @@ def run_on(
             raise OSError("the kernel does not allow seccomp filters")
 
     disk.fail(str(out_dir).encode(), *failing)
-    return run_process([*start.argv, f"--out_dir={out_dir}"], log_of(out_dir), trap)
-
-
-def log_of(out_dir: Path) -> Path:
-    return out_dir.with_suffix(".log")
+    return run_process(start.argv, out_dir, trap)
 
 
 def save_nothing(figure: Figure, file: IO[bytes], **options: object) -> None:
@@ -142,11 +144,11 @@ def starts(options: list[str], folder: Path) -> list[Start]:
     half = folder / "half"
     earlier = folder / "earlier"
     for out_dir, steps in ((half, STEPS // 2), (earlier, EARLIER_STEPS)):
-        argv = [*options, *RUN, f"--max_iters={steps}", f"--out_dir={out_dir}"]
-        assert run_process(argv, log_of(out_dir)) == 0, log_of(out_dir).read_text()
+        argv = [*options, *RUN, f"--max_iters={steps}"]
+        assert run_process(argv, out_dir) == 0, log_of(out_dir).read_text()
     return [
         Start("from its start", [*options, *RUN], None),
-        Start("resumed", ["--init_from=resume", f"--max_iters={STEPS}"], half),
+        Start("resumed", RESUMED, half),
         Start("over another run", [*options, *RUN], earlier),
     ]
 
@@ -184,10 +186,9 @@ def check(start: Start, out_dir: Path, status: int, whole: dict) -> None:
     # Started anew, a run that has a best/ already takes the place of the earlier one in previous/.
     takes_place = step is None and (out_dir / "best").exists() and (out_dir / "previous").exists()
     if step is not None:
-        argv = ["--init_from=resume", f"--max_iters={STEPS}"]
+        argv = RESUMED
     if status != 0 or step != STEPS:
-        argv = [*argv, f"--out_dir={out_dir}"]
-        status = run_process(argv, log_of(out_dir))
+        status = run_process(argv, out_dir)
     assert status == 0, f"it cannot go on: {log_of(out_dir).read_text()}\nbefore: {said}"
     assert outcome(out_dir) == whole["outcome"], "other weights or moments"
     # The row of a step may have been lost to the fault; if it is there, it is right.
@@ -199,7 +200,7 @@ def check(start: Start, out_dir: Path, status: int, whole: dict) -> None:
         assert earlier_run_is_there(out_dir), "the earlier run is lost after going on"
 
 
-def try_faults(disk: Any, folder: Path, preset: str | None, every: int) -> Counter:
+def try_faults(disk: Any, folder: Path, preset: str, every: int) -> Counter:
     """Let every so many calls of all runs of one preset fail. Return what happened."""
     tally: Counter[str] = Counter()
     whole: dict = {}
@@ -230,18 +231,14 @@ def try_faults(disk: Any, folder: Path, preset: str | None, every: int) -> Count
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--every", type=int, default=1, help="let only every so many calls fail")
-    parser.add_argument("--only", choices=PRESETS)
-    options = parser.parse_args()
+    options = options_parser(__doc__, every=1, only=("", *PRESETS)).parse_args()
     if platform.system() != "Linux" or platform.machine() != "x86_64" or not shutil.which("cc"):
         print("skipped: the faults need Linux on x86-64 and a C compiler")
         return 0
     began = time.perf_counter()
     tally: Counter[str] = Counter()
     make_repeatable()
-    memory = Path("/dev/shm")  # no real fsync is needed
-    with tempfile.TemporaryDirectory(dir=memory if memory.exists() else None) as name:
+    with memory_folder() as name:
         disk = build_disk(Path(name))
         for method in [options.only] if options.only else PRESETS:
             folder = Path(name) / method

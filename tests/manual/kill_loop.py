@@ -19,7 +19,6 @@ questions and answers trains on those.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import random
@@ -49,7 +48,15 @@ import train
 from gpt12 import checkpoint
 from gpt12.errors import UserError
 from gpt12.folder import Progress, find_checkpoint
-from tests.helpers import OPTIONS, ROOT, make_answers, make_dataset, read_rows
+from tests.helpers import (
+    OPTIONS,
+    RESUME,
+    ROOT,
+    make_answers,
+    make_dataset,
+    options_parser,
+    read_rows,
+)
 
 PRESET = "config/train_shakespeare_cpu.py"
 NO_CLOCK = {"elapsed_s": None, "tokens_per_s": None}
@@ -97,7 +104,19 @@ def save_by_halves(tensors: dict, file: Path, metadata: dict | None = None) -> N
         f.write(content[len(content) // 2 :])
 
 
-def run_process(argv: list[str], log: Path, prepare: Callable[[], object] = lambda: None) -> int:
+def memory_folder() -> tempfile.TemporaryDirectory:
+    """Return a temporary folder, in memory if it can be: no real fsync is needed."""
+    memory = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(dir=memory if memory.exists() else None)
+
+
+def log_of(out_dir: Path) -> Path:
+    return out_dir.with_suffix(".log")
+
+
+def run_process(
+    argv: list[str], out_dir: Path, prepare: Callable[[], object] = lambda: None
+) -> int:
     """Run train.py in a forked process. Return its exit status, or minus the signal.
 
     prepare: is called in the process before it trains.
@@ -106,9 +125,9 @@ def run_process(argv: list[str], log: Path, prepare: Callable[[], object] = lamb
     if pid == 0:
         status = 99
         try:
-            sys.stdout = sys.stderr = open(log, "w")
+            sys.stdout = sys.stderr = open(log_of(out_dir), "w")
             prepare()
-            status = train.main(argv)
+            status = train.main([*argv, f"--out_dir={out_dir}"])
         except BaseException:
             traceback.print_exc()
         finally:
@@ -152,10 +171,9 @@ def live(argv: list[str], out_dir: Path, counter: CallCounter) -> int:
     """
     before = newest(out_dir)
     if before is not None:
-        argv = ["--init_from=resume", f"--out_dir={out_dir}"]
-    log = out_dir.with_suffix(".log")
-    status = run_process(argv, log, counter.start)
-    assert status in (0, -signal.SIGKILL), f"exit status {status}: {log.read_text()}"
+        argv = RESUME
+    status = run_process(argv, out_dir, counter.start)
+    assert status in (0, -signal.SIGKILL), f"exit status {status}: {log_of(out_dir).read_text()}"
     try:
         after = newest(out_dir)
     except (UserError, safetensors.SafetensorError) as error:
@@ -165,9 +183,9 @@ def live(argv: list[str], out_dir: Path, counter: CallCounter) -> int:
     return status
 
 
-def options_of_runs(folder: Path, preset: str | None) -> list[str]:
+def options_of_runs(folder: Path, preset: str) -> list[str]:
     """Return the options of a tiny run, with those of a preset that are not the run's size."""
-    if preset is None:
+    if not preset:
         return [*OPTIONS, f"--dataset={make_dataset(folder / 'letters')}"]
     keys = runpy.run_path(str(ROOT / preset))
     if keys["dataset"].endswith(".jsonl"):
@@ -179,9 +197,8 @@ def options_of_runs(folder: Path, preset: str | None) -> list[str]:
     if keys.get("init_from", "scratch") == "scratch":
         return options
     base = folder / "base"
-    log = folder / "base.log"
-    argv = [*OPTIONS, f"--dataset={dataset}", "--max_iters=4", f"--out_dir={base}"]
-    assert run_process(argv, log) == 0, log.read_text()
+    argv = [*OPTIONS, f"--dataset={dataset}", "--max_iters=4"]
+    assert run_process(argv, base) == 0, log_of(base).read_text()
     return [*options, f"--init_from={base}"]
 
 
@@ -192,7 +209,7 @@ def kill_loop(
     chance = random.Random(seed)
     unbroken = CallCounter()
     whole = folder / "whole"
-    assert live([*options, f"--out_dir={whole}"], whole, unbroken) == 0
+    assert live(options, whole, unbroken) == 0
     expected = outcome(whole)
     calls = list(unbroken.calls)
     calls[INSIDE] //= 3  # so early that a run takes some lives
@@ -205,7 +222,7 @@ def kill_loop(
         # The last run may come to its end.
         counter = CallCounter(part, fatal if tally["kills"] < kills else 0)
         try:
-            ended = live([*options, f"--out_dir={out_dir}"], out_dir, counter) == 0
+            ended = live(options, out_dir, counter) == 0
             assert not ended or outcome(out_dir) == expected, "it differs from the unbroken run"
         except AssertionError as error:
             print(f"LOST after kill {tally['kills']}: {error}", file=sys.stderr)
@@ -222,16 +239,11 @@ def kill_loop(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--presets", type=int, default=1, help="times to kill a shipped preset")
-    parser.add_argument("--preset", help="a shipped preset, whose keys the tiny runs have")
-    options = parser.parse_args()
+    keys = {"kills": 200, "seed": random.randrange(10**6), "presets": 1, "preset": ""}
+    options = options_parser(__doc__, **keys).parse_args()
     started = time.perf_counter()
-    memory = Path("/dev/shm")  # a killed process loses nothing that fsync would save
-    with tempfile.TemporaryDirectory(dir=memory if memory.exists() else None) as name:
-        tiny, shipped = Path(name) / "tiny", Path(name) / "shipped"
+    with memory_folder() as folder:  # a killed process loses nothing that fsync would save
+        tiny, shipped = Path(folder, "tiny"), Path(folder, "shipped")
         tiny.mkdir()
         shipped.mkdir()
         runs = options_of_runs(tiny, options.preset)

@@ -3,6 +3,7 @@
     python -m tests.manual.mutants                      # all of tests/manual/mutants.txt
     python -m tests.manual.mutants --only=12            # one, by its number
     python -m tests.manual.mutants --only="causal mask" # those whose description holds this text
+    python -m tests.manual.mutants --part=2/3           # the second third
 
 The working tree is copied into a temporary folder. First the named tests run unchanged and have to
 pass. Then each mutant's line is changed, its tests run, and the line is put back. A mutant is
@@ -14,7 +15,6 @@ its line is not in its file exactly once.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, options_parser
 
 LIMIT_SECONDS = 600  # for one mutant's tests: a mutant may make a program wait forever
 RESULTS = {0: "survived", 1: "killed"}  # pytest's exit status; others mean that no test ran
@@ -50,10 +50,7 @@ def read_mutants() -> list[Mutant]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="a number, or a part of a description")
-    parser.add_argument("--part", default="1/1", help="2/3: the second third")
-    options = parser.parse_args()
+    options = options_parser(__doc__, only="", part="1/1").parse_args()
     only = options.only.lower()
     part, parts = map(int, options.part.split("/"))
     chosen = {

@@ -10,6 +10,7 @@ machine's speed affects all. Ours is measured by bench.py, the others here, by t
 All do the same work on random tokens: one shape, 16-bit autocast and torch.compile on a GPU, norm
 clipping, fused AdamW. transformers has biases, the others have none. Texts are written as each
 program's users do it: ours and transformers with a cache and not compiled, nanoGPT with neither.
+Without --nanogpt, a checkout, it is left out. --recompute is ours.
 tests/manual/race.py compares how soon a loss is reached.
 """
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from gpt12.device import Machine, open_machine
 from gpt12.errors import UserError, run_main, say
 from gpt12.measure import COLUMNS, Row, attention_kernel, show_rows, time_calls
-from tests.helpers import ROOT
+from tests.helpers import ROOT, options_parser
 
 SIDES = ("gpt12", "nanoGPT", "transformers")
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257}
@@ -58,7 +59,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
 
 def build_nanogpt(args: argparse.Namespace) -> Any:
     """Return nanoGPT's model. Its vocabulary is padded, as its train.py does it."""
-    specification = importlib.util.spec_from_file_location("nanogpt", args.nanogpt / "model.py")
+    specification = importlib.util.spec_from_file_location(
+        "nanogpt", Path(args.nanogpt, "model.py")
+    )
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
@@ -168,16 +171,18 @@ def median_row(label: str, rows: list[Row]) -> Row:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT; without it: left out")
-    parser.add_argument("--what", choices=("step", "texts", "both"), default="both")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--recompute", default="none", help="of ours")
-    parser.add_argument("--attention", choices=("auto", "flash", "math"), default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--tiny", action="store_true", help="a model that a CPU computes at once")
-    parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)  # in its own process
+    parser = options_parser(
+        __doc__,
+        nanogpt="",
+        what=("both", "step", "texts"),
+        rounds=3,
+        batch_size=32,
+        recompute="none",
+        attention=("auto", "flash", "math"),
+        device="auto",
+        tiny=False,
+        measure=("", *SIDES),  # one measurement, in its own process
+    )
     args = parser.parse_args(argv)
     args.shape = TINY if args.tiny else GPT2
     return args

@@ -8,12 +8,14 @@ steps. Its last validation loss is the finish. Ours: Muon, a quarter of the toke
 context first. Its rate falls to 0 at the last of --steps, so a run of more steps is another run:
 the smallest number of steps that ends below the finish is the fair one.
 
+--sequences are those of a step of ours; a step of nanoGPT's has 64, and --nanogpt_steps of them.
+--micro_batch sequences are computed at once: a power of 2, 16 for 12 GB.
+
 It prints a table and draws race.png. The exit status is 1 if ours does not reach the finish.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import subprocess
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt12.errors import run_main
-from tests.helpers import ROOT
+from tests.helpers import ROOT, options_parser
 
 BOTH = (
     "--block_size=1024 --n_layer=12 --n_head=12 --n_embd=768 --bias=False --dropout=0.0 "
@@ -117,15 +119,8 @@ def draw(runs: dict[str, list[Row]], file: Path) -> None:
 
 def main() -> int:
     """Run both recipes. Options that this program does not know go to train.py in both runs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", required=True, help="as train.py's")
-    parser.add_argument("--steps", type=int, default=850, help="of ours")
-    parser.add_argument("--sequences", type=int, default=16, help="in a step of ours")
-    parser.add_argument("--nanogpt_steps", type=int, default=1000, help="64 sequences each")
-    parser.add_argument(
-        "--micro_batch", type=int, default=32, help="sequences at once, a power of 2; 16 for 12 GB"
-    )
-    parser.add_argument("--out_dir", type=Path, default=Path("out-race"))
+    keys = {"steps": 850, "sequences": 16, "nanogpt_steps": 1000, "micro_batch": 32}
+    parser = options_parser(__doc__, dataset=str, out_dir=Path("out-race"), **keys)
     args, rest = parser.parse_known_args()
     out_dir = args.out_dir.absolute()
     options = [f"--dataset={args.dataset}", *rest]
