@@ -163,10 +163,15 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def own_folder(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in tmp_path, with a copy of the tiny data set in letters/, so that runs are in out/."""
-    shutil.copytree(dataset, tmp_path / "letters")
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in tmp_path, an empty folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def own_folder(dataset: Path, here: None) -> None:
+    """Work in a folder with a copy of the tiny data set in letters/, so that runs are in out/."""
+    shutil.copytree(dataset, "letters")
 
 
 @pytest.fixture

@@ -50,11 +50,21 @@ OPTIONS = [
 ENDLESS = ["--max_iters=1000000000"]
 
 
-def write_shard(path: Path, tokens: np.ndarray) -> None:
+def write(file: PathText, content: str | bytes | list) -> str:
+    """Write a text, bytes, or rows as lines of JSON, into a new folder too. Returns the path."""
+    if isinstance(content, list):
+        content = "".join(json.dumps(row) + "\n" for row in content)
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def write_shard(path: PathText, tokens: np.ndarray) -> None:
     """Write one shard of llm.c's layout: uint16, uint32 or, for a mask, uint8."""
     form = (20240801, 7) if tokens.dtype == np.uint32 else (20240520, 1)
     header = struct.pack("<256i", *form, len(tokens), *[0] * 253)
-    path.write_bytes(header + tokens.tobytes())
+    write(path, header + tokens.tobytes())
 
 
 def make_dataset(folder: Path) -> Path:
@@ -145,10 +155,10 @@ def check_resuming(*options: str, steps: int) -> tuple[dict, dict]:
     return before, after
 
 
-def refused(message: str, call: Callable, *arguments: Any) -> None:
+def refused(message: str, call: Callable, *arguments: Any, **options: Any) -> None:
     """See that a call ends with a user's mistake whose message matches a pattern."""
     with pytest.raises(UserError, match=message):
-        call(*arguments)
+        call(*arguments, **options)
 
 
 def built(*options: str) -> Any:

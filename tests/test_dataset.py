@@ -5,11 +5,12 @@ They are compared with splits and rows that are put together by hand.
 
 import collections
 import functools
-import json
 import os
 import pickle
 import signal
 import tracemalloc
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,31 +28,24 @@ from data.shards import EXAMPLE_START, TRAINED, UINT16, ShardWriter
 from data.texts import Documents
 from data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from data.windows import TrainWindows
-from gpt12.errors import UserError
 from gpt12.files import lock_folder
-from tests.helpers import write_shard
+from tests.helpers import read_json, refused, write, write_shard
 from tests.test_tokenizers import metaspace
 from tests.tiny_bpe import tiny, tiny_library
 
 EOT = 256
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}] * 2
 
 
 @pytest.fixture(autouse=True)
-def house(tmp_path, monkeypatch):
-    """An empty data/ of its own for each test, and a working directory beside it."""
-    monkeypatch.setattr(dataset_module, "DATA", tmp_path / "data")
-    (tmp_path / "data").mkdir()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def house(here, monkeypatch):
+    """An empty data/ of its own for each test, in the working directory."""
+    monkeypatch.setattr(dataset_module, "DATA", Path("data").absolute())
+    Path("data").mkdir()
 
 
 def ids(tokens):
     return [] if tokens is None else tokens.gather(np.array([0]), len(tokens))[0].tolist()
-
-
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def contents(folder):
@@ -70,9 +64,9 @@ def open_bytes(name, **more):
     ("tokenizer", "fraction", "text"),
     [("bytes", 0.1, "abcde"), ("bytes", 0.3, "Lorem ipsum " * 40), ("char", 0.1, "or not\n" * 30)],
 )
-def test_a_single_text_is_split_at_its_last_tokens(house, tokenizer, fraction, text):
+def test_a_single_text_is_split_at_its_last_tokens(tokenizer, fraction, text):
     """Characters as nanoGPT splits them; two tokens at least are left to validate."""
-    (house / "a.txt").write_text(text)
+    write("a.txt", text)
     dataset = open_bytes("a.txt", tokenizer=tokenizer, val_fraction=fraction)
     chars = sorted(set(text))
     whole = [*text.encode(), EOT] if tokenizer == "bytes" else [chars.index(c) for c in text]
@@ -83,90 +77,81 @@ def test_a_single_text_is_split_at_its_last_tokens(house, tokenizer, fraction, t
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "folder", "lines.txt"])
-def test_characters_have_a_line_end_between_documents(house, name):
+def test_characters_have_a_line_end_between_documents(name):
     texts = [f"text {i}" for i in range(9)]
-    (house / "folder").mkdir()
     for i, text in enumerate(texts):
-        (house / f"folder/{i}.txt").write_text(text)
-    (house / "rows.csv").write_text("\n".join(["text", *texts]))
-    jsonl(house / "rows.jsonl", [{"text": text} for text in texts])
-    (house / "lines.txt").write_text("\n".join(texts))
+        write(f"folder/{i}.txt", text)
+    write("rows.csv", "\n".join(["text", *texts]))
+    write("rows.jsonl", [{"text": text} for text in texts])
+    write("lines.txt", "\n".join(texts))
     column = "line" if name == "lines.txt" else "text"
-    dataset = open_bytes(name, tokenizer="char", text_column=column)
-    whole = [*ids(dataset.train), *ids(dataset.val)]
-    assert dataset.tokenizer.decode(whole) == "".join(f"{text}\n" for text in texts)
     without = CharTokenizer("tex 0123456789")  # a model's own, which has no line end
-    again = open_bytes(name, tokenizer=without, text_column=column)
-    assert without.decode([*ids(again.train), *ids(again.val)]) == "".join(texts)
+    for tokenizer, between in (("char", "\n"), (without, "")):
+        dataset = open_bytes(name, tokenizer=tokenizer, text_column=column)
+        whole = [*ids(dataset.train), *ids(dataset.val)]
+        assert dataset.tokenizer.decode(whole) == "".join(text + between for text in texts)
 
 
 @pytest.mark.parametrize("count, fraction", [(20, 0.001), (300, 0.1)])
-def test_many_documents_go_whole_to_one_side(house, count, fraction):
+def test_many_documents_go_whole_to_one_side(count, fraction):
     texts = [f"document {i} " * (1 + i % 7) for i in range(count)]
-    source = jsonl(house / "a.jsonl", [{"text": text} for text in texts])
-    dataset = open_bytes(source, val_fraction=fraction)
-    sides = collections.Counter()
-    parts = {"train": [], "val": []}
-    first = Documents(house / "a.jsonl").first_indices
+    write("a.jsonl", [{"text": text} for text in texts])
+    dataset = open_bytes("a.jsonl", val_fraction=fraction)
+    sides = [], []
+    first = Documents("a.jsonl").first_indices
     for i, text in enumerate(texts):
-        side = "val" if is_for_validation(i, first, fraction) else "train"
-        parts[side] += [*text.encode(), EOT]
-        sides[side] += 1
-    assert (ids(dataset.train), ids(dataset.val)) == (parts["train"], parts["val"])
+        sides[is_for_validation(i, first, fraction)].extend([*text.encode(), EOT])
+    assert (ids(dataset.train), ids(dataset.val)) == sides
     assert dataset.document_count == count
-    assert abs(sides["val"] - count * fraction) <= 1 + 3 * (count * fraction) ** 0.5
-    assert sides["val"] >= 1
+    validated = sides[1].count(EOT)
+    assert abs(validated - count * fraction) <= 1 + 3 * (count * fraction) ** 0.5
+    assert validated >= 1
 
 
-def test_documents_that_are_added_later_do_not_change_the_split(house):
+def test_documents_that_are_added_later_do_not_change_the_split():
     def picked(count):
-        jsonl(house / "a.jsonl", [{"text": "x"}] * count)
-        first = Documents(house / "a.jsonl").first_indices
+        write("a.jsonl", [{"text": "x"}] * count)
+        first = Documents("a.jsonl").first_indices
         return [i for i in range(count) if is_for_validation(i, first, 0.1)]
 
     assert picked(50) == [i for i in picked(300) if i < 50]
 
 
 @pytest.mark.parametrize("text", ["", "a", "ab"])
-def test_too_little_text_is_refused_and_leaves_no_data_set(house, text):
-    (house / "a.txt").write_text(text)
-    with pytest.raises(UserError, match="too short"):
-        open_bytes("a.txt")
-    assert not [path for path in (house / "data" / "cache").iterdir() if path.suffix != ".tmp"]
-    (house / "a.txt").write_text(text + "and more than that")
+def test_too_little_text_is_refused_and_leaves_no_data_set(text):
+    write("a.txt", text)
+    refused("too short", open_bytes, "a.txt")
+    assert not [path for path in Path("data/cache").iterdir() if path.suffix != ".tmp"]
+    write("a.txt", text + "and more than that")
     assert len(open_bytes("a.txt").train) > 8
 
 
-def test_answers_that_are_all_blank_are_too_short(house):
+def test_answers_that_are_all_blank_are_too_short():
     rows = [{"question": "Hi?", "answer": " "}] * 30
-    with pytest.raises(UserError, match="too short .* 30 blank texts or answers were left out"):
-        open_bytes(jsonl(house / "a.jsonl", rows))
+    refused(
+        "too short .* 30 blank texts or answers were left out", open_bytes, write("a.jsonl", rows)
+    )
 
 
 # The cache
 
 
-def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypatch):
-    made = []
-
-    def prepare_and_note(documents, *args, **kwargs):
-        made.append(documents.source)
-        return prepare_texts(documents, *args, **kwargs)
-
-    monkeypatch.setattr(dataset_module, "prepare_texts", prepare_and_note)
-    (house / "my text.txt").write_text("some text, long enough for all of this " * 3)
-    (house / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 30)
+def test_the_cache_is_made_once_and_again_when_anything_changes(monkeypatch):
+    making = Mock(wraps=prepare_texts)
+    monkeypatch.setattr(dataset_module, "prepare_texts", making)
+    write("my text.txt", "some text, long enough for all of this " * 3)
+    write("rows.jsonl", rows_of([("a", "b")] * 30))
 
     def folder(*args, **more):
-        before = len(made)
-        dataset = open_bytes(*args, **more)
-        return dataset.folder, len(made) - before
+        making.reset_mock()
+        return open_bytes(*args, **more).folder, making.call_count
 
     first, fresh = folder("my text.txt")
     assert fresh and first.name.startswith("my-text-")
-    assert folder("my text.txt", block_size=16) == folder(house / "my text.txt") == (first, 0)
+    assert folder("my text.txt", block_size=16) == (first, 0)
+    assert folder(Path("my text.txt").absolute()) == (first, 0)
     assert folder("my text.txt", tokenizer=ByteTokenizer()) == (first, 0)
-    letters = "".join(sorted(set("some text, long enough for all of this ")))
+    letters = " ,aefghilmnorstux"
     for change in (
         {"val_fraction": 0.2},
         {"tokenizer": "char"},
@@ -176,13 +161,13 @@ def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypat
     ):
         other, fresh = folder("my text.txt", **change)
         assert fresh and other != first
-    os.utime(house / "my text.txt", (0, 0))
+    os.utime("my text.txt", (0, 0))
     assert folder("my text.txt") == (first, 0)
-    (house / "my text.txt").write_text("some text, long enough for all of that " * 3)
+    write("my text.txt", "some text, long enough for all of that " * 3)
     assert folder("my text.txt")[1]
-    (house / "table.txt").write_text("text\n" + "a row of some words\n" * 30)
+    write("table.txt", "text\n" + "a row of some words\n" * 30)
     assert folder("table.txt")[1]
-    (house / "table.txt").rename(house / "table.csv")
+    Path("table.txt").rename("table.csv")
     assert folder("table.csv")[1]  # the same bytes, read as something else
     rows, fresh = folder("rows.jsonl")
     assert fresh and folder("rows.jsonl") == (rows, 0)
@@ -190,15 +175,14 @@ def test_the_cache_is_made_once_and_again_when_anything_changes(house, monkeypat
     assert folder("rows.jsonl", encoding="latin-1")[1]
     monkeypatch.setattr(dataset_module, "FORMAT", "another version's")
     assert folder("rows.jsonl")[1]
-    assert not list((house / "data" / "cache").glob("*.tmp"))
+    assert not list(Path("data/cache").glob("*.tmp"))
 
 
-def test_what_was_read_and_left_out_is_said_each_time(house):
-    (house / "texts").mkdir()
-    (house / "texts/a.md").write_text("some text, long enough for all of this " * 3)
-    jsonl(house / "texts/test.jsonl", [{"text": " "}])
-    jsonl(house / "texts/train.jsonl", [{"text": "another text, as long as this"}])
-    (house / "texts/c.pdf").write_bytes(b"\0")
+def test_what_was_read_and_left_out_is_said_each_time():
+    write("texts/a.md", "some text, long enough for all of this " * 3)
+    write("texts/test.jsonl", [{"text": " "}])
+    write("texts/train.jsonl", [{"text": "another text, as long as this"}])
+    write("texts/c.pdf", b"\0")
     for dataset in (open_bytes("texts"), open_bytes("texts")):  # the second time out of the cache
         assert dataset.notes == [
             "texts: 3 files are read: 2 .jsonl, 1 .md; 1 without a text are not: 1 .pdf.",
@@ -207,22 +191,25 @@ def test_what_was_read_and_left_out_is_said_each_time(house):
             "1 blank texts or answers were left out.",
         ]
         assert len(dataset.train) > 8
-    (house / "data/mine").mkdir()  # a folder in data/ without a prepare.py
-    (house / "data/mine/a.txt").write_text("some text, long enough for all of this " * 3)
+    # A folder in data/ without a prepare.py.
+    write("data/mine/a.txt", "some text, long enough for all of this " * 3)
     assert len(open_bytes("mine").train) > 8
-    question, answer = ({"role": role, "content": "x"} for role in ("user", "assistant"))
-    chats = [[question], [question, answer, question], [question, answer], [question, answer]]
-    jsonl(house / "chats.jsonl", [{"messages": chat} for chat in chats])
+    chats = [CHAT[:1], CHAT[:3], CHAT[:2], CHAT[:2]]
+    write("chats.jsonl", [{"messages": chat} for chat in chats])
     assert open_bytes("chats.jsonl", block_size=64).notes == [
         "1 conversations end with a message that has no answer. It was left out.",
         "1 blank texts or answers were left out.",
     ]
 
 
-def test_unknown_characters_of_a_text_are_refused(house):
-    (house / "own.txt").write_text("abc " * 20 + "é" + " abc" * 100 + "漢")
-    with pytest.raises(UserError, match=r"know 2 of the text's characters: 'é' \(U\+00E9\), '漢'"):
-        open_bytes("own.txt", tokenizer=CharTokenizer(" abc"))
+def test_unknown_characters_of_a_text_are_refused():
+    write("own.txt", "abc " * 20 + "é" + " abc" * 100 + "漢")
+    refused(
+        r"know 2 of the text's characters: 'é' \(U\+00E9\), '漢'",
+        open_bytes,
+        "own.txt",
+        tokenizer=CharTokenizer(" abc"),
+    )
 
 
 # Killed and continued
@@ -265,7 +252,7 @@ def killed_at(call, work):
 
 
 @pytest.mark.parametrize("kind", ["one text", "many documents"])
-def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch, kind):
+def test_killed_anywhere_and_continued_gives_the_same_shards(monkeypatch, kind):
     monkeypatch.setattr("data.shards.SHARD_TOKENS", 1000)
     monkeypatch.setattr(prepare, "PIECES_AT_ONCE", 2)
     monkeypatch.setattr(prepare, "SAVE_TOKENS", 1100)
@@ -275,10 +262,9 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcd \n"), rng.integers(0, 500))) for _ in range(22)]
     if kind == "one text":
-        source = "a.txt"
-        (house / source).write_text("".join(texts[:12]))
+        source = write("a.txt", "".join(texts[:12]))
     else:
-        source = jsonl(house / "a.jsonl", [{"text": text} for text in texts])
+        source = write("a.jsonl", [{"text": text} for text in texts])
 
     class Counting(ByteTokenizer):
         encoded = 0
@@ -292,19 +278,19 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
         prepare_texts(Documents(source), Counting(), folder, max_tokens=4000)
         return contents(folder)
 
-    expected = work(house / "unbroken")
+    expected = work(Path("unbroken"))
     assert len(expected) >= 5 and "progress.json" not in expected
     again = 0
     for call in range(1, 500, 7):
-        folder = house / f"killed-{call}"
+        folder = Path(f"killed-{call}")
         if not killed_at(call, functools.partial(work, folder)):
             break
         progress = folder / "progress.json"
         done = 0
         if progress.exists():
-            done = json.loads(progress.read_bytes())["next"]
+            done = read_json(progress)["next"]
             # As an older version wrote it.
-            progress.write_text(progress.read_text().replace('"count"', '"documents"'))
+            write(progress, progress.read_text().replace('"count"', '"documents"'))
         assert work(folder) == expected
         assert Counting.encoded <= sum(len(text) for text in texts[done:])
         again += done > 0
@@ -312,7 +298,7 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(house, monkeypatch,
     assert again > 1 or kind == "one text"  # which begins anew
 
 
-def test_the_hub_is_not_asked_for_what_is_there(house, monkeypatch):
+def test_the_hub_is_not_asked_for_what_is_there(monkeypatch):
     rows = [("hf", {"text": f"row {i}"}) for i in range(50)]
     monkeypatch.setattr("data.texts.hub_rows", lambda source: iter(rows))
     first = open_bytes("hf:owner/name")
@@ -321,40 +307,34 @@ def test_the_hub_is_not_asked_for_what_is_there(house, monkeypatch):
     assert open_bytes("hf:owner/name", block_size=4).folder == first.folder
 
 
-def test_an_unfinished_data_set_is_not_opened(house):
-    write_shard(house / "train_000000.bin", np.arange(9, dtype=UINT16))
-    write_shard(house / "val_000000.bin", np.arange(9, dtype=UINT16))
-    (house / "progress.json").write_text("{}")
-    with pytest.raises(UserError, match="not finished"):
-        open_bytes(house)
+def test_an_unfinished_data_set_is_not_opened():
+    write(f"{shards('x')}/progress.json", "{}")
+    refused("not finished", open_bytes, "x")
 
 
 @pytest.mark.parametrize("content", [b"[", b"[]", b"5", b"\xff\xfe\0"])
-def test_a_meta_json_that_is_no_object_is_refused(house, content):
-    shards(house / "x", tokenizer=ByteTokenizer())
-    (house / "x/meta.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"meta\.json is no JSON object\. Prepare"):
-        open_bytes(house / "x")
+def test_a_meta_json_that_is_no_object_is_refused(content):
+    write(f"{byte_shards('x')}/meta.json", content)
+    refused(r"meta\.json is no JSON object\. Prepare", open_bytes, "x")
 
 
-def test_a_locked_folder_is_reported_as_data_preparation(house):
-    (house / "a.txt").write_text("long enough to be split in two")
+def test_a_locked_folder_is_reported_as_data_preparation():
+    write("a.txt", "long enough to be split in two")
     folder = open_bytes("a.txt").folder
     folder.rename(building := folder.with_name(f"{folder.name}.tmp"))
-    with lock_folder(building, "held by the test"), pytest.raises(UserError) as caught:
-        open_bytes("a.txt")
-    assert f"Another process is preparing the data in {building}" in str(caught.value)
+    with lock_folder(building, "held by the test"):
+        refused(f"Another process is preparing the data in {building}", open_bytes, "a.txt")
 
 
-def test_preparing_a_longer_text_takes_no_more_memory(house, monkeypatch):
+def test_preparing_a_longer_text_takes_no_more_memory(monkeypatch):
     monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 5_000)
     monkeypatch.setattr("data.shards.CHUNK_TOKENS", 50_000)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     peaks = []
     for lines in (50_000, 100_000):  # 2.2 and 4.4 MB
-        (house / "a.txt").write_text("All work and no play makes Jack a dull boy.\n" * lines)
+        write("a.txt", "All work and no play makes Jack a dull boy.\n" * lines)
         tracemalloc.start()
-        prepare_texts(Documents("a.txt"), ByteTokenizer(), house / f"{lines}")
+        prepare_texts(Documents("a.txt"), ByteTokenizer(), Path(f"{lines}"))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 1e6
@@ -363,14 +343,17 @@ def test_preparing_a_longer_text_takes_no_more_memory(house, monkeypatch):
 # Instruction data
 
 
-def test_examples_are_packed_whole_and_only_answers_are_targets(house):
+def rows_of(pairs):
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+
+
+def test_examples_are_packed_whole_and_only_answers_are_targets():
     """No example is split, lost or doubled; a row is at most 7% padding."""
     rng = np.random.default_rng(1)
     words = lambda: "".join(rng.choice(list("abcdefgh "), rng.integers(1, 30))) + "."  # noqa: E731
     pairs = [(f"<{i}:{words()}>", words()) for i in range(300)]
     block = 160
-    name = jsonl(house / "a.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
-    dataset = open_bytes(name, block_size=block)
+    dataset = open_bytes(write("a.jsonl", rows_of(pairs)), block_size=block)
     found = collections.Counter()
     for split in (dataset.train, dataset.val):
         tokens = np.array(ids(split))
@@ -395,32 +378,29 @@ def test_examples_are_packed_whole_and_only_answers_are_targets(house):
     assert 0.05 < len(dataset.val) / len(dataset.train) < 0.2
 
 
-def test_the_first_token_of_an_example_is_never_a_target(house):
+def test_the_first_token_of_an_example_is_never_a_target():
     """And an example of one token is left out, because nothing is trained in it."""
-    rows = [{"prompt": "", "completion": "abc"}] * 4 + [{"prompt": "a", "completion": "b"}] * 6
-    dataset = open_bytes(jsonl(house / "a.jsonl", rows[:4]))
+    rows = rows_of([("", "abc")] * 4 + [("a", "b")] * 6)
+    dataset = open_bytes(write("a.jsonl", rows[:4]))
     assert ids(dataset.train) == [*b"abc", EOT, *b"abc", EOT, *b"abc", EOT, *[EOT] * 5]
     assert ids(dataset.train.mask) == [2, 1, 1, 1, 2, 1, 1, 1, 2, 1, 1, 1, 0, 0, 0, 0, 0]
-    dataset = open_bytes(jsonl(house / "a.jsonl", rows), tokenizer="char", block_size=3)
+    dataset = open_bytes(write("a.jsonl", rows), tokenizer="char", block_size=3)
     assert dataset.tokenizer.decode(ids(dataset.train)).count("ab\n") > 3  # characters' line end
 
 
-def test_examples_too_long_are_cut_and_counted(house):
+def test_examples_too_long_are_cut_and_counted():
     pairs = [("ab", "cd"), ("ab", "c" * 20), ("a" * 12, "b"), ("a", "b")] * 5
-    name = jsonl(house / "a.jsonl", [{"prompt": p, "completion": c} for p, c in pairs])
-    dataset = open_bytes(name, block_size=10, val_fraction=0.5)
+    dataset = open_bytes(write("a.jsonl", rows_of(pairs)), block_size=10, val_fraction=0.5)
     assert dataset.notes[-1].startswith("10 of 20 examples")
-    rows = []
-    for split in (dataset.train, dataset.val):
-        rows += np.reshape(ids(split)[:-1], (-1, 10)).tolist()
+    tokens = ids(dataset.train)[:-1] + ids(dataset.val)[:-1]
+    rows = np.reshape(tokens, (-1, 10)).tolist()
     assert [*b"abcccccccc"] in rows
     assert not any(row[0] == row[2] == ord("a") for row in rows)  # nothing would be trained in it
 
 
-def test_a_data_set_of_conversations_keeps_the_chat_template(house):
+def test_a_data_set_of_conversations_keeps_the_chat_template():
     """Without an end token a line end follows each answer: the template and a warning say so."""
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}] * 2
-    jsonl(house / "a.jsonl", [{"messages": chat}] * 25)
+    write("a.jsonl", [{"messages": CHAT}] * 25)
     without_end = tokenizers.ByteLevelBPETokenizer()
     without_end.train_from_iterator(["Hi Ho"], vocab_size=260, show_progress=False)
     for tokenizer, end in (
@@ -439,7 +419,7 @@ def test_a_data_set_of_conversations_keeps_the_chat_template(house):
 
 
 @pytest.mark.parametrize("blank", ["first", "always", "never", "Prepend"])
-def test_the_ids_are_those_of_transformers_for_the_whole(house, monkeypatch, blank):
+def test_the_ids_are_those_of_transformers_for_the_whole(monkeypatch, blank):
     """Also if the tokenizer begins each text with a token, or with a blank."""
     library = metaspace()
     scheme = blank.replace("Prepend", "never")
@@ -451,18 +431,17 @@ def test_the_ids_are_those_of_transformers_for_the_whole(house, monkeypatch, bla
     library.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", begin)])
     theirs = PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>")
     theirs.save_pretrained("model")
-    ours = load_tokenizer(house / "model")
+    ours = load_tokenizer(Path("model"))
     monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 100)
     text = "Köln ist alt.\nDie Straße ist süß.\n" * 20
-    (house / "text.txt").write_text(text, "utf-8")
+    write("text.txt", text)
     dataset = open_bytes("text.txt", tokenizer=ours)
     assert ids(dataset.train) + ids(dataset.val) == [*theirs(text).input_ids, theirs.eos_token_id]
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}] * 2
     dataset = open_bytes(
-        jsonl(house / "a.jsonl", [{"messages": chat}] * 25), tokenizer=ours, block_size=256
+        write("a.jsonl", [{"messages": CHAT}] * 25), tokenizer=ours, block_size=256
     )
     theirs.chat_template = dataset.tokenizer.chat_template
-    whole = theirs.apply_chat_template(chat, return_dict=True)["input_ids"]
+    whole = theirs.apply_chat_template(CHAT, return_dict=True)["input_ids"]
     assert ids(dataset.train)[: len(whole)] == whole
 
 
@@ -473,11 +452,11 @@ def test_the_ids_are_those_of_transformers_for_the_whole(house, monkeypatch, bla
             [{"text": "so long that it is cut"}] * 25,
             "is left out, because the data are plain text",
         ),
-        ([{"prompt": "Hi\n", "completion": "Ho"}] * 25, "gives way to that of the data: "),
+        (rows_of([("Hi\n", "Ho")] * 25), "gives way to that of the data: "),
     ],
 )
-def test_a_models_chat_template_is_replaced_with_a_line(house, rows, said):
-    name = jsonl(house / "a.jsonl", rows)
+def test_a_models_chat_template_is_replaced_with_a_line(rows, said):
+    name = write("a.jsonl", rows)
     for template in ("{{ messages }}", "{{ messages }}", None):  # new, and twice out of the cache
         model = CharTokenizer(" \nHabcdefghilnoprstu")
         model.chat_template = template
@@ -488,80 +467,74 @@ def test_a_models_chat_template_is_replaced_with_a_line(house, rows, said):
         assert dataset.tokenizer.chat_template == (None if "text" in rows[0] else ending)
 
 
-def test_prompts_keep_their_common_ending_as_a_template(house):
-    rows = [{"prompt": f"What is {i}?\n", "completion": "A number."} for i in range(30)]
-    dataset = open_bytes(jsonl(house / "a.jsonl", rows), block_size=64)
-    assert dataset.tokenizer.chat_template == chat_template("prompt", True, "\n")
-    assert dataset.notes == []
-    rows[7]["prompt"] = "What is 7?"
-    dataset = open_bytes(jsonl(house / "a.jsonl", rows), block_size=64)
-    assert dataset.tokenizer.chat_template == chat_template("prompt", True, "")
-    assert [text[:34] for text in dataset.notes] == ["The prompts have no common ending,"]
+def test_prompts_keep_their_common_ending_as_a_template():
+    pairs = [(f"What is {i}?\n", "A number.") for i in range(30)]
+    odd = ("What is 7?", "A number.")
+    for more, ending, notes in (
+        ([], "\n", []),
+        ([odd], "", ["The prompts have no common ending,"]),
+    ):
+        dataset = open_bytes(write("a.jsonl", rows_of(pairs + more)), block_size=64)
+        assert dataset.tokenizer.chat_template == chat_template("prompt", True, ending)
+        assert [text[:34] for text in dataset.notes] == notes
 
 
-def test_rows_of_another_length_are_refused(house):
-    folder = house / "data" / "mine"
-    name = jsonl(house / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 30)
+def test_rows_of_another_length_are_refused():
+    folder = Path("data/mine")
+    name = write("a.jsonl", rows_of([("a", "b")] * 30))
     prepare_texts(Documents(name), ByteTokenizer(), folder, block_size=16)
     assert len(open_bytes("mine", block_size=16).val) == 17
-    with pytest.raises(UserError, match="--block_size=16"):
-        open_bytes("mine", block_size=8)
+    refused("--block_size=16", open_bytes, "mine", block_size=8)
 
 
 # What lies there already
 
 
-def shards(folder, top=9, tokenizer=None):
-    folder.mkdir(exist_ok=True)
+def shards(folder, top=9):
     for split in ("train", "val"):
-        write_shard(folder / f"{split}_000000.bin", np.arange(top, dtype=UINT16))
-    if tokenizer is not None:
-        tokenizer.save(folder)
+        write_shard(f"{folder}/{split}_000000.bin", np.arange(top, dtype=UINT16))
     return folder
 
 
-def test_a_name_in_data_comes_first_and_a_missing_one_names_the_nearest(house, monkeypatch):
-    shards(house / "data" / "mine", tokenizer=ByteTokenizer())
-    (house / "mine").write_text("a file of the same name")
-    assert open_bytes("mine").folder == house / "data" / "mine"
-    (house / "data" / "mine" / "prepare.py").write_text("")
-    with pytest.raises(UserError, match="no data set 'mime'.* one of mine, a file"):
-        open_bytes("mime")
-    monkeypatch.chdir(house / "data" / "mine")
-    with pytest.raises(UserError, match=r"\.\.: 1 files are read"):  # of data/
-        open_bytes("..")
+def byte_shards(folder):
+    ByteTokenizer().save(Path(shards(folder)))
+    return folder
+
+
+def test_a_name_in_data_comes_first_and_a_missing_one_names_the_nearest(monkeypatch):
+    byte_shards("data/mine")
+    write("mine", "a file of the same name")
+    assert open_bytes("mine").folder == Path("data/mine").absolute()
+    write("data/mine/prepare.py", "")
+    refused("no data set 'mime'.* one of mine, a file", open_bytes, "mime")
+    monkeypatch.chdir("data/mine")
+    refused(r"\.\.: 1 files are read", open_bytes, "..")  # of data/
     for name in ("own.txt", "texts/own", "./own"):
-        with pytest.raises(UserError, match="no such file or folder exists"):
-            open_bytes(name)
-    (house / "data" / "bare").mkdir()
-    with pytest.raises(UserError, match=r"bare holds no text and no val shards"):
-        open_bytes("bare")
+        refused("no such file or folder exists", open_bytes, name)
+    Path("../bare").mkdir()
+    refused(r"bare holds no text and no val shards", open_bytes, "bare")
 
 
 @pytest.mark.parametrize("name", ["", "\0", "~/a/b", "a/b/c", "../a", "x" * 5000, "\ud800", "hf"])
-def test_an_impossible_name_is_refused(house, name):
-    with pytest.raises(UserError, match="no data set|too long"):
-        open_bytes(name)
+def test_an_impossible_name_is_refused(name):
+    refused("no data set|too long", open_bytes, name)
 
 
-def test_only_our_small_data_sets_prepare_themselves(house, monkeypatch):
+def test_only_our_small_data_sets_prepare_themselves(monkeypatch):
     """A stranger's prepare.py is not executed. nanoGPT's works when it is imported."""
-    folder = house / "data" / "theirs"
-    folder.mkdir()
-    (folder / "prepare.py").write_text(f"import os\nos.mkdir({str(house / 'ran')!r})\n")
+    ran = Path("ran").absolute()
+    write("data/theirs/prepare.py", f"import os\nos.mkdir({str(ran)!r})\n")
     for name in ("theirs", "data/theirs/"):
-        with pytest.raises(UserError, match=r"Run: python .*theirs/prepare\.py .*--dataset=my\.t"):
-            open_bytes(name)
-    assert not (house / "ran").exists()
-    (house / "data" / "shakespeare_char").mkdir()
-    (house / "data" / "shakespeare_char" / "prepare.py").write_text("")
+        refused(r"Run: python .*theirs/prepare\.py .*--dataset=my\.t", open_bytes, name)
+    assert not ran.exists()
+    write("data/shakespeare_char/prepare.py", "")
     monkeypatch.setattr(shakespeare_char, "read_input", lambda: "To be or not to be. " * 9)
     assert len(open_dataset("shakespeare_char", block_size=8).train) == 162
 
 
-def test_a_models_tokenizer_lies_beside_its_data(house):
+def test_a_models_tokenizer_lies_beside_its_data():
     """A later run of the model finds them, and another model is refused."""
-    (house / "a.txt").write_text("the cat is on the mat. " * 40)
+    write("a.txt", "the cat is on the mat. " * 40)
     own = Tokenizer(tiny_library())
     dataset = open_dataset("a.txt", tokenizer=own, block_size=8)
     assert dataset.tokenizer is own and dataset.text_vocab_size == own.vocab_size
@@ -569,36 +542,38 @@ def test_a_models_tokenizer_lies_beside_its_data(house):
     assert alone.tokenizer.decode(ids(alone.train)) == own.decode(ids(dataset.train))
     assert open_dataset("a.txt", tokenizer=alone.tokenizer, block_size=8).folder == dataset.folder
     for other in ("bytes", "char", CharTokenizer("abc")):
-        with pytest.raises(UserError, match="made with the tokenizer model, not with"):
-            open_dataset(str(dataset.folder), tokenizer=other, block_size=8)
+        refused(
+            "made with the tokenizer model, not with",
+            open_dataset,
+            str(dataset.folder),
+            tokenizer=other,
+            block_size=8,
+        )
 
 
-def test_nanogpts_pickle_is_not_opened(house):
+def test_nanogpts_pickle_is_not_opened():
     class Trap:
         def __reduce__(self):
-            return (os.mkdir, (str(house / "sprung"),))
+            return (os.mkdir, ("sprung",))
 
-    np.arange(40, dtype=np.uint16).tofile(house / "train.bin")
-    np.arange(12, dtype=np.uint16).tofile(house / "val.bin")
-    (house / "meta.pkl").write_bytes(pickle.dumps(Trap()))
-    dataset = open_dataset(str(house), block_size=8)
-    assert dataset.text_vocab_size == 40
-    assert dataset.tokenizer is None
-    assert len(dataset.train) == 40
-    assert len(dataset.val) == 12
+    np.arange(40, dtype=UINT16).tofile("train.bin")
+    np.arange(12, dtype=UINT16).tofile("val.bin")
+    write("meta.pkl", pickle.dumps(Trap()))
+    dataset = open_dataset(".", block_size=8)
+    assert (dataset.text_vocab_size, dataset.tokenizer) == (40, None)
+    assert (len(dataset.train), len(dataset.val)) == (40, 12)
     assert "never opened" in dataset.notes[0]
-    assert not (house / "sprung").exists()
+    assert not Path("sprung").exists()
 
 
-def test_shards_without_meta_json_are_taken_for_gpt2s(house, monkeypatch):
+def test_shards_without_meta_json_are_taken_for_gpt2s(monkeypatch):
     monkeypatch.setattr(dataset_module, "get_tokenizer", {"gpt2": tiny}.get)
-    dataset = open_dataset(str(shards(house / "x", tiny.vocab_size)), block_size=8)
+    dataset = open_dataset(shards("x", tiny.vocab_size), block_size=8)
     assert dataset.tokenizer is tiny and dataset.text_vocab_size == tiny.vocab_size
-    with pytest.raises(UserError, match="the vocabulary has ids"):
-        open_dataset(str(shards(house / "x", tiny.vocab_size + 1)), block_size=8)
+    refused("the vocabulary has ids", open_dataset, shards("x", tiny.vocab_size + 1), block_size=8)
 
 
-def test_shards_without_training_split_can_be_evaluated(house):
-    (shards(house / "x", tokenizer=ByteTokenizer()) / "train_000000.bin").unlink()
-    dataset = open_bytes(house / "x")
+def test_shards_without_training_split_can_be_evaluated():
+    Path(byte_shards("x"), "train_000000.bin").unlink()
+    dataset = open_bytes("x")
     assert dataset.train is None and len(dataset.val) == 9

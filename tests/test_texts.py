@@ -6,8 +6,10 @@ Conversations are compared with what transformers renders.
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -20,8 +22,10 @@ from data.chat import CHAT_TEMPLATE, chat_template, common_ending
 from data.texts import Documents, Found, Piece, split_text
 from data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt12.errors import UserError
+from tests.helpers import refused, write
 from tests.tiny_bpe import tiny
 
+pytestmark = pytest.mark.usefixtures("here")
 ODD = [
     "plain",
     'quoted "x", with\na line, and ; \t',
@@ -44,11 +48,6 @@ def read(source, *args):
     return [piece.text for _, piece in Documents(source, *args).pieces()]
 
 
-def write_jsonl(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return file
-
-
 # Containers
 
 
@@ -60,53 +59,42 @@ def write_table(file, rows, delimiter=",", head=""):
         writer.writerows(rows)
 
 
-def write_array(file, rows):
-    file.write_text(json.dumps(rows, indent=1).replace("\n", "\r\n"))
-
-
-def write_parquet(file, rows):
-    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-
-
 CONTAINERS = {
     "a.csv": write_table,
     "excel.csv": lambda file, rows: write_table(file, rows, ";", "sep=;\r\n"),
     "bar.csv": lambda file, rows: write_table(file, rows, "|"),
     "a.tsv": lambda file, rows: write_table(file, rows, "\t"),
-    "a.json": write_array,
-    "lines.json": write_jsonl,
-    "a.JSONL": write_jsonl,
-    "a.ndjson": write_jsonl,
-    "a.jsonlines": write_jsonl,
-    "a.parquet": write_parquet,
+    "a.json": lambda file, rows: write(file, json.dumps(rows, indent=1).replace("\n", "\r\n")),
+    "lines.json": write,
+    "a.JSONL": write,
+    "a.ndjson": write,
+    "a.jsonlines": write,
+    "a.parquet": lambda file, rows: parquet.write_table(pyarrow.Table.from_pylist(rows), file),
 }
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_every_container_of_rows_is_read(tmp_path, name):
+def test_every_container_of_rows_is_read(name):
     rows = [{"id": str(i), "text": text, "body": text[::-1]} for i, text in enumerate(ODD)]
-    file = tmp_path / name
-    CONTAINERS[name](file, rows)
-    compressed = tmp_path / f"{name}.gz"
-    compressed.write_bytes(gzip.compress(file.read_bytes()))
+    CONTAINERS[name](Path(name), rows)
+    write(f"{name}.gz", gzip.compress(Path(name).read_bytes()))
     filled = [(i, text) for i, text in enumerate(ODD) if text.strip()]
-    assert read(file, "body") == [text[::-1] for _, text in filled]
-    for documents in (Documents(file), Documents(compressed)):
-        for skip in (0, 2, 5):
-            found = Found(skip)
-            rest = [(index, piece.text) for index, piece in documents.pieces(found)]
-            assert rest == [(i, text) for i, text in filled if i >= skip]
-            assert found.count == len(rows)
+    assert read(name, "body") == [text[::-1] for _, text in filled]
+    for file, skip in itertools.product((name, f"{name}.gz"), (0, 2, 5)):
+        found = Found(skip)
+        rest = [(index, piece.text) for index, piece in Documents(file).pieces(found)]
+        assert rest == [(i, text) for i, text in filled if i >= skip]
+        assert found.count == len(rows)
 
 
-def test_a_line_end_is_the_same_everywhere(tmp_path):
+def test_a_line_end_is_the_same_everywhere():
     for end in ("\n", "\r\n", "\r"):
         table = f'text,id{end}"a{end}b",1{end}'
-        (tmp_path / "a.csv").write_bytes(table.encode())
-        (tmp_path / "b.jsonl").write_bytes(f"{json.dumps({'text': f'a{end}b'})}{end}".encode())
-        (tmp_path / "c.txt").write_bytes(f"a{end}b{end}".encode())
-        assert read(tmp_path) == ["a\nb", "a\nb", "a\nb\n"]
-        assert read(tmp_path / "c.txt", "line") == ["a", "b"]
+        write("a.csv", table.encode())
+        write("b.jsonl", f"{json.dumps({'text': f'a{end}b'})}{end}".encode())
+        write("c.txt", f"a{end}b{end}".encode())
+        assert read(".") == ["a\nb", "a\nb", "a\nb\n"]
+        assert read("c.txt", "line") == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -123,100 +111,84 @@ def test_a_line_end_is_the_same_everywhere(tmp_path):
         ('text\n"two\nlines"\n', "two\nlines"),
     ],
 )
-def test_quotation_marks_that_join_whole_lines_of_a_tsv_are_characters(tmp_path, table, texts):
-    (tmp_path / "a.tsv").write_text(table)
-    assert read(tmp_path / "a.tsv") == texts.split("|")
+def test_quotation_marks_that_join_whole_lines_of_a_tsv_are_characters(table, texts):
+    write("a.tsv", table)
+    assert read("a.tsv") == texts.split("|")
 
 
-def test_end_of_text_separates_the_documents_of_a_text_file(tmp_path):
+def test_end_of_text_separates_the_documents_of_a_text_file():
     """As in files made for gpt-2-simple."""
-    file = tmp_path / "a.txt"
-    file.write_text(
+    text = (
         "<|startoftext|>one\n<|endoftext|>\n<|startoftext|>two<|endoftext|><|endoftext|>3"
         "<|endoftext|>\n"
     )
-    documents = Documents(file)
+    documents = Documents(write("a.txt", text))
     assert [piece.text for _, piece in documents.pieces()] == ["one\n", "two", "3"]
     # Nothing counts as blank.
     assert (len(documents.first_indices), read_through(documents).count) == (3, 3)
-    rows = [{"text": file.read_text()}, {"text": "<|endoftext|>"}]
-    pieces = list(Documents(write_jsonl(tmp_path / "a.jsonl", rows)).pieces())
-    assert pieces == [
-        (0, Piece("one\n")),
-        (0, Piece("two")),
-        (0, Piece("3")),
-    ]
-    assert read(file, "line") == ["one", "two", "3"]
-    file.write_text("<|startoftext|>one\nmore\n<|startoftext|>\ntwo<|startoftext|>3")
-    assert read(file) == ["one\nmore\n", "two", "3"]
-    write_jsonl(tmp_path / "a.jsonl", [{"text": file.read_text()}])
-    assert read(tmp_path / "a.jsonl") == ["one\nmore\n", "two", "3"]
-    file.write_text(("x" * 99_999 + "\n") * 20 + "<|endoftext|>" + "y")
-    assert sum(piece.end for _, piece in Documents(file).pieces()) == 2
-    assert len("".join(read(file))) == 2_000_001
+    rows = Documents(write("a.jsonl", [{"text": text}, {"text": "<|endoftext|>"}]))
+    assert list(rows.pieces()) == [(0, Piece(part)) for part in ("one\n", "two", "3")]
+    assert read("a.txt", "line") == ["one", "two", "3"]
+    text = "<|startoftext|>one\nmore\n<|startoftext|>\ntwo<|startoftext|>3"
+    for file, content in (("a.txt", text), ("a.jsonl", [{"text": text}])):
+        assert read(write(file, content)) == ["one\nmore\n", "two", "3"]
+    write("a.txt", ("x" * 99_999 + "\n") * 20 + "<|endoftext|>" + "y")
+    assert sum(piece.end for piece in pieces_of("a.txt")) == 2
+    assert len("".join(read("a.txt"))) == 2_000_001
 
 
-def test_a_folder_of_source_code_is_read_and_described(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / ".git").mkdir()
+def test_a_folder_of_source_code_is_read_and_described():
     for name in ("a.py", "b.py", "sub/Makefile", "notes.md", ".hidden.txt", ".git/config"):
-        (tmp_path / name).write_text(f"text of {name}")
-    (tmp_path / "logo.png").write_bytes(b"\x89PNG\0\0")
-    (tmp_path / "node_modules").mkdir()
-    (tmp_path / "node_modules/a.js").write_text("theirs")
-    (tmp_path / "sub/package.json").write_text(json.dumps({"name": "x"}, indent=1))
-    (tmp_path / "rows.csv").write_text("id,name\n1,x\n")
-    (tmp_path / "text.csv").write_text("text\na row\n")
+        write(name, f"text of {name}")
+    write("logo.png", b"\x89PNG\0\0")
+    write("node_modules/a.js", "theirs")
+    write("sub/package.json", '{\n "name": "x"\n}')
+    write("rows.csv", "id,name\n1,x\n")
+    write("text.csv", "text\na row\n")
     names = ["a.py", "b.py", "notes.md", "sub/Makefile", "text.csv"]
     texts = [f"text of {name}" for name in names[:-1]]
     for encoding in ("utf-8", "utf-8-replace"):
-        assert read(tmp_path, "text", encoding) == [*texts, "a row"]
-        assert Documents(tmp_path, "text", encoding).notes == [
-            f"{tmp_path}: 5 files are read: 2 .py, 1 .md, 1 Makefile, 1 .csv; 3 without a text "
-            "are not: 1 .png, 1 .csv, 1 .json.",
+        assert read(".", "text", encoding) == [*texts, "a row"]
+        assert Documents(".", "text", encoding).notes == [
+            ".: 5 files are read: 2 .py, 1 .md, 1 Makefile, 1 .csv; 3 without a text "
+            "are not: 1 .png, 1 .csv, 1 .json."
         ]
-    assert read(tmp_path / "a.py") == ["text of a.py"]
+    assert read("a.py") == ["text of a.py"]
     for name in ("a.py", "b.py"):
-        (tmp_path / name).unlink()
-    with pytest.raises(UserError, match=r"header of .*rows\.csv has no 'text', only"):
-        read(tmp_path)  # without source code a table without text is a mistake
+        Path(name).unlink()
+    refused(
+        r"header of .*rows\.csv has no 'text', only", read, "."
+    )  # without source code a table without text is a mistake
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.c", "a.csv"])
-def test_another_encoding_holds_for_the_files_of_a_folder_that_are_not_utf8(tmp_path, name):
+def test_another_encoding_holds_for_the_files_of_a_folder_that_are_not_utf8(name):
     line = "Le café était fermé l’été à l’île"
     old = f"text\n{line}\n"
-    (tmp_path / name).write_bytes(old.encode("cp1252"))
+    write(name, old.encode("cp1252"))
     for other in ("b.txt", "b.py"):
-        (tmp_path / other).write_text(old, "utf-8")
-    (tmp_path / "plain.txt").write_text("plain\n")
+        write(other, old)
+    write("plain.txt", "plain\n")
     if name != "a.csv":  # which is not read beside source code if it is broken
-        with pytest.raises(
-            UserError, match=rf"{name} is not utf-8: line 2 (.*\n)+.*g=cp1252 +Le café"
-        ):
-            read(tmp_path)
-    documents = Documents(tmp_path, "text", "cp1252")
-    pieces = [piece.text for _, piece in documents.pieces()]
+        refused(rf"{name} is not utf-8: line 2 (.*\n)+.*g=cp1252 +Le café", read, ".")
     first = line if name == "a.csv" else old
-    assert pieces == [first, old, old, "plain\n"]
-    assert read(tmp_path / "b.txt", "text", "UTF8") == [old]
+    assert read(".", "text", "cp1252") == [first, old, old, "plain\n"]
+    assert read("b.txt", "text", "UTF8") == [old]
 
 
-def test_a_data_set_in_the_hubs_form_is_read_and_skipped_through(tmp_path):
+def test_a_data_set_in_the_hubs_form_is_read_and_skipped_through():
     """The library datasets streams a local folder as it does the hub's."""
     for split, count in (("train", 2500), ("test", 3)):
         rows = [{"id": i, "text": f"{split} {i}"} for i in range(count)]
-        write_jsonl(tmp_path / f"{split}.jsonl", rows)
-    documents = Documents(f"hf:{tmp_path}")
+        write(f"hub/{split}.jsonl", rows)
+    documents = Documents("hf:hub")
     for skip in (0, 1234):
         rest = [(i, f"train {i}") for i in range(skip, 2500)]
         assert [(index, piece.text) for index, piece in documents.pieces(Found(skip))] == rest
-    for source in (f"hf:{tmp_path}:default:test", f"hf:{tmp_path}::test"):
+    for source in ("hf:hub:default:test", "hf:hub::test"):
         assert read(source) == ["test 0", "test 1", "test 2"]
-    with pytest.raises(UserError, match="row 1 has no 'body', only 'id', 'text'"):
-        read(f"hf:{tmp_path}", "body")
-    with pytest.raises(UserError, match="klingon' not found"):
-        read(f"hf:{tmp_path}:klingon")
+    refused("row 1 has no 'body', only 'id', 'text'", read, "hf:hub", "body")
+    refused("klingon' not found", read, "hf:hub:klingon")
 
 
 # Encodings
@@ -235,52 +207,47 @@ UNLIKELY = "他说：“这本书要 20€ 呢”，我说“好贵”。"  # th
 
 
 @pytest.mark.parametrize(("encoding", "line"), [*LINES.items(), ("gb18030", UNLIKELY)])
-def test_a_file_in_another_encoding_is_shown_in_the_likely_ones(tmp_path, encoding, line):
-    file = tmp_path / "a.txt"
+def test_a_file_in_another_encoding_is_shown_in_the_likely_ones(encoding, line):
     first = "" if "16" in encoding else "plain\n"
     content = first + f"{line}\n" * 30
-    file.write_bytes(content.encode(encoding))
+    write("a.txt", content.encode(encoding))
     with pytest.raises(UserError) as caught:
-        read(file)
+        read("a.txt")
     message = str(caught.value)
-    assert f"{file} is not utf-8: line {2 if first else 1} holds the byte 0x" in message
+    assert f"a.txt is not utf-8: line {2 if first else 1} holds the byte 0x" in message
     shown = [row.split() for row in message.splitlines() if line in row.replace("\0", "")]
     assert shown  # a reader sees the right line, and how to ask for it
     asked = shown[0][0].removeprefix("--encoding=")
-    assert read(file, "text", asked) == [content]
+    assert read("a.txt", "text", asked) == [content]
 
 
-def test_the_line_is_shown_in_which_the_likely_encodings_differ(tmp_path):
+def test_the_line_is_shown_in_which_the_likely_encodings_differ():
     lines = "Café fermé.", "Où êtes-vous, à bientôt, très bien"
-    (tmp_path / "a.txt").write_bytes("\n".join(lines).encode("cp1252"))
+    write("a.txt", "\n".join(lines).encode("cp1252"))
     with pytest.raises(UserError) as caught:
-        read(tmp_path / "a.txt")
+        read("a.txt")
     shown = [line.split()[1] for line in str(caught.value).splitlines()[1:]]
     assert sorted(shown) == ["Où", "Oů"]
 
 
-def test_a_bad_byte_in_good_utf8_is_replaced_only_if_asked(tmp_path):
-    (tmp_path / "a.txt").write_bytes("naïve ü\nbad \udcff é\n".encode("utf-8", "surrogateescape"))
+def test_a_bad_byte_in_good_utf8_is_replaced_only_if_asked():
+    write("a.txt", "naïve ü\nbad \udcff é\n".encode("utf-8", "surrogateescape"))
     said = r"line 2 holds the byte 0xff\. .* --encoding=utf-8-replace$"
-    with pytest.raises(UserError, match=said):
-        read(tmp_path / "a.txt")
-    assert read(tmp_path / "a.txt", "text", "utf-8-replace") == ["naïve ü\nbad \ufffd é\n"]
-    (tmp_path / "a.txt").write_bytes("naïve\n".encode("utf-16"))  # it begins with a mark
-    assert read(tmp_path / "a.txt") == ["naïve\n"]
-    (tmp_path / "a.txt").write_bytes(b"a\0b")
-    with pytest.raises(UserError, match="line 1 holds the byte 0x00"):
-        read(tmp_path / "a.txt")
-    assert read(tmp_path / "a.txt", "text", "utf-8-replace") == ["a\ufffdb"]
-    with pytest.raises(UserError, match="no encoding 'klingon'"):
-        Documents(tmp_path / "a.txt", "text", "klingon")
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n')
-    assert read(tmp_path / "a.jsonl") == ["a\ufffdb"]
+    refused(said, read, "a.txt")
+    assert read("a.txt", "text", "utf-8-replace") == ["naïve ü\nbad \ufffd é\n"]
+    write("a.txt", "naïve\n".encode("utf-16"))  # it begins with a mark
+    assert read("a.txt") == ["naïve\n"]
+    write("a.txt", b"a\0b")
+    refused("line 1 holds the byte 0x00", read, "a.txt")
+    assert read("a.txt", "text", "utf-8-replace") == ["a\ufffdb"]
+    refused("no encoding 'klingon'", Documents, "a.txt", "text", "klingon")
+    write("a.jsonl", '{"text": "a\\ud800b"}\n')
+    assert read("a.jsonl") == ["a\ufffdb"]
 
 
-def test_a_cut_archive_of_another_encoding_is_named(tmp_path):
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"\xe9\n" * 99_999)[:-9])
-    with pytest.raises(UserError, match=r"a\.txt\.gz cannot be read: Compressed file ended"):
-        read(tmp_path / "a.txt.gz")
+def test_a_cut_archive_of_another_encoding_is_named():
+    write("a.txt.gz", gzip.compress(b"\xe9\n" * 99_999)[:-9])
+    refused(r"a\.txt\.gz cannot be read: Compressed file ended", read, "a.txt.gz")
 
 
 # Forms
@@ -317,17 +284,17 @@ def pieces_of(source):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_a_question_becomes_the_same_conversation(tmp_path, form):
-    file = write_jsonl(tmp_path / "a.jsonl", [FORMS[form]])
+def test_every_form_of_a_question_becomes_the_same_conversation(form):
+    file = write("a.jsonl", [FORMS[form]])
     assert pieces_of(file) == ONE
     assert (Documents(file).kind, read_through(Documents(file)).notes) == ("messages", [])
 
 
-def test_an_input_and_a_system_message_belong_to_the_question(tmp_path):
+def test_an_input_and_a_system_message_belong_to_the_question():
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Count."}
     prompt = "### System:\nCount.\n\n### User:\nAdd.\n\n1 2\n\n### Assistant:\n"
     rows = [row, row, row | {"system": "Be kind."}, row | {"system": ""}]
-    documents = Documents(write_jsonl(tmp_path / "a.jsonl", rows))
+    documents = Documents(write("a.jsonl", rows))
     assert [piece.text for _, piece in documents.pieces()][:2] == [prompt, "3"]
     found = read_through(documents)
     next(documents.pieces())  # another pass changes nothing in what was found
@@ -335,27 +302,27 @@ def test_an_input_and_a_system_message_belong_to_the_question(tmp_path):
     assert found.chat_template("messages", has_end_token=True) == template
 
 
-def test_a_row_with_two_forms_says_which_is_used(tmp_path):
+def test_a_row_with_two_forms_says_which_is_used():
     row = FORMS["Alpaca"] | FORMS["ShareGPT"] | {"text": "all of it"}
-    file = write_jsonl(tmp_path / "a.jsonl", [row])
+    file = write("a.jsonl", [row])
     documents = Documents(file)
     assert [piece for _, piece in documents.pieces()] == ONE
     assert read_through(documents).notes == [
         f"{file} is read by its columns conversations. Columns not used: 'instruction', "
         "'input', 'output', 'text'."
     ]
-    write_jsonl(file, [row | {"body": "asked for"}])
+    write(file, [row | {"body": "asked for"}])
     assert read(file, "body") == ["asked for"]
 
 
-def test_prompts_and_completions_are_read_verbatim(tmp_path):
+def test_prompts_and_completions_are_read_verbatim():
     rows = [{"prompt": " Q: \n", "completion": " A "}, {"prompt": "", "completion": " \n"}]
-    documents = Documents(write_jsonl(tmp_path / "a.jsonl", rows))
+    documents = Documents(write("a.jsonl", rows))
     assert documents.kind == "prompt"
     pieces = [Piece(" Q: \n", trained=False, end=False), Piece(" A ", after="text")]
     assert list(documents.pieces()) == [(0, piece) for piece in pieces]  # a blank answer is none
     rows[0]["completion"] += "<|endoftext|>\n"
-    assert pieces_of(write_jsonl(tmp_path / "a.jsonl", rows)) == pieces
+    assert pieces_of(write("a.jsonl", rows)) == pieces
 
 
 @pytest.mark.parametrize(
@@ -369,11 +336,11 @@ def test_prompts_and_completions_are_read_verbatim(tmp_path):
         (("messages", "id"), "'id', 'name' of a message"),
     ],
 )
-def test_columns_that_questions_and_answers_do_not_use_are_named(tmp_path, columns, unused):
+def test_columns_that_questions_and_answers_do_not_use_are_named(columns, unused):
     row = dict.fromkeys(columns, "x") | ({"tools": []} if "tools" in columns else {})
     if "messages" in columns:
         row["messages"] = [message | {"name": "x"} for message in CHAT]
-    documents = Documents(write_jsonl(tmp_path / "a.jsonl", [row]))
+    documents = Documents(write("a.jsonl", [row]))
     assert (documents.kind == "text") == (columns[0] == "text")
     notes = read_through(documents).notes
     assert [note.partition("Columns not used: ")[2] for note in notes] == (
@@ -381,7 +348,7 @@ def test_columns_that_questions_and_answers_do_not_use_are_named(tmp_path, colum
     )
 
 
-def test_conversations_are_read_as_questions_and_trained_answers(tmp_path):
+def test_conversations_are_read_as_questions_and_trained_answers():
     row = {"messages": [*CHAT, {"role": "user", "content": "unanswered"}]}
     first = "### System:\nBe kind.\n\n### User:\nHi\n\nthere\n\n### Assistant:\n"
     expected = [
@@ -390,40 +357,40 @@ def test_conversations_are_read_as_questions_and_trained_answers(tmp_path):
         Piece("### User:\nBye\n\n### Assistant:\n", after="end", trained=False, end=False),
         Piece("    Bye!", after="text"),
     ]
-    assert pieces_of(write_jsonl(tmp_path / "a.jsonl", [row, row])) == 2 * expected
+    assert pieces_of(write("a.jsonl", [row, row])) == 2 * expected
     # A message of weight 0 is read and not trained; a blank answer neither.
     ignored = [({key: value}, "Hello  you.") for key, value in (("weight", 0), ("train", False))]
     for change, text in (*ignored, ({"content": " "}, ""), ({"content": None}, "")):
         row = {"messages": [*CHAT[:2], CHAT[2] | change, *CHAT[3:]]}
-        found = pieces_of(write_jsonl(tmp_path / "a.jsonl", [row]))
+        found = pieces_of(write("a.jsonl", [row]))
         changed = expected[1]._replace(trained=False, text=text)
         assert found == [expected[0], changed, *expected[2:]]
     blank = [[CHAT[1], CHAT[2] | {"weight": 0}], [CHAT[1], CHAT[2] | {"content": "\n"}]]
     rows = [{"messages": messages} for messages in (*blank, [CHAT[1]], [])]
-    assert pieces_of(write_jsonl(tmp_path / "a.jsonl", rows)) == []
+    assert pieces_of(write("a.jsonl", rows)) == []
 
 
 # Chat templates
 
 
-def in_transformers(tokenizer, folder, template):
+def in_transformers(tokenizer, template):
     from transformers import AutoTokenizer
 
     tokenizer.chat_template, before = template, tokenizer.chat_template
-    tokenizer.save(folder)
+    tokenizer.save(Path())
     tokenizer.chat_template = before
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(".")
 
 
-def test_transformers_renders_a_conversation_to_the_ids_that_are_trained(tmp_path):
+def test_transformers_renders_a_conversation_to_the_ids_that_are_trained():
     """And its generation tags stand around exactly what is trained."""
     tokenizer = ByteTokenizer()
-    theirs = in_transformers(tokenizer, tmp_path, chat_template("messages", True))
+    theirs = in_transformers(tokenizer, chat_template("messages", True))
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     encoded = theirs.apply_chat_template(CHAT, **options)
     ids = []
     trained = []
-    for piece in pieces_of(write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}])):
+    for piece in pieces_of(write("a.jsonl", [{"messages": CHAT}])):
         ids += tokenizer.encode(piece.text).tolist() + [tokenizer.eot] * piece.end
         trained += [int(piece.trained)] * (len(ids) - len(trained))
     assert encoded["input_ids"] == ids
@@ -433,17 +400,17 @@ def test_transformers_renders_a_conversation_to_the_ids_that_are_trained(tmp_pat
     assert asked == whole.rpartition("    Bye!")[0]
     # Characters have no end token. A line end takes its place.
     tokenizer = CharTokenizer("".join(map(chr, range(128))))
-    theirs = in_transformers(tokenizer, tmp_path, chat_template("messages", False))
+    theirs = in_transformers(tokenizer, chat_template("messages", False))
     ended = theirs.apply_chat_template(CHAT, tokenize=False)
     assert ended == whole.replace("<|endoftext|>", "\n")
 
 
-def test_the_commonest_system_message_is_the_default_of_the_template(tmp_path):
+def test_the_commonest_system_message_is_the_default_of_the_template():
     system = chat_template("messages", True, system='Say "é" {{ 1 }}\n!')
-    theirs = in_transformers(ByteTokenizer(), tmp_path, system)
+    theirs = in_transformers(ByteTokenizer(), system)
     written = theirs.apply_chat_template(CHAT[1:], tokenize=False)
     assert written.startswith('### System:\nSay "é" {{ 1 }}\n!\n\n### User:\nHi')
-    plain = in_transformers(ByteTokenizer(), tmp_path, CHAT_TEMPLATE)
+    plain = in_transformers(ByteTokenizer(), CHAT_TEMPLATE)
     for chat in (CHAT, CHAT[1:]):
         given = theirs.apply_chat_template(chat, tokenize=False)
         assert given.endswith(plain.apply_chat_template(CHAT[1:], tokenize=False))
@@ -479,11 +446,11 @@ def test_the_ending_of_prompts_is_what_they_share_after_the_sentence(prompts, en
 
 @pytest.mark.parametrize("ending", [" ->", "\n\n###\n\n", '"%}\\\\é🙂\\"\n'])
 @pytest.mark.parametrize("name", ["bytes", "char"])
-def test_transformers_ends_a_question_as_the_prompts_end(name, ending, tmp_path):
+def test_transformers_ends_a_question_as_the_prompts_end(name, ending):
     """And begins anew with each question, because the data have no turns."""
     tokenizer = ByteTokenizer() if name == "bytes" else CharTokenizer("abc\n")
     template = chat_template("prompt", name == "bytes", ending)
-    theirs = in_transformers(tokenizer, tmp_path, template)
+    theirs = in_transformers(tokenizer, template)
     end = "<|endoftext|>" if name == "bytes" else "\n"
     for typed in range(len(ending) + 1):
         chat = [*CHAT, {"role": "user", "content": "Is it?" + ending[:typed]}]
@@ -560,13 +527,11 @@ def test_pieces_have_the_ids_of_the_whole(monkeypatch, parts):
         (".hidden.txt", "", "holds no text and no val shards"),
     ],
 )
-def test_broken_input_is_reported_with_file_and_line(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        list(Documents(tmp_path if name[0] == "." else tmp_path / name).pieces())
+def test_broken_input_is_reported_with_file_and_line(name, content, message):
+    write(name, content)
+    refused(message, pieces_of, "." if name[0] == "." else name)
 
 
-def test_a_missing_path_is_refused(tmp_path):
-    for path in (tmp_path / "none.txt", "x" * 5000, "\0"):
-        with pytest.raises(UserError, match="There is no file or folder"):
-            Documents(path)
+def test_a_missing_path_is_refused():
+    for path in ("none.txt", "x" * 5000, "\0"):
+        refused("There is no file or folder", Documents, path)
