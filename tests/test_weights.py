@@ -11,14 +11,20 @@ from transformers import GenerationConfig, GPT2LMHeadModel
 
 from gpt12.weights import from_pretrained, save_pretrained
 from model import GPT, GPTConfig
-from tests.helpers import edit_json, refused
+from tests.helpers import edit_json, read_json, refused
 from tests.models import SHAPE, random_batch, relative, save_nanogpt
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+OURS = Path("ours")
+THEIRS = Path("theirs")
+CKPT = Path("ckpt.pt")
+WEIGHTS = Path("theirs/model.safetensors")
 
 
 @pytest.fixture
-def folder(theirs, tmp_path) -> Path:
-    """A folder with the files of a model of `transformers`."""
-    return Path(shutil.copytree(theirs[1], tmp_path / "theirs"))
+def copied(theirs, own_folder) -> None:
+    """Let the files of a model of `transformers` be in theirs/."""
+    shutil.copytree(theirs[1], THEIRS)
 
 
 @pytest.fixture
@@ -27,34 +33,33 @@ def x() -> torch.Tensor:
 
 
 @pytest.fixture
-def ours(tmp_path) -> GPT:
-    """A model without biases, saved in the folder `ours`."""
+def ours(own_folder) -> GPT:
+    """A model without biases, saved in ours/."""
     model = GPT(GPTConfig(block_size=32, bias=False, **SHAPE))
-    save_pretrained(model, tmp_path / "ours")
+    save_pretrained(model, OURS)
     return model
 
 
 @pytest.mark.gpt2
-def test_transformers_opens_what_we_save(theirs, x, tmp_path):
+def test_transformers_opens_what_we_save(theirs, x):
     model, folder = theirs
     ours = from_pretrained(folder)
-    save_pretrained(ours, tmp_path)
-    again = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    save_pretrained(ours, OURS)
+    again = GPT2LMHeadModel.from_pretrained(OURS).eval()
     assert torch.equal(again(x).logits, model(x).logits)
     assert (
-        load_file(tmp_path / "model.safetensors").keys()
-        == load_file(folder / "model.safetensors").keys()
+        load_file("ours/model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     )
-    assert torch.equal(from_pretrained(tmp_path)(x)[0], ours(x)[0])
+    assert torch.equal(from_pretrained(OURS)(x)[0], ours(x)[0])
 
 
 @pytest.mark.gpt2
-def test_a_model_without_biases_is_saved_and_loaded_unchanged(ours, tmp_path, x):
-    again = from_pretrained(tmp_path / "ours")
+def test_a_model_without_biases_is_saved_and_loaded_unchanged(ours, x):
+    again = from_pretrained(OURS)
     assert not again.config.bias
     assert again.state_dict().keys() == ours.state_dict().keys()
     assert torch.equal(again(x)[0], ours(x)[0])
-    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    theirs = GPT2LMHeadModel.from_pretrained(OURS).eval()
     assert relative(theirs(x).logits, ours(x)[0]) < 1e-5
 
 
@@ -88,9 +93,9 @@ def test_a_smaller_block_size_keeps_the_first_positions(theirs, x):
         ({"n_layer": None}, "n_layer: Input should be a valid integer"),
     ],
 )
-def test_other_architectures_are_refused_by_name(folder, change, message):
-    edit_json(folder / "config.json", **change)
-    refused(message, from_pretrained, folder)
+def test_other_architectures_are_refused_by_name(copied, change, message):
+    edit_json("theirs/config.json", **change)
+    refused(message, from_pretrained, THEIRS)
 
 
 @pytest.mark.parametrize(
@@ -105,12 +110,12 @@ def test_other_architectures_are_refused_by_name(folder, change, message):
     ],
 )
 def test_a_config_that_lies_is_refused_before_memory_is_asked_for(
-    folder, monkeypatch, change, message, not_made
+    copied, monkeypatch, change, message, not_made
 ):
     """It is compared with the tensors before the model's shape or a twin of it is made."""
-    edit_json(folder / "config.json", **change)
+    edit_json("theirs/config.json", **change)
     monkeypatch.setattr(f"gpt12.{not_made}", pytest.fail)
-    refused(message, from_pretrained, folder)
+    refused(message, from_pretrained, THEIRS)
 
 
 class Bomb:
@@ -130,63 +135,65 @@ class Bomb:
         ({str(i): torch.zeros(3)[:1] for i in range(3)}, "is missing"),
     ],
 )
-def test_a_pickle_that_runs_code_or_holds_no_tensors_is_refused(folder, tensors, message):
-    (folder / "model.safetensors").unlink()
-    torch.save(tensors, folder / "pytorch_model.bin")
-    arguments = {"n_layer": 3, "n_head": 4, "n_embd": 48, "vocab_size": 97, "block_size": 32}
-    torch.save({"model": tensors, "model_args": arguments}, folder / "ckpt.pt")
-    for source in (folder, folder / "ckpt.pt"):
+def test_a_pickle_that_runs_code_or_holds_no_tensors_is_refused(copied, tensors, message):
+    WEIGHTS.unlink()
+    torch.save(tensors, "theirs/pytorch_model.bin")
+    torch.save({"model": tensors, "model_args": {"block_size": 32, **SHAPE}}, CKPT)
+    for source in (THEIRS, CKPT):
         refused(message, from_pretrained, source)
+
+
+def write_index(weight_map: object) -> None:
+    Path(f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.mark.parametrize(
     "weight_map", [["a"], {"a": 3}, {"a": "../model.safetensors"}, {"a": "/tmp/x"}, {"a": "b\\c"}]
 )
-def test_an_index_names_files_beside_it(folder, tmp_path, weight_map):
-    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    refused(r"index\.json", from_pretrained, folder)
+def test_an_index_names_files_beside_it(copied, weight_map):
+    WEIGHTS.rename("model.safetensors")
+    write_index(weight_map)
+    refused(r"index\.json", from_pretrained, THEIRS)
 
 
 @pytest.mark.gpt2
 @pytest.mark.parametrize("form", ["shards", "pickle"])
-def test_weights_in_several_files_and_in_a_pickle_of_tensors_are_read(theirs, folder, x, form):
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
+def test_weights_in_several_files_and_in_a_pickle_of_tensors_are_read(copied, theirs, x, form):
+    tensors = load_file(WEIGHTS)
+    WEIGHTS.unlink()
     if form == "pickle":
-        torch.save(theirs[0].state_dict(), folder / "pytorch_model.bin")
+        torch.save(theirs[0].state_dict(), "theirs/pytorch_model.bin")
     else:
         files = {name: f"{len(name) % 2}.safetensors" for name in tensors}
         for file in files.values():
             part = {name: tensors[name] for name in files if files[name] == file}
-            save_file(part, folder / file)
-        index = json.dumps({"weight_map": files})
-        (folder / "model.safetensors.index.json").write_text(index)
-    assert relative(from_pretrained(folder)(x)[0], theirs[0](x).logits) < 1e-5
+            save_file(part, THEIRS / file)
+        write_index(files)
+    assert relative(from_pretrained(THEIRS)(x)[0], theirs[0](x).logits) < 1e-5
 
 
-def test_damaged_safetensors_are_refused(folder):
+def test_damaged_safetensors_are_refused(copied):
     for damage in (b"", b"\xff" * 8, b"\xff\xff\xff\xff\xff\xff\xff\x7f{}"):
-        (folder / "model.safetensors").write_bytes(damage)
-        refused("damaged", from_pretrained, folder)
+        WEIGHTS.write_bytes(damage)
+        refused("damaged", from_pretrained, THEIRS)
 
 
 @pytest.mark.gpt2
-def test_a_compiled_checkpoint_of_nanogpt_is_read(theirs, tmp_path, x):
+def test_a_compiled_checkpoint_of_nanogpt_is_read(theirs, x):
     ours = from_pretrained(theirs[1])
-    save_nanogpt(tmp_path / "ckpt.pt", ours, 97)
-    content = torch.load(tmp_path / "ckpt.pt")
+    save_nanogpt(CKPT, ours, 97)
+    content = torch.load(CKPT)
     content["model"] = {f"_orig_mod.{name}": t for name, t in content["model"].items()}
-    torch.save(content, tmp_path / "ckpt.pt")
-    assert torch.equal(from_pretrained(tmp_path / "ckpt.pt")(x)[0], ours(x)[0])
+    torch.save(content, CKPT)
+    assert torch.equal(from_pretrained(CKPT)(x)[0], ours(x)[0])
 
 
-def test_nanogpts_padded_vocabulary_of_gpt2_is_cut_to_its_ids(tmp_path):
+def test_nanogpts_padded_vocabulary_of_gpt2_is_cut_to_its_ids():
     shape = {"block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 2}
     padded = GPT(GPTConfig(vocab_size=50304, **shape))
     content = {"model": padded.state_dict(), "model_args": shape | {"vocab_size": 50304}}
-    torch.save(content, tmp_path / "ckpt.pt")
-    ours = from_pretrained(tmp_path / "ckpt.pt")
+    torch.save(content, CKPT)
+    ours = from_pretrained(CKPT)
     x = torch.arange(50249, 50257).view(1, 8)
     assert ours.config.bias  # checkpoints from before nanoGPT had the key have them
     assert torch.equal(ours(x)[0], padded(x)[0][..., :50257])
@@ -194,39 +201,39 @@ def test_nanogpts_padded_vocabulary_of_gpt2_is_cut_to_its_ids(tmp_path):
 
 @pytest.mark.gpt2
 @pytest.mark.usefixtures("ours")
-def test_biases_that_another_program_trained_are_read_whatever_the_configuration_says(tmp_path, x):
+def test_biases_that_another_program_trained_are_read_whatever_the_configuration_says(x):
     """A model of ours without biases gets zero biases on disk, and other programs train them."""
-    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    theirs = GPT2LMHeadModel.from_pretrained(OURS).eval()
     torch.nn.init.normal_(theirs.transformer.h[1].attn.c_attn.bias)
-    theirs.save_pretrained(tmp_path / "theirs")
-    assert json.loads((tmp_path / "theirs/config.json").read_text())["bias"] is False
-    again = from_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(THEIRS)
+    assert read_json("theirs/config.json")["bias"] is False
+    again = from_pretrained(THEIRS)
     assert again.config.bias
     assert relative(again(x)[0], theirs(x).logits) < 1e-5
 
 
-def test_openais_upload_has_no_prefix_and_causal_masks_that_are_no_biases(ours, tmp_path, x):
-    file = tmp_path / "ours/model.safetensors"
+def test_openais_upload_has_no_prefix_and_causal_masks_that_are_no_biases(ours, x):
+    file = "ours/model.safetensors"
     tensors = {name.removeprefix("transformer."): t for name, t in load_file(file).items()}
     for i in range(SHAPE["n_layer"]):
         tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
         tensors[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(tensors, file, metadata={"format": "pt"})
-    read = from_pretrained(tmp_path / "ours")
+    read = from_pretrained(OURS)
     assert not read.config.bias
     assert torch.equal(read(x)[0], ours(x)[0])
 
 
 @pytest.mark.gpt2
 @pytest.mark.parametrize(("dtype", "eot"), [(torch.float32, None), (torch.bfloat16, 96)])
-def test_transformers_learns_the_dtype_and_the_end_of_a_text(tmp_path, dtype, eot):
-    save_pretrained(GPT(GPTConfig(block_size=32, **SHAPE)).to(dtype), tmp_path, eot=eot)
-    model = GPT2LMHeadModel.from_pretrained(tmp_path, dtype="auto")
+def test_transformers_learns_the_dtype_and_the_end_of_a_text(dtype, eot):
+    save_pretrained(GPT(GPTConfig(block_size=32, **SHAPE)).to(dtype), OURS, eot=eot)
+    model = GPT2LMHeadModel.from_pretrained(OURS, dtype="auto")
     assert model.dtype == dtype
-    written = GenerationConfig.from_pretrained(tmp_path)
+    written = GenerationConfig.from_pretrained(OURS)
     assert (written.bos_token_id, written.eos_token_id) == (eot, eot)
     # GGUF's converter reads the length of the context by its old name.
-    assert json.loads((tmp_path / "config.json").read_text())["n_ctx"] == 32
+    assert read_json("ours/config.json")["n_ctx"] == 32
 
 
 @pytest.mark.gpt2
