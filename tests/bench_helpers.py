@@ -29,10 +29,9 @@ def make(**keys: object) -> BenchConfig:
     return bench.read(arguments(**keys))[0]
 
 
-def make_124m(**keys: object) -> BenchConfig:
-    """Settings whose model is GPT-2 124M without biases, in bfloat16, or that of init_from."""
-    keys = {"dtype": "bfloat16", "n_layer": 12} | keys
-    return bench.read([f"--{key}={value}" for key, value in keys.items()])[0]
+def make_124m(line: str = "") -> BenchConfig:
+    """Settings whose model is GPT-2 124M without biases, in bfloat16, or that of --init_from."""
+    return bench.read(["--dtype=bfloat16", "--n_layer=12", *line.split()])[0]
 
 
 def shape_of(options: BenchConfig) -> GPTConfig:

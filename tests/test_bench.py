@@ -456,47 +456,48 @@ def test_muons_products_are_counted_as_torch_counts_them():
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "recompute", "ms"),
+    ("line", "ms"),
     [
-        (64, "none", 112.7),
-        (32, "none", 58.5),
-        (12, "pointwise", 24.75),
-        (32, "pointwise", 60.7),
-        (32, "block", 67.4),
+        ("--batch_size=64 --recompute=none", 112.7),
+        ("--batch_size=32 --recompute=none", 58.5),
+        ("--batch_size=12 --recompute=pointwise", 24.75),
+        ("--batch_size=32 --recompute=pointwise", 60.7),
+        ("--batch_size=32 --recompute=block", 67.4),
     ],
 )
-def test_predicted_time_is_what_was_measured(batch_size, recompute, ms):
+def test_predicted_time_is_what_was_measured(line, ms):
     """Measured on an H200: 124M, T=1024, bias=False, torch 2.11 (docs/results.md)."""
-    found = predicted(CARDS["NVIDIA H200"], batch_size=batch_size, recompute=recompute)
+    found = predicted(line, CARDS["NVIDIA H200"])
     assert found["ms"] == pytest.approx(ms, rel=0.025)
 
 
-def predicted(card=RTX_4070_TI, **keys):
-    options = make_124m(**keys)
+def predicted(line="", card=RTX_4070_TI):
+    options = make_124m(line)
     return predict(shape_of(options), options, card)
 
 
 def test_methods_that_save_memory_do_and_those_that_cost_time_do():
     plain = predicted()
-    lora = predicted(lora_rank=16)
-    assert lora["peak_gib"] < predicted(optimizer="adamw8bit")["peak_gib"] < plain["peak_gib"]
+    lora = predicted("--lora_rank=16")
+    assert lora["peak_gib"] < predicted("--optimizer=adamw8bit")["peak_gib"] < plain["peak_gib"]
     slower = [
-        {"lora_rank": 16},
-        {},
-        {"bias": True},
-        {"recompute": "pointwise"},
-        {"optimizer": "muon"},
-        {"recompute": "block"},
-        {"dtype": "float32"},
+        "--lora_rank=16",
+        "",
+        "--bias=True",
+        "--recompute=pointwise",
+        "--optimizer=muon",
+        "--recompute=block",
+        "--dtype=float32",
     ]
-    times = [predicted(**keys)["ms"] for keys in slower]
+    times = [predicted(line)["ms"] for line in slower]
     assert times == sorted(times)
-    assert predicted(gradient_accumulation_steps=8)["tokens_per_s"] > plain["tokens_per_s"]
+    many = predicted("--gradient_accumulation_steps=8")
+    assert many["tokens_per_s"] > plain["tokens_per_s"]
 
 
 def test_the_sizes_of_a_plan_end_with_the_largest_that_fits():
     for recompute in RECOMPUTE:
-        options = make_124m(recompute=recompute, batch_size=5)
+        options = make_124m(f"--recompute={recompute} --batch_size=5")
         rows = predict_sizes(shape_of(options), options, 11.0, RTX_4070_TI)
         largest = rows[-1]["batch_size"]
         assert [row["batch_size"] for row in rows[:-1]] == [

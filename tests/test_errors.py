@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from gpt12.errors import UserError, one_line, printable, run_main, say
-
-REPOSITORY = Path(__file__).parents[1]
+from tests.helpers import ROOT
 
 
 def exit_status_of(main, help_page=None):
@@ -54,7 +53,7 @@ def test_a_script_without_options_answers_help_and_refuses_an_argument(
     argument, status, stream, printed, monkeypatch, capsys
 ):
     monkeypatch.setattr("sys.argv", ["prepare.py", argument])
-    assert exit_status_of(lambda: pytest.fail("main was run"), "the page\nwraps") == status
+    assert exit_status_of(pytest.fail, "the page\nwraps") == status
     assert printed in getattr(capsys.readouterr(), stream)
 
 
@@ -69,10 +68,10 @@ run_main(main)
 
 def python(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
     """Run Python in the repository and return how it ended."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
     command = [sys.executable, *arguments]
     return subprocess.run(
-        command, cwd=REPOSITORY, stdout=stdout, stderr=stderr, text=True, env=environment
+        command, cwd=ROOT, stdout=stdout, stderr=stderr, text=True, env=environment
     )
 
 
@@ -160,12 +159,10 @@ def test_where_memory_does_not_suffice_a_script_says_what_helps(
     for module in ("gpt12.config", "gpt12.run"):  # where the scripts get it from
         monkeypatch.setattr(f"{module}.load_config", Mock(side_effect=errors))
     monkeypatch.setattr("sys.argv", [script, "--seed=1"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
-    assert end.value.code == 2
+    for error, said in ((SystemExit, "^2$"), (RuntimeError, "illegal access")):
+        with pytest.raises(error, match=said):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
     assert capsys.readouterr().err.startswith(f"error: out of memory: {advice}")
-    with pytest.raises(RuntimeError, match="illegal access"):
-        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
 
 
 def test_without_advice_a_lack_of_memory_is_a_bug():

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from gpt12.settings import BenchConfig, SampleConfig, TrainConfig
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 FOLDERS = ("gpt12", "data")
 # A house that one can walk through: files in gpt12/, imports between files, floors; and the nodes
 # of the syntax trees without docstrings, which long lines and short names do not change.

@@ -1,32 +1,24 @@
 """The whole program under Windows' rules for files: prepare, train, resume, start anew, sample."""
 
 import os
-import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from data.dataset import open_dataset
 from gpt12.files import write_atomically
-from tests.helpers import TINY, losses, resume, trainer
+from tests.helpers import losses, resume, run, trainer
 
-pytestmark = pytest.mark.usefixtures("windows", "own_cache")
+pytestmark = pytest.mark.usefixtures("windows", "own_cache", "own_folder")
 TEXT = "to be, or not to be: that is the question.\n" * 40
 
 
-def train_on(text: Path, out_dir: Path, *options: str) -> int:
-    import train
-
-    argv = [*TINY, f"--dataset={text}", f"--out_dir={out_dir}", "--save_interval_s=0", *options]
-    return train.main(argv)
-
-
 @pytest.fixture
-def text(tmp_path) -> Path:
-    file = tmp_path / "play.txt"
-    file.write_text(TEXT)
-    return file
+def text(own_folder) -> str:
+    Path("play.txt").write_text(TEXT)
+    return "play.txt"
 
 
 def test_the_rules_are_enforced(tmp_path):
@@ -50,45 +42,42 @@ def test_the_rules_are_enforced(tmp_path):
         (tmp_path / "hf:owner").mkdir()
 
 
-def test_a_run_on_a_text_saves_resumes_starts_anew_and_writes(text, tmp_path, monkeypatch, capsys):
+def test_a_run_on_a_text_saves_resumes_starts_anew_and_writes(text, monkeypatch, capsys):
     """Every save replaces files that an earlier start, resume or sample has read."""
     import sample
 
-    out_dir = tmp_path / "out"
-    options = ["--tokenizer=char", "--eval_interval=1", "--eval_iters=1"]
-    assert train_on(text, out_dir, *options, "--max_iters=2") == 0
-    resume(f"--out_dir={out_dir}", "--max_iters=3")
-    monkeypatch.setattr(
-        sys, "argv", ["sample.py", f"--out_dir={out_dir}", "--device=cpu", "--max_new_tokens=8"]
-    )
+    options = [f"--dataset={text}", "--save_interval_s=0"]
+    anew = [*options, "--tokenizer=char", "--eval_interval=1", "--eval_iters=1"]
+    run(*anew, "--max_iters=2")
+    resume("--max_iters=3")
+    monkeypatch.setattr("sys.argv", ["sample.py", "--device=cpu", "--max_new_tokens=8"])
     assert not sample.main()
-    assert train_on(text, out_dir, *options, "--max_iters=1") == 0
-    assert trainer(out_dir)["step"] == 1
-    assert trainer(out_dir / "previous")["step"] == 3
-    fine = [f"--init_from={out_dir / 'previous'}", "--lora_rank=2", "--max_iters=1"]
-    assert train_on(text, tmp_path / "lora", *fine) == 0
-    resume(f"--out_dir={tmp_path / 'lora'}", "--max_iters=2")
-    assert list(losses(tmp_path / "lora")) == [1, 2]
+    run(*anew, "--max_iters=1")
+    assert trainer()["step"] == 1
+    assert trainer("out/previous")["step"] == 3
+    lora = ["--out_dir=lora", "--init_from=out/previous", "--lora_rank=2", "--max_iters=1"]
+    run(*options, *lora)
+    resume("--out_dir=lora", "--max_iters=2")
+    assert list(losses("lora")) == [1, 2]
     assert "could not save" not in capsys.readouterr().out
 
 
 def test_a_text_is_prepared_again_with_another_tokenizer_while_the_first_is_open(text):
-    first = open_dataset(str(text), tokenizer="bytes", block_size=16)
+    first = open_dataset(text, tokenizer="bytes", block_size=16)
     first.val.gather(np.array([0]), 4)
-    again = open_dataset(str(text), tokenizer="char", block_size=16)
+    again = open_dataset(text, tokenizer="char", block_size=16)
     assert again.folder != first.folder
 
 
-def test_prompts_and_answers_are_prepared(tmp_path):
-    file = tmp_path / "qa.jsonl"
-    file.write_text('{"prompt": "What?\\n", "completion": "That."}\n' * 30)
-    assert open_dataset(str(file), tokenizer="bytes", block_size=16).document_count == 30
+def test_prompts_and_answers_are_prepared():
+    Path("qa.jsonl").write_text('{"prompt": "What?\\n", "completion": "That."}\n' * 30)
+    assert open_dataset("qa.jsonl", tokenizer="bytes", block_size=16).document_count == 30
 
 
 def test_a_data_set_of_the_hub_becomes_a_folder_whose_name_windows_allows(monkeypatch):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"text": TEXT[:43]}] * 30).to_iterable_dataset()
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+    monkeypatch.setattr(datasets, "load_dataset", Mock(return_value=rows))
     assert (
         open_dataset("hf:owner/name:config", tokenizer="bytes", block_size=16).document_count == 30
     )
