@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -171,6 +172,12 @@ def built_from(argv: list[str]) -> Any:
     from gpt12.run import build_run, read_request
 
     return build_run(read_request(argv))
+
+
+def let_answer(monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any]) -> None:
+    """Let functions, by their full names, return these values whatever they are asked."""
+    for name, value in answers.items():
+        monkeypatch.setattr(name, Mock(return_value=value))
 
 
 # --------------------------------------------------------------------------------------------------

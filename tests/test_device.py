@@ -2,7 +2,6 @@
 
 import math
 import os
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -12,7 +11,7 @@ from gpt12 import device
 from gpt12.device import COMPILE_THREADS, CUDA_WHEELS, Machine, open_machine
 from gpt12.memory import COMPILED_GPU, GIB
 from tests.helpers import CPU as ON_CPU
-from tests.helpers import refused
+from tests.helpers import let_answer, refused
 
 CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -21,22 +20,28 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def no_gpu(monkeypatch):
     """A machine without a GPU."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    monkeypatch.setattr("gpt12.device.shutil.which", lambda name: None)
-    monkeypatch.setattr("gpt12.device.Path", lambda path: SimpleNamespace(exists=lambda: False))
+    answers = {
+        "torch.cuda.is_available": False,
+        "torch.backends.mps.is_available": False,
+        "gpt12.device.shutil.which": None,
+        "gpt12.device.Path.exists": False,
+    }
+    let_answer(monkeypatch, answers)
 
 
 @pytest.fixture
 def two_gpus(monkeypatch):
     """A machine with two GPUs that have bfloat16 and a compiler that works."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda *args: "Some Card")
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("torch.cuda.set_device", Mock())
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr("torch.empty", Mock())
-    monkeypatch.setattr("gpt12.device._try_compiler", lambda place: "")
+    answers = {
+        "torch.cuda.is_available": True,
+        "torch.cuda.get_device_name": "Some Card",
+        "torch.cuda.device_count": 2,
+        "torch.cuda.set_device": None,
+        "torch.cuda.is_bf16_supported": True,
+        "torch.empty": None,
+        "gpt12.device._try_compiler": "",
+    }
+    let_answer(monkeypatch, answers)
     monkeypatch.setenv(COMPILE_THREADS, "1")  # open_machine sets it, and this takes it back
 
 
@@ -145,12 +150,13 @@ def test_products_have_the_lower_precision_under_autocast_and_weights_stay_float
 
 
 def test_memory_that_this_process_holds_counts_as_free_and_a_cap_counts(monkeypatch):
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (3 * GIB, 12 * GIB))
-    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 2 * GIB)
     for share, usable in ((1.0, 5.0), (0.25, 3.0)):
-        monkeypatch.setattr(
-            "torch.cuda.get_per_process_memory_fraction", lambda device, share=share: share
-        )
+        answers = {
+            "torch.cuda.mem_get_info": (3 * GIB, 12 * GIB),
+            "torch.cuda.memory_reserved": 2 * GIB,
+            "torch.cuda.get_per_process_memory_fraction": share,
+        }
+        let_answer(monkeypatch, answers)
         assert device.available_memory(COMPILED_GPU) == usable * GIB
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process as theirs_process
 
+from gpt12.config import load_config
 from gpt12.generate import (
     LARGEST_DRAW,
     Decoder,
@@ -146,9 +147,9 @@ def test_no_id_of_the_padding_is_ever_sampled(both):
     assert {token for text in ids for token in text} == set(range(VOCAB))
 
 
-def choice(**keys: object) -> SampleConfig:
-    """Return a choice among all tokens by their probabilities, but for what the keys say."""
-    return SampleConfig(**{"temperature": 1.0, "top_k": None} | keys)  # type: ignore[arg-type]
+def choice(line: str) -> SampleConfig:
+    """Return a choice among all tokens by their probabilities, but for what the options say."""
+    return load_config(SampleConfig, ["--temperature=1", "--top_k=none", *line.split()]).config
 
 
 def transformers_probabilities(
@@ -169,21 +170,22 @@ def transformers_probabilities(
 
 
 @pytest.mark.parametrize(
-    "how",
+    "line",
     [
-        choice(),
-        choice(temperature=2.0),
-        choice(top_k=7),
-        choice(top_k=1000),
-        choice(top_p=0.5),
-        choice(top_p=1e-6),
-        choice(min_p=0.1),
-        choice(repetition_penalty=0.6),
-        choice(temperature=0.7, top_k=12, top_p=0.8, min_p=0.15, repetition_penalty=1.3),
+        "",
+        "--temperature=2",
+        "--top_k=7",
+        "--top_k=1000",
+        "--top_p=0.5",
+        "--top_p=1e-6",
+        "--min_p=0.1",
+        "--repetition_penalty=0.6",
+        "--temperature=0.7 --top_k=12 --top_p=0.8 --min_p=0.15 --repetition_penalty=1.3",
     ],
 )
-def test_tokens_are_drawn_with_exactly_their_probabilities(how):
+def test_tokens_are_drawn_with_exactly_their_probabilities(line):
     """An even grid of draws hits every token as often as its probability says, within one draw."""
+    how = choice(line)
     n = 4000
     seen = {0, 3, 4, 11}
     draws = (torch.arange(n) + 0.5) / n
@@ -198,35 +200,37 @@ def test_tokens_are_drawn_with_exactly_their_probabilities(how):
 
 
 @pytest.mark.parametrize(
-    "how",
+    "line",
     [
-        choice(),
-        *(choice(temperature=value) for value in (0, 1e-30, 1e-99)),
-        choice(top_p=1e-9),
-        choice(min_p=0.99),
+        "",
+        "--temperature=0",
+        "--temperature=1e-30",
+        "--temperature=1e-99",
+        "--top_p=1e-9",
+        "--min_p=0.99",
     ],
 )
-def test_the_extreme_draws_and_logits_stay_in_the_distribution(how):
+def test_the_extreme_draws_and_logits_stay_in_the_distribution(line):
     logits = torch.tensor(
         [[3.0, -torch.inf, 2.0, -1e30], [0.0, 0.0, 0.0, 0.0], [-5.0, 1e30, 0.0, 0.0]]
     )
     for draw in (0.0, 0.5, LARGEST_DRAW):
-        chosen = sample_token(logits, torch.full((3,), draw), how).tolist()
+        chosen = sample_token(logits, torch.full((3,), draw), choice(line)).tolist()
         assert chosen[0] in (0, 2)
         assert chosen[2] == 1
-        if how != choice():
+        if line:
             assert chosen[0] == 0
 
 
 def test_the_nucleus_ends_with_the_token_that_reaches_top_p():
     halves = torch.tensor([[0.0, 0.0, -torch.inf]]).expand(5, -1)
-    assert len(sample_token(halves, torch.arange(5) / 5, choice(top_p=0.5)).unique()) == 1
+    assert len(sample_token(halves, torch.arange(5) / 5, choice("--top_p=0.5")).unique()) == 1
 
 
 def test_the_repetition_penalty_counts_prompt_and_text(both):
     _, model = both
     prompt = PROMPTS[2]
-    how = choice(temperature=0, repetition_penalty=1.5)
+    how = choice("--temperature=0 --repetition_penalty=1.5")
     [written] = generate(model, [prompt], max_new_tokens=30, temperature=0, repetition_penalty=1.5)
     text = prompt + written
     for end in range(len(prompt), len(text)):

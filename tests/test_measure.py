@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from gpt12.memory import GIB
 from gpt12.settings import SampleConfig
 from model import GPT, GPTConfig
 from tests.bench_helpers import GPU
-from tests.helpers import CPU
+from tests.helpers import CPU, let_answer
 
 
 def test_random_tokens_depend_on_the_position_only():
@@ -102,14 +103,9 @@ def test_the_attention_kernel_can_be_chosen_and_compiled_graphs_keep_to_it():
     ],
 )
 def test_a_clock_is_held_if_nvidia_smi_says_that_heat_or_power_hold_it(monkeypatch, answer, held):
-    def run(*args, **options):
-        if answer is None:
-            raise FileNotFoundError
-        return SimpleNamespace(stdout=answer)
-
+    run = Mock(return_value=Mock(stdout=answer), side_effect=None if answer else FileNotFoundError)
     monkeypatch.setattr("subprocess.run", run)
-    properties = SimpleNamespace(uuid="1")
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda: properties)
+    let_answer(monkeypatch, {"torch.cuda.get_device_properties": Mock(uuid="1")})
     assert measure.clock_is_held() == held
 
 
@@ -128,9 +124,12 @@ def test_what_spoils_the_figures_is_a_warning(
 ):
     """On a GPU of 12 GiB, where torch holds 6 and our own context 0.5."""
     free = (12 - 6 - 0.5 - others_gib) * GIB
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free, 12 * GIB))
-    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 6 * GIB)
-    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda: most_gib * GIB)
+    answers = {
+        "torch.cuda.mem_get_info": (free, 12 * GIB),
+        "torch.cuda.memory_reserved": 6 * GIB,
+        "torch.cuda.max_memory_reserved": most_gib * GIB,
+    }
+    let_answer(monkeypatch, answers)
     warnings = warnings_about(replace(GPU, world=world), held)
     assert len(warnings) == (words is not None)
     assert all(words in warning for warning in warnings)

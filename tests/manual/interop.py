@@ -50,6 +50,7 @@ from tests.manual.interop_models import (
     train_runs,
 )
 
+QUESTION = [{"role": "user", "content": "say eve"}]
 CLOSE = 1e-4  # the largest difference of two results that are the same
 
 
@@ -66,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.parametrize("name", ["text", "char", "lora", "chat"])
-def test_logits_and_greedy_text(runs: Runs, name: str) -> None:
+def test_logits_and_greedy_text(runs, name):
     from transformers import AutoModelForCausalLM
 
     folder = getattr(runs, name)
@@ -99,7 +100,7 @@ def our_text(folder: Path, prompt: str = PROMPT) -> str:
     return our_answer(folder, prompt)["text"]
 
 
-def test_pipeline(runs: Runs) -> None:
+def test_pipeline(runs):
     from transformers import pipeline
 
     write: Any
@@ -108,8 +109,7 @@ def test_pipeline(runs: Runs) -> None:
         (said,) = write(PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False)
         assert PROMPT + our_text(folder) == said["generated_text"]
     write = pipeline("text-generation", model=str(runs.chat), device="cpu")
-    question = [{"role": "user", "content": "say eve"}]
-    (said,) = write(question, max_new_tokens=NEW_TOKENS, do_sample=False)
+    (said,) = write(QUESTION, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert our_text(runs.chat, "say eve") == said["generated_text"][-1]["content"]
 
 
@@ -117,7 +117,7 @@ def test_pipeline(runs: Runs) -> None:
 # Training elsewhere
 
 
-def test_trainer(runs: Runs) -> None:
+def test_trainer(runs):
     pytest.importorskip("accelerate")
     from transformers import (
         AutoModelForCausalLM,
@@ -176,7 +176,7 @@ def check_comes_home(runs: Runs, trainer: Any) -> None:
     run_script("train.py", *again, "--dataset=sentences.txt", folder=runs.work)
 
 
-def test_trl(runs: Runs) -> None:
+def test_trl(runs):
     pytest.importorskip("trl")
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -201,7 +201,7 @@ def test_trl(runs: Runs) -> None:
     assert template.strip() == CHAT_TEMPLATE
 
 
-def test_peft(runs: Runs) -> None:
+def test_peft(runs):
     pytest.importorskip("peft")
     from peft import AutoPeftModelForCausalLM
 
@@ -232,7 +232,7 @@ metric_list:
 """
 
 
-def test_lm_eval(runs: Runs) -> None:
+def test_lm_eval(runs):
     pytest.importorskip("lm_eval")
     folder = runs.work / "lm_eval"
     folder.mkdir(exist_ok=True)
@@ -269,7 +269,7 @@ def our_bits_per_byte(folder: Path, texts: list[str]) -> float:
 # Converters
 
 
-def test_optimum(runs: Runs) -> None:
+def test_optimum(runs):
     pytest.importorskip("optimum.onnxruntime")
     folder = runs.work / "onnx"
     command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model"]
@@ -289,7 +289,7 @@ def test_optimum(runs: Runs) -> None:
     assert PROMPT + our_text(runs.text) == text
 
 
-def test_torch_onnx(runs: Runs) -> None:
+def test_torch_onnx(runs):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     import onnxruntime
@@ -316,36 +316,31 @@ def test_torch_onnx(runs: Runs) -> None:
     assert largest_difference(our_logits(runs.text, ids), torch.tensor(logits)) <= CLOSE
 
 
-def test_gguf(runs: Runs) -> None:
+def test_gguf(runs):
     if "LLAMA_CPP" not in os.environ:
         pytest.skip("LLAMA_CPP, llama.cpp's folder, is not set")
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
-    from llama_cpp import Llama
-
     tokens = our_tokenizer(runs.text).encode(PROMPT).tolist()
-    expected = our_text(runs.text)
+    greedy = {"max_tokens": NEW_TOKENS, "temperature": 0, "repeat_penalty": 1.0}
     for kind in ("f32", "f16"):
-        file = convert_to_gguf(runs, runs.text, kind)
-        model = Llama(str(file), n_ctx=64, n_threads=1, verbose=False)
+        model = open_in_llama_cpp(runs, runs.text, kind)
         assert tokens == model.tokenize(PROMPT.encode(), add_bos=False)
-        said = model(PROMPT, max_tokens=NEW_TOKENS, temperature=0, repeat_penalty=1.0)
-        assert expected == said["choices"][0]["text"]
-    file = convert_to_gguf(runs, runs.chat, "f32")
-    model = Llama(str(file), n_ctx=64, n_threads=1, verbose=False)
-    question = [{"role": "user", "content": "say eve"}]
-    said = model.create_chat_completion(
-        question, max_tokens=NEW_TOKENS, temperature=0, repeat_penalty=1.0
-    )
+        assert our_text(runs.text) == model(PROMPT, **greedy)["choices"][0]["text"]
+    model = open_in_llama_cpp(runs, runs.chat, "f32")
+    said = model.create_chat_completion(QUESTION, **greedy)
     assert our_text(runs.chat, "say eve") == said["choices"][0]["message"]["content"]
 
 
-def convert_to_gguf(runs: Runs, folder: Path, kind: str) -> Path:
-    file = runs.work / f"{folder.parent.name}-{kind}.gguf"
+def open_in_llama_cpp(runs: Runs, folder: Path, kind: str) -> Any:
+    """Convert a model to GGUF and open it."""
+    from llama_cpp import Llama
+
+    file = f"{runs.work}/{folder.parent.name}-{kind}.gguf"
     script = f"{Path(os.environ['LLAMA_CPP']).resolve()}/convert_hf_to_gguf.py"
-    command = [sys.executable, script, str(folder), "--outfile", str(file), "--outtype", kind]
+    command = [sys.executable, script, str(folder), "--outfile", file, "--outtype", kind]
     run_command(command, runs.work)
-    return file
+    return Llama(file, n_ctx=64, n_threads=1, verbose=False)
 
 
 if __name__ == "__main__":

@@ -101,13 +101,12 @@ def draw(runs: dict[str, list[Row]], file: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for name, colour in (("nanoGPT", ORANGE), ("ours", BLUE)):
-        rows = [row for row in runs[name] if row["step"] > 0]
-        loss = [row["val_loss"] for row in rows]
-        tokens = [row["tokens"] / 1e6 for row in rows]
-        axes[0].plot(tokens, loss, "o-", color=colour, label=name)
-        axes[1].plot([row["elapsed_s"] for row in rows], loss, "o-", color=colour)
-    for axis, label in zip(axes, ("million tokens", "seconds of training")):
+    columns = (("tokens", 1e6, "million tokens"), ("elapsed_s", 1, "seconds of training"))
+    for axis, (key, unit, label) in zip(axes, columns):
+        for name, colour in (("nanoGPT", ORANGE), ("ours", BLUE)):
+            rows = [row for row in runs[name] if row["step"] > 0]
+            loss = [row["val_loss"] for row in rows]
+            axis.plot([row[key] / unit for row in rows], loss, "o-", color=colour, label=name)
         axis.axhline(runs["nanoGPT"][-1]["val_loss"], color="grey", linewidth=0.8)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
