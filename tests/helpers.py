@@ -156,10 +156,11 @@ def check_resuming(*options: str, steps: int) -> tuple[dict, dict]:
     return before, after
 
 
-def refused(message: str, call: Callable, *arguments: Any, **options: Any) -> None:
-    """See that a call ends with a user's mistake whose message matches a pattern."""
-    with pytest.raises(UserError, match=message):
+def refused(message: str, call: Callable, *arguments: Any, **options: Any) -> str:
+    """See that a call ends with a user's mistake whose message matches a pattern, and return it."""
+    with pytest.raises(UserError, match=message) as caught:
         call(*arguments, **options)
+    return str(caught.value)
 
 
 def built(*options: str) -> Any:

@@ -5,6 +5,7 @@ They are compared with splits and rows that are put together by hand.
 
 import collections
 import functools
+import itertools
 import os
 import pickle
 import signal
@@ -220,13 +221,11 @@ def killed_at(call, work):
 
     Returns True if it was killed, False if it came to its end first.
     """
-    calls = 0
+    calls = itertools.count(1)
 
     def counted(function):
         def counting(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == call:
+            if next(calls) == call:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
 

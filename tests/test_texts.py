@@ -21,7 +21,6 @@ from data import texts
 from data.chat import CHAT_TEMPLATE, chat_template, common_ending
 from data.texts import Documents, Found, Piece, split_text
 from data.tokenizers import ByteTokenizer, CharTokenizer
-from gpt12.errors import UserError
 from tests.helpers import refused, write
 from tests.tiny_bpe import tiny
 
@@ -44,8 +43,16 @@ CHAT = [
 ]
 
 
+def pieces_of(documents):
+    return [piece for _, piece in documents.pieces()]
+
+
 def read(source, *args):
-    return [piece.text for _, piece in Documents(source, *args).pieces()]
+    return [piece.text for piece in pieces_of(Documents(source, *args))]
+
+
+def of_rows(*rows):
+    return Documents(write("a.jsonl", [*rows]))
 
 
 # Containers
@@ -123,17 +130,17 @@ def test_end_of_text_separates_the_documents_of_a_text_file():
         "<|endoftext|>\n"
     )
     documents = Documents(write("a.txt", text))
-    assert [piece.text for _, piece in documents.pieces()] == ["one\n", "two", "3"]
+    assert read("a.txt") == ["one\n", "two", "3"]
     # Nothing counts as blank.
     assert (len(documents.first_indices), read_through(documents).count) == (3, 3)
-    rows = Documents(write("a.jsonl", [{"text": text}, {"text": "<|endoftext|>"}]))
+    rows = of_rows({"text": text}, {"text": "<|endoftext|>"})
     assert list(rows.pieces()) == [(0, Piece(part)) for part in ("one\n", "two", "3")]
     assert read("a.txt", "line") == ["one", "two", "3"]
     text = "<|startoftext|>one\nmore\n<|startoftext|>\ntwo<|startoftext|>3"
     for file, content in (("a.txt", text), ("a.jsonl", [{"text": text}])):
         assert read(write(file, content)) == ["one\nmore\n", "two", "3"]
     write("a.txt", ("x" * 99_999 + "\n") * 20 + "<|endoftext|>" + "y")
-    assert sum(piece.end for piece in pieces_of("a.txt")) == 2
+    assert sum(piece.end for piece in pieces_of(Documents("a.txt"))) == 2
     assert len("".join(read("a.txt"))) == 2_000_001
 
 
@@ -211,10 +218,8 @@ def test_a_file_in_another_encoding_is_shown_in_the_likely_ones(encoding, line):
     first = "" if "16" in encoding else "plain\n"
     content = first + f"{line}\n" * 30
     write("a.txt", content.encode(encoding))
-    with pytest.raises(UserError) as caught:
-        read("a.txt")
-    message = str(caught.value)
-    assert f"a.txt is not utf-8: line {2 if first else 1} holds the byte 0x" in message
+    number = 2 if first else 1
+    message = refused(f"a.txt is not utf-8: line {number} holds the byte 0x", read, "a.txt")
     shown = [row.split() for row in message.splitlines() if line in row.replace("\0", "")]
     assert shown  # a reader sees the right line, and how to ask for it
     asked = shown[0][0].removeprefix("--encoding=")
@@ -224,9 +229,8 @@ def test_a_file_in_another_encoding_is_shown_in_the_likely_ones(encoding, line):
 def test_the_line_is_shown_in_which_the_likely_encodings_differ():
     lines = "Café fermé.", "Où êtes-vous, à bientôt, très bien"
     write("a.txt", "\n".join(lines).encode("cp1252"))
-    with pytest.raises(UserError) as caught:
-        read("a.txt")
-    shown = [line.split()[1] for line in str(caught.value).splitlines()[1:]]
+    message = refused("is not utf-8", read, "a.txt")
+    shown = [line.split()[1] for line in message.splitlines()[1:]]
     assert sorted(shown) == ["Où", "Oů"]
 
 
@@ -279,23 +283,19 @@ def read_through(documents):
     return found
 
 
-def pieces_of(source):
-    return [piece for _, piece in Documents(source).pieces()]
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_question_becomes_the_same_conversation(form):
-    file = write("a.jsonl", [FORMS[form]])
-    assert pieces_of(file) == ONE
-    assert (Documents(file).kind, read_through(Documents(file)).notes) == ("messages", [])
+    documents = of_rows(FORMS[form])
+    assert pieces_of(documents) == ONE
+    assert (documents.kind, read_through(documents).notes) == ("messages", [])
 
 
 def test_an_input_and_a_system_message_belong_to_the_question():
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Count."}
     prompt = "### System:\nCount.\n\n### User:\nAdd.\n\n1 2\n\n### Assistant:\n"
     rows = [row, row, row | {"system": "Be kind."}, row | {"system": ""}]
-    documents = Documents(write("a.jsonl", rows))
-    assert [piece.text for _, piece in documents.pieces()][:2] == [prompt, "3"]
+    documents = of_rows(*rows)
+    assert read("a.jsonl")[:2] == [prompt, "3"]
     found = read_through(documents)
     next(documents.pieces())  # another pass changes nothing in what was found
     template = chat_template("messages", True, system="Count.", single_turn=True)
@@ -304,25 +304,24 @@ def test_an_input_and_a_system_message_belong_to_the_question():
 
 def test_a_row_with_two_forms_says_which_is_used():
     row = FORMS["Alpaca"] | FORMS["ShareGPT"] | {"text": "all of it"}
-    file = write("a.jsonl", [row])
-    documents = Documents(file)
-    assert [piece for _, piece in documents.pieces()] == ONE
+    documents = of_rows(row)
+    assert pieces_of(documents) == ONE
     assert read_through(documents).notes == [
-        f"{file} is read by its columns conversations. Columns not used: 'instruction', "
+        "a.jsonl is read by its columns conversations. Columns not used: 'instruction', "
         "'input', 'output', 'text'."
     ]
-    write(file, [row | {"body": "asked for"}])
-    assert read(file, "body") == ["asked for"]
+    of_rows(row | {"body": "asked for"})
+    assert read("a.jsonl", "body") == ["asked for"]
 
 
 def test_prompts_and_completions_are_read_verbatim():
     rows = [{"prompt": " Q: \n", "completion": " A "}, {"prompt": "", "completion": " \n"}]
-    documents = Documents(write("a.jsonl", rows))
+    documents = of_rows(*rows)
     assert documents.kind == "prompt"
     pieces = [Piece(" Q: \n", trained=False, end=False), Piece(" A ", after="text")]
     assert list(documents.pieces()) == [(0, piece) for piece in pieces]  # a blank answer is none
     rows[0]["completion"] += "<|endoftext|>\n"
-    assert pieces_of(write("a.jsonl", rows)) == pieces
+    assert pieces_of(of_rows(*rows)) == pieces
 
 
 @pytest.mark.parametrize(
@@ -340,7 +339,7 @@ def test_columns_that_questions_and_answers_do_not_use_are_named(columns, unused
     row = dict.fromkeys(columns, "x") | ({"tools": []} if "tools" in columns else {})
     if "messages" in columns:
         row["messages"] = [message | {"name": "x"} for message in CHAT]
-    documents = Documents(write("a.jsonl", [row]))
+    documents = of_rows(row)
     assert (documents.kind == "text") == (columns[0] == "text")
     notes = read_through(documents).notes
     assert [note.partition("Columns not used: ")[2] for note in notes] == (
@@ -357,17 +356,17 @@ def test_conversations_are_read_as_questions_and_trained_answers():
         Piece("### User:\nBye\n\n### Assistant:\n", after="end", trained=False, end=False),
         Piece("    Bye!", after="text"),
     ]
-    assert pieces_of(write("a.jsonl", [row, row])) == 2 * expected
+    assert pieces_of(of_rows(row, row)) == 2 * expected
     # A message of weight 0 is read and not trained; a blank answer neither.
     ignored = [({key: value}, "Hello  you.") for key, value in (("weight", 0), ("train", False))]
     for change, text in (*ignored, ({"content": " "}, ""), ({"content": None}, "")):
         row = {"messages": [*CHAT[:2], CHAT[2] | change, *CHAT[3:]]}
-        found = pieces_of(write("a.jsonl", [row]))
+        found = pieces_of(of_rows(row))
         changed = expected[1]._replace(trained=False, text=text)
         assert found == [expected[0], changed, *expected[2:]]
     blank = [[CHAT[1], CHAT[2] | {"weight": 0}], [CHAT[1], CHAT[2] | {"content": "\n"}]]
     rows = [{"messages": messages} for messages in (*blank, [CHAT[1]], [])]
-    assert pieces_of(write("a.jsonl", rows)) == []
+    assert pieces_of(of_rows(*rows)) == []
 
 
 # Chat templates
@@ -390,7 +389,7 @@ def test_transformers_renders_a_conversation_to_the_ids_that_are_trained():
     encoded = theirs.apply_chat_template(CHAT, **options)
     ids = []
     trained = []
-    for piece in pieces_of(write("a.jsonl", [{"messages": CHAT}])):
+    for piece in pieces_of(of_rows({"messages": CHAT})):
         ids += tokenizer.encode(piece.text).tolist() + [tokenizer.eot] * piece.end
         trained += [int(piece.trained)] * (len(ids) - len(trained))
     assert encoded["input_ids"] == ids
@@ -529,7 +528,7 @@ def test_pieces_have_the_ids_of_the_whole(monkeypatch, parts):
 )
 def test_broken_input_is_reported_with_file_and_line(name, content, message):
     write(name, content)
-    refused(message, pieces_of, "." if name[0] == "." else name)
+    refused(message, read, "." if name[0] == "." else name)
 
 
 def test_a_missing_path_is_refused():

@@ -5,6 +5,8 @@ transformers reads the files that we save and has to give the same ids.
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,11 +16,15 @@ from hypothesis import strategies as st
 
 from data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from gpt12.errors import UserError
+from tests.helpers import edit_json, read_json, refused, write
 from tests.tiny_bpe import END, encode_slowly, tiny
 
 TEXT = "  The cat's   bath\n\n\tcan't 123four\r\n <|endoftext|> naïve 猫🙂\u3000½  \n"
 
 
+CHAT_TEMPLATE = "{{ messages[0]['content'] }}"
+HERE = Path()
+pytestmark = pytest.mark.usefixtures("here")
 chars = CharTokenizer("".join(sorted(set(TEXT))))
 
 
@@ -58,12 +64,10 @@ def test_the_character_tokenizer_refuses_unknown_characters():
     assert chars.decode(chars.encode(TEXT)) == TEXT
     for missing in ("Z", "\U0010ffff"):  # within and beyond the table of code points
         said = rf"does not know 1 of the text's characters: .*U\+{ord(missing):04X}"
-        with pytest.raises(UserError, match=said):
-            chars.encode(f"th{missing}t")
-    with pytest.raises(UserError) as caught:
-        CharTokenizer("ab").encode("abécbaéz" + "".join(map(chr, range(0x4E00, 0x4E00 + 1000))))
-    message = str(caught.value)
-    assert "1,003 of the text's characters: 'c' (U+0063), 'z' (U+007A), 'é' (U+00E9)," in message
+        refused(said, chars.encode, f"th{missing}t")
+    text = "abécbaéz" + "".join(map(chr, range(0x4E00, 0x4E00 + 1000)))
+    message = refused("1,003 of the text's characters: ", CharTokenizer("ab").encode, text)
+    assert "characters: 'c' (U+0063), 'z' (U+007A), 'é' (U+00E9)," in message
     assert message.count("(U+") == 20
     assert "train_shakespeare_cpu.py --dataset=my.txt --tokenizer=char" in message
 
@@ -84,10 +88,9 @@ def test_a_million_blanks_are_encoded():  # where tiktoken raises
 
 
 def test_different_tokenizers_have_different_hashes():
-    made = [tiny, ByteTokenizer(), chars]
-    made += [CharTokenizer("ab"), CharTokenizer("ba"), CharTokenizer("a")]
-    assert len({tokenizer.sha256 for tokenizer in made}) == len(made)
-    assert CharTokenizer("ab").sha256 == CharTokenizer("ab").sha256
+    made = [tiny, ByteTokenizer(), *map(CharTokenizer, ("ab", "ba", "a", "ab"))]
+    hashes = [tokenizer.sha256 for tokenizer in made]
+    assert len(set(hashes)) == 5 and hashes[2] == hashes[-1]
 
 
 def opens_in_transformers(folder, tokenizer):
@@ -96,7 +99,7 @@ def opens_in_transformers(folder, tokenizer):
 
     # A checkpoint's config.json lies beside it, and AutoTokenizer goes by that as well.
     config = {"model_type": "gpt2", "bos_token_id": None, "eos_token_id": None}
-    (folder / "config.json").write_text(json.dumps(config))
+    write(folder / "config.json", json.dumps(config))
     theirs = AutoTokenizer.from_pretrained(folder)
     assert len(theirs) == tokenizer.vocab_size and theirs.eos_token_id == tokenizer.eot
     # transformers 4 otherwise returns token_type_ids, and GPT-2 there adds their embeddings.
@@ -116,26 +119,26 @@ def opens_in_transformers(folder, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes", "char"])
-def test_saved_files_open_here_and_in_transformers(name, tmp_path, request):
-    own = {"bytes": ByteTokenizer(), "char": CharTokenizer("".join(sorted(set(TEXT))))}
+def test_saved_files_open_here_and_in_transformers(name, request):
+    own = {"bytes": ByteTokenizer(), "char": CharTokenizer(chars.names)}
     tokenizer = request.getfixturevalue("gpt2") if name == "gpt2" else own[name]
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    (tmp_path / "ours").mkdir()
-    tokenizer.save(tmp_path / "ours", context=32)
-    tokenizer.chat_template, template = None, tokenizer.chat_template
-    theirs = opens_in_transformers(tmp_path / "ours", load_tokenizer(tmp_path / "ours"))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    ours, saved, back = Path("ours"), Path("theirs"), Path("back")
+    ours.mkdir()
+    tokenizer.save(ours, context=32)
+    tokenizer.chat_template = None
+    theirs = opens_in_transformers(ours, load_tokenizer(ours))
     assert theirs.model_max_length == 32
-    theirs.save_pretrained(tmp_path / "theirs")
-    for folder in ("ours", "theirs"):
-        again = load_tokenizer(tmp_path / folder)
+    theirs.save_pretrained(saved)
+    back.mkdir()
+    for folder in (ours, saved):
+        again = load_tokenizer(folder)
         assert type(again) is type(tokenizer) and again.sha256 == tokenizer.sha256
-        assert again.chat_template == template
+        assert (again.chat_template, again.end_ids) == (CHAT_TEMPLATE, tokenizer.end_ids)
         assert again.encode("the").tolist() == tokenizer.encode("the").tolist()
-        assert again.end_ids == tokenizer.end_ids
-        (tmp_path / "back").mkdir(exist_ok=True)
-        again.save(tmp_path / "back")
-        for file in (tmp_path / folder).glob("[!ct]*"):  # those that hold no changed setting
-            assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+        again.save(back)
+        for file in folder.glob("[!ct]*"):  # those that hold no changed setting
+            assert (back / file.name).read_bytes() == file.read_bytes()
 
 
 GERMAN = "Die Straße führt über Köln. Ärger über süße Äpfel, größere Öfen und müßige Mönche. " * 9
@@ -162,27 +165,26 @@ def metaspace():
 
 
 @pytest.mark.parametrize("make", [german, metaspace, "older files"])
-def test_any_tokenizer_of_a_model_gives_the_ids_of_transformers(make, tmp_path):
+def test_any_tokenizer_of_a_model_gives_the_ids_of_transformers(make):
     """With its added tokens, which a prompt may name, and with its two end tokens."""
     from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
     if make == "older files":
-        german().save_model(str(tmp_path))
-        theirs = GPT2TokenizerFast(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+        german().save_model(".")
+        theirs = GPT2TokenizerFast("vocab.json", "merges.txt")
     else:
-        make().save(str(tmp_path / "t.json"))
-        theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "t.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    theirs.add_special_tokens(names)
-    theirs.chat_template = "{{ messages[0]['content'] }}"
-    folder = tmp_path / "model"
+        make().save("t.json")
+        theirs = PreTrainedTokenizerFast(tokenizer_file="t.json")
+    theirs.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    theirs.chat_template = CHAT_TEMPLATE
+    folder = Path("model")
     theirs("cut", truncation=True, max_length=3, padding="max_length")  # tokenizer.json keeps this
     theirs.save_pretrained(folder)
     end = theirs.convert_tokens_to_ids("</s>")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 7]}))
+    write(folder / "generation_config.json", json.dumps({"eos_token_id": [end, 7]}))
     ours = load_tokenizer(folder)
-    assert (ours.name, ours.eot, ours.end_ids) == ("model", end, {end, 7})
-    assert ours.vocab_size == len(theirs)
+    described = (ours.name, ours.eot, ours.end_ids, ours.vocab_size)
+    assert described == ("model", end, {end, 7}, len(theirs))
     theirs = AutoTokenizer.from_pretrained(folder)
     prompt = "<s>Süße Äpfel</s> über <pad>Köln 猫"
     ids = theirs.encode(prompt, add_special_tokens=False)
@@ -191,79 +193,67 @@ def test_any_tokenizer_of_a_model_gives_the_ids_of_transformers(make, tmp_path):
     text = "Die Mönche essen 猫, Äpfel </s>"
     plain = ours.encode(text)
     assert end not in plain and ours.decode(plain).strip() == text
-    for ids in ([token] for token in range(len(theirs))):
-        assert (
-            ours.token_bytes(ids[0]).decode(errors="replace").strip() == theirs.decode(ids).strip()
-        )
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    ours.save(tmp_path)
-    again = load_tokenizer(tmp_path / "tokenizer.json")  # by a file beside it
+    for token in range(len(theirs)):
+        written = ours.token_bytes(token).decode(errors="replace")
+        assert written.strip() == theirs.decode([token]).strip()
+    ours.save(HERE)
+    again = load_tokenizer(Path("tokenizer.json"))  # by a file beside it
     assert (again.sha256, again.chat_template) == (ours.sha256, theirs.chat_template)
-    for name in before.keys() - {"tokenizer_config.json"}:
-        assert (tmp_path / name).read_bytes() == before[name]
-    old, new = (
-        json.loads((place / "tokenizer_config.json").read_text()) for place in (folder, tmp_path)
-    )
-    assert old == new
+    settings = "tokenizer_config.json"
+    assert read_json(settings) == read_json(folder / settings)
+    for file in folder.iterdir():
+        assert file.name == settings or Path(file.name).read_bytes() == file.read_bytes()
 
 
-def test_gpt2_with_a_padding_token_uses_the_data_of_gpt2(gpt2, tmp_path):
+def test_gpt2_with_a_padding_token_uses_the_data_of_gpt2(gpt2):
     """As Trainer's users do it. A token that ends texts, too, makes it another tokenizer."""
     from transformers import AutoTokenizer
 
-    gpt2.save(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    gpt2.save(HERE)
+    write("config.json", '{"model_type": "gpt2"}')
+    theirs = AutoTokenizer.from_pretrained(HERE)
     theirs.add_special_tokens({"pad_token": "<pad>"})
     theirs.add_tokens(["klingon"])
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = load_tokenizer(tmp_path / "theirs")
-    assert (ours.name, ours.vocab_size, ours.text_vocab_size, ours.eot) == (
-        "gpt2",
-        50259,
-        50257,
-        50256,
-    )
+    theirs.save_pretrained("theirs")
+    ours = load_tokenizer(Path("theirs"))
+    described = (ours.name, ours.vocab_size, ours.text_vocab_size, ours.eot)
+    assert described == ("gpt2", 50259, 50257, 50256)
     assert ours.sha256 == gpt2.sha256
     text = "klingon <pad> hello"
     assert ours.encode(text).tolist() == gpt2.encode(text).tolist()
     assert ours.encode_prompt(text) == theirs.encode(text)
     assert ours.decode([31373, 50257, 50258]) == "hello<pad>klingon"
     theirs.add_special_tokens({"eos_token": "</s>"})
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = load_tokenizer(tmp_path / "theirs")
+    theirs.save_pretrained("theirs")
+    ours = load_tokenizer(Path("theirs"))
     assert (ours.name, ours.vocab_size, ours.eot) == ("model", 50260, 50259)
     assert ours.encode("hello world").tolist() == [31373, 995]
 
 
-def test_an_end_token_behind_a_hole_in_the_ids_ends_texts(tmp_path):
-    tiny.save(tmp_path)
-    content = (tmp_path / "tokenizer.json").read_text()
-    (tmp_path / "tokenizer.json").write_text(content.replace(f":{tiny.eot}", ":999"))
-    tokenizer = load_tokenizer(tmp_path)
+def test_an_end_token_behind_a_hole_in_the_ids_ends_texts():
+    tiny.save(HERE)
+    content = Path("tokenizer.json").read_text()
+    write("tokenizer.json", content.replace(f":{tiny.eot}", ":999"))
+    tokenizer = load_tokenizer(HERE)
     assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.end_ids) == (1000, 999, {999})
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, type("PanicException", (BaseException,), {})])
-def test_a_panic_of_the_library_is_a_damaged_file_and_ctrl_c_is_not(tmp_path, monkeypatch, stop):
-    tiny.save(tmp_path)
+def test_a_panic_of_the_library_is_a_damaged_file_and_ctrl_c_is_not(monkeypatch, stop):
+    tiny.save(HERE)
 
-    def panic(*arguments):
-        raise stop
-
-    monkeypatch.setattr("data.tokenizers._recognize", panic)
+    monkeypatch.setattr("data.tokenizers._recognize", Mock(side_effect=stop))
     with pytest.raises(KeyboardInterrupt if stop is KeyboardInterrupt else UserError):
-        load_tokenizer(tmp_path)
+        load_tokenizer(HERE)
 
 
 @pytest.mark.parametrize("end", ["7", [True, None, {}], -1, 1e3, 2**40])
-def test_an_end_that_is_no_id_is_ignored(tmp_path, end):
+def test_an_end_that_is_no_id_is_ignored(end):
     """And so is a setting that only has the name of a token."""
-    tiny.save(tmp_path)
-    settings = tmp_path / "tokenizer_config.json"
-    settings.write_text(settings.read_text().replace("{", '{"add_bos_token": true,'))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
-    tokenizer = load_tokenizer(tmp_path)
+    tiny.save(HERE)
+    edit_json("tokenizer_config.json", add_bos_token=True)
+    write("generation_config.json", json.dumps({"eos_token_id": end}))
+    tokenizer = load_tokenizer(HERE)
     assert tokenizer.end_ids == {tokenizer.eot}
 
 
@@ -278,7 +268,6 @@ def test_an_end_that_is_no_id_is_ignored(tmp_path, end):
         (b'{"model": {"vocab": {"x": 300000000}, "merges": []}}', "largest id is 300,000,000"),
     ],
 )
-def test_a_damaged_tokenizer_file_is_named(tmp_path, content, message):
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(UserError, match=f"damaged.*{message}"):
-        load_tokenizer(tmp_path)
+def test_a_damaged_tokenizer_file_is_named(content, message):
+    write("tokenizer.json", content)
+    refused(f"damaged.*{message}", load_tokenizer, HERE)
