@@ -197,8 +197,8 @@ def test_text_on_the_command_line_of_sampling_becomes_a_typed_value(write):
     assert (made.start, made.top_k, made.temperature) == ("42", None, 0.0)
     assert made.stop == ("\n\n", "End")
     path = write("import json\nstop = ['a', 'b']\n")
-    assert load(SampleConfig, [path])[0].stop == ("a", "b")
-    assert load(SampleConfig, [path])[0].json is False
+    made, _ = load(SampleConfig, [path])
+    assert (made.stop, made.json) == (("a", "b"), False)
     assert load(SampleConfig, [path, "--stop=c", "--stop=d"])[0].stop == ("c", "d")
 
 

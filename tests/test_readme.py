@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 
-import train
 from gpt12.config import load_config
 from gpt12.errors import UserError
 from gpt12.settings import ALL_KEYS, BenchConfig, SampleConfig, TrainConfig
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run
 
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = {"README.md": README, "docs/results.md": (ROOT / "docs/results.md").read_text("utf-8")}
@@ -135,12 +134,10 @@ def tiny_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     text = folder / "text.txt"
     text.write_text("Once upon a time. " * 40)
-    keys = f"--dataset={text} --out_dir={folder / 'out'} --block_size=32 --n_layer=1 --n_head=2"
-    keys += " --n_embd=16 --batch_size=2 --gradient_accumulation_steps=1 --max_iters=2"
-    keys += " --eval_interval=2 --eval_iters=1 --device=cpu --tokenizer=bytes"
+    keys = "--block_size=32 --max_iters=2 --eval_interval=2 --tokenizer=bytes".split()
     with pytest.MonkeyPatch.context() as patch:  # another worker may prepare the same text
         patch.setattr("data.dataset.DATA", folder / "data")
-        assert train.main(keys.split()) == 0
+        run(f"--dataset={text}", f"--out_dir={folder / 'out'}", *keys)
     return folder / "out"
 
 

@@ -71,7 +71,7 @@ def start(out_dir, monkeypatch, capsys):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Replace the model: each call of stream yields the next of these texts; \\x03 is Ctrl-C."""
+    """Replace the model: a call of stream yields the next text, or "!"; \\x03 is Ctrl-C."""
     calls: list[list[int]] = []
     configs: list[SampleConfig] = []
     script: list[bytes] = []
@@ -79,7 +79,8 @@ def scripted(monkeypatch):
     def stream(model, prompts, config):
         calls.extend(list(prompt) for prompt in prompts)
         configs.append(config)
-        for step in zip_longest(*(ids_of(script.pop(0)) for _ in prompts), fillvalue=256):
+        texts = [script.pop(0) if script else b"!" for _ in prompts]
+        for step in zip_longest(*map(ids_of, texts), fillvalue=256):
             if 3 in step:
                 signal.raise_signal(signal.SIGINT)
             yield list(step)
@@ -174,7 +175,6 @@ def test_the_reason_why_a_text_ended_is_reported(start, scripted):
 
 def test_every_sampling_option_reaches_the_model(start, scripted):
     every = "--temperature=0.7 --top_k=12 --top_p=0.8 --min_p=0.15 --repetition_penalty=1.3"
-    scripted.script[:] = [b"!", b"!"]
     assert start("--num_samples=1")[0] == start("--num_samples=1", *every.split())[0] == 0
     values = [(c.temperature, c.top_k, c.top_p, c.min_p) for c in scripted.configs]
     assert values == [(0.8, 200, 1.0, 0.0), (0.7, 12, 0.8, 0.15)]
@@ -190,7 +190,6 @@ def test_a_prompt_comes_from_the_option_a_file_or_standard_input(
 ):
     monkeypatch.chdir(tmp_path)
     Path("prompt.txt").write_text("f\u00e9e\n", "utf-8")
-    scripted.script[:] = [b"!"]
     status, out, err = start(f"--start={option}", "--num_samples=1", stdin=prompt.encode())
     assert (status, out) == (0, f"{prompt}!\n{sample.SEPARATOR}\n"), err
     assert bytes(scripted.calls[-1]).decode() == prompt
@@ -200,7 +199,6 @@ def test_a_prompt_begins_with_the_token_that_transformers_puts_there(start, scri
     library = tiny_library()
     end = library.token_to_id(END)
     library.post_processor = TemplateProcessing(f"{END} $A", None, [(END, end)])
-    scripted.script[:] = [b"!"]
     start(save_random(tmp_path, Tokenizer(library)), "--start=the cat", "--num_samples=1")
     assert scripted.calls == [
         transformers.AutoTokenizer.from_pretrained(tmp_path).encode("the cat")
@@ -288,7 +286,6 @@ def test_a_template_writes_here_what_it_writes_in_transformers(chat, template):
 )
 def test_a_start_is_put_into_the_template_once(start, scripted, chat, template, start_text, prompt):
     """prompt: what is continued; None: the start as it is."""
-    scripted.script[:] = [b"!"]
     status, out, err = start(chat(template), f"--start={start_text}", "--num_samples=1")
     assert status == 0, err
     prompt = prompt or start_text
