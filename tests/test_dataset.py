@@ -4,7 +4,6 @@ They are compared with splits and rows that are put together by hand.
 """
 
 import collections
-import functools
 import itertools
 import os
 import pickle
@@ -47,10 +46,6 @@ def house(here, monkeypatch):
 
 def ids(tokens):
     return [] if tokens is None else tokens.gather(np.array([0]), len(tokens))[0].tolist()
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def open_bytes(name, **more):
@@ -216,8 +211,8 @@ def test_unknown_characters_of_a_text_are_refused():
 # Killed and continued
 
 
-def killed_at(call, work):
-    """Run `work` in a process that is killed before its call number `call` that touches a file.
+def killed_at(call, work, folder):
+    """Run work(folder) in a process that is killed before its call number `call` on a file.
 
     Returns True if it was killed, False if it came to its end first.
     """
@@ -241,7 +236,7 @@ def killed_at(call, work):
                 (os, "replace"),
             ):
                 setattr(owner, name, counted(getattr(owner, name)))
-            work()
+            work(folder)
             os._exit(0)
         finally:
             os._exit(1)  # an error must not lead the child back into pytest
@@ -260,10 +255,9 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(monkeypatch, kind):
     monkeypatch.setattr("data.texts.PIECE_CHARACTERS", 300)
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcd \n"), rng.integers(0, 500))) for _ in range(22)]
-    if kind == "one text":
-        source = write("a.txt", "".join(texts[:12]))
-    else:
-        source = write("a.jsonl", [{"text": text} for text in texts])
+    rows = [{"text": text} for text in texts]
+    one = kind == "one text"
+    source = write("a.txt", "".join(texts[:12])) if one else write("a.jsonl", rows)
 
     class Counting(ByteTokenizer):
         encoded = 0
@@ -275,14 +269,14 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(monkeypatch, kind):
     def work(folder):
         Counting.encoded = 0
         prepare_texts(Documents(source), Counting(), folder, max_tokens=4000)
-        return contents(folder)
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
     expected = work(Path("unbroken"))
     assert len(expected) >= 5 and "progress.json" not in expected
     again = 0
     for call in range(1, 500, 7):
         folder = Path(f"killed-{call}")
-        if not killed_at(call, functools.partial(work, folder)):
+        if not killed_at(call, work, folder):
             break
         progress = folder / "progress.json"
         done = 0
@@ -294,7 +288,7 @@ def test_killed_anywhere_and_continued_gives_the_same_shards(monkeypatch, kind):
         assert Counting.encoded <= sum(len(text) for text in texts[done:])
         again += done > 0
     assert call > 12
-    assert again > 1 or kind == "one text"  # which begins anew
+    assert again > 1 or one  # which begins anew
 
 
 def test_the_hub_is_not_asked_for_what_is_there(monkeypatch):

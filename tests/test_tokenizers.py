@@ -93,33 +93,10 @@ def test_different_tokenizers_have_different_hashes():
     assert len(set(hashes)) == 5 and hashes[2] == hashes[-1]
 
 
-def opens_in_transformers(folder, tokenizer):
-    """Open a saved tokenizer in transformers, and compare ids, texts and special tokens."""
-    from transformers import AutoTokenizer
-
-    # A checkpoint's config.json lies beside it, and AutoTokenizer goes by that as well.
-    config = {"model_type": "gpt2", "bos_token_id": None, "eos_token_id": None}
-    write(folder / "config.json", json.dumps(config))
-    theirs = AutoTokenizer.from_pretrained(folder)
-    assert len(theirs) == tokenizer.vocab_size and theirs.eos_token_id == tokenizer.eot
-    # transformers 4 otherwise returns token_type_ids, and GPT-2 there adds their embeddings.
-    assert theirs.model_input_names == ["input_ids", "attention_mask"]
-    texts = [TEXT.replace(END, "")]
-    if tokenizer.name != "char":
-        texts += ["the cat\n\n  ' s", "    ", "\n\n\n"]
-    if tokenizer.eot is not None:
-        texts.append(f"{END}the{END}{END} cat")
-    for text in texts:
-        assert theirs.encode(text) == tokenizer.encode_prompt(text)
-        assert theirs.decode(theirs.encode(text)) == text == tokenizer.decode(theirs.encode(text))
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": "the cat"}]
-        assert theirs.apply_chat_template(messages, tokenize=False) == "the cat"
-    return theirs
-
-
 @pytest.mark.parametrize("name", ["gpt2", "bytes", "char"])
 def test_saved_files_open_here_and_in_transformers(name, request):
+    from transformers import AutoTokenizer
+
     own = {"bytes": ByteTokenizer(), "char": CharTokenizer(chars.names)}
     tokenizer = request.getfixturevalue("gpt2") if name == "gpt2" else own[name]
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -127,7 +104,24 @@ def test_saved_files_open_here_and_in_transformers(name, request):
     ours.mkdir()
     tokenizer.save(ours, context=32)
     tokenizer.chat_template = None
-    theirs = opens_in_transformers(ours, load_tokenizer(ours))
+    # A checkpoint's config.json lies beside it, and AutoTokenizer goes by that as well.
+    write(
+        ours / "config.json", '{"model_type": "gpt2", "bos_token_id": null, "eos_token_id": null}'
+    )
+    theirs = AutoTokenizer.from_pretrained(ours)
+    loaded = load_tokenizer(ours)
+    assert len(theirs) == loaded.vocab_size and theirs.eos_token_id == loaded.eot
+    # transformers 4 otherwise returns token_type_ids, and GPT-2 there adds their embeddings.
+    assert theirs.model_input_names == ["input_ids", "attention_mask"]
+    texts = [TEXT.replace(END, "")]
+    if name != "char":  # which has no end token
+        texts += ["the cat\n\n  ' s", "    ", "\n\n\n", f"{END}the{END}{END} cat"]
+    for text in texts:
+        ids = theirs.encode(text)
+        assert ids == loaded.encode_prompt(text)
+        assert theirs.decode(ids) == text == loaded.decode(ids)
+    messages = [{"role": "user", "content": "the cat"}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == "the cat"
     assert theirs.model_max_length == 32
     theirs.save_pretrained(saved)
     back.mkdir()

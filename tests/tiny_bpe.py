@@ -11,26 +11,12 @@ from tokenizers import models
 from data.tokenizers import GPT2Tokenizer, byte_level
 
 END = "<|endoftext|>"
-
-
-def names_of_bytes():
-    """Return GPT-2's character for each of the 256 bytes, as in the code of its paper.
-
-    Three ranges of Latin-1 stand for themselves. The other bytes get the characters from 256 on.
-    """
-    kept = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in kept]
-    names = {byte: chr(byte) for byte in kept}
-    for i, byte in enumerate(others):
-        names[byte] = chr(256 + i)
-    return names
-
-
-NAMES = names_of_bytes()
+# GPT-2's character for each of the 256 bytes, as in the code of its paper. Three ranges of Latin-1
+# stand for themselves: from "!" to "~", from "¡" to "¬", from "®" to "ÿ". The other bytes get the
+# characters from 256 on.
+KEPT = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+OTHERS = itertools.count(256)
+NAMES = {byte: chr(byte if byte in KEPT else next(OTHERS)) for byte in range(256)}
 MERGES = ["h e", "t he", "Ġ the", "Ġ c", "a t", "Ġc at", "' s", "Ċ Ċ", "Ġ Ġ", "1 2", "ð Ł", "Ġ t"]
 TINY = [*sorted(NAMES.values()), *(merge.replace(" ", "") for merge in MERGES), END]
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
