@@ -130,9 +130,10 @@ def read_prompt(start: str) -> str:
         if start == "-":
             text = sys.stdin.read()
         elif start.startswith("FILE:"):
-            text = Path(start.removeprefix("FILE:")).expanduser().read_text("utf-8")
+            text = Path(start.removeprefix("FILE:")).expanduser().read_text("utf-8-sig")
         else:
             text = unescape(start)
+        text.encode()  # outside of UTF-8 locales Python reads any byte
     except (OSError, ValueError) as error:
         raise UserError(f"--start={start} cannot be read as UTF-8 text: {error}") from None
     if not text:

@@ -352,10 +352,7 @@ class TrainStep:
         self.bad.copy_((self.bad + 1) * skip)  # in a row: a good update resets it to 0
         self.skipped.add_(skip)
         skip = skip.maximum(self.nothing)
-        if self.config.grad_clip > 0:
-            divide_by = (self.grad_norm / self.config.grad_clip).clamp(min=1)
-        else:
-            divide_by = torch.ones_like(self.grad_norm)
+        divide_by = (self.grad_norm / (self.config.grad_clip or math.inf)).clamp(min=1)
         update_all(self.optimizers, gradients, divide_by, skip, self.on_device)
         if self.scaler.is_enabled():
             self.scaler.update()  # adjusts the scale to the infinities that unscale_ found

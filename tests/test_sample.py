@@ -189,7 +189,7 @@ def test_a_prompt_comes_from_the_option_a_file_or_standard_input(
     start, scripted, tmp_path, monkeypatch, option, prompt
 ):
     monkeypatch.chdir(tmp_path)
-    Path("prompt.txt").write_text("f\u00e9e\n", "utf-8")
+    Path("prompt.txt").write_text("f\u00e9e\n", "utf-8-sig")
     status, out, err = start(f"--start={option}", "--num_samples=1", stdin=prompt.encode())
     assert (status, out) == (0, f"{prompt}!\n{sample.SEPARATOR}\n"), err
     assert bytes(scripted.calls[-1]).decode() == prompt
@@ -478,6 +478,7 @@ def test_sample_reports_a_full_disk(start, monkeypatch):
         ("--start=", "prompt is empty"),
         ("--start=-", "--start=- cannot be read as UTF-8 text"),
         ("--start=FILE:/nowhere/prompt.txt", "FILE:/nowhere/prompt.txt cannot be read as UTF-8"),
+        ("--start=caf\udce9", "cannot be read as UTF-8"),  # as Python reads Latin-1
         ("--start=" + "x" * 33, "33 tokens"),
         ("--start=abcZ --checkpoint=last", "'Z'"),
         ("--stop=", "stop"),
