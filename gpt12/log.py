@@ -303,7 +303,7 @@ def read_metrics(file: Path) -> list[MetricsRow]:
     rows: list[MetricsRow] = []
     lines = file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else []
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
             row = json.loads(line)
             rows.append(row | {"step": int(row["step"]), "tokens": int(row["tokens"])})
     return rows
