@@ -216,7 +216,7 @@ class TrainStep:
         self.context_length = config.block_size  # tokens that attention sees at once
         self.divisor = torch.ones((), device=machine.device)
         # 1.0 if no rank has a target in this step: momentum must not move the weights then.
-        self.nothing = torch.zeros((), device=machine.device)
+        self.without_target = torch.zeros((), device=machine.device)
 
         self.results = torch.zeros(4, device=machine.device)
         self.loss, self.grad_norm, self.bad, self.skipped = self.results  # views
@@ -296,7 +296,7 @@ class TrainStep:
         self.divisor.fill_(targets_of_rank / world)
         if world > 1:
             dist.all_reduce(self.divisor)  # the sum over the ranks, N / world
-        self.nothing.copy_(self.divisor == 0)
+        self.without_target.copy_(self.divisor == 0)
         self.divisor.clamp_(min=1 / world)  # a step without any target must not divide by 0
 
     def compute(self) -> None:
@@ -351,7 +351,7 @@ class TrainStep:
         skip = 1 - torch.isfinite(self.grad_norm + self.loss).float()
         self.bad.copy_((self.bad + 1) * skip)  # in a row: a good update resets it to 0
         self.skipped.add_(skip)
-        skip = skip.maximum(self.nothing)
+        skip = skip.maximum(self.without_target)
         divide_by = (self.grad_norm / (self.config.grad_clip or math.inf)).clamp(min=1)
         update_all(self.optimizers, gradients, divide_by, skip, self.on_device)
         if self.scaler.is_enabled():

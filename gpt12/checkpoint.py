@@ -6,9 +6,8 @@
 
 Both are Hugging Face folders with the tokenizer's files and trainer.json, the run's Progress
 (gpt12/folder.py). last/ also has trainer.safetensors, everything else that resuming needs but the
-configuration, which is in run.json. In a
-LoRA run best/ is the merged model, with the adapters beside it in best/adapter/; last/ holds only
-the adapters and the name of their base model.
+configuration, which is in run.json. In a LoRA run best/ is the merged model, with the adapters
+beside it in best/adapter/; last/ holds only the adapters and the name of their base model.
 
 A folder cannot be renamed onto a full one, so a checkpoint X is replaced in steps:
 
